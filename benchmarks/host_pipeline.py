@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files to batches: images per second of ImageBatcher, beside the pure JPEG decode rate on the same cores.
+
+    python benchmarks/host_pipeline.py --input photos [--nvidia_batcher TensorRT/samples/python/efficientdet/image_batcher.py]
+
+Without --input, photographs of 1280 x 960 are made up (smooth noise, JPEG quality 90). Every figure is the best of --rounds, the candidates
+taken in turn within a round, so that a busy machine slows them all. "decode" is OpenCV alone: bytes in memory to pixels, in a pool of as
+many threads, the pixels thrown away.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from image_batcher import IMAGENET_MEAN, ImageBatcher, find_images, parse_size
+from trtdet.cli import positive_int, run_main, setup_logging
+from trtdet.files import write_text
+from trtdet.machine import available_cores, describe_machine
+from trtdet.spec import InputDtype, Layout, Preprocessing
+
+DECODE = "decode alone"
+NVIDIA = "NVIDIA float32"
+
+
+def make_photographs(folder: Path, count: int) -> None:
+    """JPEGs of 1280 x 960 with about the bytes of a photograph: noise at several scales."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        image = np.full((960, 1280, 3), 128, np.float32)
+        for size, strength in ((8, 60), (40, 30), (200, 18), (640, 10)):
+            noise = rng.standard_normal((size * 3 // 4, size, 3)).astype(np.float32)
+            image += strength * cv2.resize(noise, (1280, 960), interpolation=cv2.INTER_CUBIC)
+        pixels = np.clip(image, 0, 255).astype(np.uint8)
+        cv2.imwrite(str(folder / f"{number:03d}.jpg"), pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
+
+
+def decode_all(data: Sequence[bytes], workers: int) -> None:
+    """The baseline: decode in a pool, nothing else."""
+
+    def decode(image: bytes) -> tuple[int, ...]:
+        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
+        return () if pixels is None else pixels.shape
+
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    with ThreadPoolExecutor(workers) as executor:
+        for _ in executor.map(decode, data):
+            pass
+    cv2.setNumThreads(threads)
+
+
+def batch_all(batcher: ImageBatcher) -> None:
+    """Files to batches; each buffer is given back, as a runtime does."""
+    for batch in batcher:
+        batch.release()
+    if batcher.failures:
+        raise ValueError(f"benchmark: could not read {batcher.failures[0][0]}")
+
+
+def nvidia_batches(
+    script: Path, folder: Path, batch_size: int, size_hw: tuple[int, int]
+) -> Callable[[], None]:
+    """NVIDIA's sample as it is, on the same folder; it decodes in the calling thread."""
+    module_spec = importlib.util.spec_from_file_location("nvidia_image_batcher", script)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"--nvidia_batcher: expected a Python file, found {script}")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    batcher = module.ImageBatcher(str(folder), (batch_size, *size_hw, 3), np.float32)
+
+    def run() -> None:
+        for _ in batcher.get_batch():
+            pass
+
+    return run
+
+
+def best_times(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Seconds of the fastest of `rounds` runs of each candidate, after one warm-up."""
+    best = dict.fromkeys(candidates, float("inf"))
+    for number in range(rounds + 1):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Images per second by candidate, and the ratios."""
+    files = find_images(folder)
+    # The same files several times over, so that starting the pool does not count.
+    paths = (files * -(-args.images // len(files)))[: args.images]
+    data = [path.read_bytes() for path in paths]
+    candidates: dict[str, Callable[[], None]] = {DECODE: lambda: decode_all(data, args.workers)}
+    counts = {DECODE: len(paths)}
+    dtypes: tuple[InputDtype, ...] = ("uint8", "float32")
+    layouts: tuple[Layout, ...] = ("NHWC", "NCHW")
+    for dtype, layout in itertools.product(dtypes, layouts):
+        preprocessing = Preprocessing(args.size, layout, dtype, pad_rgb=IMAGENET_MEAN)
+        batcher = ImageBatcher(paths, preprocessing, args.batch_size, workers=args.workers)
+        candidates[f"{dtype} {layout}"] = partial(batch_all, batcher)
+        counts[f"{dtype} {layout}"] = len(paths)
+    if args.nvidia_batcher:
+        candidates[NVIDIA] = nvidia_batches(args.nvidia_batcher, folder, args.batch_size, args.size)
+        counts[NVIDIA] = len(files)
+    seconds = best_times(candidates, args.rounds)
+    rates = {name: counts[name] / seconds[name] for name in candidates}
+    return {
+        "images_per_second": rates,
+        "of_decode": {name: rate / rates[DECODE] for name, rate in rates.items()},
+        "of_nvidia": {
+            name: rate / rates[NVIDIA] for name, rate in rates.items() if NVIDIA in rates
+        },
+        "workers": args.workers,
+        "batch_size": args.batch_size,
+        "network_size_hw": args.size,
+        "source_sizes_wh": sorted({Image.open(path).size for path in files}),
+        "machine": describe_machine(),
+    }
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # fmt: off
+    parser.add_argument("--input", type=Path, help="directory of JPEGs (default: made-up photographs)")
+    parser.add_argument("--nvidia_batcher", type=Path, metavar="FILE", help="image_batcher.py of NVIDIA's EfficientDet sample, to measure beside")
+    parser.add_argument("--size", type=parse_size, default=(512, 512), metavar="H,W", help="network input (default: 512,512)")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=positive_int, default=available_cores(), help="threads (default: one per available core, %(default)s here)")
+    parser.add_argument("--images", type=positive_int, default=160, help="images per run (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, with the machine, as JSON")
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    setup_logging()
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as made:
+            if args.input is None:
+                make_photographs(Path(made), 16)
+            report = measure(args.input or Path(made), args)
+        print(f"{'':<18}{'images/s':>9}{'/ decode':>10}{'/ NVIDIA':>10}")
+        for name, rate in report["images_per_second"].items():
+            nvidia = report["of_nvidia"].get(name)
+            last = f"{nvidia:>10.2f}" if nvidia else ""
+            print(f"{name:<18}{rate:>9.1f}{report['of_decode'][name]:>10.3f}{last}")
+        if args.json:
+            write_text(args.json, json.dumps(report, indent=2) + "\n")
+
+    return run_main(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of the wall time of infer.py ONNX Runtime is busy: the rest is what the pipeline around it fails to hide.
+
+    python benchmarks/onnx_runtime_busy.py --onnx d0.onnx --input photos
+
+The run is infer.py's with --no_images, from the second batch on: files are decoded and resized, detections decoded and written as TSV.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import infer
+from image_batcher import find_images
+from trtdet.detections import write_tsv
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--onnx", type=Path, required=True)
+    parser.add_argument("--input", type=Path, required=True)
+    args = parser.parse_args()
+    options = infer.RunOptions()
+    images = find_images(args.input)
+    busy, start, count = 0.0, 0.0, 0
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        infer.open_model(args.onnx, options) as runtime,
+        infer.open_batcher(runtime, images, options) as batcher,
+    ):
+        honest = runtime.infer
+
+        def timed(batch: Any) -> Any:
+            nonlocal busy
+            begin = time.perf_counter()
+            outputs = honest(batch)
+            busy += time.perf_counter() - begin
+            return outputs
+
+        runtime.infer = timed  # type: ignore[method-assign]
+        for number, result in enumerate(infer.detect(runtime, batcher)):
+            if number == 0:
+                busy, start = 0.0, time.perf_counter()
+            else:
+                count += 1
+            write_tsv(Path(folder) / f"{result.path.stem}.tsv", result.detections)
+        wall = time.perf_counter() - start
+    print(f"{count / wall:.2f} images/s, ONNX Runtime busy {busy / wall:.1%} of {wall:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

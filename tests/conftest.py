@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths and models that several test modules use."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts live at the root
+
+# Read when TensorFlow is first imported, which may be in a test module: trtdet.saved_model says why.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+EXAMPLES = ROOT / "examples"
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of large test inputs beside the repository; not part of it."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("needs ../shared/models, which is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """examples/tiny_shapes converted by create_onnx.py: three classes, 128x128, dynamic batch, EfficientNMS at the end."""
+    pytest.importorskip("tensorflow", reason="needs requirements-tensorflow.txt")
+    import create_onnx
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
+    status = create_onnx.main(
+        [
+            "--saved_model",
+            str(EXAMPLES / "tiny_shapes"),
+            "--onnx",
+            str(path),
+            "--labels",
+            str(EXAMPLES / "labels.txt"),
+        ]
+    )
+    assert status == 0
+    return path

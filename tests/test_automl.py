@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Landmarks of AutoML graphs, on toy graphs with the real node names."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from trtdet.errors import GraphError
+from trtdet.families import automl
+from trtdet.source import OnnxSource, SourceGraph, SourceNode
+
+SCORES = {
+    "max_output_size": np.int32(100),
+    "iou_threshold": np.float32(0.5),
+    "score_threshold": np.float32(0.4),
+    "soft_nms_sigma": np.float32(0),
+}
+
+
+def const(name: str, value: object) -> SourceNode:
+    return SourceNode(name, "Const", (), (f"{name}:0",), np.asarray(value))
+
+
+def node(name: str, op: str, *inputs: str, function: str = "") -> SourceNode:
+    return SourceNode(name, op, inputs, (f"{name}:0",), None, function)
+
+
+def graph(*nodes: SourceNode, batch: int | None = 1) -> SourceGraph:
+    return SourceGraph({n.name: n for n in nodes}, ("image_arrays:0",), batch)
+
+
+def heads(levels: int, scope: str = "class_net/class-predict") -> list[SourceNode]:
+    """A stem, a backbone convolution and `levels` predictions, reshaped and concatenated."""
+    nodes = [
+        node("stem/conv2d/Conv2D", "Conv", "image_arrays:0", "stem/kernel:0"),
+        const("stem/kernel", np.zeros(1)),
+        node("blocks_0/Conv2D", "Conv", "stem/conv2d/Conv2D:0"),
+    ]
+    for level in range(levels):
+        name = f"{scope}_{level}/BiasAdd" if level else f"{scope}/BiasAdd"
+        nodes.append(node(name, "BiasAdd", "blocks_0/Conv2D:0"))
+        nodes.append(node(f"Reshape_{level}", "Reshape", f"{name}:0", "shape:0"))
+    nodes.append(const("shape", [1, -1, 90]))
+    nodes.append(const("axis", 1))
+    reshapes = [f"Reshape_{level}:0" for level in range(levels)]
+    nodes.append(node("concat", "Concat", *reshapes, "axis:0"))
+    return nodes
+
+
+@pytest.mark.parametrize("levels", [2, 5, 6])
+def test_head_is_found_for_any_number_of_levels(levels: int) -> None:
+    assert automl.find_head(graph(*heads(levels)), automl.CLASS_SCOPE).name == "concat"
+
+
+def test_missing_head_names_scope_and_count() -> None:
+    with pytest.raises(
+        GraphError, match="expected one Concat of reshaped predictions below 'box_net/', found 0"
+    ):
+        automl.find_head(graph(*heads(5)), automl.BOX_SCOPE)
+
+
+def test_stem_is_the_convolution_nothing_precedes() -> None:
+    toy = graph(*heads(5))
+    assert automl.find_stem(toy, toy.nodes["concat"]).name == "stem/conv2d/Conv2D"
+
+
+def nms_nodes(count: int = 1, **changes: object) -> list[SourceNode]:
+    nodes = [const(name, value) for name, value in {**SCORES, **changes}.items()]
+    nodes += [
+        node(
+            f"NonMaxSuppressionV5_{i}",
+            "NonMaxSuppression",
+            "boxes:0",
+            "scores:0",
+            *(f"{name}:0" for name in SCORES),
+        )
+        for i in range(count)
+    ]
+    return nodes
+
+
+def test_hard_nms_is_read_exactly_and_a_high_threshold_is_said() -> None:
+    nms, notes = automl.read_nms(graph(*nms_nodes()))
+    assert (nms.score_threshold, nms.iou_threshold, nms.max_output_boxes) == (0.4, 0.5, 100)
+    assert nms.class_agnostic
+    assert [n.option for n in notes] == ["score_threshold"] and "--score_threshold 0.001" in notes[
+        0
+    ].text
+
+
+def test_gaussian_nms_becomes_hard_at_half_iou_with_a_note() -> None:
+    changes = {
+        "soft_nms_sigma": np.float32(0.25),
+        "iou_threshold": np.float32(1),
+        "score_threshold": np.float32(0.001),
+    }
+    nms, notes = automl.read_nms(graph(*nms_nodes(**changes)))
+    assert nms.iou_threshold == 0.5
+    assert [n.option for n in notes] == [
+        "iou_threshold"
+    ] and "gaussian soft NMS (sigma 0.5)" in notes[0].text
+
+
+def test_no_score_threshold_is_minus_infinity_in_the_graph_and_zero_here() -> None:
+    nms, _ = automl.read_nms(graph(*nms_nodes(score_threshold=np.float32(-np.inf))))
+    assert nms.score_threshold == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "class_agnostic"),
+    [
+        (1, 1, True),  # one image, one NMS
+        (4, 4, True),  # a batch of four unrolled
+        (90, 1, False),  # one NMS per class
+        (1, None, True),  # a loop over images
+    ],
+)
+def test_per_class_means_more_nms_operations_than_images(
+    count: int, batch: int | None, class_agnostic: bool
+) -> None:
+    nms, _ = automl.read_nms(graph(*nms_nodes(count), batch=batch))
+    assert nms.class_agnostic is class_agnostic
+
+
+def test_nms_in_a_loop_body_reads_the_constants_of_the_caller() -> None:
+    """batch_size=0: the thresholds are arguments of the body of a while loop in the main graph."""
+    main = graph(*[n for n in nms_nodes() if n.op == "Const"], batch=None)
+    body = node(
+        "nms", "NonMaxSuppression", "b", "s", *(f"arg_{name}" for name in SCORES), function="body"
+    )
+    main.functions["body"] = {"nms": body}
+    main.calls = {("body", f"arg_{name}"): [("", f"{name}:0")] for name in SCORES}
+    nms, _ = automl.read_nms(main)
+    assert (nms.score_threshold, nms.iou_threshold, nms.max_output_boxes) == (0.4, 0.5, 100)
+
+
+def test_anchors_are_found_by_count_and_become_centre_and_size() -> None:
+    corners = np.array([[-16, 0, 16, 64], [0, 0, 8, 8]], np.float32)
+    toy = graph(const("other", np.zeros((3, 4), np.float32)), const("Const_7", corners))
+    found = automl.find_anchors(toy, 2)
+    np.testing.assert_array_equal(automl.centre_size(found), [[0, 32, 32, 64], [4, 4, 8, 8]])
+    with pytest.raises(
+        GraphError,
+        match=r"expected a constant of 5 anchors \[5, 4\], found shapes \[\(2, 4\), \(3, 4\)\]",
+    ):
+        automl.find_anchors(toy, 5)
+
+
+def write_model(path: Path, body: str) -> None:
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{body}')
+    onnx.save(model, path)
+
+
+class Letterbox:
+    """A stand-in for a source: AutoML's letterbox on 4x6 pixels, or another placement, for images no larger than that."""
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], placement: str = "top left"
+    ) -> None:
+        self.graph = graph(batch=1)
+        self.mean, self.std, self.placement = np.array(mean), np.array(std), placement
+
+    def run(self, fetches: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        (image,) = feeds["image_arrays:0"].astype(np.float64)[:, :4, :6]
+        canvas = np.zeros((1, 4, 6, 3), np.float32)
+        top = 4 - image.shape[0] if self.placement == "bottom left" else 0
+        left = (6 - image.shape[1]) // 2 if self.placement == "centred" else 0
+        if self.placement == "stretched":
+            image = np.broadcast_to(image[:1, :1], (4, 6, 3))
+        canvas[0, top : top + image.shape[0], left : left + image.shape[1]] = (
+            image - self.mean
+        ) / self.std
+        return [canvas]
+
+
+def test_preprocessing_is_measured() -> None:
+    source = Letterbox((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    found, layout, notes = automl.measure_preprocessing(source, "image_arrays:0", "stem")  # type: ignore[arg-type]
+    assert (layout, notes) == ("NHWC", [])
+    assert found.size_hw == (4, 6)
+    assert found.mean == (123.675, 116.28, 103.53)
+    assert found.std == (58.395, 57.12, 57.375)
+    assert found.pad_rgb == found.mean  # zero after normalisation
+
+
+@pytest.mark.parametrize("placement", ["centred", "bottom left", "stretched"])
+def test_another_placement_is_refused(placement: str) -> None:
+    source = Letterbox((100, 100, 100), (50, 50, 50), placement)
+    with pytest.raises(GraphError, match="top left"):
+        automl.measure_preprocessing(source, "image_arrays:0", "stem")  # type: ignore[arg-type]
+
+
+def test_anchors_that_decode_elsewhere_are_refused() -> None:
+    corners = np.array([[0, 0, 8, 16], [4, 0, 12, 16]], np.float32)
+    toy = graph(const("Const_7", corners))
+    with pytest.raises(GraphError, match="from where the model's own decoding puts them"):
+        automl.find_anchors(toy, 2, measured=corners[:, [1, 0, 3, 2]])
+    np.testing.assert_array_equal(
+        automl.find_anchors(graph(), 2, measured=corners), corners
+    )  # folded away
+
+
+def test_matches_needs_both_heads(tmp_path: Path) -> None:
+    path = tmp_path / "toy.onnx"
+    text = 'g (float[1] x) => (float[1] y) {{ ["class_net/a"] b = Relu(x) ["{0}"] y = Relu(b) }}'
+    write_model(path, text.format("box_net/b"))
+    assert automl.matches(OnnxSource(path))
+    write_model(path, text.format("head/b"))
+    assert not automl.matches(OnnxSource(path))

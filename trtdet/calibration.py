@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8 calibration: how far each activation reaches, measured once on the CPU, kept in a file that every TensorRT reads.
+
+The cache is TensorRT's own text format, which trtexec --calib, DeepStream's int8-calib-file and TensorRT 8 to 10 take:
+
+    TRT-8601-EntropyCalibration2
+    images: 3c010a14                 <- big-endian float32, largest magnitude / 127
+
+`<cache>.json` beside it says what it was measured on, and is why a cache of another model, size or normalisation is refused instead
+of silently used. It also keeps statistics per channel, which the text format has no place for and `trtdet.quantization` uses.
+
+ONNX Runtime's own histogram calibrators are not used: they keep the activations of all images before they look at them. Here one
+image (or batch) at a time is reduced to histograms whose ranges are powers of two and grow by merging bins, so that memory does not
+depend on the number of images, nor the result on their order.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+import trtdet
+from trtdet import files
+from trtdet.body import conv_layers, cut_to_body
+from trtdet.errors import GraphError
+from trtdet.histograms import (
+    LEVELS,
+    METHODS,
+    ChannelMoments,
+    ChannelStatistics,
+    Method,
+    TensorHistogram,
+)
+from trtdet.spec import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_METHOD: Method = "mse"
+DEFAULT_NUM_IMAGES = 500
+DEFAULT_SEED = 47  # of NVIDIA's sample
+
+SIDECAR_SCHEMA = 1
+
+#: TensorRT checks the algorithm in the first line against the calibrator that reads the cache; trtexec, DeepStream and the DLA read it
+#: with this one, however the scales came about.
+CACHE_ALGORITHM = "EntropyCalibration2"
+DEFAULT_CACHE_VERSION = (8, 6, 1)
+
+#: Operators that pass on values as they are: input and output share one scale, so that TensorRT need not requantize.
+SAME_RANGE_OPS = frozenset(
+    ["Flatten", "Identity", "MaxPool", "Reshape", "Resize", "Squeeze", "Transpose", "Unsqueeze"]
+)
+
+
+# ---- the cache
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a cache was measured on: the contents of `<cache>.json` but for the statistics.
+
+    Attributes:
+        model: SHA-256 of the body's nodes and weights (`model_hash`); neither NMS nor the batch size is in it.
+        preprocessing: how images become the input; its hash is compared, its fields explain a difference.
+        images: SHA-256 over the contents of the images, whatever their names and order; empty: not known.
+        count: images seen.
+    """
+
+    model: str
+    preprocessing: dict[str, Any]
+    images: str
+    count: int
+    method: Method
+    seed: int = DEFAULT_SEED
+
+    @property
+    def preprocessing_hash(self) -> str:
+        return _hash_json(self.preprocessing)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model_sha256": self.model,
+            "preprocessing_sha256": self.preprocessing_hash,
+            "images_sha256": self.images,
+            "num_images": self.count,
+            "method": self.method,
+            "seed": self.seed,
+            "preprocessing": self.preprocessing,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Origin":
+        return cls(
+            data["model_sha256"],
+            dict(data["preprocessing"]),
+            data["images_sha256"],
+            data["num_images"],
+            data["method"],
+            data["seed"],
+        )
+
+    def differences(self, wanted: "Origin") -> list[str]:
+        """What keeps a cache of this origin from serving `wanted`, a sentence each. Empty `images` in `wanted` fit all."""
+        found = []
+        if self.model != wanted.model:
+            found.append(
+                f"model_sha256 is {self.model[:12]}, of another graph or other weights than {wanted.model[:12]}"
+            )
+        if self.preprocessing_hash != wanted.preprocessing_hash:
+            fields = [
+                f"{key} {self.preprocessing.get(key)} instead of {value}"
+                for key, value in wanted.preprocessing.items()
+                if self.preprocessing.get(key) != value
+            ]
+            found.append(
+                f"preprocessing_sha256 is {self.preprocessing_hash[:12]}, not {wanted.preprocessing_hash[:12]} "
+                f"({', '.join(fields)})"
+            )
+        if self.method != wanted.method:
+            found.append(f"method is {self.method}, not {wanted.method}")
+        if wanted.images and self.images != wanted.images:
+            found.append(
+                f"images_sha256 is {self.images[:12] or 'unknown'}, of {self.count} other images than {wanted.images[:12]}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class CalibrationCache:
+    """Scales of activations, and what is known beyond them.
+
+    Attributes:
+        scales: tensor -> largest magnitude / 127, exactly as float32.
+        channels: tensor -> statistics per channel, of the inputs of convolutions; empty for caches of other programs.
+        origin: None for caches of other programs.
+    """
+
+    scales: dict[str, float]
+    channels: dict[str, ChannelStatistics] = field(default_factory=dict, repr=False)
+    origin: Origin | None = None
+
+    @classmethod
+    def from_text(cls, text: str) -> "CalibrationCache":
+        """Parse TensorRT's format; a tensor's name may itself hold colons and spaces.
+
+        Raises:
+            ValueError: not a calibration cache; names the line.
+        """
+        header, *lines = text.splitlines() or [""]
+        if not re.fullmatch(r"TRT-\w+-\w+", header.strip()):
+            raise ValueError(
+                f"expected a first line like TRT-8601-{CACHE_ALGORITHM}, found {header[:60]!r}"
+            )
+        scales: dict[str, float] = {}
+        for number, line in enumerate(lines, 2):
+            if not line.strip():
+                continue
+            name, colon, digits = line.rpartition(":")
+            if not colon or not re.fullmatch(r"[0-9a-fA-F]{8}", digits.strip()):
+                raise ValueError(
+                    f"line {number}: expected 'tensor: 8 hex digits', found {line[:60]!r}"
+                )
+            (scale,) = struct.unpack("!f", bytes.fromhex(digits.strip()))
+            if not np.isfinite(scale) or scale < 0:
+                raise ValueError(f"line {number}: expected a scale of at least 0, found {scale}")
+            scales[name.strip()] = scale
+        if not scales:
+            raise ValueError("expected one line per tensor, found none")
+        return cls(scales)
+
+    def to_text(self, version: Sequence[int] = DEFAULT_CACHE_VERSION) -> str:
+        """TensorRT's format for one of its versions, which it checks: 8.6.1 is TRT-8601, 10.13.3 is TRT-101303."""
+        lines = [f"TRT-{version_number(version)}-{CACHE_ALGORITHM}"]
+        lines += [f"{name}: {struct.pack('!f', s).hex()}" for name, s in self.scales.items()]
+        return "\n".join(lines) + "\n"
+
+    def write(self, path: Path, version: Sequence[int] = DEFAULT_CACHE_VERSION) -> None:
+        """Write the cache and, where the origin is known, `<cache>.json`, each whole or not at all."""
+        text = self.to_text(version)
+        sidecar = sidecar_path(path)
+        sidecar.unlink(missing_ok=True)  # never an older one beside the new cache
+        files.write_text(path, text)
+        if self.origin is not None:
+            data = {
+                "schema": SIDECAR_SCHEMA,
+                "tool": f"trtdet {trtdet.__version__}",
+                "scales_sha256": _hash_text(_scale_lines(text)),
+                **self.origin.to_dict(),
+                "channels": {name: c.to_dict() for name, c in self.channels.items()},
+            }
+            files.write_text(sidecar, json.dumps(data, indent=1) + "\n")
+
+
+def version_number(version: Sequence[int]) -> int:
+    """NV_TENSORRT_VERSION: 8.6.1 -> 8601; from 10 on two more digits, 10.13.3 -> 101303."""
+    major, minor, patch = (*version, 0, 0, 0)[:3]
+    return major * (1000 if major < 10 else 10000) + minor * 100 + patch
+
+
+def sidecar_path(path: Path) -> Path:
+    """`d0.cache` -> `d0.cache.json`"""
+    return path.with_name(path.name + ".json")
+
+
+def read_cache(path: Path, wanted: Origin | None = None) -> CalibrationCache:
+    """Read a cache, and refuse one that was measured on something else.
+
+    Args:
+        wanted: what it is to be used for; None: taken as it is.
+
+    Raises:
+        OSError, ValueError: not readable, or measured on something else; says what differs and what to run.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        cache = CalibrationCache.from_text(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--calib_cache {path}: not a TensorRT calibration cache: {error}; delete it, or name another"
+        ) from error
+    sidecar = sidecar_path(path)
+    if not sidecar.is_file():
+        logger.warning(
+            "%s has no %s beside it (NVIDIA's tools write none): not checked whether it belongs to this model and images, "
+            "and scales are per tensor only, which costs accuracy",
+            path,
+            sidecar.name,
+        )
+        return cache
+    cache = _with_sidecar(cache, text, sidecar)
+    if wanted is not None and cache.origin is not None:
+        differences = cache.origin.differences(wanted)
+        if differences:
+            raise ValueError(
+                f"--calib_cache {path} does not fit: {'; '.join(differences)}; "
+                "calibrate again with --calib_input and another --calib_cache, or delete this one"
+            )
+    return cache
+
+
+def _with_sidecar(cache: CalibrationCache, text: str, sidecar: Path) -> CalibrationCache:
+    try:
+        data = json.loads(sidecar.read_text(encoding="utf-8"))
+        if data["schema"] != SIDECAR_SCHEMA:
+            raise ValueError(f"expected schema {SIDECAR_SCHEMA}, found {data['schema']}")
+        if data["scales_sha256"] != _hash_text(_scale_lines(text)):
+            raise ValueError("scales_sha256 is that of other scales than stand in the cache")
+        channels = {name: ChannelStatistics.from_dict(c) for name, c in data["channels"].items()}
+        return CalibrationCache(cache.scales, channels, Origin.from_dict(data))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{sidecar}: does not belong to the cache beside it ({error!r}); calibrate again, "
+            "or delete the .json to use the scales unchecked"
+        ) from error
+
+
+def _scale_lines(text: str) -> str:
+    """The cache less its first line: other versions of TensorRT get another header, not other scales."""
+    return "\n".join(line.strip() for line in text.splitlines()[1:] if line.strip())
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _hash_json(data: Any) -> str:
+    return _hash_text(json.dumps(data, sort_keys=True, separators=(",", ":")))
+
+
+# ---- what a cache belongs to
+
+
+def origin(
+    model: onnx.ModelProto,
+    preprocessing: Preprocessing,
+    images: Sequence[Path] | None,
+    method: Method,
+    seed: int = DEFAULT_SEED,
+) -> Origin:
+    """What a calibration with these arguments will say of itself. `images` None: whatever there are."""
+    fields = json.loads(json.dumps(preprocessing.__dict__))  # tuples to lists, as read back
+    paths = images or ()
+    return Origin(
+        model_hash(model), fields, image_hash(paths) if paths else "", len(paths), method, seed
+    )
+
+
+def model_hash(model: onnx.ModelProto) -> str:
+    """SHA-256 over the nodes and weights that lead to the heads: the same for any batch size, NMS and score threshold."""
+    body = cut_to_body(model)
+    digest = hashlib.sha256()
+    for node in body.graph.node:
+        kept = onnx.NodeProto()
+        kept.CopyFrom(node)
+        kept.doc_string = ""
+        digest.update(kept.SerializeToString(deterministic=True))
+    for weight in sorted(body.graph.initializer, key=lambda w: w.name):
+        values = onnx.numpy_helper.to_array(weight)
+        digest.update(f"{weight.name} {values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def image_hash(paths: Iterable[Path]) -> str:
+    """SHA-256 over the contents of some images, in whatever order and under whatever names."""
+    return _hash_text("\n".join(sorted(files.sha256(path) for path in paths)))
+
+
+def choose_images(
+    paths: Sequence[Path],
+    count: int = DEFAULT_NUM_IMAGES,
+    *,
+    fraction: float = 1.0,
+    seed: int = DEFAULT_SEED,
+) -> list[Path]:
+    """At most `count` of all images, and at most `fraction` of them, at random with a fixed seed, sorted.
+
+    The first images of a directory are often of one kind: COCO's are sorted by date of upload.
+    """
+    wanted = min(count, max(1, round(fraction * len(paths))))
+    ordered = sorted(paths)
+    if wanted >= len(ordered):
+        return ordered
+    chosen = np.random.default_rng(seed).permutation(len(ordered))[:wanted]
+    return [ordered[i] for i in sorted(chosen)]
+
+
+# ---- measuring
+
+
+def calibrate(
+    model: onnx.ModelProto,
+    feeds: Iterable[Mapping[str, NDArray[Any]]],
+    method: Method = DEFAULT_METHOD,
+    *,
+    origin: Origin | None = None,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    threads: int | None = None,
+) -> CalibrationCache:
+    """Run the FP32 model up to its heads over all feeds, once, and choose a scale for every activation.
+
+    Args:
+        feeds: input name -> array; any batch size the model takes, the last may be smaller. Looked at one at a time.
+        method: minmax covers everything; percentile all but 0.01 %; mse minimizes the mean squared error, entropy the
+            Kullback-Leibler divergence, as TensorRT's calibrator does.
+        origin: what to note in the cache.
+        providers: ONNX Runtime's; with another than the CPU, scales differ in the last digits.
+
+    Raises:
+        ValueError: an unknown method, or no feeds.
+        GraphError: an activation that is not finite.
+    """
+    if method not in METHODS:
+        raise ValueError(
+            f"calibration method: expected one of {', '.join(METHODS)}, got {method!r}"
+        )
+    body = cut_to_body(model)
+    layers = conv_layers(body)
+    tensors = _measured_tensors(body)
+    channelwise = {layer.input for layer in layers if layer.quantizable}
+    session = _session(body, tensors, providers, threads)
+    inputs = [i.name for i in body.graph.input]
+    histograms = {name: TensorHistogram() for name in (*inputs, *tensors)}
+    channels = {name: ChannelMoments() for name in histograms if name in channelwise}
+    count = 0
+    for feed in feeds:
+        values = [np.asarray(feed[name], np.float32) for name in inputs]
+        values += session.run(tensors, dict(feed))
+        for name, array in zip(histograms, values, strict=True):
+            if not np.isfinite(array).all():
+                raise GraphError(
+                    f"calibration: activation '{name}' is not finite; the model or an image is broken"
+                )
+            histograms[name].add(array)
+            if name in channels:
+                channels[name].add(array)
+        count += 1
+    if not count:
+        raise ValueError(
+            "calibration: expected images, got none; check --calib_input and --calib_num_images"
+        )
+    scales = _all_scales(body, {n: h.clip(method) / LEVELS for n, h in histograms.items()})
+    statistics = {
+        name: c.statistics(histograms[name].noise(scales[name])) for name, c in channels.items()
+    }
+    return CalibrationCache(scales, statistics, origin)
+
+
+def _measured_tensors(body: onnx.ModelProto) -> list[str]:
+    """Float activations that are neither another's values passed on nor a Sigmoid, whose range is known."""
+    float32 = onnx.TensorProto.FLOAT
+    inferred = onnx.shape_inference.infer_shapes(body).graph
+    types = {i.name: i.type.tensor_type.elem_type for i in inferred.value_info}
+    return [
+        name
+        for node in body.graph.node
+        if node.op_type not in SAME_RANGE_OPS and node.op_type != "Sigmoid"
+        for name in node.output
+        if types.get(name, float32) == float32
+    ]
+
+
+def _all_scales(body: onnx.ModelProto, measured: Mapping[str, float]) -> dict[str, float]:
+    """Scales of all float activations in the order of the graph, inputs first, rounded to float32."""
+    scales = {i.name: measured[i.name] for i in body.graph.input if i.name in measured}
+    for node in body.graph.node:
+        for name in node.output:
+            if node.op_type == "Sigmoid":
+                scales[name] = 1 / LEVELS
+            elif name in measured:
+                scales[name] = measured[name]
+            elif node.op_type in SAME_RANGE_OPS and node.input[0] in scales:
+                scales[name] = scales[node.input[0]]
+    return {name: float(np.float32(scale)) for name, scale in scales.items()}
+
+
+def _session(
+    body: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[str], threads: int | None
+) -> Any:
+    import onnxruntime
+
+    watched = onnx.ModelProto()
+    watched.CopyFrom(body)
+    del watched.graph.output[:]
+    watched.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # As written: every tensor is looked at, so there is nothing to fuse.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if threads:
+        options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(
+        watched.SerializeToString(), options, providers=list(providers)
+    )

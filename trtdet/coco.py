@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""COCO's annotation and results files, and COCO's metric.
+
+Formats: https://cocodataset.org/#format-data and #format-results. The metric is pycocotools', called with its own defaults.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtdet import files
+
+logger = logging.getLogger(__name__)
+
+#: Names of pycocotools' twelve figures, in its order, each with what it averages over.
+METRICS = {
+    "AP": "IoU 0.50:0.95, all sizes, 100 detections",
+    "AP50": "IoU 0.50",
+    "AP75": "IoU 0.75",
+    "APs": "small objects: area under 32x32 pixels",
+    "APm": "medium objects",
+    "APl": "large objects: area over 96x96 pixels",
+    "AR1": "1 detection per image",
+    "AR10": "10 detections per image",
+    "AR100": "100 detections per image",
+    "ARs": "small objects",
+    "ARm": "medium objects",
+    "ARl": "large objects",
+}
+
+#: One detection of COCO's results format: image_id, category_id, bbox (x y w h), score.
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """A COCO annotation file.
+
+    Attributes:
+        objects: the file's "annotations", `area` and `iscrowd` filled in where they were missing.
+        categories: category id -> name.
+        image_ids: file_name -> image id.
+    """
+
+    path: Path
+    images: tuple[dict[str, Any], ...]
+    objects: tuple[dict[str, Any], ...]
+    categories: dict[int, str]
+    image_ids: dict[str, int]
+
+
+def read_annotations(path: Path) -> Annotations:
+    """Read a COCO annotation file ("instances_val2017.json").
+
+    Raises:
+        ValueError: not JSON, a part missing, or an object without image, category or box; names the place.
+    """
+    data = _read_json(path)
+    keys = ("images", "annotations", "categories")
+    if not isinstance(data, dict) or any(not isinstance(data.get(key), list) for key in keys):
+        raise ValueError(
+            f"{path}: expected COCO annotations, a JSON object with the lists {', '.join(keys)}"
+        )
+    try:
+        image_ids = {image["file_name"]: image["id"] for image in data["images"]}
+        categories = {c["id"]: str(c.get("name", c["id"])) for c in data["categories"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected 'id' and 'file_name' in every image and 'id' in every category, missing {error}"
+        ) from error
+    _check_images(path, data["images"])
+    objects = tuple(_read_object(path, number, o) for number, o in enumerate(data["annotations"]))
+    for entry in objects:  # pycocotools would leave out objects of a category that is not listed
+        categories.setdefault(entry["category_id"], str(entry["category_id"]))
+    return Annotations(path, tuple(data["images"]), objects, categories, image_ids)
+
+
+def _check_images(path: Path, images: Sequence[dict[str, Any]]) -> None:
+    for image in images:
+        if not isinstance(image["file_name"], str) or not isinstance(image["id"], int | str):
+            raise ValueError(
+                f"{path}: expected a text as file_name and a number as id of every image, found {str(image)[:120]}"
+            )
+    for key in ("file_name", "id"):
+        value, count = (
+            Counter(image[key] for image in images).most_common(1)[0] if images else ("", 0)
+        )
+        if count > 1:
+            raise ValueError(
+                f"{path}: expected every image once, found {count} with the {key} {value!r}"
+            )
+
+
+def ids_differ_from_names(annotations: Annotations) -> bool:
+    """Whether all annotated files are named by numbers, and not by their image ids: a trap for who takes one for the other."""
+    stems = {Path(name).stem: image_id for name, image_id in annotations.image_ids.items()}
+    return all(stem.isascii() and stem.isdigit() for stem in stems) and any(
+        int(stem) != image_id for stem, image_id in stems.items()
+    )
+
+
+def _read_object(path: Path, number: int, given: Any) -> dict[str, Any]:
+    """One entry of "annotations"; many tools leave out `area` and `iscrowd`, which pycocotools needs."""
+    try:
+        _, _, width, height = (float(x) for x in given["bbox"])
+        needed = {"image_id": given["image_id"], "category_id": given["category_id"]}
+        hash((needed["image_id"], needed["category_id"]))  # a list is no id
+        area = float(width * height if given.get("area") is None else given["area"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: annotations[{number}]: expected image_id, category_id and bbox of four numbers, "
+            f"found {str(given)[:120]}"
+        ) from error
+    return needed | {
+        "bbox": given["bbox"],
+        "area": area,
+        "iscrowd": given.get("iscrowd") or 0,
+    }
+
+
+def match_images(annotations: Annotations, paths: Sequence[Path], root: Path) -> dict[Path, int]:
+    """The image id of every path that the annotation file knows.
+
+    A file is known under its path below `root`, or under its bare name where only one annotated image and one file have it
+    (annotation files may say "val2017/1.jpg" for `root/1.jpg`).
+    """
+    bare: dict[str, list[int]] = {}
+    for file_name, image_id in annotations.image_ids.items():
+        bare.setdefault(Path(file_name).name, []).append(image_id)
+    files_named = Counter(path.name for path in paths)
+    found = {}
+    for path in paths:
+        candidates = bare.get(path.name, [])
+        name = relative_name(path, root)
+        if name in annotations.image_ids:
+            found[path] = annotations.image_ids[name]
+        elif len(candidates) == 1 and files_named[path.name] == 1:
+            found[path] = candidates[0]
+    return found
+
+
+def relative_name(path: Path, root: Path) -> str:
+    """`path` below the input directory with forward slashes; its bare name where the input is one file."""
+    return path.name if path == root else path.relative_to(root).as_posix()
+
+
+def name_images(paths: Sequence[Path], root: Path) -> dict[Path, int | str]:
+    """Image ids without an annotation file: the stems where all are different whole numbers, as COCO's are, else the file names."""
+    stems = [path.stem for path in paths]
+    if all(stem.isascii() and stem.isdigit() for stem in stems):
+        numbers = [int(stem) for stem in stems]
+        if len(set(numbers)) == len(numbers):
+            return dict(zip(paths, numbers, strict=True))
+    return {path: relative_name(path, root) for path in paths}
+
+
+def read_results(path: Path, annotations: Annotations) -> list[Result]:
+    """Read a COCO results file; images named by file name get the id of the annotation file.
+
+    Raises:
+        ValueError: not a list of detections; names the place.
+    """
+    data = _read_json(path)
+    if not isinstance(data, list):
+        raise ValueError(f"{path}: expected COCO results, a JSON list of detections")
+    results = []
+    for number, given in enumerate(data):
+        try:
+            image_id = given["image_id"]
+            results.append(
+                {
+                    "image_id": annotations.image_ids.get(image_id, image_id),
+                    "category_id": int(given["category_id"]),
+                    "bbox": [float(x) for x in given["bbox"]],
+                    "score": float(given["score"]),
+                }
+            )
+            numbers = [*results[-1]["bbox"], results[-1]["score"]]
+            if len(numbers) != 5 or not all(map(math.isfinite, numbers)):
+                raise ValueError("bbox or score")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: entry {number}: expected image_id, category_id, bbox of four numbers and score, "
+                f"found {str(given)[:120]}"
+            ) from error
+    return results
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"{path}: expected JSON ({error})") from error
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What COCO's metric says.
+
+    Attributes:
+        metrics: by the names of `METRICS`; -1 where there is nothing to find (no small object, say), as pycocotools has it.
+        precision: (10, 101) precision at IoU 0.50, 0.55, ..., 0.95 and recall 0, 0.01, ..., 1, averaged over the categories; all sizes,
+            100 detections.
+    """
+
+    metrics: dict[str, float]
+    precision: NDArray[np.float64]
+
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+
+
+def evaluate(
+    annotations: Annotations, results: Sequence[Result], image_ids: Collection[int]
+) -> Evaluation:
+    """COCO's detection metric over `image_ids`: an image without a detection counts, and so does one without an object.
+
+    Args:
+        results: detections of other images, and of categories that the annotation file lacks, are left out.
+        image_ids: the images that were looked at.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    wanted = set(image_ids)
+    chatter = io.StringIO()  # pycocotools prints
+    with contextlib.redirect_stdout(chatter):
+        truth, found = COCO(), COCO()
+        for coco, entries in ((truth, annotations.objects), (found, _with_area(results))):
+            coco.dataset = {
+                "images": [{"id": image_id} for image_id in wanted],
+                "categories": [{"id": category_id} for category_id in annotations.categories],
+                # Numbered anew: pycocotools takes an object of id 0 for "not matched", and ids are not always unique.
+                # Built here rather than by loadRes, which fails on an empty list.
+                "annotations": [
+                    {**entry, "id": number}
+                    for number, entry in enumerate(
+                        (entry for entry in entries if entry["image_id"] in wanted), 1
+                    )
+                ],
+            }
+            coco.createIndex()
+        run = COCOeval(truth, found, iouType="bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    logger.debug("%s", chatter.getvalue())
+    precision = run.eval["precision"][:, :, :, 0, -1]  # (iou, recall, category), -1: no objects
+    there = (precision > -1).any(axis=(0, 1))
+    mean = precision[:, :, there].mean(axis=2) if there.any() else np.zeros(precision.shape[:2])
+    return Evaluation(dict(zip(METRICS, map(float, run.stats), strict=True)), mean)
+
+
+def _with_area(results: Sequence[Result]) -> list[Result]:
+    return [r | {"area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for r in results]
+
+
+def metrics_table(metrics: Mapping[str, float]) -> str:
+    """One line per figure: name, value, what it averages over."""
+    lines = []
+    for name, meaning in METRICS.items():
+        value = f"{metrics[name]:.4f}" if metrics[name] >= 0 else "none"
+        lines.append(f"{name:<6}{value:>7}  {meaning}")
+    return "\n".join(lines)
+
+
+def plot_precision_recall(path: Path, evaluation: Evaluation, *, title: str) -> None:
+    """Draw precision over recall, one curve per IoU threshold, to a picture file.
+
+    Raises:
+        ValueError: matplotlib is missing, or cannot write this kind of file.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure  # no pyplot: no display, no global state
+    except ImportError as error:
+        raise ValueError("--plot: needs matplotlib; pip install matplotlib") from error
+
+    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(IOU_THRESHOLDS)))
+    for iou, precision, color in zip(IOU_THRESHOLDS, evaluation.precision, colors, strict=True):
+        axes.plot(RECALLS, precision, color=color, label=f"{iou:.2f}   {precision.mean():.3f}")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(title="IoU    AP", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    with files.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detector families that create_onnx.py knows. To add one: docs/adding_a_family.md."""
+
+from trtdet.families import automl
+from trtdet.family import Family
+
+FAMILIES: list[Family] = [automl]

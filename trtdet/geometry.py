@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Box formats and the way back from network pixels to source pixels. Pure NumPy; every function returns a new array."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+
+def yxyx_to_xyxy(boxes: FloatArray) -> FloatArray:
+    """Swap the axes of corner boxes: (..., 4) y1 x1 y2 x2 <-> x1 y1 x2 y2. Its own inverse."""
+    return boxes[..., [1, 0, 3, 2]]
+
+
+def xyxy_to_xywh(boxes: FloatArray) -> FloatArray:
+    """Corners (..., 4) x1 y1 x2 y2 to COCO's top-left corner and size x y w h."""
+    return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], axis=-1)
+
+
+def xywh_to_xyxy(boxes: FloatArray) -> FloatArray:
+    """COCO's x y w h (..., 4) to corners x1 y1 x2 y2."""
+    return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], axis=-1)
+
+
+def box_iou(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Intersection over union of every pair of corner boxes; either axis order, the same for both.
+
+    Args:
+        a: (n, 4). b: (m, 4). Boxes with a negative side count as empty.
+
+    Returns:
+        (n, m) float32 in 0..1; 0 where both areas are 0.
+    """
+    size_a, size_b = (np.maximum(x[:, 2:] - x[:, :2], 0) for x in (a, b))
+    lower = np.maximum(a[:, None, :2], b[None, :, :2])
+    upper = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    intersection = np.prod(np.maximum(upper - lower, 0), axis=-1)
+    union = size_a.prod(-1)[:, None] + size_b.prod(-1)[None] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+
+
+@dataclass(frozen=True)
+class ResizeTransform:
+    """How one image was placed in the network input: network = source * scale + offset, per axis."""
+
+    source_wh: tuple[int, int]
+    scale_xy: tuple[float, float]
+    offset_xy: tuple[float, float] = (0.0, 0.0)
+
+    def to_source(self, boxes_xyxy: FloatArray) -> FloatArray:
+        """Undo offset and scale, then clip to the image.
+
+        Args:
+            boxes_xyxy: (n, 4) float32, pixels of the network input.
+
+        Returns:
+            (n, 4) float32, xyxy, pixels of the source image, within 0..width and 0..height.
+        """
+        scale = np.array([*self.scale_xy, *self.scale_xy], np.float32)
+        offset = np.array([*self.offset_xy, *self.offset_xy], np.float32)
+        limit = np.array([*self.source_wh, *self.source_wh], np.float32)
+        return np.clip((boxes_xyxy - offset) / scale, 0, limit).astype(np.float32)

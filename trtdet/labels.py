@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class names: COCO's, and those in a text file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+#: COCO's 80 object names under their category ids, which run from 1 to 90 with ten gaps.
+#: Source: https://cocodataset.org, instances_val2017.json
+_COCO_NAMES = {
+    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train",
+    8: "truck", 9: "boat", 10: "traffic light", 11: "fire hydrant", 13: "stop sign",
+    14: "parking meter", 15: "bench", 16: "bird", 17: "cat", 18: "dog", 19: "horse", 20: "sheep",
+    21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe", 27: "backpack",
+    28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis",
+    36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat", 40: "baseball glove",
+    41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle", 46: "wine glass",
+    47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple",
+    54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza",
+    60: "donut", 61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed",
+    67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote",
+    76: "keyboard", 77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink",
+    82: "refrigerator", 84: "book", 85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear",
+    89: "hair drier", 90: "toothbrush",
+}  # fmt: skip
+
+#: [class_id] -> name for the 90 outputs of a COCO model of AutoML, where class_id = category_id - 1.
+#: The ten outputs that no training image ever used are "unused 12", ..., after their category ids.
+COCO_LABELS: tuple[str, ...] = tuple(_COCO_NAMES.get(i, f"unused {i}") for i in range(1, 91))
+
+
+def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[str, ...]:
+    """Read class names, one per line in class-id order; `coco` stands for the built-in `COCO_LABELS`.
+
+    An empty line is a class without a name and becomes "unused N" (N = class id + 1); empty lines at the end are dropped.
+
+    Args:
+        path: a UTF-8 text file, or the word "coco".
+        num_classes: how many names the model needs; None takes any number.
+
+    Raises:
+        ValueError: no names, or not `num_classes` of them, or not UTF-8.
+    """
+    if str(path) == "coco":
+        labels = COCO_LABELS
+    else:
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")  # some editors on Windows write a BOM
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: expected class names in UTF-8, found other bytes ({error})"
+            ) from error
+        lines = [line.strip() for line in text.rstrip().splitlines()]
+        labels = tuple(line or f"unused {number}" for number, line in enumerate(lines, 1))
+    expected = "at least one label" if num_classes is None else f"{num_classes} labels"
+    if not labels or (num_classes is not None and len(labels) != num_classes):
+        raise ValueError(
+            f"{path}: expected {expected}, one per line in class-id order, found {len(labels)}; "
+            "a class that is not used has an empty line"
+        )
+    return labels
+
+
+def label_of(labels: Sequence[str], class_id: int) -> str:
+    """The name of a class, or "class 7" where none is known."""
+    return labels[class_id] if 0 <= class_id < len(labels) else f"class {class_id}"

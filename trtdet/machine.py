@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine a program runs on: how many cores it may use, and what a measured figure was measured on."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from typing import TypedDict
+
+#: Packages whose version explains a figure.
+PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "onnxruntime-gpu", "cuda-bindings", "numpy", "opencv-python-headless", "pillow")  # fmt: skip
+
+
+def available_cores() -> int:
+    """CPU cores this process may use: its affinity where the system has one, not the machine's count."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Machine(TypedDict):
+    """What a figure was measured on."""
+
+    system: str
+    cpu: str
+    cpu_cores: int
+    memory_gib: float | None
+    gpus: list[str]
+    python: str
+    packages: dict[str, str]
+
+
+def describe_machine() -> Machine:
+    """The machine this process runs on. Nothing that identifies it: no host name, no paths."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": available_cores(),
+        "memory_gib": _memory_gib(),
+        "gpus": _gpus(),
+        "python": platform.python_version(),
+        "packages": packages,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None  # not POSIX
+
+
+def _gpus() -> list[str]:
+    """One line per GPU, from the driver's own tool; none where it is missing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = "--query-gpu=name,memory.total,driver_version,clocks.max.sm"
+    try:
+        done = subprocess.run(
+            [tool, query, "--format=csv,noheader"], capture_output=True, text=True, timeout=30
+        )
+    except subprocess.TimeoutExpired:  # a driver in trouble: what is described does without it
+        return []
+    return [line.strip() for line in done.stdout.splitlines()] if done.returncode == 0 else []

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runtimes: what turns a batch of images into the four outputs.
+
+Every backend honours one contract, `Runtime`; `open_runtime` picks it by the file's suffix.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtdet.errors import EngineError
+from trtdet.spec import ModelSpec
+
+#: Output name -> array, `trtdet.spec.OUTPUT_NAMES`. Row i of every array belongs to image i.
+Outputs = dict[str, NDArray[Any]]
+
+
+class Runtime(Protocol):
+    """One loaded model. Use as a context manager: leaving it frees what it holds."""
+
+    spec: ModelSpec
+    #: Batch sizes the model takes: smallest and largest. The largest is None where nothing bounds it.
+    batch_range: tuple[int, int | None]
+    #: One line for the log and for reports: backend, version, device.
+    description: str
+
+    def infer(self, images: NDArray[Any]) -> Outputs:
+        """Run one batch.
+
+        Args:
+            images: (n, *spec.preprocessing.image_shape) of spec.preprocessing.dtype, n within `batch_range`, C-contiguous.
+
+        Returns:
+            The four outputs, n rows each, owned by the caller (never overwritten by a later call).
+
+        Raises:
+            EngineError: the backend failed, or the batch does not fit the model.
+        """
+        ...
+
+    def __enter__(self) -> "Runtime": ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class ImageBatch(Protocol):
+    """What a runtime needs of a batch: the images, and their files for its messages."""
+
+    @property
+    def images(self) -> NDArray[Any]: ...
+
+    @property
+    def paths(self) -> Sequence[Path]: ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=ImageBatch)
+
+
+def run_batches(
+    runtime: Runtime, batches: Iterable[AnyBatch]
+) -> Iterator[tuple[AnyBatch, Outputs]]:
+    """Run batches in order: each with its outputs.
+
+    A runtime that overlaps copies with compute has a method `map` of this signature (less `runtime`), and it is used;
+    the others run one batch after the other.
+
+    Raises:
+        EngineError: a batch failed; names its images.
+    """
+    pipelined = getattr(runtime, "map", None)
+    if pipelined is not None:
+        yield from pipelined(batches)
+        return
+    for batch in batches:
+        try:
+            outputs = runtime.infer(batch.images)
+        except EngineError as error:
+            names = ", ".join(str(path) for path in batch.paths)
+            raise EngineError(f"{error} (images: {names})") from error
+        yield batch, outputs
+
+
+def default_batch_size(runtime: Runtime) -> int:
+    """The batch size where nobody names one: what the runtime prefers, else 8, within what the model takes."""
+    smallest, largest = runtime.batch_range
+    preferred: int = getattr(runtime, "preferred_batch", 8)
+    return max(smallest, min(preferred, largest or preferred))
+
+
+def check_batch(images: NDArray[Any], spec: ModelSpec, batch_range: tuple[int, int | None]) -> None:
+    """Check one batch at the border of a runtime.
+
+    Raises:
+        ValueError: shape, dtype or batch size differ from what the model takes; names both.
+    """
+    expected = spec.preprocessing.image_shape
+    if images.shape[1:] != expected or images.dtype != np.dtype(spec.preprocessing.dtype):
+        raise ValueError(
+            f"input: expected images of shape {expected} and type {spec.preprocessing.dtype}, "
+            f"got {images.shape[1:]} {images.dtype}"
+        )
+    smallest, largest = batch_range
+    if len(images) < smallest or (largest is not None and len(images) > largest):
+        raise ValueError(
+            f"input: expected a batch of {smallest} to {largest or 'any'}, got {len(images)}"
+        )
+
+
+def open_runtime(path: Path, **options: Any) -> Runtime:
+    """Open an ONNX file with ONNX Runtime, anything else as a TensorRT engine.
+
+    Args:
+        options: of `trtdet.runtimes.ort.OnnxRuntime`, or of `trtdet.runtimes.multi.open_devices`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        GraphError, EngineError: the file is not what it should be; the message names the next step.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--engine: expected an engine or an ONNX file, found nothing at {path}"
+        )
+    if path.suffix.lower() == ".onnx":
+        from trtdet.runtimes.ort import OnnxRuntime
+
+        return OnnxRuntime(path, **options)
+    from trtdet.runtimes.multi import open_devices
+
+    return open_devices(path, **options)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is, in data: everything that stages 2 to 4 need to know about a detector.
+
+Stage 1 writes a `ModelSpec` into the ONNX file's `metadata_props`; stage 2 copies it to the sidecar `<engine>.json`; stages 3
+and 4 read it. Families therefore differ in data after stage 1, not in code.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from trtdet.errors import GraphError
+
+#: The `metadata_props` key under which the JSON of a `ModelSpec` stands.
+METADATA_KEY = "trtdet.model_spec"
+SCHEMA_VERSION = 1
+
+Layout = Literal["NHWC", "NCHW"]
+InputDtype = Literal["float32", "uint8"]
+ResizeMode = Literal["letterbox", "stretch"]
+
+#: The four outputs of every model after stage 1, in this order: int32 [N,1], float32 [N,K,4], float32 [N,K], int32 [N,K].
+OUTPUT_NAMES = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the host turns an image file into the network input.
+
+    The host feeds RGB 0-255; `(x - mean) / std` is inside the graph.
+    """
+
+    size_hw: tuple[int, int]  # height, width of the network input, pixels
+    layout: Layout = "NHWC"
+    dtype: InputDtype = "float32"
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # RGB, 0-255
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # RGB, 0-255
+    resize: ResizeMode = "letterbox"  # letterbox: aspect kept, image top left, rest padded
+    pad_rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)  # RGB, 0-255; AutoML pads with the mean
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of one image in the network's layout."""
+        height, width = self.size_hw
+        return (height, width, 3) if self.layout == "NHWC" else (3, height, width)
+
+
+@dataclass(frozen=True)
+class Nms:
+    """Parameters of the NMS node, under the attribute names of TensorRT's EfficientNMS_TRT plugin."""
+
+    score_threshold: float = 0.001
+    iou_threshold: float = 0.5
+    max_output_boxes: int = 100
+    background_class: int = -1  # -1: none
+    score_activation: bool = True  # True: the scores are logits, a sigmoid is applied
+    class_agnostic: bool = False
+    box_coding: Literal[0, 1] = 1  # 0: corners, 1: centre and size
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.score_threshold <= 1.0:
+            raise ValueError(f"score_threshold: expected 0 to 1, got {self.score_threshold}")
+        if not 0.0 < self.iou_threshold <= 1.0:  # the plugin refuses 0
+            raise ValueError(f"iou_threshold: expected above 0, up to 1, got {self.iou_threshold}")
+        if self.max_output_boxes < 1:
+            raise ValueError(f"max_output_boxes: expected at least 1, got {self.max_output_boxes}")
+        if self.box_coding not in (0, 1):
+            raise ValueError(
+                f"box_coding: expected 0 (corners) or 1 (centre and size), got {self.box_coding}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A detector, described so that no later stage asks which network it was."""
+
+    family: str
+    preprocessing: Preprocessing
+    nms: Nms
+    category_ids: tuple[int, ...]  # [class_id] -> the dataset's category id
+    labels: tuple[str, ...] = ()  # [class_id] -> text; empty: none known
+    box_order: Literal["yxyx", "xyxy"] = "yxyx"
+    boxes_normalized: bool = False  # False: pixels of the network input; True: 0 to 1
+    sensitive_nodes: tuple[str, ...] = ()  # node-name patterns that low precision hurts
+    source: dict[str, str] = field(default_factory=dict)  # provenance: file, hash, tool versions
+
+    def __post_init__(self) -> None:
+        if self.labels and len(self.labels) != self.num_classes:
+            raise ValueError(
+                f"labels: expected {self.num_classes} (one per class), got {len(self.labels)}"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.category_ids)
+
+    def replace(self, **changes: Any) -> "ModelSpec":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` is its inverse."""
+        return {"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "ModelSpec":
+        """The inverse of `to_dict`.
+
+        Raises:
+            GraphError: another schema version, or fields missing or of the wrong kind.
+        """
+        data = dict(data)
+        schema = data.pop("schema", None)
+        if schema != SCHEMA_VERSION:
+            raise GraphError(
+                f"model spec: expected schema {SCHEMA_VERSION}, found {schema}; convert the model again with create_onnx.py"
+            )
+        try:
+            preprocessing = Preprocessing(**_tuples(data.pop("preprocessing")))
+            nms = Nms(**data.pop("nms"))
+            return cls(preprocessing=preprocessing, nms=nms, **_tuples(data))
+        except (KeyError, TypeError, ValueError) as error:
+            raise GraphError(
+                f"model spec: not readable ({error}); convert the model again with create_onnx.py"
+            ) from error
+
+    def attach(self, model: onnx.ModelProto) -> None:
+        """Write the spec into `model.metadata_props`, in place of one that is there."""
+        kept = [p for p in model.metadata_props if p.key != METADATA_KEY]
+        text = json.dumps(self.to_dict(), separators=(",", ":"))
+        del model.metadata_props[:]
+        model.metadata_props.extend(
+            [*kept, onnx.StringStringEntryProto(key=METADATA_KEY, value=text)]
+        )
+
+    @classmethod
+    def maybe_from_onnx(cls, model: onnx.ModelProto) -> "ModelSpec | None":
+        """The spec in `metadata_props`, or None where the file carries none."""
+        for prop in model.metadata_props:
+            if prop.key == METADATA_KEY:
+                return cls.from_dict(json.loads(prop.value))
+        return None
+
+    @classmethod
+    def from_onnx(cls, model: onnx.ModelProto, path: Path | str = "model") -> "ModelSpec":
+        """The spec in `metadata_props`.
+
+        Raises:
+            GraphError: the model carries none.
+        """
+        spec = cls.maybe_from_onnx(model)
+        if spec is None:
+            raise GraphError(
+                f"{path}: expected an ONNX file written by create_onnx.py (metadata '{METADATA_KEY}'), found none; "
+                f"convert it with create_onnx.py --source_onnx {path}"
+            )
+        return spec
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples: every list in a spec is one."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
