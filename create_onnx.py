@@ -20,43 +20,40 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 
 import trtdet
-from trtdet import cli, files, graph, nms, nms_reference
+from trtdet import cli, files, graph, nms
 from trtdet.errors import GraphError
 from trtdet.families import FAMILIES
 from trtdet.family import (
-    ANCHORS,
     CLASS_LOGITS,
+    NO_HINTS,
     RAW_BOXES,
+    Hints,
     Reading,
     pick_family,
     read_converted,
 )
 from trtdet.labels import read_labels
-from trtdet.source import OnnxSource, Source, run_onnx
-from trtdet.spec import InputDtype, Layout, ModelSpec, Preprocessing
+from trtdet.map_op import OpMapping, map_ops
+from trtdet.onnx_builder import Builder
+from trtdet.rotated_nms import insert_rotated_nms
+from trtdet.source import OnnxSource, Source
+from trtdet.spec import InputDtype, Layout, ModelSpec
+from trtdet.topk import insert_topk
+from trtdet.verification import verify
 
 logger = logging.getLogger("create_onnx")
 
-#: Largest absolute difference of raw boxes and class logits that passes, in float32 on a photograph.
-HEAD_TOLERANCE = 5e-3
-#: Where the model itself answers rounding with more than a tenth of that, this many times the answer passes,
-ROUNDING_MARGIN = 10
-#: as long as the answer is at most this part of the largest logit.
-MAX_ROUNDING_SHARE = 1e-2
-#: Pixels of the network input, for boxes up to its size.
-DECODE_TOLERANCE = 0.05
-#: A public-domain photograph (NASA, Eileen Collins) that the result is verified on.
-VERIFY_IMAGE = trtdet.PHOTOGRAPH
-
+#: Pixels: where the range of an input of free size ends.
+MAX_SIDE = 8192
 #: ONNX's file format of 1.10 (2021), which TensorRT 8.6 reads.
 IR_VERSION = 8
 
-PREPROCESSORS = {  # mean, std: the choices of NVIDIA's sample, for models whose export lost theirs
+PREPROCESSORS = {  # mean, std, for models whose export lost theirs
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "scale_range": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # 0 to 1; for YOLO also RGB, centred
 }
 
 
@@ -70,41 +67,30 @@ class Options:
     family: str = "auto"
     batch: int | None = None  # None: free
     size_hw: tuple[int, int] | None = None
+    free_size: bool = False
     layout: Layout = "NHWC"
-    input_dtype: InputDtype = "float32"
+    input_dtype: InputDtype | None = None
     preprocessor: str | None = None
     score_threshold: float | None = None
     iou_threshold: float | None = None
     max_detections: int | None = None
     nms_mode: str = "model"
     nms_form: NmsForm = "plugin"
+    hints: Hints = NO_HINTS
     labels: tuple[str, ...] = ()
     opset: int | None = None  # None: 17, or the source's where that is ONNX
     raw_path: Path | None = None  # keep the unedited conversion here
+    map_ops: tuple[OpMapping, ...] = ()
     verify: bool = True
     settled: frozenset[str] = (
         frozenset()
     )  # options given on the command line: no need to warn of what they settle
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far two tensors of the same shape are apart."""
-
-    name: str
-    maximum: float
-    mean: float
-
-    @classmethod
-    def of(cls, name: str, expected: NDArray[Any], actual: NDArray[Any]) -> "Difference":
-        gap = np.abs(expected.astype(np.float64) - actual)
-        return cls(name, float(gap.max()), float(gap.mean()))
-
-
-def open_source(path: Path, *, is_onnx: bool) -> Source:
-    """A SavedModel directory or an ONNX file."""
+def open_source(path: Path, *, is_onnx: bool, mappings: Sequence[OpMapping] = ()) -> Source:
+    """A SavedModel directory or an ONNX file, in the latter custom operators replaced by plugins."""
     if is_onnx:
-        return OnnxSource(path)
+        return OnnxSource(path, lambda model: map_ops(model, mappings))
     from trtdet.saved_model import SavedModelSource
 
     return SavedModelSource(path)
@@ -119,62 +105,83 @@ def convert(source: Source, options: Options) -> tuple[onnx.ModelProto, Reading]
     if source.spec:
         reading = read_converted(source, source.spec)
     else:
-        reading = pick_family(source, FAMILIES, options.family).read(source)
+        reading = pick_family(source, FAMILIES, options.family).read(source, options.hints)
     spec = specify(reading, options)
     for note in reading.notes:
         if note.option not in options.settled:
             logger.warning(note.text)
 
-    batch = options.batch or "N"
-    height, width = spec.preprocessing.size_hw
+    height, width = (None, None) if options.free_size else spec.preprocessing.size_hw
     shape = (
         (None, height, width, 3) if reading.network_layout == "NHWC" else (None, 3, height, width)
     )
+    others = {name: value.shape for name, value in reading.feeds.items()}
     raw = source.extract(
-        {reading.network_input: shape},
-        [reading.raw_boxes, reading.class_logits],
-        opset=options.opset,
+        {reading.network_input: shape, **others}, list(reading.heads.values()), opset=options.opset
     )
     if options.raw_path:
         files.write_bytes(options.raw_path, raw.SerializeToString())
+    model = finish_network(raw, reading, spec, options.batch or "N")
+    spec.attach(model)
+    if reading.assemble:
+        build = Builder(model, "decode/")
+        made = reading.assemble(build, spec)
+        for tensor, name in ((made.boxes, RAW_BOXES), (made.scores, CLASS_LOGITS)):
+            passed_on = tensor in reading.heads
+            build.output(build.node("Identity", name, tensor) if passed_on else tensor, name)
+        build.append_to(model)
+    return select(model, reading, spec, options), reading
 
+
+def finish_network(
+    raw: onnx.ModelProto, reading: Reading, spec: ModelSpec, batch: int | str
+) -> onnx.ModelProto:
+    """The cut network, tidied, with its public input before it and its outputs called as the reading says."""
     body = gs.import_onnx(raw)
+    if reading.rewrite:
+        reading.rewrite(body)
     graph.tidy(body)
-    boxes, logits = body.outputs
-    anchors = len(reading.anchors)
-    for tensor, name, last in ((boxes, RAW_BOXES, 4), (logits, CLASS_LOGITS, spec.num_classes)):
-        graph.set_static_batch_free(body, tensor, last)
-        tensor.name, tensor.shape, tensor.dtype = name, [batch, anchors, last], np.dtype(np.float32)
+    for tensor, name in zip(body.outputs, reading.heads, strict=True):
+        if name in (RAW_BOXES, CLASS_LOGITS) and reading.anchors is not None:
+            last = 4 if name == RAW_BOXES else spec.num_classes
+            if reading.batch:
+                graph.set_static_batch_free(body, tensor, last)
+            tensor.shape = [batch, len(reading.anchors), last]
+        tensor.name, tensor.dtype = name, np.dtype(np.float32)
     graph.free_batch(body, reading.batch)
     graph.set_input(body, spec.preprocessing, batch)
     model = gs.export_onnx(body)
     model.ir_version = min(model.ir_version, IR_VERSION)
     model.producer_name, model.producer_version = "trtdet", trtdet.__version__
-    spec.attach(model)
-    return end_in_nms(model, reading, spec, options), reading
+    return model
 
 
-def end_in_nms(
+def select(
     model: onnx.ModelProto, reading: Reading, spec: ModelSpec, options: Options
 ) -> onnx.ModelProto:
-    """Put the form of NMS that was asked for behind the heads."""
-    insert = {"legacy": nms.insert_legacy, "none": nms.insert_decoded}.get(
-        options.nms_form, nms.insert_plugin
-    )
-    insert(
-        model,
-        boxes=RAW_BOXES,
-        scores=CLASS_LOGITS,
-        anchors=reading.anchors,
-        nms=spec.nms,
-        batch=options.batch or "N",
-    )
-    if (
-        options.nms_form == "onnx"
-    ):  # no more candidates than TensorRT takes, whose INMSLayer this form is for
-        return nms.lower(model, "onnx", candidates=nms.TENSORRT_TOPK)
-    if options.nms_form == "graph":
-        return nms.lower(model, "graph")
+    """Put what selects the detections behind the heads: the form of NMS that was asked for, or what the family has instead."""
+    heads: dict[str, Any] = {
+        "boxes": RAW_BOXES,
+        "scores": CLASS_LOGITS,
+        "nms": spec.nms,
+        "batch": options.batch or "N",
+    }
+    form = options.nms_form
+    if form == "none":
+        turned = spec.selection == "rotated_nms"
+        nms.insert_decoded(model, anchors=reading.anchors, turned=turned, **heads)
+    elif spec.selection == "topk":
+        insert_topk(model, **heads)
+    elif spec.selection == "rotated_nms":
+        insert_rotated_nms(model, mode=spec.rotated_mode, **heads)
+    elif form == "legacy":
+        nms.insert_legacy(model, anchors=reading.anchors, **heads)
+    else:
+        nms.insert_plugin(model, anchors=reading.anchors, **heads)
+        if form == "onnx":  # for TensorRT's INMSLayer: no more candidates than its TopK takes
+            return nms.lower(model, "onnx", candidates=nms.TENSORRT_TOPK)
+        if form == "graph":
+            return nms.lower(model, "graph")
     return model
 
 
@@ -185,6 +192,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
         GraphError: an option contradicts the model.
     """
     found = reading.spec
+    refuse_without_effect(reading, options)
     size_hw = found.preprocessing.size_hw
     if options.size_hw and options.size_hw != size_hw:
         raise GraphError(
@@ -192,11 +200,33 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
             "option out, or export the model again at the other size"
         )
     preprocessing = dataclasses.replace(
-        found.preprocessing, layout=options.layout, dtype=options.input_dtype
+        found.preprocessing,
+        layout=options.layout,
+        dtype=options.input_dtype or found.preprocessing.dtype,
     )
+    if options.free_size:
+        multiple = reading.size_multiple
+        if found.selection != "nms":
+            raise GraphError(
+                f"--input_shape asks for a free size, which goes with EfficientNMS alone; this model ends in {found.selection}: name a size"
+            )
+        if multiple is None:
+            raise GraphError(
+                f"--input_shape asks for a free size, the model takes {_hw(size_hw)} (height x width) alone; name that size, or export "
+                "the model with dynamic height and width"
+            )
+        largest = MAX_SIDE // multiple * multiple
+        preprocessing = dataclasses.replace(
+            preprocessing,
+            size_range=((multiple, multiple), (largest, largest)),
+            size_multiple=multiple,
+        )
     if options.preprocessor:
         mean, std = PREPROCESSORS[options.preprocessor]
-        preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std, pad_rgb=mean)
+        pad_rgb = preprocessing.pad_rgb
+        if pad_rgb == preprocessing.mean:  # zeros behind the normalisation
+            pad_rgb = mean
+        preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std, pad_rgb=pad_rgb)
     settings: dict[str, Any] = {
         "score_threshold": options.score_threshold,
         "iou_threshold": options.iou_threshold,
@@ -216,151 +246,34 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
         preprocessing=preprocessing,
         nms=dataclasses.replace(found.nms, **given),
         labels=options.labels or found.labels,
+        rotated_mode=options.hints.rotated_nms or found.rotated_mode,
     )
 
 
-def verify(source: Source, reading: Reading, model: onnx.ModelProto) -> list[Difference]:
-    """Compare the result with the source on a photograph: TensorFlow (or the source ONNX) against ONNX Runtime.
-
-    Compared are raw boxes and class logits, and the decoding of boxes with the anchors in the file against the source's own. The
-    source is fed the image, so its own normalisation is part of the comparison, unless --preprocessor replaced it. Images of
-    a batch differ, so that rows cannot leak into one another.
+def refuse_without_effect(reading: Reading, options: Options) -> None:
+    """Options that the model has no use for are errors, so that nobody believes they did something.
 
     Raises:
-        GraphError: the model is malformed, or something differs by more than its limit.
+        GraphError: names the option, and what the model has instead.
     """
-    spec = ModelSpec.from_onnx(model)
-    check(model)
-    image = verification_image(spec.preprocessing)
-    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 2  # 0: free
-    images = np.stack([image if row % 2 == 0 else image[:, ::-1] for row in range(batch)])
-    by_image = [_source_heads(source, reading, spec.preprocessing, x)[0] for x in images[:2]]
-    expected = [np.stack(values) for values in zip(*by_image, strict=True)]
-    fed = _in_layout(images.astype(spec.preprocessing.dtype), spec.preprocessing.layout)
-    names = (RAW_BOXES, CLASS_LOGITS)
-    actual = run_onnx(model, names, {graph.INPUT: fed})
-    differences = []
-    limit = HEAD_TOLERANCE
-    for name, want, got in zip(names, expected, actual, strict=True):
-        if got.shape[1:] != want.shape[1:]:
-            raise GraphError(
-                f"'{name}': expected shape {want.shape[1:]} as in the source, the ONNX gives {got.shape[1:]}"
-            )
-        differences.append(Difference.of(name, want, got[: len(want)]))
-    if not max(d.maximum for d in differences) <= limit:  # also where it is NaN
-        limit = relaxed_limit(source, reading, spec.preprocessing, image)
-    if reading.decoded_boxes:
-        differences.append(compare_decoding(source, reading, model, image))
-    for difference, allowed in zip(differences, (limit, limit, DECODE_TOLERANCE), strict=False):
-        if not difference.maximum <= allowed:
-            raise GraphError(
-                f"verification failed: {difference.name} of the ONNX differ from {source.path} by up to {difference.maximum:.3g} "
-                f"(mean {difference.mean:.3g}), expected at most {allowed:.3g}; no model was written. Please report it, or look "
-                "at the model with --no_verify"
-            )
-    return differences
-
-
-def compare_decoding(
-    source: Source, reading: Reading, model: onnx.ModelProto, image: NDArray[np.uint8]
-) -> Difference:
-    """Boxes decoded from the source's own regression, with the anchors in the file, against what enters the source's NMS.
-
-    In pixels of the network input; boxes larger than it count in proportion (float32 has 7 digits).
-    """
-    spec = ModelSpec.from_onnx(model)
-    batch = _in_layout(np.repeat(image[None], reading.batch or 1, axis=0), reading.image_layout)
-    fetches = [reading.raw_boxes, reading.decoded_boxes or ""]
-    raw, decoded = source.run(fetches, {reading.image_input: batch})
-    written = next((i for i in model.graph.initializer if i.name == ANCHORS), None)
-    anchors = reading.anchors if written is None else onnx.numpy_helper.to_array(written)
-    ours = nms_reference.decode_boxes(raw[:1], spec.nms.box_coding, anchors.reshape(1, -1, 4))[0]
-    theirs = decoded.reshape(-1, 4)[: len(ours)]
-    scale = np.maximum(1, np.abs(theirs) / max(spec.preprocessing.size_hw))
-    return Difference.of("decoded boxes (pixels)", theirs / scale, ours / scale)
-
-
-def relaxed_limit(
-    source: Source, reading: Reading, preprocessing: Preprocessing, image: NDArray[np.uint8]
-) -> float:
-    """The limit for heads of a model that is itself less stable than HEAD_TOLERANCE; that limit for any other.
-
-    Raises:
-        GraphError: so unstable that nothing could be told.
-    """
-    floor, largest = rounding_floor(source, reading, preprocessing, image)
-    if floor <= HEAD_TOLERANCE / ROUNDING_MARGIN:
-        return HEAD_TOLERANCE
-    if floor > MAX_ROUNDING_SHARE * largest:
+    hints, found = options.hints, reading.spec
+    if hints.rotated_nms and found.selection != "rotated_nms":
         raise GraphError(
-            f"verification failed: the model is numerically unstable; a change of its input in float32's last digit moves logits by "
-            f"{floor:.3g} of {largest:.3g}. Are these trained weights? --no_verify writes the file all the same"
+            f"--rotated_nms: this {found.family} model has no turned boxes; leave it out"
         )
-    limit = ROUNDING_MARGIN * floor
-    logger.warning(
-        "a change of the input in float32's last digit moves this model's logits by %.3g, so no two frameworks agree on it to %g; "
-        "the limit is raised to %.3g",
-        floor, HEAD_TOLERANCE, limit,
-    )  # fmt: skip
-    return limit
-
-
-def rounding_floor(
-    source: Source, reading: Reading, preprocessing: Preprocessing, image: NDArray[np.uint8]
-) -> tuple[float, float]:
-    """How far the source's own logits move when the normalised pixels change by float32's resolution, about 1e-6; and the largest.
-
-    A trained network damps rounding (EfficientDet-D0: 1e-5 in the logits); one with unsuitable weights amplifies it.
-    """
-    ((_, logits), pixels) = _source_heads(source, reading, preprocessing, image)
-    noise = np.random.default_rng(0).normal(scale=1e-6, size=pixels.shape).astype(np.float32)
-    (moved,) = source.run([reading.class_logits], {reading.network_input: pixels + noise})
-    return float(np.abs(moved[0] - logits).max()), float(np.abs(logits).max())
-
-
-def check(model: onnx.ModelProto) -> None:
-    """onnx.checker with strict shape inference, the plugin (which it cannot know) replaced by operators that compute the same.
-
-    Raises:
-        GraphError: what the checker says.
-    """
-    lowered = nms.lower(model, form="onnx") if nms.has_plugin(model) else model
-    try:
-        onnx.checker.check_model(lowered, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise GraphError(f"the converted model is not valid ONNX: {error}") from error
-
-
-def verification_image(preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """The photograph at the size of the network input, uint8 [h,w,3] RGB."""
-    from PIL import Image
-
-    height, width = preprocessing.size_hw
-    with Image.open(VERIFY_IMAGE) as photograph:
-        return np.asarray(
-            photograph.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    if hints.deformable_attention and (found.family != "deformable_detr" or not reading.rewrite):
+        raise GraphError(
+            f"--deformable_attention: this {found.family} model has none that could be rewritten; leave it out, or convert from the source"
         )
-
-
-def _source_heads(
-    source: Source, reading: Reading, preprocessing: Preprocessing, image: NDArray[np.uint8]
-) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
-    """([raw boxes, class logits] of one image by the source, the normalised pixels behind them as a batch of the source's size)."""
-    batch = np.repeat(image[None], reading.batch or 1, axis=0)
-    measured = reading.spec.preprocessing
-    if (preprocessing.mean, preprocessing.std) == (measured.mean, measured.std):
-        fed = _in_layout(batch, reading.image_layout)
-        (pixels,) = source.run([reading.network_input], {reading.image_input: fed})
-    else:  # --preprocessor: the source's own normalisation is not wanted
-        mean, std = (np.array(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
-        pixels = _in_layout((batch - mean) / std, reading.network_layout)
-    heads = source.run([reading.raw_boxes, reading.class_logits], {reading.network_input: pixels})
-    return [value[0] for value in heads], pixels
-
-
-def _in_layout(images: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """NHWC images in another layout."""
-    return np.ascontiguousarray(images if layout == "NHWC" else images.transpose(0, 3, 1, 2))
+    if hints.resize and hints.resize != found.preprocessing.resize:
+        raise GraphError(
+            f"--resize_mode {hints.resize}: this {found.family} model was trained with {found.preprocessing.resize}, and its boxes go "
+            "with that; leave it out"
+        )
+    if found.selection == "topk" and "iou_threshold" in options.settled:
+        raise GraphError(
+            f"--iou_threshold: this {found.family} model needs no suppression and gets none; leave it out"
+        )
 
 
 def _hw(size_hw: tuple[int, int]) -> str:
@@ -370,7 +283,7 @@ def _hw(size_hw: tuple[int, int]) -> str:
 def run(source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool) -> None:
     """Convert, verify, write; on stdout the differences and the path of the file."""
     files.check_outputs([onnx_path, options.raw_path], [source_path] if is_onnx else [])
-    with open_source(source_path, is_onnx=is_onnx) as source:
+    with open_source(source_path, is_onnx=is_onnx, mappings=options.map_ops) as source:
         logger.info("read %s", source_path)
         model, reading = convert(source, options)
         if options.verify:
@@ -384,11 +297,12 @@ def run(source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool) 
     spec.replace(source=provenance(source_path)).attach(model)
     files.write_bytes(onnx_path, model.SerializeToString())
     logger.info(
-        "%s %s, batch %s, %d classes, %d anchors, mean %s, std %s",
-        spec.family, _hw(spec.preprocessing.size_hw), options.batch or "free", spec.num_classes, len(reading.anchors),
+        "%s %s, batch %s, %d classes, mean %s, std %s",
+        spec.family, _hw(spec.preprocessing.size_hw), options.batch or "free", spec.num_classes,
         spec.preprocessing.mean, spec.preprocessing.std,
     )  # fmt: skip
-    logger.info("NMS (%s): %s", options.nms_form, spec.nms)
+    form = options.nms_form if spec.selection == "nms" else spec.selection
+    logger.info("NMS (%s): %s", form, spec.nms)
     sys.stdout.write(f"{onnx_path}\n")
 
 
@@ -405,8 +319,8 @@ def provenance(source_path: Path) -> dict[str, str]:
     }
 
 
-def parse_input_shape(text: str) -> tuple[int | None, tuple[int, int], Layout]:
-    """argparse type: '1,512,512,3', 'N,3,512,512', '-1,512,512,3' -> batch (None: free), (height, width), layout."""
+def parse_input_shape(text: str) -> tuple[int | None, tuple[int, int] | None, Layout]:
+    """argparse type: '1,512,512,3', 'N,3,512,512', '-1,-1,-1,3' -> batch, (height, width), layout; None: free."""
     fields = [field.strip() for field in text.split(",")]
     free = fields[0] in ("N", "n", "-1", "")
     try:
@@ -415,22 +329,22 @@ def parse_input_shape(text: str) -> tuple[int | None, tuple[int, int], Layout]:
     except ValueError:
         a = b = c = 0
         batch = None
-    if (c == 3) == (a == 3) or min(a, b, c) < 1 or (batch is not None and batch < 1):
+    size_hw = (a, b) if c == 3 else (b, c)
+    wrong_size = min(size_hw) < 1 and size_hw != (-1, -1)
+    if (c == 3) == (a == 3) or wrong_size or (batch is not None and batch < 1):
         raise argparse.ArgumentTypeError(
-            f"expected N,HEIGHT,WIDTH,3 or N,3,HEIGHT,WIDTH, N a number or -1 for a free batch, got {text!r}"
+            "expected N,HEIGHT,WIDTH,3 or N,3,HEIGHT,WIDTH, N a number or -1 for a free batch, HEIGHT and WIDTH numbers or both -1, "
+            f"got {text!r}"
         )
-    return (batch, (a, b), "NHWC") if c == 3 else (batch, (b, c), "NCHW")
+    return batch, None if size_hw == (-1, -1) else size_hw, "NHWC" if c == 3 else "NCHW"
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """argparse type: 'H,W'."""
+def parse_mapping(text: str) -> OpMapping:
+    """argparse type: 'CustomOp=PluginName[:version]'."""
     try:
-        height, width = (int(field) for field in text.split(","))
-    except ValueError:
-        height = width = 0
-    if min(height, width) < 1:
-        raise argparse.ArgumentTypeError(f"expected HEIGHT,WIDTH, got {text!r}")
-    return height, width
+        return OpMapping.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -444,11 +358,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--onnx", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--family", default="auto", choices=["auto", *(f.NAME for f in FAMILIES)], help="kind of detector (default: recognise it)")
     shape = parser.add_argument_group("input")
-    shape.add_argument("--input_shape", type=parse_input_shape, metavar="N,H,W,3|N,3,H,W", help="batch, size and layout; N or -1: free batch (default: free batch, the model's size, NHWC)")
-    shape.add_argument("-i", "--input_size", type=parse_size, metavar="H,W", help="the size alone; it can only confirm the model's")
+    shape.add_argument("--input_shape", type=parse_input_shape, metavar="N,H,W,3|N,3,H,W", help="batch, size and layout; N or -1: free batch; -1,-1 for H,W: free size, where the model has that (default: free batch, the model's size, NHWC)")
+    shape.add_argument("-i", "--input_size", type=cli.parse_size, metavar="H,W", help="the size alone, for a model that takes any; it can only confirm that of another")
     shape.add_argument("-f", "--input_format", choices=["NHWC", "NCHW"], help="the layout alone (default: NHWC)")
-    shape.add_argument("--input_dtype", default="float32", choices=["float32", "uint8"], help="uint8 moves a quarter of the bytes (default: float32)")
-    shape.add_argument("-p", "--preprocessor", choices=sorted(PREPROCESSORS), help="normalise like this, whatever the model says (default: as the model)")
+    shape.add_argument("--input_dtype", choices=["float32", "uint8"], help="uint8 moves a quarter of the bytes (default: as the model's own code resizes: uint8 for YOLO, else float32)")
+    shape.add_argument("-p", "--preprocessor", choices=sorted(PREPROCESSORS), help="normalise like this, whatever the model says; unit: RGB 0 to 1 (default: as the model)")
+    shape.add_argument("--resize_mode", choices=["letterbox", "stretch"], help="keep the aspect of images or not (default: as the model was trained)")
     detections = parser.add_argument_group("detections")
     detections.add_argument("-t", "--score_threshold", "--nms_threshold", type=cli.unit_interval, metavar="X", help="lowest score to keep (default: the model's)")
     detections.add_argument("--iou_threshold", type=cli.positive_unit_interval, metavar="X", help="overlap from which NMS suppresses (default: the model's)")
@@ -457,16 +372,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     detections.add_argument("--nms", default="plugin", choices=["plugin", "onnx", "graph", "none"], help="EfficientNMS_TRT, ONNX NonMaxSuppression, ordinary operators, or no NMS (default: plugin; later stages replace it where it is missing)")
     detections.add_argument("--legacy_plugins", action="store_true", help="BatchedNMS_TRT instead, for TensorRT before 8")
     detections.add_argument("--labels", type=Path, metavar="FILE", help="class names to store in the model, one a line")
+    detections.add_argument("--rotated_nms", choices=["exact", "odtk", "probiou"], help="overlap of turned boxes: of their true outlines, as ODTK's own kernel computes it, or as Ultralytics does (default: probiou for YOLO, else exact)")
     other = parser.add_argument_group("other")
-    other.add_argument("--opset", type=int, choices=range(11, 19), metavar="11..18", help="ONNX opset (default: 17, or 11 with --legacy_plugins)")
+    other.add_argument("--opset", type=int, choices=range(11, 19), metavar="11..18", help="ONNX opset (default: 17, or 11 with --legacy_plugins; an ONNX source keeps its own if that is at least 13)")
     other.add_argument("--tf2onnx", type=Path, metavar="FILE", help="keep the raw conversion of the network here")
+    other.add_argument("--deformable_attention", choices=["keep", "plugin", "gather"], help="GridSample as it is, as MultiscaleDeformableAttnPlugin_TRT, or in ordinary operators (default: gather)")
+    other.add_argument("--map_op", type=parse_mapping, action="append", default=[], metavar="OP=PLUGIN[:VERSION]", help="replace a custom operator of an ONNX source by a TensorRT plugin; may be repeated. ONNX Runtime does not know plugins: takes --no_verify")
     other.add_argument("--no_verify", action="store_true", help="write without comparing with the source")
     other.add_argument("-v", "--verbose", action="store_true")
     # fmt: on
     args = parser.parse_args(_bind_input_shape(sys.argv[1:] if argv is None else argv))
-    if args.input_shape and (args.input_size or args.input_format):
+    names_size = args.input_shape and args.input_shape[1]
+    if args.input_shape and (args.input_format or (names_size and args.input_size)):
         parser.error(
             "--input_shape says size and layout; leave out --input_size and --input_format"
+        )
+    if args.map_op and not args.source_onnx:
+        parser.error("--map_op edits an ONNX file; give --source_onnx")
+    if args.map_op and not args.no_verify:
+        parser.error(
+            "--map_op puts in plugins that ONNX Runtime cannot run, so nothing can be compared; add --no_verify"
         )
     if args.legacy_plugins and args.nms != "plugin":
         parser.error(f"--legacy_plugins is a form of NMS of its own; leave out --nms {args.nms}")
@@ -493,11 +418,14 @@ def options_from(args: argparse.Namespace) -> Options:
     layout: Layout = args.input_format or "NHWC"
     size_hw: tuple[int, int] | None = args.input_size
     if args.input_shape:
-        batch, size_hw, layout = args.input_shape
+        batch, named, layout = args.input_shape
+        size_hw = named or size_hw
+    labels = tuple(read_labels(args.labels)) if args.labels else ()
     return Options(
         family=args.family,
         batch=batch,
         size_hw=size_hw,
+        free_size=bool(args.input_shape and not args.input_shape[1]),
         layout=layout,
         input_dtype=args.input_dtype,
         preprocessor=args.preprocessor,
@@ -506,9 +434,18 @@ def options_from(args: argparse.Namespace) -> Options:
         max_detections=args.max_detections,
         nms_mode=args.nms_mode,
         nms_form="legacy" if args.legacy_plugins else args.nms,
-        labels=tuple(read_labels(args.labels)) if args.labels else (),
+        labels=labels,
+        hints=Hints(
+            size_hw=size_hw,
+            preprocessor=args.preprocessor,
+            resize=args.resize_mode,
+            labels=labels,
+            rotated_nms=args.rotated_nms,
+            deformable_attention=args.deformable_attention,
+        ),
         opset=args.opset or (11 if args.legacy_plugins else None),
         raw_path=args.tf2onnx,
+        map_ops=tuple(args.map_op),
         verify=not args.no_verify,
         settled=frozenset(
             name

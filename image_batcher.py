@@ -11,6 +11,7 @@ Exit status: 0 every image is shown; 1 an error; 2 wrong usage; 3 done, but some
 import argparse
 import io
 import logging
+import math
 import os
 import struct
 import threading
@@ -28,15 +29,23 @@ from typing import Any, ClassVar, Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from trtdet.cli import SOME_SKIPPED, positive_int, run_main, setup_logging
+from trtdet.cli import (
+    DEFAULT_MAX_SIZE,
+    SOME_SKIPPED,
+    add_size_options,
+    check_size_usage,
+    positive_int,
+    run_main,
+    setup_logging,
+)
 from trtdet.closing import Closing
 from trtdet.geometry import ResizeTransform
 from trtdet.machine import available_cores
 from trtdet.outputs import check_not_inputs, output_names, with_suffix_added, write_png
 from trtdet.sidecar import read_sidecar, sidecar_path
-from trtdet.spec import ModelSpec, Preprocessing
+from trtdet.spec import ModelSpec, Preprocessing, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +56,23 @@ Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB: AutoML's default, (0.485, 0.456, 0.406) * 255
-_MANY_ROWS = (
-    4  # times the rows of the result: from there on bands are faster than a copy of the source
-)
-_BAND_ELEMENTS = 1 << 16  # two float32 bands of 256 KiB stay in the second-level cache
+#: Times the rows of the result: from there on bands are faster than a copy of the source.
+_MANY_ROWS = 4
+#: Two float32 bands of 256 KiB stay in the second-level cache.
+_BAND_ELEMENTS = 1 << 16
 _thread = threading.local()
 
 
 # ---- files -> pixels
 
 
-def find_images(path: Path, *, recursive: bool = False) -> list[Path]:
+def find_images(path: Path, *, recursive: bool = False, option: str = "--input") -> list[Path]:
     """The image files of a directory, sorted; or the one file that `path` is.
 
     Hidden files and folders (a leading dot) are left out: macOS leaves `._photo.jpg` files that are not images.
+
+    Args:
+        option: the one that named `path`, for messages.
 
     Raises:
         FileNotFoundError: nothing at `path`.
@@ -70,11 +82,11 @@ def find_images(path: Path, *, recursive: bool = False) -> list[Path]:
     kinds = " ".join(suffix[1:] for suffix in SUFFIXES)
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"--input: expected an image ({kinds}), found {path}")
+            raise ValueError(f"{option}: expected an image ({kinds}), found {path}")
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(
-            f"--input: expected an image or a directory of images, found nothing at {path}"
+            f"{option}: expected an image or a directory of images, found nothing at {path}"
         )
     found = []
     for folder, subfolders, names in os.walk(path):
@@ -85,8 +97,12 @@ def find_images(path: Path, *, recursive: bool = False) -> list[Path]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
         ]
     if not found:
-        advice = "" if recursive else "; sub-folders are searched with --recursive"
-        raise ValueError(f"--input: expected images ({kinds}) in {path}, found none{advice}")
+        advice = (
+            ""
+            if recursive or option != "--input"
+            else "; sub-folders are searched with --recursive"
+        )
+        raise ValueError(f"{option}: expected images ({kinds}) in {path}, found none{advice}")
     return sorted(found)
 
 
@@ -94,6 +110,7 @@ def load_image(path: Path) -> ImageArray:
     """Decode an image file the way it is meant to be seen.
 
     The EXIF orientation is applied; 16 bits are scaled to 8; grey, palette and CMYK become RGB; alpha is dropped.
+    A JPEG that is damaged in the middle comes out with wrong pixels: libjpeg goes on, and writes its warning to stderr by itself.
     JPEGs go through OpenCV, with the same pixels as Pillow's (both are libjpeg-turbo with its default, exact settings) in 0.8 of the
     time, and less where several threads decode, as Pillow's way into NumPy holds the GIL. CMYK and all other kinds go through Pillow.
 
@@ -130,9 +147,8 @@ def _plain_jpeg(data: bytes) -> bool:
     if not data.startswith(b"\xff\xd8"):
         return False
     at = 2
-    while (
-        at + 10 <= len(data) and data[at] == 0xFF
-    ):  # one segment after the other, to the frame header
+    # One segment after the other, to the frame header.
+    while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
             bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
@@ -158,27 +174,115 @@ def _to_rgb(image: Image.Image) -> ImageArray:
     return np.asarray(upright.convert("RGB"))
 
 
+def image_size(path: Path) -> tuple[int, int] | None:
+    """Height and width of the upright image, from the file's header; None where it has none that can be read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception:  # Pillow's readers raise errors of many kinds; decoding will say which
+        return None
+    return (width, height) if turned else (height, width)
+
+
 # ---- pixels -> network input
+
+
+@dataclass(frozen=True)
+class ShorterSide:
+    """Scale every image by itself, for a network that takes any size: ODTK's --resize and --max-size.
+
+    The shorter side gets `shorter` pixels, unless the longer would get more than `longer`.
+    """
+
+    shorter: int
+    longer: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shorter <= self.longer:
+            raise ValueError(
+                f"shorter and longer side: expected at least 1, the shorter no more than the longer, got {self.shorter} and {self.longer}"
+            )
+
+    def scale(self, source_hw: tuple[int, ...]) -> float:
+        """Pixels of the network input per source pixel."""
+        return min(self.shorter / min(source_hw[:2]), self.longer / max(source_hw[:2]))
+
+    def canvas(
+        self, sources_hw: Sequence[tuple[int, int]], preprocessing: Preprocessing
+    ) -> tuple[int, int]:
+        """The smallest network input, height and width, that holds all the images of a batch."""
+        smallest = (preprocessing.size_range or (preprocessing.size_hw,))[0]
+        sides = []
+        for axis in (0, 1):
+            needed = [int(hw[axis] * self.scale(hw)) for hw in sources_hw]
+            multiple = preprocessing.size_multiple
+            sides.append(max(smallest[axis], *(-(-n // multiple) * multiple for n in needed)))
+        return sides[0], sides[1]
+
+    def largest_canvas(self, preprocessing: Preprocessing) -> tuple[int, int]:
+        """The network input that a batch of the longest images, upright and lying, takes."""
+        extremes = [(self.shorter, self.longer), (self.longer, self.shorter)]
+        return self.canvas(extremes, preprocessing)
+
+
+def choose_input(
+    preprocessing: Preprocessing,
+    *,
+    size: tuple[int, int] | None = None,
+    resize: int | None = None,
+    max_size: int | None = None,
+) -> tuple[Preprocessing, ShorterSide | None]:
+    """What --size, or --resize and --max_size, make of the input of a model: for `ImageBatcher`.
+
+    Raises:
+        ValueError: the model does not take it.
+    """
+    if size is None and resize is None:
+        return preprocessing, None
+    asked = f"--size {size[0]},{size[1]}" if size else f"--resize {resize}"
+    if preprocessing.size_range is None and size != preprocessing.size_hw:
+        height, width = preprocessing.size_hw
+        raise ValueError(
+            f"{asked}: the model takes {height}x{width} (height x width) alone; leave it out, or give a model of free size "
+            "(create_onnx.py --input_shape N,-1,-1,3, build_engine.py --input_size MIN,OPT,MAX)"
+        )
+    if resize and preprocessing.resize != "letterbox":
+        raise ValueError(
+            f"{asked}: the model was trained on images stretched to its input; use --size H,W"
+        )
+    shorter_side = ShorterSide(resize, max_size or DEFAULT_MAX_SIZE) if resize else None
+    try:
+        if size:
+            return preprocessing.at(size), None
+        if shorter_side:
+            asked += f" --max_size {shorter_side.longer}"
+            preprocessing.at(shorter_side.largest_canvas(preprocessing))
+    except ValueError as error:
+        raise ValueError(f"{asked}: {error}") from error
+    return preprocessing, shorter_side
 
 
 def preprocess(
     image: ImageArray,
     preprocessing: Preprocessing,
     *,
-    resample: Resample = "bilinear",
+    resample: Resample | None = None,
+    scale: float | None = None,
     out: NDArray[Any] | None = None,
 ) -> tuple[NDArray[Any], ResizeTransform]:
     """Place one image in the network input.
 
-    letterbox: scale = min(H / h, W / w), sizes truncated, image in the top left corner, the rest filled with `pad_rgb`. This is
-    what AutoML's own graph does, in the same float32 arithmetic, but for the order: AutoML normalises first. A linear resize commutes
-    with that, and padding with the mean equals its padding with zeros afterwards.
+    letterbox: scale = min(H / h, W / w), sizes truncated or rounded, image in the top left corner or in the centre, the rest filled with
+    `pad_rgb`. Top left and truncated is what AutoML's own graph does, in the same float32 arithmetic, but for the order: AutoML normalises
+    first. A linear resize commutes with that, and padding with the mean equals its padding with zeros afterwards.
     stretch: both axes are resized to the full input, each with its own scale.
 
     Args:
         image: (h, w, 3) uint8 RGB.
         resample: bilinear, as TensorFlow does it (four neighbours, half-pixel centres, also when shrinking); or antialias, Pillow's
-            bilinear, which averages over the area when shrinking.
+            bilinear, which averages over the area when shrinking. None: what the model was trained with.
+        scale: of the image, instead of as large as fits.
         out: where to write, of `preprocessing.image_shape` and `dtype`, C-contiguous; None allocates.
 
     Returns:
@@ -195,21 +299,26 @@ def preprocess(
         raise ValueError(
             f"out: expected {preprocessing.image_shape} {dtype}, C-contiguous, got {out.shape} {out.dtype}"
         )
-    (height, width), transform = _placement(image.shape[:2], preprocessing)
+    if resample is None:
+        resample = "antialias" if preprocessing.antialias else "bilinear"
+    (height, width), transform = _placement(image.shape[:2], preprocessing, scale)
+    left, top = (int(offset) for offset in transform.offset_xy)
+    right, bottom = left + width, top + height
     pad_row = _pad_row(preprocessing)
     # Filling whole rows or planes is thirty times as fast as broadcasting three values over pixels.
     if preprocessing.layout == "NHWC":
         rows = out.reshape(out.shape[0], -1)
-        rows[height:] = pad_row
-        rows[:height, 3 * width :] = pad_row[3 * width :]
-        _resize(image, out[:height, :width], resample)
+        rows[:top] = rows[bottom:] = pad_row
+        rows[top:bottom, : 3 * left] = pad_row[: 3 * left]
+        rows[top:bottom, 3 * right :] = pad_row[3 * right :]
+        _resize(image, out[top:bottom, left:right], resample, preprocessing.sampling)
     else:
         for plane, value in zip(out, pad_row[:3], strict=True):
-            plane[height:] = value
-            plane[:height, width:] = value
+            plane[:top] = plane[bottom:] = value
+            plane[top:bottom, :left] = plane[top:bottom, right:] = value
         resized = np.empty((height, width, 3), dtype)
-        _resize(image, resized, resample)
-        cv2.split(resized, [plane[:height, :width] for plane in out])
+        _resize(image, resized, resample, preprocessing.sampling)
+        cv2.split(resized, [plane[top:bottom, left:right] for plane in out])
     return out, transform
 
 
@@ -223,7 +332,7 @@ def _pad_row(preprocessing: Preprocessing) -> NDArray[Any]:
 
 
 def _placement(
-    source_hw: tuple[int, ...], preprocessing: Preprocessing
+    source_hw: tuple[int, ...], preprocessing: Preprocessing, ratio: float | None = None
 ) -> tuple[tuple[int, int], ResizeTransform]:
     """Height and width of the image inside the network input, and the transform."""
     source_h, source_w = source_hw
@@ -234,16 +343,29 @@ def _placement(
     if preprocessing.resize == "stretch":
         transform = ResizeTransform((source_w, source_h), (float(scale_x), float(scale_y)))
         return (input_h, input_w), transform
-    scale = min(scale_y, scale_x)
-    transform = ResizeTransform((source_w, source_h), (float(scale), float(scale)))
     # At least one pixel: 4000 x 2 in 512 x 512 would be 512 x 0.
-    return (
-        max(1, int(np.float32(source_h) * scale)),
-        max(1, int(np.float32(source_w) * scale)),
-    ), transform
+    if preprocessing.rounding == "floor":
+        scale = min(scale_y, scale_x) if ratio is None else np.float32(ratio)
+        height = max(1, int(np.float32(source_h) * scale))
+        width = max(1, int(np.float32(source_w) * scale))
+        scale_xy = (float(scale), float(scale))
+    elif preprocessing.rounding == "floor64":
+        ratio = ratio or min(input_h / source_h, input_w / source_w)
+        height, width = max(1, int(source_h * ratio)), max(1, int(source_w * ratio))
+        scale_xy = (ratio, ratio)
+    else:  # in float64, and each axis then has the scale that rounding left it
+        ratio = ratio or min(input_h / source_h, input_w / source_w)
+        height, width = max(1, round(source_h * ratio)), max(1, round(source_w * ratio))
+        scale_xy = (width / source_w, height / source_h)
+    offset = (0, 0)
+    if preprocessing.placement == "center":  # an odd pixel goes to the right and the bottom
+        offset = ((input_w - width) // 2, (input_h - height) // 2)
+    return (height, width), ResizeTransform((source_w, source_h), scale_xy, offset)
 
 
-def _resize(image: ImageArray, target: NDArray[Any], resample: Resample) -> None:
+def _resize(
+    image: ImageArray, target: NDArray[Any], resample: Resample, sampling: Sampling
+) -> None:
     """Resize `image` into `target`, (h, w, 3), whose rows need not follow each other directly."""
     height, width = target.shape[:2]
     if image.shape == target.shape:
@@ -253,10 +375,26 @@ def _resize(image: ImageArray, target: NDArray[Any], resample: Resample) -> None
         target[:] = np.asarray(resized)
     elif resample != "bilinear":
         raise ValueError(f"resample: expected bilinear or antialias, got {resample!r}")
+    elif sampling == "corner":
+        _resize_corner(image, target)
     elif target.dtype == np.uint8:
         cv2.resize(image, (width, height), dst=target, interpolation=cv2.INTER_LINEAR)
     else:
         _resize_float(image, target)
+
+
+def _resize_corner(image: ImageArray, target: NDArray[Any]) -> None:
+    """Bilinear as in TensorFlow 1 (half_pixel_centers=False): pixel i of the result lies at i * source / target, not half a pixel on."""
+    pixels: NDArray[Any] = image
+    for axis in (0, 1):
+        source, count = image.shape[axis], target.shape[axis]
+        position = np.arange(count, dtype=np.float32) * (np.float32(source) / np.float32(count))
+        lower = position.astype(np.intp)
+        upper = np.minimum(lower + 1, source - 1)
+        weight = np.expand_dims(position - lower, (1, 2) if axis == 0 else (0, 2))
+        first = pixels.take(lower, axis).astype(np.float32)
+        pixels = first + (pixels.take(upper, axis) - first) * weight
+    target[:] = np.rint(pixels) if target.dtype == np.uint8 else pixels
 
 
 def _resize_float(image: ImageArray, target: NDArray[np.float32]) -> None:
@@ -406,8 +544,9 @@ class _Task:
     """One image on its way: what is decoded, into which row, and what came of it."""
 
     path: Path
-    buffer: NDArray[Any]
+    buffer: NDArray[Any]  # (batch, *image_shape)
     row: int
+    memory: NDArray[Any]  # what `buffer` lies in, from the pool
     #: Set by the worker: the image, the reason why it cannot be used, or an error that ends the iteration.
     result: _Prepared | str | BaseException | None = None
     #: Held from the start; released by the worker when `result` is set.
@@ -423,7 +562,8 @@ class ImageBatcher(Closing):
                 batch.release()
 
     Order is kept. An image that cannot be read is logged, noted in `failures` and left out; the images after it move up, so that
-    every batch but the last is full. Memory is bounded by `prefetch` batches ahead, whatever the number of images. Threads scale with
+    every batch but the last is full (with `resize` they stay in their batch). Memory is bounded, whatever the number of images: by
+    `prefetch` batches ahead, or as many as hold two images per worker; with `keep_sources` by their decoded images too. Threads scale with
     the cores, as OpenCV and Pillow release the GIL while they decode and resize. Leaving a loop early, by break, an exception or
     Ctrl-C, ends the threads within the time of one image. One thread at a time may ask for the next batch.
 
@@ -437,7 +577,8 @@ class ImageBatcher(Closing):
         preprocessing: Preprocessing,
         batch_size: int,
         *,
-        resample: Resample = "bilinear",
+        resample: Resample | None = None,
+        resize: ShorterSide | None = None,
         workers: int | None = None,
         prefetch: int = 2,
         keep_sources: bool = False,
@@ -447,6 +588,7 @@ class ImageBatcher(Closing):
         """
         Args:
             paths: the image files.
+            resize: scale every image by itself, for a model of free input size; each batch has the smallest input that holds its images.
             workers: threads; None: one per available core.
             prefetch: batches that are prepared ahead of the consumer.
             keep_sources: keep the decoded images in `Batch.sources`, for drawing on them.
@@ -459,7 +601,7 @@ class ImageBatcher(Closing):
             raise ValueError(
                 f"batch_size, prefetch, workers: expected at least 1, got {batch_size}, {prefetch}, {workers}"
             )
-        if resample not in ("bilinear", "antialias"):
+        if resample not in (None, "bilinear", "antialias"):
             raise ValueError(f"resample: expected bilinear or antialias, got {resample!r}")
         self.paths = list(paths)
         self.preprocessing = preprocessing
@@ -471,7 +613,12 @@ class ImageBatcher(Closing):
         self._ahead = max(prefetch, -(-2 * self._workers // batch_size))
         self._keep_sources = keep_sources
         self._pad_to_batch = pad_to_batch
-        shape = (batch_size, *preprocessing.image_shape)
+        self._resize = resize
+        if resize:
+            largest = preprocessing.at(resize.largest_canvas(preprocessing))
+            shape = (batch_size, *largest.image_shape)
+        else:
+            shape = (batch_size, *preprocessing.image_shape)
         self._pool = _BufferPool(allocate, shape, np.dtype(preprocessing.dtype))
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
@@ -524,7 +671,14 @@ class ImageBatcher(Closing):
             image = load_image(path)
         except (OSError, ValueError) as error:
             return " ".join(str(error).split())
-        _, transform = preprocess(image, self.preprocessing, resample=self._resample, out=out)
+        preprocessing, scale = self.preprocessing, None
+        if self._resize:
+            preprocessing, scale = self._fixed(out.shape), self._resize.scale(image.shape)
+            if max(image.shape[:2]) * scale >= max(preprocessing.size_hw) + 1:
+                return f"{path}: expected the size in the file's header, found {image.shape[:2]}"
+        _, transform = preprocess(
+            image, preprocessing, resample=self._resample, scale=scale, out=out
+        )
         return transform, image if self._keep_sources else None
 
     def _in_order(self, todo: "SimpleQueue[_Task | None]") -> Iterator[_Task]:
@@ -549,9 +703,18 @@ class ImageBatcher(Closing):
     def _tasks(self) -> Iterator[list[_Task]]:
         """The images of one buffer at a time."""
         for start in range(0, len(self.paths), self.batch_size):
-            buffer = self._pool.take()
             paths = self.paths[start : start + self.batch_size]
-            yield [_Task(path, buffer, row) for row, path in enumerate(paths)]
+            memory = buffer = self._pool.take()
+            if self._resize:
+                sizes = [size for path in paths if (size := image_size(path))]
+                canvas = self._resize.canvas(sizes or [(1, 1)], self.preprocessing)
+                shape = (self.batch_size, *self.preprocessing.at(canvas).image_shape)
+                buffer = memory.reshape(-1)[: math.prod(shape)].reshape(shape)
+            yield [_Task(path, buffer, row, memory) for row, path in enumerate(paths)]
+
+    def _fixed(self, image_shape: tuple[int, ...]) -> Preprocessing:
+        """The preprocessing for a network input of this shape, in the network's layout."""
+        return self.preprocessing.at(self.preprocessing.size_of(image_shape))
 
     def _assemble(self, tasks: Iterator[_Task]) -> Generator[Batch, None, None]:
         """Batches out of finished tasks.
@@ -560,7 +723,7 @@ class ImageBatcher(Closing):
         written to never lies behind the row read from, so nothing unread is lost.
         """
         done: list[tuple[Path, ResizeTransform, ImageArray | None]] = []
-        target: NDArray[Any] | None = None
+        target: _Task | None = None  # the first of the batch, whose buffer it gets
         for task in tasks:
             if isinstance(task.result, BaseException):
                 raise task.result
@@ -568,14 +731,15 @@ class ImageBatcher(Closing):
                 logger.warning("skipped: %s", task.result)
                 self.failures.append((task.path, task.result))
             elif task.result is not None:
-                if target is None:
-                    target = task.buffer
-                if target is not task.buffer or len(done) != task.row:
-                    target[len(done)] = task.buffer[task.row]
+                target = target or task
+                if target.buffer is not task.buffer or len(done) != task.row:
+                    target.buffer[len(done)] = task.buffer[task.row]
                 done.append((task.path, *task.result))
-            if task.row == self.batch_size - 1 and task.buffer is not target:
-                self._pool.give(task.buffer)  # all of its images failed or moved up
-            if target is not None and len(done) == self.batch_size:
+            last = task.row == self.batch_size - 1
+            if last and (target is None or task.memory is not target.memory):
+                self._pool.give(task.memory)  # all of its images failed or moved up
+            # Images that were resized for another batch have another shape: they do not move up.
+            if target is not None and (len(done) == self.batch_size or (last and self._resize)):
                 yield self._batch(target, done)
                 target, done = None, []
         if target is not None:
@@ -583,16 +747,16 @@ class ImageBatcher(Closing):
 
     def _batch(
         self,
-        buffer: NDArray[Any],
+        target: _Task,
         done: Sequence[tuple[Path, ResizeTransform, ImageArray | None]],
     ) -> Batch:
-        images = buffer[: len(done)]
+        images = target.buffer[: len(done)]
         if self._pad_to_batch:
-            buffer[len(done) :] = 0
-            images = buffer
+            target.buffer[len(done) :] = 0
+            images = target.buffer
         paths, transforms, sources = zip(*done, strict=True)
         kept = sources if self._keep_sources else None
-        return Batch(images, paths, transforms, kept, _Lease(self._pool, buffer))
+        return Batch(images, paths, transforms, kept, _Lease(self._pool, target.memory))
 
 
 # ---- run alone
@@ -632,7 +796,8 @@ def show(
     preprocessing: Preprocessing,
     *,
     batch_size: int = 8,
-    resample: Resample = "bilinear",
+    resample: Resample | None = None,
+    resize: ShorterSide | None = None,
 ) -> int:
     """Write what the network sees of each image, and print how it was scaled.
 
@@ -643,57 +808,60 @@ def show(
     targets = {path: output / with_suffix_added(name, ".png") for path, name in names.items()}
     check_not_inputs(targets.values(), images)
     height, width = preprocessing.size_hw
+    size = f"of {resize.shorter} to {resize.longer}" if resize else f"{width} x {height}"
     print(
-        f"network input {width} x {height} {preprocessing.layout} {preprocessing.dtype}, "
+        f"network input {size} {preprocessing.layout} {preprocessing.dtype}, "
         f"{preprocessing.resize}, padding {preprocessing.pad_rgb}"
     )
     print(f"{'source':>13} {'scale x':>9} {'scale y':>9} {'in network':>13}  picture")
-    with ImageBatcher(images, preprocessing, batch_size, resample=resample) as batches:
+    with ImageBatcher(
+        images, preprocessing, batch_size, resample=resample, resize=resize
+    ) as batches:
         for batch in batches:
             for seen, path, transform in zip(
                 batch.images, batch.paths, batch.transforms, strict=True
             ):
                 write_png(targets[path], to_picture(seen, preprocessing))
-                print(_table_row(transform, preprocessing), targets[path].relative_to(output))
+                print(
+                    _table_row(transform, preprocessing, resize), targets[path].relative_to(output)
+                )
             batch.release()
     return len(batches.failures)
 
 
-def _table_row(transform: ResizeTransform, preprocessing: Preprocessing) -> str:
+def _table_row(
+    transform: ResizeTransform, preprocessing: Preprocessing, resize: ShorterSide | None
+) -> str:
     source_w, source_h = transform.source_wh
-    (height, width), _ = _placement((source_h, source_w), preprocessing)
+    scale = resize.scale((source_h, source_w)) if resize else None
+    (height, width), _ = _placement((source_h, source_w), preprocessing, scale)
     source, inside = f"{source_w} x {source_h}", f"{width} x {height}"
     scale_x, scale_y = transform.scale_xy
     return f"{source:>13} {scale_x:>9.5f} {scale_y:>9.5f} {inside:>13} "
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """argparse type: "512,640" -> (512, 640), height first."""
-    try:
-        height, width = (int(part) for part in text.split(","))
-    except ValueError:
-        height = width = 0
-    if height < 1 or width < 1:
-        raise argparse.ArgumentTypeError(f"expected HEIGHT,WIDTH such as 512,512, got {text!r}")
-    return height, width
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    model = parser.add_mutually_exclusive_group(required=True)
     # fmt: off
-    model.add_argument("-m", "--model", type=Path, help="ONNX file, or engine with its .json, that says how images are prepared")
-    model.add_argument("--size", type=parse_size, metavar="H,W", help="network input size, for AutoML's letterbox without a model")
+    parser.add_argument("-m", "--model", type=Path, help="ONNX file, or engine with its .json, that says how images are prepared")
     parser.add_argument("-i", "--input", type=Path, required=True, help="an image, or a directory of images")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory for the PNGs")
     parser.add_argument("-b", "--batch_size", type=positive_int, default=8, help="images per batch (default: %(default)s)")
-    parser.add_argument("--resample", choices=["bilinear", "antialias"], default="bilinear", help="bilinear as TensorFlow does it, or antialiased as Pillow does it (default: %(default)s)")
+    parser.add_argument("--resample", choices=["bilinear", "antialias"], help="bilinear as TensorFlow does it, or antialiased as Pillow does it (default: as the model was trained)")
     parser.add_argument("--recursive", action="store_true", help="search sub-folders too")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     # fmt: on
-    return parser.parse_args(argv)
+    add_size_options(
+        parser,
+        size_help="size of the network input, where the model leaves it open; without --model, of AutoML's letterbox",
+    )
+    args = parser.parse_args(argv)
+    check_size_usage(parser, args)
+    if not args.model and not args.size:
+        parser.error("give --model, or --size H,W to see AutoML's letterbox without a model")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -701,11 +869,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(args.verbose)
 
     def run() -> int:
-        preprocessing = (
-            read_preprocessing(args.model)
-            if args.model
-            else Preprocessing(args.size, pad_rgb=IMAGENET_MEAN)
-        )
+        preprocessing, resize = Preprocessing(args.size, pad_rgb=IMAGENET_MEAN), None
+        if args.model:
+            preprocessing, resize = choose_input(
+                read_preprocessing(args.model),
+                size=args.size,
+                resize=args.resize,
+                max_size=args.max_size,
+            )
         images = find_images(args.input, recursive=args.recursive)
         failed = show(
             images,
@@ -714,6 +885,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             preprocessing,
             batch_size=args.batch_size,
             resample=args.resample,
+            resize=resize,
         )
         logger.info("%d of %d images shown", len(images) - failed, len(images))
         print(args.output)

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from image_batcher import ImageArray, find_images, load_image
-from trtdet import coco
-from trtdet.cli import SOME_SKIPPED, run_main, setup_logging, unit_interval
+from trtdet import coco, files
+from trtdet.cli import ANNOTATIONS, SOME_SKIPPED, run_main, setup_logging, unit_interval
 from trtdet.detections import Detections, read_tsv
 from trtdet.geometry import xywh_to_xyxy
 from trtdet.labels import label_of, read_labels
@@ -73,19 +73,22 @@ def draw(
     line, font = _line_width(width, height), _font(_font_size(width, height), font_path)
     shown = detections.above(score_threshold)
     best_first = np.argsort(-shown.scores, kind="stable")
+    # A turned box has its label at the upright one around it.
+    outlines = shown.boxes_xyxy if shown.angles is None else _around(shown.corners)
     placed: list[tuple[Rect, str, Color]] = []
     for i in best_first:
         text = label_of(labels, int(shown.class_ids[i]))
         text += f" {shown.scores[i]:.0%}" if show_scores else ""
         text = _shorten(text, font, width - 2 * line)
         taken = [rect for rect, _, _ in placed]
-        rect = _place_label(
-            shown.boxes_xyxy[i], _text_size(text, font, line), (width, height), taken
-        )
+        rect = _place_label(outlines[i], _text_size(text, font, line), (width, height), taken)
         placed.append((rect, text, class_color(int(shown.class_ids[i]))))
     for i in reversed(best_first):
         color = class_color(int(shown.class_ids[i]))
-        _draw_box(canvas, shown.boxes_xyxy[i], color, line, (width, height))
+        if shown.angles is None:
+            _draw_box(canvas, shown.boxes_xyxy[i], color, line, (width, height))
+        else:
+            _draw_turned_box(canvas, shown.corners[i], color, line)
     for rect, text, color in reversed(placed):
         _draw_label(canvas, rect, text, color, font)
     return np.asarray(picture)
@@ -216,6 +219,19 @@ def _draw_box(
     canvas.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line)
 
 
+def _around(corners: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The upright boxes (n, 4) around corners (n, 4, 2)."""
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def _draw_turned_box(
+    canvas: ImageDraw.ImageDraw, corners: NDArray[np.float32], color: Color, line: int
+) -> None:
+    """Four sides, joined at the corners; what lies outside the image is not seen."""
+    points = [(float(x), float(y)) for x, y in corners]
+    canvas.line([*points, *points[:2]], fill=color, width=line, joint="curve")
+
+
 def _draw_label(
     canvas: ImageDraw.ImageDraw, rect: Rect, text: str, color: Color, font: AnyFont
 ) -> None:
@@ -250,14 +266,19 @@ def ground_truth(
     for entry in annotations.objects:
         class_id = class_ids[entry["category_id"]]
         objects.setdefault(entry["image_id"], []).append((entry["bbox"], class_id))
-    return {
-        image_id: Detections(
-            xywh_to_xyxy(np.array([bbox for bbox, _ in found], np.float32)),
-            np.ones(len(found), np.float32),
-            np.array([class_id for _, class_id in found], np.int32),
-        )
-        for image_id, found in objects.items()
-    }
+    turned = any(coco.is_turned(entry) for entry in annotations.objects)
+    return {image_id: _annotated(found, turned=turned) for image_id, found in objects.items()}
+
+
+def _annotated(found: Sequence[tuple[list[float], int]], *, turned: bool) -> Detections:
+    """(bbox, class id) of one image as `Detections` of score 1; a bbox without an angle is not turned."""
+    boxes = np.array([(*bbox, 0.0)[:5] for bbox, _ in found], np.float32)
+    return Detections(
+        xywh_to_xyxy(boxes[:, :4]),
+        np.ones(len(found), np.float32),
+        np.array([class_id for _, class_id in found], np.int32),
+        boxes[:, 4] if turned else None,
+    )
 
 
 # ---- run alone
@@ -275,6 +296,11 @@ def run(
     font_path: Path | None = None,
 ) -> int:
     """Draw every image that has a TSV; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
+    if not detections.is_dir():
+        there = "a file" if detections.exists() else "nothing"
+        raise FileNotFoundError(f"--detections: expected a directory with TSVs of infer.py, found {there} at {detections}")  # fmt: skip
+    if annotations:
+        files.check_input(annotations, *ANNOTATIONS)
     paths = find_images(source, recursive=recursive)
     names = dict(zip(paths, output_names(paths, source), strict=True))
     check_not_inputs((output / with_suffix_added(n, ".png") for n in names.values()), paths)

@@ -5,7 +5,7 @@
 
 Without --input, photographs of 1280 x 960 are made up (smooth noise, JPEG quality 90). Every figure is the best of --rounds, the candidates
 taken in turn within a round, so that a busy machine slows them all. "decode" is OpenCV alone: bytes in memory to pixels, in a pool of as
-many threads, the pixels thrown away.
+many threads, the pixels thrown away. --check asks for 0.75 of it and, with --nvidia_batcher, for twice NVIDIA's, from uint8 NHWC.
 """
 
 import argparse
@@ -27,14 +27,18 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from image_batcher import IMAGENET_MEAN, ImageBatcher, find_images, parse_size
-from trtdet.cli import positive_int, run_main, setup_logging
+from image_batcher import IMAGENET_MEAN, ImageBatcher, find_images
+from trtdet.cli import parse_size, positive_int, run_main, setup_logging
 from trtdet.files import write_text
 from trtdet.machine import available_cores, describe_machine
 from trtdet.spec import InputDtype, Layout, Preprocessing
 
 DECODE = "decode alone"
 NVIDIA = "NVIDIA float32"
+#: What goes to an engine: the one that --check is about.
+CHECKED = "uint8 NHWC"
+WANTED_OF_DECODE = 0.75
+WANTED_OF_NVIDIA = 2.0
 
 
 def make_photographs(folder: Path, count: int) -> None:
@@ -136,6 +140,17 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def criteria(report: dict[str, Any]) -> dict[str, bool]:
+    """What was asked for, and whether it is so."""
+    checks = {
+        f"{CHECKED}: at least {WANTED_OF_DECODE} of decoding alone": report["of_decode"][CHECKED] >= WANTED_OF_DECODE
+    }  # fmt: skip
+    if report["of_nvidia"]:
+        wanted = f"{CHECKED}: at least {WANTED_OF_NVIDIA} times NVIDIA's"
+        checks[wanted] = report["of_nvidia"][CHECKED] >= WANTED_OF_NVIDIA
+    return checks
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -149,6 +164,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=positive_int, default=160, help="images per run (default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=5, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, with the machine, as JSON")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 where a criterion is not met")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -157,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     setup_logging()
 
-    def run() -> None:
+    def run() -> int:
         with tempfile.TemporaryDirectory() as made:
             if args.input is None:
                 make_photographs(Path(made), 16)
@@ -167,8 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             nvidia = report["of_nvidia"].get(name)
             last = f"{nvidia:>10.2f}" if nvidia else ""
             print(f"{name:<18}{rate:>9.1f}{report['of_decode'][name]:>10.3f}{last}")
+        report["criteria"] = criteria(report)
+        for text, met in report["criteria"].items():
+            print(f"{text}: {'yes' if met else 'NO'}")
         if args.json:
             write_text(args.json, json.dumps(report, indent=2) + "\n")
+        return 1 if args.check and not all(report["criteria"].values()) else 0
 
     return run_main(run)
 

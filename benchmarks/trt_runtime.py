@@ -139,6 +139,7 @@ def measure_enqueue(engine: Path, size: int, count: int) -> dict[str, float]:
             times = times[WARMUP:]
             found[f"{name}_median_us"] = median(times)
             found[f"{name}_p99_us"] = sorted(times)[int(0.99 * (len(times) - 1))]
+    found["graph_over_plain"] = found["graph_median_us"] / found["plain_median_us"]
     return found
 
 

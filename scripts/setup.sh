@@ -6,6 +6,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { echo "error: $*" >&2; exit 1; }
 
+# A package of Debian or Ubuntu, installed without a question.
+install_package() {
+  local sudo
+  sudo=$([ "$(id -u)" = 0 ] || echo sudo)
+  echo "installing $1" >&2
+  { $sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends "$1"; } >&2
+}
+
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || fail "$python not found; install Python 3.10 to 3.13, or set PYTHON"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$python" --version) is too old; Python 3.10 to 3.13 is needed (set PYTHON)"
@@ -13,9 +21,7 @@ command -v "$python" >/dev/null || fail "$python not found; install Python 3.10 
 
 if ! "$python" -c 'import ensurepip' 2>/dev/null; then # Debian and Ubuntu package it apart
   package="python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
-  echo "installing $package" >&2
-  sudo=$([ "$(id -u)" = 0 ] || echo sudo)
-  { $sudo apt-get update -qq && $sudo apt-get install -y -qq "$package"; } >&2 || fail "could not install $package; please install it, then run this again"
+  install_package "$package" || fail "could not install $package; please install it, then run this again"
 fi
 [ -x .venv/bin/pip ] || "$python" -m venv .venv
 

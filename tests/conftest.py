@@ -2,6 +2,7 @@
 """Paths and models that several test modules use."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -45,3 +46,8 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert status == 0
     return path
+
+
+def pytest_configure() -> None:
+    """A shell starts background jobs with Ctrl-C ignored, and processes inherit that: the tests of Ctrl-C shall not depend on it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

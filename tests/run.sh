@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Lint, types and tests, on any machine. Arguments go to pytest.
-source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh" requirements.txt requirements-tensorflow.txt requirements-rtx.txt requirements-dev.txt
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh" requirements.txt requirements-tensorflow.txt requirements-rtx.txt requirements-triton.txt requirements-ray.txt requirements-dev.txt
 # Type stubs of TensorRT 10. They require `tensorrt` itself, which does not install everywhere and is not needed to read them.
 python -c 'import importlib.metadata as m; m.version("tensorrt-stubs")' 2>/dev/null ||
   pip install --quiet --disable-pip-version-check --no-deps 'tensorrt-stubs>=10.13,<11'
+
+# The report of compare.py is looked at in a browser, the DeepStream parser is compiled; without them those tests are skipped and say so.
+command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null || install_package chromium-headless-shell || true
+command -v g++ >/dev/null && command -v make >/dev/null || install_package build-essential || true
 
 ruff format --check .
 ruff check .

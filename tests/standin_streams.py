@@ -33,6 +33,7 @@ class cudaError_t(IntEnum):
     cudaErrorInvalidResourceHandle = 400
     cudaErrorNotReady = 600
     cudaErrorIllegalAddress = 700
+    cudaErrorLaunchFailure = 719
     cudaErrorStreamCaptureUnsupported = 900
     cudaErrorStreamCaptureInvalidated = 901
     cudaErrorStreamCaptureIsolation = 905
@@ -306,6 +307,8 @@ class Simulator:
 
     def _release(self, address: int, *, pinned: bool) -> Any:
         found = self._allocations.get(int(address))
+        if self._unsafe_in_capture():
+            return cudaError_t.cudaErrorStreamCaptureUnsupported
         if found is None or found.pinned != pinned:
             raise Violation(f"free of {int(address):#x}, which is not allocated that way")
         for stream in self._streams.values():

@@ -42,6 +42,7 @@ class DataType(IntEnum):
     INT32 = 3
     BOOL = 4
     UINT8 = 5
+    FP8 = 6
     BF16 = 7
     INT64 = 8
 
@@ -66,6 +67,13 @@ class ILogger:
 
 
 class IProgressMonitor:
+    def __init__(self) -> None:
+        self.initialised = True
+
+
+class IInt8EntropyCalibrator2:
+    """To 10."""
+
     def __init__(self) -> None:
         self.initialised = True
 
@@ -138,7 +146,7 @@ class INetworkDefinition(Strict):
         self._layers: list[ILayer] = []
         self._inputs: list[ITensor] = []
         self._outputs: list[ITensor] = []
-        self._dequantized: set[str] = set()
+        self._dequantized: dict[str, DataType] = {}
 
     num_layers = property(lambda self: len(self._layers))
     num_inputs = property(lambda self: len(self._inputs))
@@ -214,7 +222,11 @@ class OnnxParser(Strict):
             outputs = [self._tensor(name, kinds) for name in node.output]
             self._network._layers.append(ILayer(self._network, node, outputs))
             if node.op_type == "DequantizeLinear":
-                self._network._dequantized.add(node.output[0])
+                stored = {t.name: t.data_type for t in graph.initializer} | kinds
+                fp8 = stored[node.input[0]] == onnx.TensorProto.FLOAT8E4M3FN
+                self._network._dequantized[node.output[0]] = DataType.FP8 if fp8 else DataType.INT8
+                if not self._network._strong and stored[node.input[1]] != onnx.TensorProto.FLOAT:
+                    raise AssertionError("weak typing: scales are float32")
             known = onnx.defs.has(node.op_type) or node.op_type in self._module.PLUGINS
             if not known:
                 text = f"Plugin not found: {node.op_type}"
@@ -234,6 +246,7 @@ class OnnxParser(Strict):
             9: "BOOL",
             10: "HALF",
             16: "BF16",
+            17: "FP8",
         }
         return ITensor(name, DataType[names[kinds.get(name) or 1]], shape)
 
@@ -300,6 +313,21 @@ class IBuilderConfig10(IBuilderConfig):
     ALLOWED = (*IBuilderConfig.ALLOWED, "progress_monitor")
 
 
+class IBuilderConfig8(IBuilderConfig):
+    """To 10 there are calibrators."""
+
+    ALLOWED = (*IBuilderConfig.ALLOWED, "int8_calibrator")
+    _calibration_profile: IOptimizationProfile | None = None
+
+    def set_calibration_profile(self, profile: IOptimizationProfile) -> bool:
+        self._calibration_profile = profile
+        return True
+
+
+class IBuilderConfigBefore11(IBuilderConfig8, IBuilderConfig10):
+    ALLOWED = (*IBuilderConfig8.ALLOWED, "progress_monitor")
+
+
 class Builder(Strict):
     module: Any  # set by make_module
 
@@ -324,7 +352,8 @@ class Builder(Strict):
         return INetworkDefinition(self.module, flags)
 
     def create_builder_config(self) -> IBuilderConfig:
-        kind = IBuilderConfig10 if self.module.VERSION >= (10,) else IBuilderConfig
+        version = self.module.VERSION
+        kind = IBuilderConfig10 if version >= (11,) else IBuilderConfigBefore11 if version >= (10,) else IBuilderConfig8  # fmt: skip
         return kind(self.module, self._logger)
 
     def create_optimization_profile(self) -> IOptimizationProfile:
@@ -332,10 +361,12 @@ class Builder(Strict):
 
     def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:  # fmt: skip
         flags = {flag.name for flag in config._flags}
+        scales, complaint = self._scales(network, config, flags)
         dynamic = [tensor.name for tensor in network._inputs if -1 in tensor.shape]
         problem = self.module.FAILS or (
             "network has dynamic inputs but no optimization profile" if dynamic and not config._profiles
             else "precision flags are not allowed in a strongly typed network" if network._strong and flags & set(GONE_11.split())
+            else complaint if complaint
             else "DLA takes FP16 or INT8" if "GPU_FALLBACK" in flags and not network._strong and "FP16" not in flags
             else ""
         )  # fmt: skip
@@ -350,16 +381,46 @@ class Builder(Strict):
             return None
         if config._cache is not None:
             config._cache._entries = f"timings of {self.module.__version__}"
-        layers = [self._layer(layer, flags) for layer in network._layers]
+        layers = [self._layer(layer, flags, scales) for layer in network._layers]
         plan = {
             "flags": sorted(flags),
             "strong": network._strong,
             "shapes": [p._shapes for p in config._profiles],
             "pools": {pool.name: size for pool, size in config._pools.items()},
             "settings": {name: getattr(config, name) for name in IBuilderConfig.ALLOWED if hasattr(config, name)},
+            "scales": scales,
+            "pinned": {layer.name: layer.precision.name for layer in network._layers if layer.precision is not None},
             "layers": layers,
         }  # fmt: skip
         return json.dumps(plan).encode()
+
+    def _scales(self, network: INetworkDefinition, config: IBuilderConfig, flags: set[str]) -> tuple[dict[str, str], str]:  # fmt: skip
+        """What the calibrator's cache says, and what TensorRT would complain of."""
+        calibrator = getattr(config, "int8_calibrator", None)
+        if network._strong or ("INT8" not in flags and calibrator is None):
+            explicit = network._dequantized and not network._strong
+            return {}, "Q/DQ layers without BuilderFlag.INT8" if explicit else ""
+        if calibrator is None:
+            return (
+                {},
+                "" if network._dequantized else "calibration failed: no scaling factors detected",
+            )
+        if network._dequantized:
+            return {}, "a calibrator with Q/DQ layers"
+        if not calibrator.initialised or calibrator.get_batch_size() != 1:
+            return {}, "the calibrator is not initialised"
+        header, *lines = calibrator.read_calibration_cache().decode().splitlines()
+        major, minor, patch = self.module.VERSION[:3]
+        number = f"{major}{minor}0{patch}" if major < 10 else f"{major}{minor:02}{patch:02}"
+        if header != f"TRT-{number}-EntropyCalibration2":
+            # It would calibrate anew, with images that are not there.
+            return {}, f"calibration cache of another version: {header}"
+        if (
+            config._profiles
+            and getattr(config, "_calibration_profile", None) not in config._profiles
+        ):
+            return {}, "calibration profile is not set"
+        return dict(line.rsplit(": ", 1) for line in lines), ""
 
     @staticmethod
     def _report(monitor: Any) -> bool:
@@ -375,7 +436,7 @@ class Builder(Strict):
         monitor.phase_finish("Building")
         return bool(going)
 
-    def _layer(self, layer: ILayer, flags: set[str]) -> dict[str, Any]:
+    def _layer(self, layer: ILayer, flags: set[str], scales: dict[str, str]) -> dict[str, Any]:
         """As the inspector has it. With weak typing every float layer that is not pinned takes the flag's type."""
         fields = []
         for k, tensor in enumerate(layer._outputs):
@@ -384,11 +445,12 @@ class Builder(Strict):
                 pinned = layer.precision == DataType.FLOAT and layer._output_types.get(k) == DataType.FLOAT  # fmt: skip
                 dtype = DataType.FLOAT if pinned else DataType.HALF
             fields.append(self._tensor_fields(tensor.name, dtype))
-        # A convolution takes the DequantizeLinear in front of both its inputs in, and then reads INT8.
-        fused = (
-            layer.type.name == "CONVOLUTION" and {*layer._reads[:2]} <= layer._network._dequantized
-        )
-        read = [self._tensor_fields(name, DataType.INT8) for name in layer._reads[:1] if fused]
+        # A convolution takes the DequantizeLinear in front of both its inputs in, and then reads 8 bits; with a calibrator, it
+        # does wherever it may and knows the scale.
+        convolution, found = layer.type.name == "CONVOLUTION", layer._network._dequantized
+        implicit = layer._reads[:1] and layer._reads[0] in scales and layer.precision is None
+        fused = convolution and ({*layer._reads[:2]} <= found.keys() or implicit)
+        read = [self._tensor_fields(name, found.get(name, DataType.INT8)) for name in layer._reads[:1] if fused]  # fmt: skip
         return {"Name": layer.name, "LayerType": layer.type.name, "Inputs": read, "Outputs": fields}
 
     def _tensor_fields(self, name: str, dtype: DataType) -> dict[str, Any]:
@@ -403,6 +465,7 @@ class BuilderBefore11(Builder):
 
     platform_has_tf32 = property(lambda self: self.module.HAS_TF32)
     platform_has_fast_fp16 = property(lambda self: self.module.HAS_FP16)
+    platform_has_fast_int8 = property(lambda self: self.module.HAS_INT8)
 
 
 class EngineInspector(Strict):
@@ -450,7 +513,7 @@ def make_module(version: str, **settings: Any) -> ModuleType:
     """A module to put at `sys.modules["tensorrt"]`.
 
     Args:
-        settings: NO_GPU, DLA_CORES, HAS_TF32, HAS_FP16, FAILS (an error message of the builder), KEEPS_FLOAT (weak typing that
+        settings: NO_GPU, DLA_CORES, HAS_TF32, HAS_FP16, HAS_INT8, FAILS (an error message of the builder), KEEPS_FLOAT (weak typing that
             takes no FP16 kernel).
     """
     module: Any = ModuleType("tensorrt")
@@ -467,7 +530,7 @@ def make_module(version: str, **settings: Any) -> ModuleType:
         VERSION=numbers,
         PLUGINS=set(),
         builders=[],
-        **{"NO_GPU": False, "DLA_CORES": 0, "HAS_TF32": True, "HAS_FP16": True, "FAILS": "", "KEEPS_FLOAT": False, "ON_BUILD": int} | settings,
+        **{"NO_GPU": False, "DLA_CORES": 0, "HAS_TF32": True, "HAS_FP16": True, "HAS_INT8": True, "FAILS": "", "KEEPS_FLOAT": False, "ON_BUILD": int} | settings,
         BuilderFlag=_enum("BuilderFlag", " ".join(sorted(flags))),
         NetworkDefinitionCreationFlag=_enum("NetworkDefinitionCreationFlag", creation),
         OnnxParserFlag=_enum("OnnxParserFlag", parser_flags),
@@ -483,6 +546,8 @@ def make_module(version: str, **settings: Any) -> ModuleType:
         setattr(module, value.__name__, value)
     if numbers >= (10,):
         module.IProgressMonitor = IProgressMonitor
+    if numbers < (11,):
+        module.IInt8EntropyCalibrator2 = IInt8EntropyCalibrator2
 
     def init_libnvinfer_plugins(logger: ILogger, namespace: str) -> bool:
         module.PLUGINS.add("EfficientNMS_TRT")

@@ -70,6 +70,7 @@ def write_engine(
     dtype: str = "uint8",
     profiles: Sequence[tuple[int, int, int]] = ((1, 4, 8),),
     static_batch: int | None = None,
+    image_shapes: Sequence[Sequence[tuple[int, ...]]] = (),
     slots: int = 5,
     spin_ms: float = 0.0,
     kernels: int = 1,
@@ -82,6 +83,7 @@ def write_engine(
     Args:
         profiles: smallest, best and largest batch of each optimization profile.
         static_batch: a fixed batch size instead.
+        image_shapes: smallest, best and largest shape of an image in each profile, instead of `image_shape`.
         slots: detections per image.
         spin_ms: device time of a batch of any size (on a GPU; the CPU does not wait).
         kernels: launches that a batch is made of (on a GPU).
@@ -89,12 +91,17 @@ def write_engine(
         host_code: it needs `engine_host_code_allowed`, as a version-compatible engine does.
         output_names: standard output name -> the name this engine has for it.
     """
+    batches = [(static_batch,) * 3] if static_batch else list(profiles)
+    images = list(image_shapes) or [(image_shape,) * 3] * len(batches)
+    batches *= len(images) // len(batches)
     plan = {
         "standin": "tensorrt runtime",
-        "image_shape": image_shape,
         "dtype": dtype,
-        "profiles": [(static_batch,) * 3] if static_batch else list(profiles),
-        "static_batch": static_batch,
+        "profiles": [
+            [(n, *image) for n, image in zip(*profile, strict=True)]
+            for profile in zip(batches, images, strict=True)
+        ],
+        "dynamic_batch": static_batch is None,
         "slots": slots,
         "spin_ms": spin_ms,
         "kernels": kernels,
@@ -110,7 +117,7 @@ class IExecutionContext:
     def __init__(self, engine: "ICudaEngine", profile: int) -> None:
         self.engine = engine
         self.active_optimization_profile = profile
-        self._batch = engine.plan["static_batch"]
+        self._shape = engine.static_shape
         self._addresses: dict[str, int] = {}
         self._ran_with_shape = False
         self._stream: int | None = None
@@ -127,7 +134,7 @@ class IExecutionContext:
         if not 0 <= profile_index < self.engine.num_optimization_profiles:
             return self._refuse(f"no optimization profile {profile_index}")
         self.active_optimization_profile = profile_index
-        self._batch, self._ran_with_shape = self.engine.plan["static_batch"], False
+        self._shape, self._ran_with_shape = self.engine.static_shape, False
         return True
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
@@ -136,23 +143,22 @@ class IExecutionContext:
         if self.active_optimization_profile < 0:
             return self._refuse("an optimization profile must be set first")
         smallest, _, largest = self.engine.plan["profiles"][self.active_optimization_profile]
-        if (
-            tuple(shape[1:]) != self.engine.image_shape
-            or not smallest <= shape[0] <= largest
-        ):  # fmt: skip
+        sides = zip(smallest, shape, largest, strict=True)
+        if not all(low <= n <= high for low, n, high in sides):
             return self._refuse(
                 f"{tuple(shape)} is not within profile {self.active_optimization_profile}"
             )
-        if shape[0] != self._batch:
-            self._batch, self._ran_with_shape = shape[0], False
+        if tuple(shape) != self._shape:
+            self._shape, self._ran_with_shape = tuple(shape), False
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        _, shape, _ = self.engine.tensors[name]
-        return (-1 if self._batch is None else self._batch, *shape)
+        if self._shape is None:
+            return self.engine.get_tensor_shape(name)
+        return self._shape if name == IMAGES else (self._shape[0], *self.engine.tensors[name][1])
 
     def infer_shapes(self) -> list[str]:
-        return [IMAGES] if self._batch is None else []
+        return [IMAGES] if self._shape is None else []
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if name not in self.engine.tensors:
@@ -175,14 +181,14 @@ class IExecutionContext:
             self.fail_after -= 1
             if self.fail_after < 0:
                 return self._refuse("a test made it fail")
-        if self._batch is None:
+        if self._shape is None:
             return self._refuse("the input shape is not set")
         missing = engine.tensors.keys() - self._addresses.keys()
         if missing:
             return self._refuse(f"address not set: {', '.join(sorted(missing))}")
         capturing = backend.capturing(stream_handle)
-        for name, (_, shape, dtype) in engine.tensors.items():
-            nbytes = self._batch * int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for name, (_, _, dtype) in engine.tensors.items():
+            nbytes = int(np.prod(self.get_tensor_shape(name))) * np.dtype(dtype).itemsize
             if not (capturing and backend.asks_cuda):  # nothing but work may be asked of a capture
                 backend.check_memory(self._addresses[name], nbytes, self._device)
         if capturing and not (engine.plan["capturable"] and self._ran_with_shape):
@@ -193,8 +199,8 @@ class IExecutionContext:
         work = Work(
             device=self._device,
             addresses=addresses,
-            batch=self._batch,
-            words=int(np.prod(engine.image_shape)) * np.dtype(engine.plan["dtype"]).itemsize // 4,
+            batch=self._shape[0],
+            words=int(np.prod(self._shape[1:])) * np.dtype(engine.plan["dtype"]).itemsize // 4,
             slots=engine.plan["slots"],
             spin_ms=engine.plan["spin_ms"],
             kernels=engine.plan["kernels"],
@@ -207,11 +213,19 @@ class IExecutionContext:
 class ICudaEngine:
     def __init__(self, plan: dict[str, Any], backend: Any, logger: Any) -> None:
         self.plan, self.backend, self.logger = plan, backend, logger
-        self.image_shape = tuple(plan["image_shape"])
+        shapes = {tuple(shape) for profile in plan["profiles"] for shape in profile}
+        # Where all profiles agree, the engine has that size; a dimension that they leave open is -1.
+        shape = tuple(
+            sizes.pop() if len(sizes := set(axis)) == 1 else -1
+            for axis in zip(*shapes, strict=True)
+        )
+        free_batch = plan["dynamic_batch"]
+        self.input_shape = (-1, *shape[1:]) if free_batch else shape
+        self.static_shape = None if -1 in self.input_shape else self.input_shape
         k, name = plan["slots"], plan["output_names"]
         # name -> mode, shape of one image's part, NumPy dtype
         self.tensors: dict[str, tuple[TensorIOMode, tuple[int, ...], str]] = {
-            IMAGES: (TensorIOMode.INPUT, self.image_shape, plan["dtype"])
+            IMAGES: (TensorIOMode.INPUT, self.input_shape[1:], plan["dtype"])
         }
         for standard, shape, dtype in (
             ("num_detections", (1,), "int32"),
@@ -237,7 +251,7 @@ class ICudaEngine:
         return self.tensors[name][0]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (self.plan["static_batch"] or -1, *self.tensors[name][1])
+        return (self.input_shape[0], *self.tensors[name][1])
 
     def get_tensor_dtype(self, name: str) -> DataType:
         return {"float32": DataType.FLOAT, "int32": DataType.INT32, "uint8": DataType.UINT8}[
@@ -245,7 +259,7 @@ class ICudaEngine:
         ]
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
-        return [(n, *self.image_shape) for n in self.plan["profiles"][profile_index]]
+        return [tuple(shape) for shape in self.plan["profiles"][profile_index]]
 
     def create_execution_context(self, runtime_config: Any = None) -> IExecutionContext:
         context = IExecutionContext(self, 0)

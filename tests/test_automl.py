@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnx.parser
@@ -10,7 +11,9 @@ import pytest
 
 from trtdet.errors import GraphError
 from trtdet.families import automl
+from trtdet.families.measure import measure_preprocessing
 from trtdet.source import OnnxSource, SourceGraph, SourceNode
+from trtdet.spec import Preprocessing
 
 SCORES = {
     "max_output_size": np.int32(100),
@@ -52,19 +55,19 @@ def heads(levels: int, scope: str = "class_net/class-predict") -> list[SourceNod
 
 @pytest.mark.parametrize("levels", [2, 5, 6])
 def test_head_is_found_for_any_number_of_levels(levels: int) -> None:
-    assert automl.find_head(graph(*heads(levels)), automl.CLASS_SCOPE).name == "concat"
+    assert automl.find_head(graph(*heads(levels)), automl.CLASS_SCOPE, "automl").name == "concat"
 
 
 def test_missing_head_names_scope_and_count() -> None:
     with pytest.raises(
         GraphError, match="expected one Concat of reshaped predictions below 'box_net/', found 0"
     ):
-        automl.find_head(graph(*heads(5)), automl.BOX_SCOPE)
+        automl.find_head(graph(*heads(5)), automl.BOX_SCOPE, "automl")
 
 
 def test_stem_is_the_convolution_nothing_precedes() -> None:
     toy = graph(*heads(5))
-    assert automl.find_stem(toy, toy.nodes["concat"]).name == "stem/conv2d/Conv2D"
+    assert automl.find_stem(toy, toy.nodes["concat"], "automl").name == "stem/conv2d/Conv2D"
 
 
 def nms_nodes(count: int = 1, **changes: object) -> list[SourceNode]:
@@ -155,42 +158,67 @@ def write_model(path: Path, body: str) -> None:
 
 
 class Letterbox:
-    """A stand-in for a source: AutoML's letterbox on 4x6 pixels, or another placement, for images no larger than that."""
+    """A stand-in for a source: AutoML's preprocessing to 4x6 pixels, or another placement."""
 
     def __init__(
-        self, mean: tuple[float, ...], std: tuple[float, ...], placement: str = "top left"
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        placement: str = "top left",
+        rounding: str = "floor",
+        sampling: str = "half_pixel",
     ) -> None:
         self.graph = graph(batch=1)
         self.mean, self.std, self.placement = np.array(mean), np.array(std), placement
+        self.round = {"floor": int, "round": round}[rounding]
+        self.sampling = sampling
 
     def run(self, fetches: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        (image,) = feeds["image_arrays:0"].astype(np.float64)[:, :4, :6]
-        canvas = np.zeros((1, 4, 6, 3), np.float32)
-        top = 4 - image.shape[0] if self.placement == "bottom left" else 0
-        left = (6 - image.shape[1]) // 2 if self.placement == "centred" else 0
+        (image,) = feeds["image_arrays:0"].astype(np.float32)
+        scale = min(4 / image.shape[0], 6 / image.shape[1])
+        height, width = (self.round(n * scale) for n in image.shape[:2])
         if self.placement == "stretched":
-            image = np.broadcast_to(image[:1, :1], (4, 6, 3))
-        canvas[0, top : top + image.shape[0], left : left + image.shape[1]] = (
-            image - self.mean
-        ) / self.std
+            height, width = 4, 6
+        if self.sampling == "corner":
+            rows, columns = (
+                np.arange(n) * size // n
+                for n, size in zip((height, width), image.shape, strict=False)
+            )
+            resized = image[rows][:, columns]
+        else:
+            resized = cv2.resize(image, (width, height))
+        canvas = np.zeros((1, 4, 6, 3), np.float32)
+        top = 4 - height if self.placement == "bottom left" else 0
+        left = (6 - width) // 2 if self.placement == "centred" else 0
+        placed = (resized - self.mean) / self.std
+        canvas[0, top : top + height, left : left + width] = placed
         return [canvas]
 
 
-def test_preprocessing_is_measured() -> None:
-    source = Letterbox((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-    found, layout, notes = automl.measure_preprocessing(source, "image_arrays:0", "stem")  # type: ignore[arg-type]
-    assert (layout, notes) == ("NHWC", [])
-    assert found.size_hw == (4, 6)
-    assert found.mean == (123.675, 116.28, 103.53)
-    assert found.std == (58.395, 57.12, 57.375)
-    assert found.pad_rgb == found.mean  # zero after normalisation
+def measured(source: Letterbox) -> tuple[Preprocessing, str]:
+    return measure_preprocessing(source, "image_arrays:0", "stem", "automl")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("placement", ["centred", "bottom left", "stretched"])
+@pytest.mark.parametrize("rounding", ["floor", "round"])
+@pytest.mark.parametrize("sampling", ["half_pixel", "corner"])
+def test_preprocessing_is_measured(rounding: str, sampling: str) -> None:
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    found, layout = measured(Letterbox(mean, std, rounding=rounding, sampling=sampling))
+    assert layout == "NHWC"
+    assert (found.size_hw, found.mean, found.std) == ((4, 6), mean, std)
+    assert (found.resize, found.pad_rgb) == ("letterbox", mean)  # zero after normalisation
+    assert (found.rounding, found.sampling) == (rounding, sampling)
+
+
+def test_stretching_is_measured() -> None:
+    found, _ = measured(Letterbox((100, 100, 100), (50, 50, 50), "stretched"))
+    assert found.resize == "stretch"
+
+
+@pytest.mark.parametrize("placement", ["centred", "bottom left"])
 def test_another_placement_is_refused(placement: str) -> None:
-    source = Letterbox((100, 100, 100), (50, 50, 50), placement)
-    with pytest.raises(GraphError, match="top left"):
-        automl.measure_preprocessing(source, "image_arrays:0", "stem")  # type: ignore[arg-type]
+    with pytest.raises(GraphError, match="expected the image at the top left"):
+        measured(Letterbox((100, 100, 100), (50, 50, 50), placement))
 
 
 def test_anchors_that_decode_elsewhere_are_refused() -> None:

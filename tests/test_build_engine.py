@@ -19,6 +19,7 @@ import toy_network as toy
 from PIL import Image
 
 import build_engine
+import trtdet
 from trtdet import engine, nms, sidecar, tensorrt_flavor
 from trtdet.errors import EngineError
 from trtdet.sidecar import BatchRange, EngineInfo, read_sidecar, sidecar_path, write_engine
@@ -299,7 +300,12 @@ def test_every_parser_error_is_shown_with_its_node(version: str, tensorrt: Tenso
     onnx.save(broken, model)
     assert build(model, tmp_path / "toy.engine", "-p", "fp32") == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"TensorRT {version}: the ONNX parser refused the model: MyStem_Sigmoid 'stem_sigmoid': Plugin not found: MyStem_Sigmoid; MyMerge 'merge': Plugin" in error  # fmt: skip
+    assert (
+        f"TensorRT {version}: the ONNX parser refused the model: MyStem_Sigmoid 'stem_sigmoid' (inputs stem_n; from the network of the "
+        "source): Plugin not found: MyStem_Sigmoid; TensorRT knows no such operator: load its plugin with --plugins, or give it the name "
+        "of a plugin with create_onnx.py --map_op; MyMerge 'merge' (inputs fine, raised; from"
+        in error
+    )
 
 
 def test_real_parser_errors_are_shown(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -311,7 +317,32 @@ def test_real_parser_errors_are_shown(model: Path, tmp_path: Path, capsys: pytes
     onnx.save(broken, model)
     assert build(model, tmp_path / "toy.engine", "-p", "fp32", "--flavor", "tensorrt_rtx") == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "the ONNX parser refused the model: MyMerge 'merge': " in error
+    assert "the ONNX parser refused the model: MyMerge 'merge' (inputs fine, raised; from the network of the source): " in error  # fmt: skip
+
+
+def test_a_custom_operator_is_not_run_by_onnx_runtime(model: Path, tensorrt: TensorRT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """FP16 builds unchecked and says so; INT8 cannot be calibrated."""
+    tensorrt("10.3.0")
+    custom = onnx.load(model)
+    node = next(n for n in custom.graph.node if n.name == "merge")
+    node.op_type, node.domain = "MyMerge", "mine"
+    custom.opset_import.append(onnx.helper.make_opsetid("mine", 1))
+    onnx.save(custom, model)
+    assert (
+        build(model, tmp_path / "toy.engine", "-p", "fp16") == 1
+    )  # the stand-in has no such plugin
+    error = capsys.readouterr().err
+    assert (
+        "ONNX Runtime does not know mine::MyMerge: not checked whether FP16 holds the activations"
+        in error
+    )
+    assert "the ONNX parser refused the model: MyMerge 'merge'" in error
+    photos = str(Path(trtdet.PHOTOGRAPH).parent)
+    assert build(model, tmp_path / "toy.engine", "-p", "int8", "--calib_input", photos) == 1
+    assert (
+        "calibration runs the model in ONNX Runtime, which does not know mine::MyMerge"
+        in capsys.readouterr().err
+    )
 
 
 def test_graph_that_onnx_itself_refuses(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -416,6 +447,37 @@ def test_own_images_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def engine_ranges(model: Path, value: float) -> dict[str, float]:
     image = np.full((2, toy.SIZE, toy.SIZE, 3), value, np.float32)
     return build_engine.precision.activation_ranges(onnx.load(model), [{"input": image}])
+
+
+def test_own_images_that_cannot_be_read_are_left_out(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"no image")
+    options = ["--onnx", str(model), "--save_onnx", str(tmp_path / "o.onnx"), "--fp16_check_input", str(folder)]  # fmt: skip
+    assert build_engine.main(options) == 1
+    assert f"error: --fp16_check_input: expected images that can be read, found none in {folder}" in capsys.readouterr().err  # fmt: skip
+    Image.new("RGB", (20, 10)).save(folder / "good.png")
+    assert build_engine.main(options) == 0
+    error = capsys.readouterr().err
+    assert "W --fp16_check_input: " in error and "broken.png is left out: " in error
+    assert "largest activation on 1 image(s)" in error
+    (folder / "good.png").unlink()
+    (folder / "broken.png").unlink()
+    assert build_engine.main(options) == 1
+    assert "error: --fp16_check_input: expected images (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("precision", "narrow"), [("fp16", 10), ("bf16", 16)])
+def test_nodes_by_name_stay_float32(precision: str, narrow: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    output = tmp_path / "o.onnx"
+    options = ["--onnx", str(model), "--save_onnx", str(output), "--precision", precision]
+    assert build_engine.main([*options, "--keep_fp32", "class_?", "--keep_fp32", "down"]) == 0
+    weights = {t.name: t.data_type for t in onnx.load(output).graph.initializer}
+    assert (weights["class_w"], weights["down_w"], weights["stem_w"], weights["box_w"]) == (1, 1, narrow, narrow)  # fmt: skip
+    error = capsys.readouterr().err
+    assert "I stays float32: 2 nodes, asked for ('class_?')\n" in error and "W " not in error
+    assert build_engine.main([*options, "--keep_fp32", "klass"]) == 1
+    assert "error: --keep_fp32 'klass': no node has such a name" in capsys.readouterr().err
 
 
 def test_without_onnx_runtime_the_check_is_missed_aloud(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration: the cache's format, what it refuses, and the scales themselves."""
 
+import dataclasses
 import json
 import logging
 import struct
@@ -15,7 +16,7 @@ import onnx.parser
 import pytest
 from numpy.typing import NDArray
 
-from trtdet import calibration
+from trtdet import calibration, files
 from trtdet.calibration import CalibrationCache, calibrate, choose_images, read_cache
 from trtdet.errors import GraphError
 from trtdet.histograms import METHODS, ChannelMoments, TensorHistogram
@@ -266,6 +267,52 @@ def test_sidecar_brings_everything_back(tmp_path: Path, images: list[Path]) -> N
     assert data["method"] == "mse"
 
 
+def test_a_cache_is_made_over_for_another_version(tmp_path: Path, images: list[Path]) -> None:
+    path, cache = write_example(tmp_path, images)
+    lines = path.read_text().splitlines()
+    assert calibration.write_header(path, (10, 13, 3))
+    assert path.read_text().splitlines() == ["TRT-101303-EntropyCalibration2", *lines[1:]]
+    assert not calibration.write_header(path, (10, 13, 3, 9))  # the fourth number is none of it
+    assert read_cache(path, cache.origin).origin == cache.origin
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_end_between_two_writes_leaves_no_cache_that_counts_as_foreign(
+    known: bool,
+    tmp_path: Path,
+    images: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over an older cache, and where there is none."""
+    path, cache = write_example(tmp_path, images)
+    if not known:
+        path.unlink()
+        calibration.sidecar_path(path).unlink()
+    written = []
+
+    def once(target: Path, text: str) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(target)
+        files.write_bytes(target, text.encode())
+
+    monkeypatch.setattr(files, "write_text", once)
+    new = dataclasses.replace(cache, scales={name: s * 2 for name, s in cache.scales.items()})
+    with pytest.raises(KeyboardInterrupt):
+        new.write(path)
+    assert written == [calibration.sidecar_path(path)]
+    assert path.is_file() is known
+    if known:
+        with pytest.raises(ValueError, match="scales_sha256"):
+            read_cache(path)
+    written.clear()
+    monkeypatch.undo()
+    new.write(path)
+    assert read_cache(path, cache.origin).scales == new.scales
+    dataclasses.replace(cache, origin=None).write(path)  # of another program: no sidecar of the old
+    assert sorted(file.name for file in tmp_path.glob("small*")) == ["small.cache"]
+
+
 def test_another_header_keeps_the_sidecar(tmp_path: Path, images: list[Path]) -> None:
     path, cache = write_example(tmp_path, images)
     path.write_text(cache.to_text((10, 13, 3)))
@@ -302,10 +349,44 @@ def test_a_cache_of_something_else_is_refused(
     assert sum(other in message for other in others) == 1  # only what differs is named
 
 
+def test_a_cache_of_any_method_fits_where_none_is_asked_for(
+    tmp_path: Path, images: list[Path]
+) -> None:
+    path, cache = write_example(tmp_path, images)
+    of = calibration.origin(small_model(), PREPROCESSING, None, "entropy")
+    assert read_cache(path, of, any_method=True).scales == cache.scales
+    with pytest.raises(ValueError, match="method is mse, not entropy"):
+        read_cache(path, of)
+
+
+def test_a_bare_cache_is_of_a_model_that_has_its_tensors() -> None:
+    path, model = Path("some.cache"), small_model()  # reads images and pooled
+    calibration.check_tensors(path, CalibrationCache({"images": 1.0, "pooled": 0.5}), model)
+    with pytest.raises(ValueError, match=r"1 of 2 inputs of convolutions are not in it \(pooled\); it belongs to another model"):  # fmt: skip
+        calibration.check_tensors(path, CalibrationCache({"images": 1.0, "swish": 0.5}), model)
+    with pytest.raises(ValueError, match="2 of 2 inputs of convolutions are not in it"):
+        calibration.check_tensors(path, CalibrationCache({"x": 1.0}), model)
+
+
 def test_a_cache_fits_without_the_images(tmp_path: Path, images: list[Path]) -> None:
     path, cache = write_example(tmp_path, images)
     of = calibration.origin(small_model(), PREPROCESSING, None, "mse")
     assert read_cache(path, of).scales == cache.scales
+
+
+def test_a_cache_older_than_a_field_of_the_preprocessing_fits_its_default(
+    tmp_path: Path, images: list[Path]
+) -> None:
+    path, cache = write_example(tmp_path, images)
+    sidecar = calibration.sidecar_path(path)
+    data = json.loads(sidecar.read_text())
+    del data["preprocessing"]["pad_rgb"]
+    sidecar.write_text(json.dumps(data))
+    assert read_cache(path, cache.origin).scales == cache.scales
+    grey = dataclasses.replace(PREPROCESSING, pad_rgb=(114.0,) * 3)
+    of = calibration.origin(small_model(), grey, images, "mse")
+    with pytest.raises(ValueError, match=r"\(pad_rgb \[0.0, 0.0, 0.0\] instead of \[114.0, 114.0, 114.0\]\)"):  # fmt: skip
+        read_cache(path, of)
 
 
 def test_scales_edited_under_the_sidecar_are_noticed(tmp_path: Path, images: list[Path]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import EXAMPLES
 
 import create_onnx
-from trtdet import nms
+from trtdet import nms, verification
 from trtdet.source import run_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
@@ -148,7 +148,7 @@ def test_forms_of_nms_give_the_same_detections(form: str, tiny_onnx: Path, tmp_p
     )
     model = onnx.load(path)
     assert nms.has_plugin(model) == (form == "plugin")
-    image = create_onnx.verification_image(ModelSpec.from_onnx(model).preprocessing)[None].astype(
+    image = verification.verification_image(ModelSpec.from_onnx(model).preprocessing)[None].astype(
         np.float32
     )
     boxes, logits = run_onnx(model, ["raw_boxes", "class_logits"], {"input": image})
@@ -262,7 +262,7 @@ def test_a_wrong_model_never_leaves(
         create_onnx.main(["--source_onnx", str(tiny_onnx), "--onnx", str(plain), "--nms", "onnx"])
         == 0
     )
-    honest = create_onnx.end_in_nms
+    honest = create_onnx.select
 
     def plant(model, reading, spec, options):  # type: ignore[no-untyped-def]
         model = honest(model, reading, spec, options)
@@ -278,7 +278,7 @@ def test_a_wrong_model_never_leaves(
                 tensor.CopyFrom(onnx.numpy_helper.from_array(wrong, tensor.name))
         return model
 
-    monkeypatch.setattr(create_onnx, "end_in_nms", plant)
+    monkeypatch.setattr(create_onnx, "select", plant)
     path = tmp_path / "wrong.onnx"
     source = (
         ["--saved_model", str(TINY)] if fault == "anchors" else ["--source_onnx", str(tiny_onnx)]
@@ -389,3 +389,44 @@ def test_preprocessor_override_is_verified_behind_the_normalisation(
     )
     assert ModelSpec.from_onnx(onnx.load(path)).preprocessing.mean == (127.5, 127.5, 127.5)
     assert all(maximum < 1e-4 for maximum, _ in differences(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rotated_nms", "exact"], "--rotated_nms: this automl model has no turned boxes"),
+        (["--deformable_attention", "keep"], "--deformable_attention: this automl model has none"),
+        (["--resize_mode", "stretch"], "--resize_mode stretch: this automl model was trained with letterbox"),
+        (["--input_shape", "-1,-1,-1,3"], "--input_shape asks for a free size, the model takes 128x128"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused(
+    arguments: list[str], message: str, tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    path = tmp_path / "again.onnx"
+    assert create_onnx.main(["--source_onnx", str(tiny_onnx), "--onnx", str(path), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_an_unknown_model_shows_its_outputs_and_where_to_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.parser.parse_model("""
+      <ir_version: 8, opset_import: ["": 17]>
+      other (float[1, 3, 8, 8] image) => (float[1, 3, 8, 8] heat, float[1, 3, 8, 8] sizes)
+      { heat = Sigmoid(image)  sizes = Relu(image) }
+    """)
+    onnx.save(model, tmp_path / "other.onnx")
+    paths = ["--source_onnx", str(tmp_path / "other.onnx"), "--onnx", str(tmp_path / "out.onnx")]
+    for options, message in (
+        ([], "none matches its outputs heat, sizes; name it with --family, or add its family"),
+        (
+            ["--family", "retinanet"],
+            "score_1 to score_5 and box_1 to box_5 of ODTK's export, found heat, sizes",
+        ),
+    ):
+        assert create_onnx.main([*paths, *options]) == 1
+        error = capsys.readouterr().err
+        assert message in error and "docs/adding_a_family.md" in error
+        assert error.count("\n") == 2  # after "read"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,15 @@ def test_standin_has_the_values_of_cuda_python() -> None:
     for enum in ("cudaError_t", "cudaMemcpyKind", "cudaStreamCaptureMode"):
         for member in getattr(StandinCudart, enum):
             assert int(getattr(getattr(real, enum), member.name)) == int(member)
+    named = {*device.HINTS, *device.FAULTS}
+    assert {name for name in named if not hasattr(real.cudaError_t, name)} == set()
     for flag in ("cudaStreamNonBlocking", "cudaEventBlockingSync", "cudaEventDisableTiming", "cudaHostAllocPortable"):  # fmt: skip
         assert getattr(real, flag) == getattr(StandinCudart, flag)
 
 
 def test_device_calls_only_what_the_standin_has() -> None:
     source = inspect.getsource(device)
-    called = set(re.findall(r'"(cuda[A-Z]\w+)"', source)) - set(device.HINTS)
+    called = set(re.findall(r'"(cuda[A-Z]\w+)"', source)) - set(device.HINTS) - device.FAULTS
     assert called >= {"cudaMalloc", "cudaMemcpyAsync", "cudaGraphLaunch"}
     assert {name for name in called if not hasattr(StandinCudart, name)} == set()
 
@@ -197,6 +200,33 @@ def test_graph_replays_what_was_captured(cudart: StandinCudart) -> None:
     assert cudart.calls["cudaGraphLaunch"] == 2
 
 
+def test_garbage_found_during_a_capture_does_not_break_it(cudart: StandinCudart) -> None:
+    """A pinned array in a reference cycle: the collector, run by an allocation in the capture, would free it there."""
+    threshold = gc.get_threshold()
+    gc.collect()
+    with device.Stream() as stream, device.DeviceBuffer(8) as buffer:
+
+        def enqueue() -> None:
+            kept = [[] for _ in range(2000)]
+            assert len(kept) == 2000
+            stream.clear(buffer)
+
+        try:
+            gc.set_threshold(100)
+            cycle: list[object] = [device.pinned_empty((8,), np.uint8)]
+            cycle.append(cycle)
+            del cycle
+            with device.Graph(stream, enqueue):
+                pass
+            assert gc.isenabled()
+            gc.disable()
+            with device.Graph(stream, enqueue):
+                assert not gc.isenabled()  # as it was
+        finally:
+            gc.enable()
+            gc.set_threshold(*threshold)
+
+
 def test_failed_capture_leaves_the_stream_usable(cudart: StandinCudart) -> None:
     with device.Stream() as stream, device.DeviceBuffer(8) as buffer:
         with pytest.raises(device.CudaError, match="cudaErrorStreamCaptureUnsupported"):
@@ -234,3 +264,29 @@ def test_device_info_and_free_memory(cudart: StandinCudart) -> None:
     before = device.free_memory()
     with device.DeviceBuffer(4096):
         assert before - device.free_memory() == 4096
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"),
+    [("12.9.0", True), ("12.8.0", True), ("12.9.1", False), ("13.0.0", False), (None, False)],
+)
+def test_old_bindings_are_warned_of_once(
+    version: str | None,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def version_of(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(device.metadata, "version", version_of)
+    device.warn_of_old_bindings.cache_clear()
+    device.warn_of_old_bindings()
+    device.warn_of_old_bindings()
+    device.warn_of_old_bindings.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cuda-python {version} holds Python's lock while it waits for the GPU, so images are not decoded meanwhile; "
+        "update it: pip install 'cuda-python>=12.9.1'"
+    ] * warned

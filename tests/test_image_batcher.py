@@ -717,7 +717,7 @@ def test_main_does_not_overwrite_its_input(
         ["--input", "x", "--output", "y"],  # neither --model nor --size
         ["--input", "x", "--output", "y", "--size", "512"],
         ["--input", "x", "--output", "y", "--size", "0,512"],
-        ["--input", "x", "--output", "y", "--size", "4,4", "--model", "m.onnx"],
+        ["--input", "x", "--output", "y", "--size", "4,4", "--resize", "2"],
     ],
 )
 def test_wrong_usage_is_status_2(arguments: list[str]) -> None:

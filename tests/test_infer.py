@@ -248,6 +248,7 @@ def test_no_engine_is_an_error(tmp_path: Path, capsys: Any) -> None:
         (["--engine", "m.onnx", "--input", "a"], "--input and --output are required"),
         (["--input", "a", "--output", "b"], "--engine"),
         (["--engine", "m", "--benchmark", "--output", "b"], "leave --output out"),
+        (["--engine", "m", "--benchmark", "--labels", "b", "-a", "c", "--no_images", "--tsv_header", "-t", "0.4"], "leave --labels, --annotations, --no_images, --tsv_header, --score_threshold out"),
         (["--engine", "m", "--input", "a", "--output", "b", "--benchmark_json", "x"], "needs --benchmark"),
         (["--engine", "m", "--input", "a", "--output", "b", "-t", "1.5"], "from 0 to 1"),
         (["--engine", "m", "--input", "a", "--output", "b", "--batch_size", "0"], "at least 1"),
@@ -316,6 +317,32 @@ def test_a_result_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert list(out.glob(".*")) == []  # no temporary file is left
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX limits")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: detections.json is the first to reach it."""
+    import resource
+
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=r"--output: cannot write \S+/detections\.json: File too large; make room, or choose another directory"):  # fmt: skip  # noqa: SIM117
+            with writer(out, 300) as results:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+                for number in range(300):
+                    results.write(infer.ImageResult(Path(f"{number}.jpg"), detections(), None))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (out / "detections.json").exists()
+    assert list(out.glob(".*")) == []
+
+
+def test_an_output_that_is_a_file_is_an_error(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    image(tmp_path / "in" / "a.png", red=51, green=1, blue=0)
+    (tmp_path / "out").write_text("")
+    for output in (tmp_path / "out", tmp_path / "out" / "deep"):
+        assert run(toy, tmp_path / "in", output) == 1
+        assert re.search(rf"error: --output: cannot write {output}/detections\.json: (File exists|Not a directory); make room, or choose another directory", capsys.readouterr().err)  # fmt: skip
+
+
 def test_a_slow_disk_holds_the_runtime_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +378,7 @@ def test_a_slow_disk_holds_the_runtime_back(
     ("error", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (EngineError("device lost"), 1, r"error: device lost \(images: .*2\.png\)"),
+        (EngineError("device lost"), 1, r"error: batch 12: device lost \(images: .*2\.png\)"),
     ],
 )
 def test_a_run_that_is_cut_off_leaves_no_threads_and_no_json(
@@ -451,6 +478,20 @@ def test_benchmark_on_noise(toy: Path, capsys: Any) -> None:
     assert "End to end" not in out
 
 
+@pytest.mark.parametrize("source", [True, False])
+def test_benchmark_of_a_batch_that_does_not_fit_names_the_option(
+    tmp_path: Path, capsys: Any, source: bool
+) -> None:
+    fixed = toy_detector.save(tmp_path / "fixed.onnx", batch=4)
+    image(tmp_path / "a.jpg", red=10, green=20, blue=30)
+    argv = ["--engine", str(fixed), "--benchmark", "5", "--batch_size", "9"]
+    assert infer.main([*argv, *(["--input", str(tmp_path / "a.jpg")] if source else [])]) == 1
+    assert (
+        "error: --batch_size: the model takes 4 to 4 images, got 9; leave it out, or build the engine for it"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("count", "skip", "expected"),
     [
@@ -481,3 +522,14 @@ def test_benchmark_needs_a_readable_image(toy: Path, tmp_path: Path, capsys: Any
         == 1
     )
     assert "none of" in capsys.readouterr().err
+
+
+def test_ray_is_asked_for_before_anything_else(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
+    image(tmp_path / "in" / "a.png", red=51, green=1, blue=0)
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--ray", "local") == 1
+    error = capsys.readouterr().err
+    assert "error: --ray needs Ray" in error and "requirements-ray.txt" in error
+    assert not (tmp_path / "out").exists()

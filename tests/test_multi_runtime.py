@@ -3,6 +3,7 @@
 """`trtdet.runtimes.multi` on several stand-in GPUs; needs no GPU."""
 
 import argparse
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from standin_cudart import cudaError_t
 from trt_rig import SHAPE, Batch, Rig, assert_same, batches, engine, noise, rig  # noqa: F401
 
+from trtdet import files
 from trtdet.errors import EngineError
 from trtdet.runtimes.multi import MultiRuntime, open_devices, parse_devices
 from trtdet.runtimes.trt import TensorRTRuntime
+from trtdet.sidecar import sidecar_path
 
 
 @pytest.fixture(autouse=True)
@@ -137,10 +141,63 @@ def test_a_thread_that_does_not_start_leaves_none_behind(
     assert not [t for t in threading.enumerate() if t.name.startswith("gpu-")]
 
 
-def test_missing_gpu_closes_those_that_were_opened(rig: Callable[..., Rig], engine: Path) -> None:
-    rig(devices=2)
-    with pytest.raises(EngineError, match="cudaGetDeviceProperties: cudaErrorInvalidDevice"):
-        open_devices(engine, [0, 1, 2])
+@pytest.mark.parametrize(
+    ("count", "devices", "message"),
+    [
+        (2, (0, 1, 7), "--devices: there is no GPU 7: GPUs 0 to 1 are here (2 in all); choose among these, or give 'all'"),
+        (1, (3, 1), "--devices: there is no GPU 3, 1: GPU 0 alone is here (1 in all); choose among these, or give 'all'"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_is_not_there_is_named(
+    rig: Callable[..., Rig], engine: Path, count: int, devices: tuple[int, ...], message: str
+) -> None:
+    machine = rig(devices=count)
+    with pytest.raises(EngineError) as caught:
+        open_devices(engine, devices)
+    assert str(caught.value) == message
+    assert machine.cudart.calls["cudaStreamCreateWithFlags"] == 0  # nothing was opened before
+
+
+@pytest.mark.parametrize("sidecar", [True, False])
+def test_the_engine_is_read_once_for_all_gpus(
+    rig: Callable[..., Rig],
+    engine: Path,
+    sidecar: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rig(devices=8)
+    if not sidecar:
+        sidecar_path(engine).unlink()
+    read, hashed = [], []
+    original_read, original_hash = Path.read_bytes, files.sha256
+
+    def read_bytes(path: Path) -> bytes:
+        read.append(path)
+        return original_read(path)
+
+    def sha256(path: Path) -> str:
+        hashed.append(path)
+        return original_hash(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(files, "sha256", sha256)
+    with open_devices(engine, "all") as runtime:
+        for batch, outputs in runtime.map(batches([4] * 12)):
+            assert_same(outputs, batch.images)
+    assert (read, hashed) == ([engine], [engine] * sidecar)
+    assert caplog.text.count("beside it: taken for AutoML's EfficientDet") == (not sidecar)
+
+
+def test_a_gpu_that_fails_closes_those_that_were_opened(
+    rig: Callable[..., Rig], engine: Path
+) -> None:
+    machine = rig(devices=2)
+    machine.cudart.fail("cudaStreamCreateWithFlags", cudaError_t.cudaErrorMemoryAllocation, after=4)
+    with pytest.raises(EngineError, match="cudaStreamCreateWithFlags: cudaErrorMemoryAllocation"):
+        open_devices(engine, [0, 1])
+    assert len(machine.trt.Runtime.engines) == 0
+    assert machine.cudart.live() == {}
 
 
 def test_a_failed_gpu_ends_the_run_with_its_error(rig: Callable[..., Rig], engine: Path) -> None:
@@ -179,6 +236,38 @@ def test_leaving_early_stops_every_worker(
         generator.close()
         assert all(one.in_flight == 0 for one in runtime._runtimes)
         assert not [t.name for t in threading.enumerate() if t.name.startswith("gpu-")]
+
+
+def test_the_source_outlives_the_work_on_the_gpus(
+    rig: Callable[..., Rig], engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may own pinned memory: freed under copies that are queued, it would hold up the GPUs."""
+    machine = rig(devices=2)
+    closed, queued = threading.Event(), []
+
+    class Source:
+        """As `ImageBatcher`: what holds the memory is the iteration."""
+
+        def __iter__(self) -> Iterator[Batch]:
+            try:
+                yield from batches([4] * 40, runtime.allocate)
+            finally:
+                streams = machine.cudart._streams.values()
+                queued.append(sum(kind == "run" for stream in streams for kind, _ in stream.queue))
+                closed.set()
+
+    def fetch_late(runtime: TensorRTRuntime) -> Any:
+        closed.wait(0.5)  # an error of the other GPU finds this one at work
+        return fetch(runtime)
+
+    fetch = TensorRTRuntime.fetch
+    with open_devices(engine, "all", cuda_graph=False) as runtime:
+        monkeypatch.setattr(TensorRTRuntime, "fetch", fetch_late)
+        next(c for c in machine.contexts if c._device == 1).fail_after = 0
+        with pytest.raises(EngineError, match="a test made it fail"):
+            list(runtime.map(Source()))
+        gc.collect()
+    assert queued == [0]
 
 
 def test_batches_that_wait_are_dropped_when_it_stops(rig: Callable[..., Rig], engine: Path) -> None:

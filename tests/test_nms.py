@@ -564,11 +564,31 @@ def test_node_without_a_required_attribute():
         lower(model, "onnx")
 
 
-def test_dynamic_number_of_anchors():
+@pytest.mark.parametrize("form", ["onnx", "graph"])
+@pytest.mark.parametrize("anchors", [1, 40, 3000])
+def test_free_number_of_anchors(form, anchors):
+    """The same file takes any number of anchors, fewer and more than there are candidates, and finds what the reference does."""
+    rng = np.random.default_rng(anchors)
+    nms = Nms(0.3, 0.5, 20, score_activation=False, class_agnostic=anchors == 40)
+    boxes = rng.uniform(4, 300, (2, anchors, 4)).astype(np.float32)
+    scores = rng.uniform(size=(2, anchors, 3)).astype(np.float32) ** 3
+    model = heads_model(boxes, scores)
+    for value in [*model.graph.input, *model.graph.output]:
+        value.type.tensor_type.shape.dim[1].dim_param = "A"
+    insert_plugin(model, boxes="raw_boxes", scores="raw_scores", anchors=None, nms=nms)
+    lowered = lower(model, form, candidates=512)
+    onnx.checker.check_model(lowered, full_check=True)
+    assert_equal_outputs(run(lowered, boxes, scores), reference(boxes, scores, nms))
+
+
+def test_heads_that_do_not_belong_together():
     model = plugin_model(BOXES, SCORES, PLAIN)
     for value in [*model.graph.input, *model.graph.value_info]:
-        value.type.tensor_type.shape.dim[1].dim_param = "A"
-    with pytest.raises(GraphError, match=r"known numbers.*found \[N, A, 4\] and \[N, A, 3\]"):
+        if "scores" in value.name:
+            value.type.tensor_type.shape.dim[2].dim_param = "C"
+    with pytest.raises(
+        GraphError, match=r"known number of classes, found \[N, \d+, 4\] and \[N, \d+, C\]"
+    ):
         lower(model, "graph")
 
 

@@ -200,6 +200,16 @@ def test_bound_buffers_give_the_same_numbers(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(value, expected[name])
 
 
+def test_device_buffers_of_the_last_shapes_only_are_kept(tmp_path: Path) -> None:
+    with OnnxRuntime(toy_detector.save(tmp_path / "toy.onnx")) as runtime:
+        for count in (1, 2, 3, 4, 1, 5, 6):
+            batch = images(*[(10 * count, 1, 0)] * count)
+            expected = runtime.infer(batch)
+            for value, name in zip(runtime._run_bound(batch), expected, strict=True):
+                np.testing.assert_array_equal(value, expected[name])
+        assert [shape[0] for shape in runtime._device_inputs] == [4, 1, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("provider", "available", "expected"),
     [
@@ -276,8 +286,17 @@ def test_run_batches_keeps_order_and_names_the_images_of_a_failure() -> None:
         (batches[0], 3),
         (batches[1], 1),
     ]
-    with pytest.raises(EngineError, match=r"out of memory \(images: 13\.jpg, b\.jpg\)"):
+    with pytest.raises(EngineError, match=r"^batch 2: out of memory \(images: 13\.jpg, b\.jpg\)$"):
         next(results)
+
+
+def test_a_batch_that_onnx_runtime_does_not_take_is_named(tmp_path: Path) -> None:
+    batches = [NamedBatch(images((1, 1, 0), dtype=dtype), (Path(f"{dtype}.jpg"),)) for dtype in ("float32", "uint8")]  # fmt: skip
+    with OnnxRuntime(toy_detector.save(tmp_path / "toy.onnx"), threads=1) as runtime:
+        results = run_batches(runtime, batches)
+        next(results)
+        with pytest.raises(ValueError, match=r"^batch 1: input: expected images of .* \(images: uint8\.jpg\)$"):  # fmt: skip
+            next(results)
 
 
 def test_run_batches_uses_a_runtimes_own_pipeline() -> None:

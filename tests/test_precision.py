@@ -13,7 +13,7 @@ from onnx.shape_inference import infer_shapes
 
 from trtdet import nms
 from trtdet.errors import GraphError
-from trtdet.precision import activation_ranges, to_bf16, to_fp16
+from trtdet.precision import activation_ranges, raise_opset, to_bf16, to_fp16
 from trtdet.source import run_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
@@ -148,7 +148,7 @@ def test_weights_that_overflow_stay_float32() -> None:
     assert set(reasons(to_fp16(model)[1].kept)) == {"class_0", "class_1"}
     assert kept["class_0"].startswith("weights 'class_w': largest magnitude")
     assert kept["class_0"].endswith("FP16 ends at 6.55e+04")
-    assert any("stays float32: Conv 'class_0'" in line for line in report.lines())
+    assert any("stays float32: Conv 'class_0'" in line for line in report.warnings())
     want, got = heads(model, toy.images())[1], heads(converted, toy.images())[1]
     assert np.isfinite(got).all() and np.abs(got - want).max() < 2e-3 * np.abs(want).max()
     assert types(converted)["c0"] == TensorProto.FLOAT
@@ -344,6 +344,35 @@ def test_models_that_cannot_be_converted(already) -> None:  # type: ignore[no-un
         )
     with pytest.raises(GraphError, match="FP16: expected a float32 model with convolutions to convert"):  # fmt: skip
         to_fp16(model)
+
+
+@pytest.mark.parametrize(("opset", "want"), [(13, 19), (17, 19), (19, 19), (21, 21)])
+def test_opset_is_raised_without_a_change_of_numbers(opset: int, want: int) -> None:
+    axes = "<keepdims = 0>(a, axis)" if opset >= 18 else "<axes = [0], keepdims = 0>(a)"
+    parts = "<axis = 1, num_outputs = 2>" if opset >= 18 else "<axis = 1>"
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["": {opset}]>
+        g (float[2, 4] x) => (float[2] y) <int64[1] axis = {{0}}>
+        {{ a, b = Split{parts}(x) c = ReduceMax{axes} d = ReduceSum<keepdims = 0>(b, axis) y = Mul(c, d) }}
+    """)
+    (before,) = run_onnx(model, ["y"], {"x": np.arange(8, dtype=np.float32).reshape(2, 4)})
+    raise_opset(model)
+    assert model.opset_import[0].version == want
+    onnx.checker.check_model(model, full_check=True)
+    (after,) = run_onnx(model, ["y"], {"x": np.arange(8, dtype=np.float32).reshape(2, 4)})
+    np.testing.assert_array_equal(after, before)
+    np.testing.assert_array_equal(after, [4 * 8, 5 * 10])
+
+
+def test_opset_that_cannot_be_raised() -> None:
+    model = toy.network()
+    model.opset_import[0].version = 12
+    with pytest.raises(GraphError, match="expected opset 13 or later for Q/DQ, found 12; convert"):
+        raise_opset(model)
+    model.opset_import[0].version = 13
+    model.graph.node.append(onnx.helper.make_node("RoiAlign", ["a", "b", "c"], ["d"], name="roi"))
+    with pytest.raises(GraphError, match="RoiAlign 'roi': expected opset 16 or later, found 13"):
+        raise_opset(model)
 
 
 def test_real_model(tiny_onnx: Path) -> None:

@@ -19,7 +19,14 @@ from trtdet.body import block_of, conv_layers
 from trtdet.calibration import CalibrationCache, calibrate
 from trtdet.errors import GraphError
 from trtdet.histograms import ChannelStatistics
-from trtdet.quantization import Equalization, QuantizationOptions, insert_qdq, predicted_noise
+from trtdet.precision import to_fp16
+from trtdet.quantization import (
+    Equalization,
+    QuantizationOptions,
+    QuantizedType,
+    insert_qdq,
+    predicted_noise,
+)
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 CHANNELS = 8
@@ -213,13 +220,23 @@ def test_a_model_with_its_own_pairs_passes_through(cache: CalibrationCache) -> N
     assert report_again.blocks == report.blocks
 
 
-def test_residual_additions_read_the_pair_that_is_there(cache: CalibrationCache) -> None:
+def test_residual_additions_stay_in_floating_point(cache: CalibrationCache) -> None:
     plain, _ = insert_qdq(mobile_block(), cache)
-    shared, _ = insert_qdq(mobile_block(), cache, QuantizationOptions(residuals=True))
     assert "x0" in nodes(plain, "Add")[0].input
-    skip = next(n for n in nodes(shared, "Add")[0].input if n != "p")
-    assert producers(shared)[skip].op_type == "DequantizeLinear"
-    assert len(nodes(shared, "QuantizeLinear")) == len(nodes(plain, "QuantizeLinear"))
+
+
+@pytest.mark.parametrize("to", [quantization.INT8, quantization.FP8])
+def test_type_of_pairs_is_read_from_the_model(to: QuantizedType, cache: CalibrationCache) -> None:
+    model, report = insert_qdq(mobile_block(), cache, QuantizationOptions(to=to))
+    assert quantization.own_type(model) is to
+    assert quantization.report_of(model).type_name == report.type_name == to.name
+    for weight in list(model.graph.initializer):  # as other exporters have them
+        if weight.data_type == to.onnx_type:
+            constant = onnx.helper.make_node("Constant", [], [weight.name], value=weight)
+            model.graph.node.insert(0, constant)
+            model.graph.initializer.remove(weight)
+    assert quantization.own_type(model) is to
+    assert quantization.own_type(mobile_block()) is None
 
 
 def test_the_given_model_is_left_alone(cache: CalibrationCache) -> None:
@@ -328,6 +345,119 @@ def test_predicted_noise_is_what_rounding_does() -> None:
         equalization = None if factors is None else Equalization(f, np.zeros(32))
         predicted = predicted_noise(weights, statistics, equalization, scale)
         assert predicted == pytest.approx(measured, rel=0.3)
+
+
+# ---- FP8, float16 scales, and no pairs at all
+
+
+def test_fp8_rounds_as_onnx_does() -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(size=4000) * 10.0 ** rng.uniform(-4, 2.6, 4000), [0, 2**-10, 3 * 2**-10, 2**-9, 447, 449, 1e4, -17, -0.0173]])  # fmt: skip
+    rounded = quantization.round_to(values, quantization.FP8)
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["": 19]>
+        g (float[N] x, float[M] narrow) => (float[N] y, float8e4m3fn[M] bits)
+          <float one = {1}>
+        { q = QuantizeLinear<saturate = 1>(x, one, zero) y = DequantizeLinear(q, one) bits = QuantizeLinear<saturate = 1>(narrow, one, zero) }
+    """)  # fmt: skip
+    zero = onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+    model.graph.initializer.append(zero)
+    exact, bits = rounded[np.abs(rounded) > 0], quantization._fp8_bits(rounded[np.abs(rounded) > 0])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])  # fmt: skip
+    feed = {"x": values.astype(np.float32), "narrow": exact.astype(np.float32)}
+    expected = session.run(["y"], feed)[0]
+    np.testing.assert_array_equal(rounded, expected)
+    assert rounded.max() == 448 and len(np.unique(np.abs(rounded))) > 100
+    # The bits say the same: ONNX reads them back.
+    stored = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT8E4M3FN, bits.shape, bits.tobytes(), raw=True)  # fmt: skip
+    np.testing.assert_array_equal(numpy_helper.to_array(stored).astype(np.float64), exact)
+
+
+def test_fp8_pairs(cache: CalibrationCache) -> None:
+    options = QuantizationOptions(to=quantization.FP8)
+    model, report = insert_qdq(mobile_block(), cache, options)
+    onnx.checker.check_model(model, full_check=True)
+    assert report.type_name == "FP8" and report.lines()[0].startswith("FP8: ")
+    assert report.equalized == {} and report.mac_share > 0.99
+    weights = {w.name: w for w in model.graph.initializer}
+    for node in nodes(model, "QuantizeLinear"):
+        scale = numpy_helper.to_array(weights[node.input[1]])
+        assert scale == pytest.approx(cache.scales[node.input[0]] * 127 / 448)
+        assert weights[node.input[2]].data_type == onnx.TensorProto.FLOAT8E4M3FN
+    again = quantization.report_of(model)
+    assert again.already and again.type_name == "FP8" and again.blocks == report.blocks
+    # An exponent of its own: the outlier channel costs nothing, as it does where INT8 has no help.
+    assert sqnr(mobile_block(), cache, to=quantization.FP8) > 22
+    assert sqnr(mobile_block(), cache, equalize="none") < 15
+
+
+def test_scales_of_fp16_are_numbers_of_fp16_and_cut_nothing_off(cache: CalibrationCache) -> None:
+    scales = np.array([1e-9, 3e-8, 1e-6, 0.1, 0.5, 1000.1, 65504, 1e6], np.float32)
+    got = quantization.fp16_at_least(scales)
+    assert (got[:-1] == got[:-1].astype(np.float16)).all() and (got >= scales).all()
+    assert got[0] == 2**-24 and got[4] == 0.5 and got[-1] == 1e6  # nothing there: as it was
+    np.testing.assert_allclose(got[3:-1], scales[3:-1], rtol=2**-10)
+    model, _ = insert_qdq(mobile_block(), cache, QuantizationOptions(fp16_scales=True))
+    weights = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    for node in nodes(model, "DequantizeLinear"):
+        scale = weights[node.input[1]]
+        assert (scale == scale.astype(np.float16)).all()
+    assert sqnr(mobile_block(), cache, fp16_scales=True) > sqnr(mobile_block(), cache) - 1
+
+
+def test_the_rest_becomes_fp16_without_casts_between(cache: CalibrationCache) -> None:
+    quantized, _ = insert_qdq(mobile_block(), cache, QuantizationOptions(fp16_scales=True))
+    narrow, report = to_fp16(quantized)
+    onnx.checker.check_model(narrow, full_check=True)
+    assert report.casts == 1 and report.kept == ()  # behind the last convolution
+    kinds = {w.name: w.data_type for w in narrow.graph.initializer}
+    made_by = producers(narrow)
+    for node in nodes(narrow, "QuantizeLinear"):  # the input's is float32, as the input is
+        wide = node.input[0] == "images"
+        assert kinds[node.input[1]] == (onnx.TensorProto.FLOAT if wide else onnx.TensorProto.FLOAT16)  # fmt: skip
+    for conv in nodes(narrow, "Conv"):
+        for name in conv.input[:2]:
+            if name in made_by and made_by[name].op_type == "DequantizeLinear":
+                assert kinds[made_by[name].input[1]] == onnx.TensorProto.FLOAT16
+    feeds = images(8, seed=2)
+    (expected,), (found,) = run(quantized, feeds), run(narrow, feeds)
+    assert np.square(found - expected).mean() < 1e-3 * np.square(expected).mean()
+
+
+def test_convolutions_kept_in_float32_are_float32_beside_fp16(cache: CalibrationCache) -> None:
+    options = QuantizationOptions(fp16_scales=True, keep=("net/blocks_0/*",))
+    narrow, report = to_fp16(insert_qdq(mobile_block(), cache, options)[0], keep_fp32=("net/blocks_0/*",))  # fmt: skip
+    onnx.checker.check_model(narrow, full_check=True)
+    kinds = {w.name: w.data_type for w in narrow.graph.initializer}
+    wide = {n.name for n in nodes(narrow, "Conv") if kinds.get(n.input[1]) == onnx.TensorProto.FLOAT}  # fmt: skip
+    assert wide == {f"net/blocks_0/{name}" for name in ("expand", "depthwise", "se/conv", "project")}  # fmt: skip
+    assert {n.name for n in report.kept} == wide and all(n.asked for n in report.kept)
+    # A convolution in INT8 whose output does not fit FP16 has its pairs in float32, too.
+    narrow, report = to_fp16(insert_qdq(mobile_block(), cache, QuantizationOptions(fp16_scales=True))[0], ranges={"e": 1e5})  # fmt: skip
+    onnx.checker.check_model(narrow, full_check=True)
+    made_by = producers(narrow)
+    (expand,) = (n for n in nodes(narrow, "Conv") if n.name == "net/blocks_0/expand")
+    kinds = {w.name: w.data_type for w in narrow.graph.initializer}
+    assert [kinds[made_by[name].input[1]] for name in expand.input[:2]] == [onnx.TensorProto.FLOAT] * 2  # fmt: skip
+    assert len(report.warnings()) == 3 and report.casts <= 3
+
+
+def test_without_pairs_the_rescaled_model_is_the_same_function(cache: CalibrationCache) -> None:
+    options = QuantizationOptions(correct_bias=False)
+    rescaled, scales, report = quantization.prepare_implicit(mobile_block(), cache, options)
+    assert not nodes(rescaled, "QuantizeLinear") and not nodes(rescaled, "DequantizeLinear")
+    quantized, explicit = insert_qdq(mobile_block(), cache, options)
+    assert (report.blocks, report.kept, report.equalized) == (explicit.blocks, explicit.kept, explicit.equalized)  # fmt: skip
+    feeds = images(8, seed=2)
+    (expected,), (found,) = run(mobile_block(), feeds), run(rescaled, feeds)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    # What convolutions read has the scale that its pair would have had.
+    weights = {w.name: numpy_helper.to_array(w) for w in quantized.graph.initializer}
+    for node in nodes(quantized, "QuantizeLinear"):
+        assert scales.scales[node.input[0]] == pytest.approx(float(weights[node.input[1]]), rel=1e-6)  # fmt: skip
+    assert cache.scales.items() <= scales.scales.items()
+    with pytest.raises(GraphError, match="brings its own Q/DQ, which needs no calibrator"):
+        quantization.prepare_implicit(quantized, cache)
 
 
 # ---- a real detector

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from conftest import EXAMPLES
 
-import create_onnx
+from trtdet import verification
 from trtdet.errors import GraphError
 from trtdet.families import automl
 from trtdet.nms_reference import decode_boxes
@@ -99,9 +99,10 @@ def test_box_decoding_agrees_with_tensorflow() -> None:
     """The anchors read from the model, decoded as the plugin does, against the tensor that enters TensorFlow's NMS."""
     with SavedModelSource(EXAMPLES / "tiny_shapes") as source:
         reading = automl.read(source)
-        image = create_onnx.verification_image(reading.spec.preprocessing)
-        fetches = [reading.raw_boxes, "stack_2:0"]
+        image = verification.verification_image(reading.spec.preprocessing)
+        fetches = [reading.heads["raw_boxes"], "stack_2:0"]
         raw, decoded = source.run(fetches, {reading.image_input: image[None]})
+    assert reading.anchors is not None
     got = decode_boxes(raw, 1, reading.anchors[None])
     assert np.abs(got - decoded).max() < 1e-3  # pixels; 0.05 is asked for
 

@@ -180,6 +180,22 @@ def test_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_flavor.ctypes, "CDLL", lambda name, mode: libraries[name])
     flavor.load_plugins(list(libraries))
     assert loaded == ["8.6.so", "10.so"]  # the others register themselves when they are loaded
+    Flavor("tensorrt", (10, 13, 3), module).load_plugins(list(libraries))
+    assert loaded == ["8.6.so", "10.so"]  # once in a process, whoever asks
+
+
+def test_a_plugin_library_in_this_folder_needs_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's loader would look for a bare name elsewhere."""
+    import _ctypes
+
+    flavor = Flavor("tensorrt", (10, 13, 3), standin.make_module("10.13.3"))
+    with pytest.raises(EngineError, match=r"plugin library libmine.so: .*; build it against this TensorRT, or correct the path"):  # fmt: skip
+        flavor.load_plugins([Path("libmine.so")])
+    shutil.copy(_ctypes.__file__, tmp_path / "libmine.so")
+    monkeypatch.chdir(tmp_path)
+    flavor.load_plugins([Path("libmine.so")])
 
 
 # --- the stand-in and the annotations against the real bindings -------------------------------------------------------------
@@ -228,7 +244,7 @@ def test_standin_has_only_what_the_bindings_of_10_have(stubs: Path) -> None:
     text = (stubs / "tensorrt_bindings" / "tensorrt.pyi").read_text()
     bodies = dict(re.findall(r"^class (\w+)[^\n]*:\n((?:[ \t].*\n|\n)*)", text, re.MULTILINE))
     module: Any = standin.make_module("10.13.3")
-    classes = [standin.OnnxParser, standin.IBuilderConfig10, standin.BuilderBefore11, standin.Runtime, standin.INetworkDefinition, standin.IOptimizationProfile, standin.ITimingCache, standin.EngineInspector, standin.ICudaEngine, standin.ILayer, standin.ParserError10]  # fmt: skip
+    classes = [standin.OnnxParser, standin.IBuilderConfigBefore11, standin.BuilderBefore11, standin.Runtime, standin.INetworkDefinition, standin.IOptimizationProfile, standin.ITimingCache, standin.EngineInspector, standin.ICudaEngine, standin.ILayer, standin.ParserError10]  # fmt: skip
     enums = [module.BuilderFlag, module.NetworkDefinitionCreationFlag, module.OnnxParserFlag, module.ProfilingVerbosity, module.DeviceType]  # fmt: skip
     checked = 0
     for cls in (*classes, *enums):

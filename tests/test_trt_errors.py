@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from standin_cudart import cudaError_t
-from trt_rig import SHAPE, Batch, Rig, assert_same, batches, engine, noise, rig  # noqa: F401
+from trt_rig import SHAPE, Batch, Rig, assert_same, batches, engine, noise, rig, write_engine  # noqa: F401
 
 from trtdet import device
 from trtdet.errors import EngineError
@@ -50,7 +50,7 @@ def test_asynchronous_fault_is_raised_where_it_is_noticed(
     machine = rig()
     runtime = TensorRTRuntime(engine)
     machine.cudart.fail("cudaEventSynchronize", cudaError_t.cudaErrorIllegalAddress, after=1)
-    with pytest.raises(EngineError, match=r"batch 1: cudaEventSynchronize: cudaErrorIllegalAddress .*images: 1_0\.jpg"):  # fmt: skip
+    with pytest.raises(EngineError, match=r"^batch 1, or one of the 2 batches after it on its GPU: cudaEventSynchronize: cudaErrorIllegalAddress .*images: 1_0\.jpg"):  # fmt: skip
         list(runtime.map(batches([1] * 5)))
     runtime.close()
 
@@ -68,13 +68,69 @@ def test_nothing_but_the_fault_is_raised_once_the_gpu_has_faulted(
 
     with (
         pytest.raises(
-            EngineError, match=r"batch 1: cudaEvent\w+: cudaErrorIllegalAddress .*images: 1_0"
+            EngineError,
+            match=r"^batch 1, or one of the 2 batches after it on its GPU: cudaEvent\w+: cudaErrorIllegalAddress .*images: 1_0",
         ),
         TensorRTRuntime(engine) as runtime,
     ):
         for _ in runtime.map(source()):
             pass
     assert [r for r in caplog.records if r.levelno > logging.DEBUG] == []
+    machine.cudart.forget()
+
+
+def test_a_fault_of_a_batch_in_flight_is_not_laid_on_the_one_submitted(
+    rig: Callable[..., Rig], engine: Path
+) -> None:
+    machine = rig()
+
+    def source() -> Iterator[Batch]:
+        first, second, third = batches([1, 1, 1])
+        yield first
+        yield second
+        machine.cudart.fail("cudaMemcpyAsync", cudaError_t.cudaErrorIllegalAddress)
+        yield third
+
+    with TensorRTRuntime(engine) as runtime:
+        with pytest.raises(EngineError, match=r"^batch 2, or one of the 2 batches before it on its GPU: cudaMemcpyAsync"):  # fmt: skip
+            list(runtime.map(source()))
+        machine.cudart.heal()
+
+
+def test_a_fault_noticed_by_asking_is_named_too(rig: Callable[..., Rig], engine: Path) -> None:
+    machine = rig()
+    with TensorRTRuntime(engine) as runtime:
+        machine.cudart.fail("cudaEventQuery", cudaError_t.cudaErrorLaunchFailure)
+        machine.cudart.fail("cudaEventSynchronize", cudaError_t.cudaErrorLaunchFailure)
+        with pytest.raises(EngineError, match=r"^batch 0: cudaEventSynchronize: cudaErrorLaunchFailure .*images: 0_0\.jpg"):  # fmt: skip
+            list(runtime.map(batches([1] * 5)))
+        machine.cudart.heal()
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_fault_is_not_taken_for_work_that_cannot_be_captured(
+    rig: Callable[..., Rig],
+    tmp_path: Path,
+    capturable: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    machine = rig(schedule="early")
+    path = write_engine(tmp_path / "model.engine", capturable=capturable)
+    begin = machine.cudart.cudaStreamBeginCapture
+
+    def begin_and_fault(stream: Any, mode: Any) -> Any:
+        result = begin(stream, mode)
+        machine.cudart.fault(cudaError_t.cudaErrorIllegalAddress)
+        return result
+
+    monkeypatch.setattr(machine.cudart, "cudaStreamBeginCapture", begin_and_fault)
+    with (
+        TensorRTRuntime(path) as runtime,
+        pytest.raises(EngineError, match=r"^batch 1.*: cuda\w+: cudaErrorIllegalAddress"),
+    ):
+        list(runtime.map(batches([4] * 8)))
+    assert "cannot be captured" not in caplog.text
     machine.cudart.forget()
 
 

@@ -57,7 +57,16 @@ def test_sidecar_is_compared_with_what_is_here(
 
 
 #: How the stand-in works inside, or what a test asks of it.
-STANDIN_ONLY = {"backend", "engines", "engine_type", "image_shape", "plan", "tensors", "contexts"}
+STANDIN_ONLY = {
+    "backend",
+    "engines",
+    "engine_type",
+    "input_shape",
+    "static_shape",
+    "plan",
+    "tensors",
+    "contexts",
+}
 
 
 def test_rtx_engine_without_named_gpus_needs_ampere(
@@ -116,6 +125,28 @@ def test_engine_without_sidecar_is_taken_for_efficientdet(
     assert spec.preprocessing.pad_rgb == (123.675, 116.28, 103.53)
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1 and "has no old.engine.json beside it: taken for AutoML's EfficientDet" in warnings[0]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected the JSON that build_engine.py writes beside an engine, found something else (Expecting"),
+        ("\xff", "found something else ('utf-8' codec can't decode"),
+        ("[]", "sidecar: expected schema 1, found list; build the engine again with build_engine.py"),
+        ('{"schema": 1, "model_spec": {}}', "convert the model again with create_onnx.py, then build the engine again with build_engine.py"),
+    ],
+)  # fmt: skip
+def test_a_sidecar_that_is_none_says_what_to_do(
+    rig: Callable[..., Rig], tmp_path: Path, text: str, message: str
+) -> None:
+    rig()
+    path = write_engine(tmp_path / "model.engine")
+    sidecar.sidecar_path(path).write_bytes(text.encode("latin-1"))
+    with pytest.raises(EngineError) as caught:
+        TensorRTRuntime(path)
+    assert str(caught.value).startswith(f"{sidecar.sidecar_path(path)}: ")
+    assert message in str(caught.value)
+    assert "build the engine again with build_engine.py" in str(caught.value)
 
 
 def test_engines_that_are_no_detectors(rig: Callable[..., Rig], tmp_path: Path) -> None:

@@ -29,8 +29,7 @@ from trtdet.device import CudaError
 from trtdet.errors import EngineError
 from trtdet.runtimes import default_batch_size, open_runtime, run_batches
 from trtdet.runtimes.trt import TensorRTRuntime
-from trtdet.runtimes.trt_load import pick_profile
-from trtdet.sidecar import BatchRange
+from trtdet.runtimes.trt_load import Profile, pick_profile
 
 SCHEDULES = [("late", 0), ("early", 0), ("random", 1), ("random", 2), ("random", 3)]
 
@@ -181,6 +180,10 @@ def test_engine_that_cannot_be_captured_runs_plainly(
     assert "running without: execute_async_v3 failed: IExecutionContext: cannot be captured" in warnings[0]  # fmt: skip
 
 
+def profile(*batches: int, sides: tuple[int, int, int] = (16, 16, 16)) -> Profile:
+    return Profile(*((n, side, side, 3) for n, side in zip(batches, sides, strict=True)))
+
+
 @pytest.mark.parametrize(
     ("count", "expected"),
     [
@@ -193,13 +196,29 @@ def test_engine_that_cannot_be_captured_runs_plainly(
     ],
 )
 def test_profile_that_fits_best(count: int, expected: tuple[int, int]) -> None:
-    profiles = [BatchRange(1, 1, 1), BatchRange(2, 4, 8), BatchRange(8, 16, 16)]
-    assert pick_profile(profiles, count) == expected
+    profiles = [profile(1, 1, 1), profile(2, 4, 8), profile(8, 16, 16)]
+    assert pick_profile(profiles, (count, 16, 16, 3)) == expected
 
 
 def test_profile_with_the_fewest_rows_to_fill_up() -> None:
-    assert pick_profile([BatchRange(8, 8, 8), BatchRange(4, 4, 4)], 3) == (1, 4)
-    assert pick_profile([BatchRange(1, 8, 8), BatchRange(1, 8, 32)], 8) == (0, 8)  # the narrower
+    assert pick_profile([profile(8, 8, 8), profile(4, 4, 4)], (3, 16, 16, 3)) == (1, 4)
+    narrower = [profile(1, 8, 8), profile(1, 8, 32)]
+    assert pick_profile(narrower, (8, 16, 16, 3)) == (0, 8)
+
+
+def test_profile_of_the_size() -> None:
+    small = profile(1, 4, 8, sides=(16, 16, 32))
+    large = profile(2, 4, 8, sides=(16, 64, 64))
+    for shape, expected in [
+        ((4, 16, 16, 3), (0, 4)),  # both take it; the smaller is tuned for nearly that
+        ((1, 16, 16, 3), (0, 1)),
+        ((4, 48, 32, 3), (1, 4)),
+        ((1, 64, 64, 3), (1, 2)),  # filled up
+    ]:
+        assert pick_profile([small, large], shape) == expected
+    for shape in [(4, 64, 65, 3), (4, 8, 64, 3), (9, 64, 64, 3), (4, 3, 64, 64)]:
+        with pytest.raises(ValueError, match=r"expected a batch of one of the engine's profiles \(\(1, 16, 16, 3\) to \(8, 32, 32, 3\), \(2, "):  # fmt: skip
+            pick_profile([small, large], shape)
 
 
 def test_several_profiles(rig: Callable[..., Rig], tmp_path: Path) -> None:

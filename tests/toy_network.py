@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A convolutional detector of two levels that is small enough to read: for the tests of stage 2. Its weights are random."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,28 @@ def network(
             nms=SPEC.nms,
             batch=batch,
         )
+    return model
+
+
+def free_network(*, batch: int | str = "N") -> onnx.ModelProto:
+    """The same for images of any multiple of 4, 8 to 64 pixels; boxes without anchors."""
+    model = network(batch=batch, with_nms=False)
+    shapes = [*model.graph.input[0].type.tensor_type.shape.dim[1:3]]
+    shapes += [output.type.tensor_type.shape.dim[1] for output in model.graph.output]
+    for dim, name in zip(shapes, "HWAA", strict=True):
+        dim.dim_param = name
+    preprocessing = dataclasses.replace(
+        SPEC.preprocessing, size_range=((8, 8), (64, 64)), size_multiple=4
+    )
+    SPEC.replace(preprocessing=preprocessing).attach(model)
+    nms.insert_plugin(
+        model,
+        boxes="raw_boxes",
+        scores="class_logits",
+        anchors=None,
+        nms=SPEC.nms,
+        batch=batch,
+    )
     return model
 
 

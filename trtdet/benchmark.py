@@ -88,6 +88,7 @@ class Measurement:
     Attributes:
         summaries: trtexec's line -> its summary. "Latency" always; the others where the runtime can tell.
         walltime_s: of `iterations` batches one after the other through `run_batches`, warm.
+        timed_on: of several devices, the one that `summaries` are of; throughput is that of all.
     """
 
     batch_size: int
@@ -95,6 +96,7 @@ class Measurement:
     warmup: int
     walltime_s: float
     summaries: dict[str, Summary]
+    timed_on: str = ""
 
     @property
     def throughput_qps(self) -> float:
@@ -116,6 +118,10 @@ class Measurement:
         if compute := self.summaries.get("GPU Compute Time"):
             total_s = compute.mean * self.iterations / 1000
             lines.append(f"Total GPU Compute Time: {total_s:.6g} s")
+        if self.timed_on:
+            lines.append(
+                f"Throughput is that of all GPUs; latencies and times are those of {self.timed_on}"
+            )
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +134,7 @@ class Measurement:
             "images_per_second": self.images_per_second,
             **{name: summary.to_dict() for name, summary in self.summaries.items()},
             "Total Host Walltime (s)": self.walltime_s,
+            **({"timed_on": self.timed_on} if self.timed_on else {}),
         }
 
 
@@ -162,8 +169,11 @@ def measure(runtime: Runtime, batch: ImageBatch, *, iterations: int, warmup: int
     for _ in repeat(None, warmup):
         runtime.infer(batch.images)
     timed = getattr(runtime, "infer_timed", None)
-    if timed is not None:
-        summaries = _summaries([timed(batch.images) for _ in repeat(None, iterations)])
+    if timed is not None or hasattr(runtime, "map"):
+        if timed is not None:
+            summaries = _summaries([timed(batch.images) for _ in repeat(None, iterations)])
+        else:  # a server: the host's clock is all there is
+            summaries = {"Latency": Summary.of([_seconds(runtime, batch) * 1000 for _ in repeat(None, iterations)])}  # fmt: skip
         for _ in run_batches(runtime, repeat(batch, warmup)):  # `infer` warms one GPU of several
             pass
         start = time.perf_counter()
@@ -176,7 +186,14 @@ def measure(runtime: Runtime, batch: ImageBatch, *, iterations: int, warmup: int
             stamps.append(time.perf_counter())
         walltime_s = stamps[-1] - stamps[0]
         summaries = {"Latency": Summary.of([float(x) for x in np.diff(stamps) * 1000])}
-    return Measurement(len(batch.images), iterations, warmup, walltime_s, summaries)
+    timed_on = getattr(runtime, "timed_on", "")
+    return Measurement(len(batch.images), iterations, warmup, walltime_s, summaries, timed_on)
+
+
+def _seconds(runtime: Runtime, batch: ImageBatch) -> float:
+    start = time.perf_counter()
+    runtime.infer(batch.images)
+    return time.perf_counter() - start
 
 
 def _summaries(times: Sequence[BatchTimes]) -> dict[str, Summary]:

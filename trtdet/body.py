@@ -9,7 +9,9 @@ import numpy as np
 import onnx
 
 from trtdet.errors import GraphError
-from trtdet.precision import NMS_OPS, NMS_PREFIX
+from trtdet.onnx_builder import fix_size
+from trtdet.precision import begins_nms
+from trtdet.spec import ModelSpec
 
 #: Names of blocks in google/automl's graphs, in the order of the network; the first group is the block's name.
 _BLOCK_PATTERNS = (
@@ -72,7 +74,7 @@ def cut_to_body(model: onnx.ModelProto) -> onnx.ModelProto:
     heads: dict[str, None] = {}
     body = []
     for node in nodes:
-        if _begins_nms(node) or behind.intersection(node.input):
+        if begins_nms(node) or behind.intersection(node.input):
             behind.update(node.output)
         else:
             body.append(node)
@@ -86,10 +88,6 @@ def cut_to_body(model: onnx.ModelProto) -> onnx.ModelProto:
             "model: expected a network before the NMS, found none; write it again with create_onnx.py"
         )
     return _cut(model, list(heads))
-
-
-def _begins_nms(node: onnx.NodeProto) -> bool:
-    return node.op_type in NMS_OPS or node.name.startswith(NMS_PREFIX)
 
 
 def _cut(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
@@ -116,15 +114,19 @@ def _cut(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
     )
     cut = onnx.helper.make_model(graph, opset_imports=model.opset_import)
     cut.ir_version = model.ir_version
+    cut.metadata_props.extend(model.metadata_props)
     return cut
 
 
 def conv_layers(model: onnx.ModelProto) -> list[ConvLayer]:
-    """All convolutions of the body, in the order of the graph.
+    """All convolutions of the body, in the order of the graph. Of a model of free size, as they are at the size that it names.
 
     Raises:
         GraphError: the size of a feature map is not known.
     """
+    spec = ModelSpec.maybe_from_onnx(model)
+    if spec is not None:
+        model = fix_size(model, spec.preprocessing.image_shape, batch=1)
     body = cut_to_body(model)
     inferred = onnx.shape_inference.infer_shapes(body).graph
     shapes = {

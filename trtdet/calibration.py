@@ -14,6 +14,7 @@ image (or batch) at a time is reduced to histograms whose ranges are powers of t
 depend on the number of images, nor the result on their order.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -22,16 +23,16 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 import trtdet
-from trtdet import files
+from trtdet import deformable_attention, files
 from trtdet.body import conv_layers, cut_to_body
-from trtdet.errors import GraphError
+from trtdet.errors import EngineError, GraphError
 from trtdet.histograms import (
     LEVELS,
     METHODS,
@@ -40,13 +41,19 @@ from trtdet.histograms import (
     Method,
     TensorHistogram,
 )
+from trtdet.precision import POSITIONS_PREFIX
 from trtdet.spec import Preprocessing
 
 logger = logging.getLogger(__name__)
 
+Provider = Literal["auto", "cpu", "gpu"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
 DEFAULT_METHOD: Method = "mse"
 DEFAULT_NUM_IMAGES = 500
 DEFAULT_SEED = 47  # of NVIDIA's sample
+
+GPU_PROVIDER = "CUDAExecutionProvider"
 
 SIDECAR_SCHEMA = 1
 
@@ -84,7 +91,9 @@ class Origin:
 
     @property
     def preprocessing_hash(self) -> str:
-        return _hash_json(self.preprocessing)
+        """Of what differs from the defaults: a field that a later version adds does not make older caches useless."""
+        defaults = _preprocessing_defaults()
+        return _hash_json({k: v for k, v in self.preprocessing.items() if defaults.get(k) != v})
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -108,7 +117,7 @@ class Origin:
             data["seed"],
         )
 
-    def differences(self, wanted: "Origin") -> list[str]:
+    def differences(self, wanted: "Origin", *, any_method: bool = False) -> list[str]:
         """What keeps a cache of this origin from serving `wanted`, a sentence each. Empty `images` in `wanted` fit all."""
         found = []
         if self.model != wanted.model:
@@ -116,16 +125,17 @@ class Origin:
                 f"model_sha256 is {self.model[:12]}, of another graph or other weights than {wanted.model[:12]}"
             )
         if self.preprocessing_hash != wanted.preprocessing_hash:
+            known = _preprocessing_defaults() | self.preprocessing
             fields = [
-                f"{key} {self.preprocessing.get(key)} instead of {value}"
+                f"{key} {known.get(key)} instead of {value}"
                 for key, value in wanted.preprocessing.items()
-                if self.preprocessing.get(key) != value
+                if known.get(key) != value
             ]
             found.append(
                 f"preprocessing_sha256 is {self.preprocessing_hash[:12]}, not {wanted.preprocessing_hash[:12]} "
                 f"({', '.join(fields)})"
             )
-        if self.method != wanted.method:
+        if self.method != wanted.method and not any_method:
             found.append(f"method is {self.method}, not {wanted.method}")
         if wanted.images and self.images != wanted.images:
             found.append(
@@ -179,25 +189,31 @@ class CalibrationCache:
 
     def to_text(self, version: Sequence[int] = DEFAULT_CACHE_VERSION) -> str:
         """TensorRT's format for one of its versions, which it checks: 8.6.1 is TRT-8601, 10.13.3 is TRT-101303."""
-        lines = [f"TRT-{version_number(version)}-{CACHE_ALGORITHM}"]
+        lines = [header(version)]
         lines += [f"{name}: {struct.pack('!f', s).hex()}" for name, s in self.scales.items()]
         return "\n".join(lines) + "\n"
 
     def write(self, path: Path, version: Sequence[int] = DEFAULT_CACHE_VERSION) -> None:
-        """Write the cache and, where the origin is known, `<cache>.json`, each whole or not at all."""
+        """Write the cache and, where the origin is known, `<cache>.json`, each whole or not at all.
+
+        The sidecar goes first: without it the cache would be taken for one of another program, unchecked. Where the work ends between
+        the two, the sidecar's hash does not fit the cache beside it, or there is none.
+        """
         text = self.to_text(version)
         sidecar = sidecar_path(path)
-        sidecar.unlink(missing_ok=True)  # never an older one beside the new cache
+        if self.origin is None:
+            files.write_text(path, text)
+            sidecar.unlink(missing_ok=True)
+            return
+        data = {
+            "schema": SIDECAR_SCHEMA,
+            "tool": f"trtdet {trtdet.__version__}",
+            "scales_sha256": _hash_text(_scale_lines(text)),
+            **self.origin.to_dict(),
+            "channels": {name: c.to_dict() for name, c in self.channels.items()},
+        }
+        files.write_text(sidecar, json.dumps(data, indent=1) + "\n")
         files.write_text(path, text)
-        if self.origin is not None:
-            data = {
-                "schema": SIDECAR_SCHEMA,
-                "tool": f"trtdet {trtdet.__version__}",
-                "scales_sha256": _hash_text(_scale_lines(text)),
-                **self.origin.to_dict(),
-                "channels": {name: c.to_dict() for name, c in self.channels.items()},
-            }
-            files.write_text(sidecar, json.dumps(data, indent=1) + "\n")
 
 
 def version_number(version: Sequence[int]) -> int:
@@ -206,16 +222,34 @@ def version_number(version: Sequence[int]) -> int:
     return major * (1000 if major < 10 else 10000) + minor * 100 + patch
 
 
+def header(version: Sequence[int]) -> str:
+    """The first line of a cache for a version of TensorRT, which takes no other."""
+    return f"TRT-{version_number(version)}-{CACHE_ALGORITHM}"
+
+
+def write_header(path: Path, version: Sequence[int]) -> bool:
+    """Make a cache one for another version of TensorRT: the scales, and the sidecar, stay. Returns whether it was one for another."""
+    text = path.read_text(encoding="utf-8")
+    first, newline, rest = text.partition("\n")
+    if first.strip() == header(version):
+        return False
+    files.write_text(path, header(version) + newline + rest)
+    return True
+
+
 def sidecar_path(path: Path) -> Path:
     """`d0.cache` -> `d0.cache.json`"""
     return path.with_name(path.name + ".json")
 
 
-def read_cache(path: Path, wanted: Origin | None = None) -> CalibrationCache:
+def read_cache(
+    path: Path, wanted: Origin | None = None, *, any_method: bool = False
+) -> CalibrationCache:
     """Read a cache, and refuse one that was measured on something else.
 
     Args:
         wanted: what it is to be used for; None: taken as it is.
+        any_method: its method need not be that of `wanted`.
 
     Raises:
         OSError, ValueError: not readable, or measured on something else; says what differs and what to run.
@@ -238,13 +272,28 @@ def read_cache(path: Path, wanted: Origin | None = None) -> CalibrationCache:
         return cache
     cache = _with_sidecar(cache, text, sidecar)
     if wanted is not None and cache.origin is not None:
-        differences = cache.origin.differences(wanted)
+        differences = cache.origin.differences(wanted, any_method=any_method)
         if differences:
             raise ValueError(
                 f"--calib_cache {path} does not fit: {'; '.join(differences)}; "
                 "calibrate again with --calib_input and another --calib_cache, or delete this one"
             )
     return cache
+
+
+def check_tensors(path: Path, cache: CalibrationCache, model: onnx.ModelProto) -> None:
+    """Tell a cache without a sidecar of this model from one of another: by its tensors.
+
+    Raises:
+        ValueError: it lacks inputs of convolutions.
+    """
+    inputs = {layer.input for layer in conv_layers(model) if layer.quantizable}
+    missing = sorted(inputs - cache.scales.keys())
+    if missing:
+        raise ValueError(
+            f"--calib_cache {path}: {len(missing)} of {len(inputs)} inputs of convolutions are not in it ({', '.join(missing[:2])}); it belongs to "
+            "another model, or another export of this one: calibrate again with --calib_input and another --calib_cache"
+        )
 
 
 def _with_sidecar(cache: CalibrationCache, text: str, sidecar: Path) -> CalibrationCache:
@@ -268,6 +317,14 @@ def _scale_lines(text: str) -> str:
     return "\n".join(line.strip() for line in text.splitlines()[1:] if line.strip())
 
 
+def _preprocessing_defaults() -> dict[str, Any]:
+    """As JSON has them; of a cache that does not mention a field, its value."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Preprocessing)}
+    return json.loads(
+        json.dumps({k: v for k, v in defaults.items() if v is not dataclasses.MISSING})
+    )
+
+
 def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -287,7 +344,8 @@ def origin(
     seed: int = DEFAULT_SEED,
 ) -> Origin:
     """What a calibration with these arguments will say of itself. `images` None: whatever there are."""
-    fields = json.loads(json.dumps(preprocessing.__dict__))  # tuples to lists, as read back
+    fixed = preprocessing.at(preprocessing.size_hw)  # whatever else the model or the engine takes
+    fields = json.loads(json.dumps(fixed.__dict__))  # tuples to lists, as read back
     paths = images or ()
     return Origin(
         model_hash(model), fields, image_hash(paths) if paths else "", len(paths), method, seed
@@ -337,13 +395,34 @@ def choose_images(
 # ---- measuring
 
 
+def providers(choice: Provider = "auto") -> list[Any]:
+    """ONNX Runtime's execution providers for a calibration; the CPU takes what the GPU cannot.
+
+    Raises:
+        EngineError: a GPU is asked for, and this ONNX Runtime has none.
+    """
+    import onnxruntime
+
+    cpu = "CPUExecutionProvider"
+    available = onnxruntime.get_available_providers()
+    if choice == "gpu" and GPU_PROVIDER not in available:
+        raise EngineError(
+            f"--calib_provider gpu: this ONNX Runtime has {', '.join(available)}, not {GPU_PROVIDER}; pip install onnxruntime-gpu, or "
+            "leave it out"
+        )
+    if choice == "cpu" or GPU_PROVIDER not in available:
+        return [cpu]
+    # TF32, the provider's default, has three digits: too few to measure with.
+    return [(GPU_PROVIDER, {"use_tf32": "0"}), cpu]
+
+
 def calibrate(
     model: onnx.ModelProto,
     feeds: Iterable[Mapping[str, NDArray[Any]]],
     method: Method = DEFAULT_METHOD,
     *,
     origin: Origin | None = None,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
     threads: int | None = None,
 ) -> CalibrationCache:
     """Run the FP32 model up to its heads over all feeds, once, and choose a scale for every activation.
@@ -396,7 +475,7 @@ def calibrate(
 
 
 def _measured_tensors(body: onnx.ModelProto) -> list[str]:
-    """Float activations that are neither another's values passed on nor a Sigmoid, whose range is known."""
+    """Float activations that are neither another's values passed on nor a Sigmoid, whose range is known; nor positions, which stay float."""
     float32 = onnx.TensorProto.FLOAT
     inferred = onnx.shape_inference.infer_shapes(body).graph
     types = {i.name: i.type.tensor_type.elem_type for i in inferred.value_info}
@@ -404,6 +483,7 @@ def _measured_tensors(body: onnx.ModelProto) -> list[str]:
         name
         for node in body.graph.node
         if node.op_type not in SAME_RANGE_OPS and node.op_type != "Sigmoid"
+        if not node.name.startswith(POSITIONS_PREFIX)
         for name in node.output
         if types.get(name, float32) == float32
     ]
@@ -424,12 +504,12 @@ def _all_scales(body: onnx.ModelProto, measured: Mapping[str, float]) -> dict[st
 
 
 def _session(
-    body: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[str], threads: int | None
+    body: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[Any], threads: int | None
 ) -> Any:
     import onnxruntime
 
     watched = onnx.ModelProto()
-    watched.CopyFrom(body)
+    watched.CopyFrom(deformable_attention.lower(body))
     del watched.graph.output[:]
     watched.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors

@@ -3,8 +3,12 @@
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from trtdet.errors import EngineError, GraphError
 
@@ -12,6 +16,12 @@ logger = logging.getLogger(__name__)
 
 #: Errors that are the user's to fix: one line on stderr, exit status 1.
 USER_ERRORS = (GraphError, EngineError, ValueError, OSError)
+
+#: What --annotations takes, for `trtdet.files.check_input`.
+ANNOTATIONS = ("--annotations", "COCO annotations, such as instances_val2017.json")
+
+#: Pixels of the longer side with --resize, as ODTK has it.
+DEFAULT_MAX_SIZE = 1333
 
 #: Exit status of a run that is done but for some images that could not be read.
 SOME_SKIPPED = 3
@@ -34,18 +44,46 @@ def run_main(run: Callable[[], int | None]) -> int:
     """Run one stage and turn its errors into an exit status.
 
     Returns:
-        What `run` returns (0 for None), 1 for an error of `USER_ERRORS`, 130 for Ctrl-C.
+        What `run` returns (0 for None), 1 for an error of `USER_ERRORS`, 130 for Ctrl-C, 143 for SIGTERM (a batch system's or
+        a container's end): as a shell would report them.
     """
+    with _terminate_as_interrupt() as terminated:
+        try:
+            return run() or 0
+        except USER_ERRORS as error:
+            logger.debug("traceback", exc_info=True)
+            message = " ".join(str(error).split()) or type(error).__name__
+            sys.stderr.write(f"error: {message}\n")
+            return 1
+        except KeyboardInterrupt:
+            sys.stderr.write("terminated\n" if terminated.is_set() else "interrupted\n")
+            return 143 if terminated.is_set() else 130
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[threading.Event]:
+    """Let SIGTERM do what Ctrl-C does: by itself it ends the process where it stands, with temporary files left behind.
+
+    Yields:
+        Set once it has come.
+    """
+    terminated = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated  # handlers belong to the main thread
+        return
+
+    def on_terminate(number: int, frame: FrameType | None) -> None:
+        terminated.set()
+        interrupt = signal.getsignal(signal.SIGINT)  # the builder has one of its own
+        if not callable(interrupt):  # a shell's background job ignores Ctrl-C
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)
+
+    previous = signal.signal(signal.SIGTERM, on_terminate)
     try:
-        return run() or 0
-    except USER_ERRORS as error:
-        logger.debug("traceback", exc_info=True)
-        message = " ".join(str(error).split()) or type(error).__name__
-        sys.stderr.write(f"error: {message}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def unit_interval(text: str) -> float:
@@ -76,3 +114,46 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """argparse type: "512,640" -> (512, 640), height first."""
+    try:
+        height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        height = width = 0
+    if height < 1 or width < 1:
+        raise argparse.ArgumentTypeError(f"expected HEIGHT,WIDTH such as 512,512, got {text!r}")
+    return height, width
+
+
+def add_size_options(parser: argparse.ArgumentParser, *, size_help: str) -> None:
+    """The options of the input size where a model leaves it open: for `image_batcher.choose_input`."""
+    # fmt: off
+    parser.add_argument("--size", type=parse_size, metavar="H,W", help=size_help)
+    parser.add_argument("--resize", type=positive_int, metavar="SHORTER", help="for a model of free input size: scale each image by itself, its shorter side to so many pixels; a batch gets the smallest input that holds it")
+    parser.add_argument("--max_size", type=positive_int, metavar="LONGER", help=f"with --resize: its longer side to no more than so many pixels (default: {DEFAULT_MAX_SIZE})")
+    # fmt: on
+
+
+def check_size_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options of `add_size_options` that do not go together are wrong usage."""
+    if args.size and args.resize:
+        parser.error("--size gives every image the same input, --resize does not; leave one out")
+    if args.max_size and not args.resize:
+        parser.error("--max_size goes with --resize")
+    if args.resize and args.resize > (args.max_size or DEFAULT_MAX_SIZE):
+        parser.error(
+            f"--resize {args.resize}: expected no more than --max_size, {args.max_size or DEFAULT_MAX_SIZE}"
+        )

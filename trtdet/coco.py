@@ -2,6 +2,9 @@
 """COCO's annotation and results files, and COCO's metric.
 
 Formats: https://cocodataset.org/#format-data and #format-results. The metric is pycocotools', called with its own defaults.
+
+Turned boxes are in ODTK's form: `bbox` x y w h of the unturned box and its angle (radians, clockwise on the screen), and the four corners
+as a polygon in `segmentation`. The metric then compares the polygons (pycocotools' "segm"), as ODTK does.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import files
+from trtdet.geometry import rotated_corners
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ METRICS = {
     "ARl": "large objects",
 }
 
-#: One detection of COCO's results format: image_id, category_id, bbox (x y w h), score.
+#: One detection of COCO's results format: image_id, category_id, bbox (x y w h; turned: an angle, and segmentation), score.
 Result = dict[str, Any]
 
 
@@ -112,20 +116,21 @@ def ids_differ_from_names(annotations: Annotations) -> bool:
 def _read_object(path: Path, number: int, given: Any) -> dict[str, Any]:
     """One entry of "annotations"; many tools leave out `area` and `iscrowd`, which pycocotools needs."""
     try:
-        _, _, width, height = (float(x) for x in given["bbox"])
+        _, _, width, height, *angle = (float(x) for x in given["bbox"])
+        if len(angle) > 1:
+            raise ValueError("bbox")
         needed = {"image_id": given["image_id"], "category_id": given["category_id"]}
         hash((needed["image_id"], needed["category_id"]))  # a list is no id
         area = float(width * height if given.get("area") is None else given["area"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: annotations[{number}]: expected image_id, category_id and bbox of four numbers, "
+            f"{path}: annotations[{number}]: expected image_id, category_id and bbox of four numbers, or five with an angle, "
             f"found {str(given)[:120]}"
         ) from error
-    return needed | {
-        "bbox": given["bbox"],
-        "area": area,
-        "iscrowd": given.get("iscrowd") or 0,
-    }
+    entry = {"bbox": given["bbox"], "area": area, "iscrowd": given.get("iscrowd") or 0}
+    if given.get("segmentation"):
+        entry["segmentation"] = given["segmentation"]
+    return needed | entry
 
 
 def match_images(annotations: Annotations, paths: Sequence[Path], root: Path) -> dict[Path, int]:
@@ -149,6 +154,22 @@ def match_images(annotations: Annotations, paths: Sequence[Path], root: Path) ->
     return found
 
 
+def check_objects(annotations: Annotations, image_ids: Collection[int]) -> None:
+    """Find out before long work whether there is anything to find: else AP is -1, and says nothing.
+
+    Raises:
+        ValueError: no object, crowds left aside, is annotated in any of these images.
+    """
+    wanted = set(image_ids)
+    if not any(
+        entry["image_id"] in wanted and not entry["iscrowd"] for entry in annotations.objects
+    ):
+        raise ValueError(
+            f"--annotations: expected objects to find, {annotations.path} has none in the {len(wanted)} images that are looked at, so there is no AP; "
+            "give annotations with objects (a file of image information only has none)"
+        )
+
+
 def relative_name(path: Path, root: Path) -> str:
     """`path` below the input directory with forward slashes; its bare name where the input is one file."""
     return path.name if path == root else path.relative_to(root).as_posix()
@@ -165,12 +186,15 @@ def name_images(paths: Sequence[Path], root: Path) -> dict[Path, int | str]:
 
 
 def read_results(path: Path, annotations: Annotations) -> list[Result]:
-    """Read a COCO results file; images named by file name get the id of the annotation file.
+    """Read a COCO results file, or one of ODTK (an object with the list under "annotations"); images named by file name get the id
+    of the annotation file.
 
     Raises:
         ValueError: not a list of detections; names the place.
     """
     data = _read_json(path)
+    if isinstance(data, dict):
+        data = data.get("annotations")
     if not isinstance(data, list):
         raise ValueError(f"{path}: expected COCO results, a JSON list of detections")
     results = []
@@ -186,14 +210,34 @@ def read_results(path: Path, annotations: Annotations) -> list[Result]:
                 }
             )
             numbers = [*results[-1]["bbox"], results[-1]["score"]]
-            if len(numbers) != 5 or not all(map(math.isfinite, numbers)):
+            if len(numbers) not in (5, 6) or not all(map(math.isfinite, numbers)):
                 raise ValueError("bbox or score")
+            if is_turned(results[-1]) and given.get("segmentation"):
+                results[-1]["segmentation"] = given["segmentation"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}: entry {number}: expected image_id, category_id, bbox of four numbers and score, "
+                f"{path}: entry {number}: expected image_id, category_id, bbox of four numbers (five with an angle) and score, "
                 f"found {str(given)[:120]}"
             ) from error
     return results
+
+
+def is_turned(entry: Mapping[str, Any]) -> bool:
+    """Whether the bbox of an annotation or a detection has an angle."""
+    return len(entry["bbox"]) == 5
+
+
+def _polygon(entry: Mapping[str, Any]) -> Any:
+    """The `segmentation` of an annotation or a detection; where it has none, the corners of its box.
+
+    The last pixel belongs to a turned box, so ODTK's corners are a pixel short of its width and height.
+    """
+    if "segmentation" in entry:
+        return entry["segmentation"]
+    x, y, width, height, *angle = entry["bbox"]
+    last = len(angle)
+    box = np.array([x, y, x + width - last, y + height - last], np.float64)
+    return [rotated_corners(box, np.array(sum(angle))).reshape(-1).tolist()]
 
 
 def _read_json(path: Path) -> Any:
@@ -211,10 +255,12 @@ class Evaluation:
         metrics: by the names of `METRICS`; -1 where there is nothing to find (no small object, say), as pycocotools has it.
         precision: (10, 101) precision at IoU 0.50, 0.55, ..., 0.95 and recall 0, 0.01, ..., 1, averaged over the categories; all sizes,
             100 detections.
+        iou_type: what overlaps were of: "bbox", or "segm", the polygons of turned boxes.
     """
 
     metrics: dict[str, float]
     precision: NDArray[np.float64]
+    iou_type: str = "bbox"
 
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -234,24 +280,30 @@ def evaluate(
     from pycocotools.cocoeval import COCOeval
 
     wanted = set(image_ids)
+    iou_type = "segm" if any(is_turned(e) for e in (*annotations.objects, *results)) else "bbox"
+    images = _image_entries(annotations, wanted, sized=iou_type == "segm")
     chatter = io.StringIO()  # pycocotools prints
     with contextlib.redirect_stdout(chatter):
         truth, found = COCO(), COCO()
         for coco, entries in ((truth, annotations.objects), (found, _with_area(results))):
             coco.dataset = {
-                "images": [{"id": image_id} for image_id in wanted],
+                "images": images,
                 "categories": [{"id": category_id} for category_id in annotations.categories],
                 # Numbered anew: pycocotools takes an object of id 0 for "not matched", and ids are not always unique.
                 # Built here rather than by loadRes, which fails on an empty list.
                 "annotations": [
-                    {**entry, "id": number}
+                    {
+                        **entry,
+                        "id": number,
+                        **({"segmentation": _polygon(entry)} if iou_type == "segm" else {}),
+                    }
                     for number, entry in enumerate(
                         (entry for entry in entries if entry["image_id"] in wanted), 1
                     )
                 ],
             }
             coco.createIndex()
-        run = COCOeval(truth, found, iouType="bbox")
+        run = COCOeval(truth, found, iouType=iou_type)
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -259,7 +311,25 @@ def evaluate(
     precision = run.eval["precision"][:, :, :, 0, -1]  # (iou, recall, category), -1: no objects
     there = (precision > -1).any(axis=(0, 1))
     mean = precision[:, :, there].mean(axis=2) if there.any() else np.zeros(precision.shape[:2])
-    return Evaluation(dict(zip(METRICS, map(float, run.stats), strict=True)), mean)
+    return Evaluation(dict(zip(METRICS, map(float, run.stats), strict=True)), mean, iou_type)
+
+
+def _image_entries(
+    annotations: Annotations, wanted: Collection[int], *, sized: bool
+) -> list[dict[str, Any]]:
+    """What pycocotools needs to know of the images; polygons are compared on a grid of the image's size."""
+    if not sized:
+        return [{"id": image_id} for image_id in wanted]
+    sizes = {image["id"]: (image.get("height"), image.get("width")) for image in annotations.images}
+    entries = []
+    for image_id in wanted:
+        height, width = sizes.get(image_id, (None, None))
+        if not isinstance(height, int) or not isinstance(width, int):
+            raise ValueError(
+                f"{annotations.path}: expected height and width of every image, which turned boxes need, found none for {image_id!r}"
+            )
+        entries.append({"id": image_id, "height": height, "width": width})
+    return entries
 
 
 def _with_area(results: Sequence[Result]) -> list[Result]:

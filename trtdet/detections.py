@@ -10,10 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import files
-from trtdet.geometry import FloatArray, ResizeTransform, xyxy_to_xywh, yxyx_to_xyxy
+from trtdet.geometry import (
+    FloatArray,
+    ResizeTransform,
+    rotated_corners,
+    xyxy_to_xywh,
+    yxyx_to_xyxy,
+)
 from trtdet.spec import ModelSpec
 
 TSV_COLUMNS = ("xmin", "ymin", "xmax", "ymax", "score", "class")
+#: The column behind them where boxes are turned.
+TSV_ANGLE = "angle"
 
 
 @dataclass(frozen=True)
@@ -24,11 +32,14 @@ class Detections:
         boxes_xyxy: (n, 4) float32, corners, pixels of the source image.
         scores: (n,) float32, 0 to 1.
         class_ids: (n,) int32, 0-based index into the model's classes.
+        angles: (n,) float32, radians, positive clockwise on the screen: `boxes_xyxy` are the boxes before they are turned about
+            their centres. None: they are not turned.
     """
 
     boxes_xyxy: FloatArray
     scores: FloatArray
     class_ids: NDArray[np.int32]
+    angles: FloatArray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.scores)
@@ -41,6 +52,8 @@ class Detections:
                 f"detections: expected shapes (n, 4), (n,), (n,), got {self.boxes_xyxy.shape}, "
                 f"{self.scores.shape}, {self.class_ids.shape}"
             )
+        if self.angles is not None and self.angles.shape != (n,):
+            raise ValueError(f"detections: expected {n} angles, got {self.angles.shape}")
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -48,11 +61,22 @@ class Detections:
     def above(self, score_threshold: float) -> "Detections":
         """Those with a score of at least `score_threshold`."""
         keep = self.scores >= score_threshold
-        return Detections(self.boxes_xyxy[keep], self.scores[keep], self.class_ids[keep])
+        angles = None if self.angles is None else self.angles[keep]
+        return Detections(self.boxes_xyxy[keep], self.scores[keep], self.class_ids[keep], angles)
+
+    @property
+    def corners(self) -> FloatArray:
+        """(n, 4, 2) float32 x y: top left, bottom left, bottom right, top right, where turning takes them."""
+        angles = np.zeros(len(self), np.float32) if self.angles is None else self.angles
+        return rotated_corners(self.boxes_xyxy, angles)
 
 
 def decode(
-    outputs: Mapping[str, NDArray[Any]], spec: ModelSpec, transforms: Sequence[ResizeTransform]
+    outputs: Mapping[str, NDArray[Any]],
+    spec: ModelSpec,
+    transforms: Sequence[ResizeTransform],
+    *,
+    size_hw: tuple[int, int] | None = None,
 ) -> list[Detections]:
     """The four outputs of a batch as `Detections` in source pixels.
 
@@ -60,44 +84,62 @@ def decode(
         outputs: by name (`trtdet.spec.OUTPUT_NAMES`), at least `len(transforms)` rows each; rows beyond are padding and ignored.
         spec: says the axis order of the boxes and whether they are normalised.
         transforms: one per real image.
+        size_hw: height and width of the network input; None: that of the spec.
     """
     counts = outputs["num_detections"].reshape(-1)
-    height, width = spec.preprocessing.size_hw
+    height, width = size_hw or spec.preprocessing.size_hw
     results = []
     for row, transform in enumerate(transforms):
         # The plugin fills free slots with scores of 0 where its threshold is below 0.007: trtdet.nms_reference.
         keep = np.flatnonzero(outputs["detection_scores"][row, : int(counts[row])] > 0)
-        boxes = outputs["detection_boxes"][row, keep].astype(np.float32)
+        rows = outputs["detection_boxes"][row, keep].astype(np.float32)
+        boxes, angles = rows[:, :4], rows[:, 4] if rows.shape[1] > 4 else None
         if spec.box_order == "yxyx":
             boxes = yxyx_to_xyxy(boxes)
         if spec.boxes_normalized:
             boxes = boxes * np.array([width, height, width, height], np.float32)
         results.append(
             Detections(
-                transform.to_source(boxes),
+                _to_source(boxes, transform, spec, turned=angles is not None),
                 outputs["detection_scores"][row, keep].astype(np.float32),
                 outputs["detection_classes"][row, keep].astype(np.int32),
+                angles,
             )
         )
     return results
 
 
+def _to_source(
+    boxes: FloatArray, transform: ResizeTransform, spec: ModelSpec, *, turned: bool
+) -> FloatArray:
+    """Boxes in pixels of the source image. Turned ones are not clipped: that would move their centres."""
+    if turned:
+        return transform.to_source(boxes, clip=False)
+    if not spec.inclusive_corners:
+        return transform.to_source(boxes)
+    last_pixel = np.array([0, 0, 1, 1], np.float32)
+    return transform.clip(transform.to_source(boxes - last_pixel, clip=False) + last_pixel)
+
+
 def write_tsv(
     path: Path, detections: Detections, *, labels: Sequence[str] = (), header: bool = False
 ) -> None:
-    """Write one line per detection: xmin ymin xmax ymax score class, tab separated, as NVIDIA's sample did.
+    """Write one line per detection: xmin ymin xmax ymax score class, tab separated, as NVIDIA's sample did; turned boxes have an angle too.
 
     Args:
-        labels: [class_id] -> text; where given, a seventh column holds the label.
+        labels: [class_id] -> text; where given, a last column holds the label.
         header: write a first line with the column names.
 
-    Coordinates have three decimals (a thousandth of a pixel); scores six, finer than float16 at 1.0.
+    Coordinates have three decimals (a thousandth of a pixel); scores six, finer than float16 at 1.0; angles, in radians, six.
     """
-    columns = (*TSV_COLUMNS, "label") if labels else TSV_COLUMNS
+    turned = detections.angles is not None
+    columns = [*TSV_COLUMNS, *([TSV_ANGLE] if turned else []), *(["label"] if labels else [])]
     lines = ["\t".join(columns)] if header else []
     rows = zip(detections.boxes_xyxy, detections.scores, detections.class_ids, strict=True)
-    for box, score, class_id in rows:
+    for i, (box, score, class_id) in enumerate(rows):
         fields = [*(f"{x:.3f}" for x in box), f"{score:.6f}", str(class_id)]
+        if detections.angles is not None:
+            fields.append(f"{detections.angles[i]:.6f}")
         lines.append("\t".join([*fields, labels[class_id]] if labels else fields))
     files.write_text(path, "".join(line + "\n" for line in lines))
 
@@ -105,37 +147,65 @@ def write_tsv(
 def read_tsv(path: Path) -> Detections:
     """Read what `write_tsv` wrote; a header line and a label column are accepted.
 
+    A seventh column is the angle of turned boxes where the header says so, or, without a header, where it is a number.
+
     Raises:
         ValueError: a line that does not have six numbers; names file and line.
     """
-    rows = []
+    rows: list[list[float]] = []
+    turned: bool | None = None
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         fields = line.split("\t")
         if number == 1 and tuple(fields[: len(TSV_COLUMNS)]) == TSV_COLUMNS:
+            turned = fields[6:7] == [TSV_ANGLE]
             continue
         try:
-            rows.append([float(field) for field in fields[:5]] + [int(fields[5])])
+            if turned is None:
+                turned = len(fields) > 6 and _is_number(fields[6])
+            angle = float(fields[6]) if turned else 0.0
+            rows.append([float(field) for field in fields[:5]] + [int(fields[5]), angle])
         except (ValueError, IndexError) as error:
+            columns = [*TSV_COLUMNS, TSV_ANGLE] if turned else TSV_COLUMNS
             raise ValueError(
-                f"{path}:{number}: expected {' '.join(TSV_COLUMNS)}, tab separated, found {line[:80]!r}"
+                f"{path}:{number}: expected {' '.join(columns)}, tab separated, found {line[:80]!r}"
             ) from error
-    table = np.array(rows, np.float64).reshape(-1, 6)
+    table = np.array(rows, np.float64).reshape(-1, 7)
     return Detections(
         table[:, :4].astype(np.float32),
         table[:, 4].astype(np.float32),
         table[:, 5].astype(np.int32),
+        table[:, 6].astype(np.float32) if turned else None,
     )
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def to_coco_results(
-    detections: Detections, image_id: int | str, category_ids: Sequence[int]
+    detections: Detections,
+    image_id: int | str,
+    category_ids: Sequence[int],
+    *,
+    inclusive_corners: bool = False,
 ) -> list[dict[str, Any]]:
     """COCO's results format: one dict per detection, bbox x y w h in source pixels.
+
+    Turned boxes, as ODTK writes them: bbox x y w h of the unturned box and the angle, and the four corners as `segmentation`, by
+    which COCO's metric compares them.
+
+    Args:
+        inclusive_corners: of the model's spec; ODTK counts the last pixel in the bbox of a turned box, not in its corners. Other
+            boxes have it already.
 
     Source: https://cocodataset.org/#format-results
     """
     boxes = xyxy_to_xywh(detections.boxes_xyxy)
-    return [
+    results: list[dict[str, Any]] = [
         {
             "image_id": image_id,
             "category_id": category_ids[class_id],
@@ -144,3 +214,13 @@ def to_coco_results(
         }
         for box, score, class_id in zip(boxes, detections.scores, detections.class_ids, strict=True)
     ]
+    if detections.angles is None:
+        return results
+    corners = detections.corners.reshape(-1, 8)
+    for result, angle, polygon in zip(results, detections.angles, corners, strict=True):
+        x, y, width, height = result["bbox"]
+        if inclusive_corners:
+            width, height = round(width + 1, 3), round(height + 1, 3)
+        result["bbox"] = [x, y, width, height, round(float(angle), 6)]
+        result["segmentation"] = [[round(float(value), 3) for value in polygon]]
+    return results

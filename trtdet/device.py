@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA runtime as this project uses it: checked calls, and context managers for what must be freed.
 
-Only cuda-python (`cuda.bindings.runtime`), imported at the first call; 12.9.1 is the first that lets other threads run while a
-call waits. The handles are those of CUDA; nothing is pooled, cached or guessed.
+Only cuda-python (`cuda.bindings.runtime`), imported at the first call. The handles are those of CUDA; nothing is pooled, cached or guessed.
 """
 
+import gc
 import importlib
 import logging
 import math
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from trtdet.closing import Closing
 from trtdet.errors import EngineError
+from trtdet.tensorrt_flavor import parse_version
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,20 @@ HINTS = {
     "cudaErrorIllegalAddress": "a kernel read or wrote outside its memory; every later CUDA call of this process fails too",
 }
 
+#: Errors of a kernel, noticed by whatever call comes after it; from then on every call of the process fails with them.
+FAULTS = {
+    "cudaErrorECCUncorrectable",
+    "cudaErrorIllegalAddress",
+    "cudaErrorLaunchTimeout",
+    "cudaErrorAssert",
+    "cudaErrorHardwareStackError",
+    "cudaErrorIllegalInstruction",
+    "cudaErrorMisalignedAddress",
+    "cudaErrorInvalidAddressSpace",
+    "cudaErrorInvalidPc",
+    "cudaErrorLaunchFailure",
+}
+
 
 class CudaError(EngineError):
     """A CUDA runtime function failed.
@@ -38,6 +56,7 @@ class CudaError(EngineError):
     Attributes:
         function: its name, `cudaMalloc`.
         name: CUDA's name of the error, `cudaErrorMemoryAllocation`.
+        is_fault: it is of earlier work, not of this call, and stays: one of `FAULTS`.
     """
 
     def __init__(self, function: str, name: str, text: str) -> None:
@@ -45,6 +64,11 @@ class CudaError(EngineError):
         super().__init__(f"{function}: {name} ({text}){hint}")
         self.function = function
         self.name = name
+        self.is_fault = name in FAULTS
+
+
+#: The first cuda-python that lets other threads run while a call waits for the GPU.
+RELEASES_THE_LOCK = (12, 9, 1)
 
 
 @cache
@@ -61,6 +85,22 @@ def cudart() -> Any:
             f"running an engine needs cuda-python, which does not load here ({error}); "
             "install it with: pip install 'cuda-python>=12.9.1', or give the ONNX file to run on the CPU"
         ) from error
+
+
+@cache
+def warn_of_old_bindings() -> None:
+    """Say once where cuda-python is so old that decoding stands still while a batch is waited for."""
+    try:
+        text = metadata.version("cuda-bindings")
+    except metadata.PackageNotFoundError:  # a conda package, or one of somebody's own
+        return
+    if parse_version(text) < RELEASES_THE_LOCK:
+        logger.warning(
+            "cuda-python %s holds Python's lock while it waits for the GPU, so images are not decoded meanwhile; "
+            "update it: pip install 'cuda-python>=%s'",
+            text,
+            ".".join(map(str, RELEASES_THE_LOCK)),
+        )
 
 
 def call(function: str, *args: Any) -> Any:
@@ -279,16 +319,17 @@ class Graph(_Resource):
         runtime = cudart()
         # Thread-local: other threads of the process may allocate and copy meanwhile.
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        call("cudaStreamBeginCapture", stream.handle, mode)
-        try:
-            enqueue()
-        except BaseException:
-            status, graph = runtime.cudaStreamEndCapture(stream.handle)
-            if status == runtime.cudaError_t.cudaSuccess:
-                _free("cudaGraphDestroy", graph)
-            _forget_error()
-            raise
-        graph = call("cudaStreamEndCapture", stream.handle)
+        with _no_garbage_collection():
+            call("cudaStreamBeginCapture", stream.handle, mode)
+            try:
+                enqueue()
+            except BaseException:
+                status, graph = runtime.cudaStreamEndCapture(stream.handle)
+                if status == runtime.cudaError_t.cudaSuccess:
+                    _free("cudaGraphDestroy", graph)
+                _forget_error()
+                raise
+            graph = call("cudaStreamEndCapture", stream.handle)
         try:
             super().__init__(call("cudaGraphInstantiate", graph, 0))
         finally:
@@ -297,6 +338,25 @@ class Graph(_Resource):
     def launch(self, stream: Stream) -> None:
         """Queue one run."""
         call("cudaGraphLaunch", self.handle, stream.handle)
+
+
+_capturing = threading.Lock()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For a capture: an array of `pinned_empty` that the collector found in this thread would be freed, which breaks the capture.
+
+    The collector is the process's, so captures take turns.
+    """
+    with _capturing:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 class _PinnedMemory:

@@ -8,12 +8,13 @@ The plan is written as it is, so that trtexec, Triton and DeepStream load it; wh
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet import device, files, layers, nms
+from trtdet.calibration import CalibrationCache
 from trtdet.errors import EngineError, GraphError
 from trtdet.layers import LayerShares
+from trtdet.onnx_builder import fix_size
 from trtdet.precision import PrecisionReport
 from trtdet.quantization import QuantizationReport
 from trtdet.sidecar import BatchRange, EngineInfo
-from trtdet.spec import OUTPUT_NAMES, ModelSpec
+from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
 from trtdet.tensorrt_flavor import Flavor
 
 if TYPE_CHECKING:  # the annotations below are checked against the stubs of TensorRT 10
@@ -38,14 +41,35 @@ if TYPE_CHECKING:  # the annotations below are checked against the stubs of Tens
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Rest = Literal["fp16", "fp32"]
+RESTS: tuple[Rest, ...] = get_args(Rest)
+
+#: The first compute capability with arithmetic in FP8: Ada.
+FP8_CAPABILITY = (8, 9)
+#: Warnings that ask for nothing: one per scale of a convolution, which ONNX (to opset 22) wants in the type of the tensor, FP16.
+EXPECTED_WARNINGS = re.compile(r"Converting conv (weight|activation) scales to fp32")
 
 #: Parser errors shown in one message: the first is the cause more often than not.
 MAX_PARSER_ERRORS = 5
 
 
 # --- options ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """Sizes of an engine's input, (height, width) each: smallest, the one it is tuned for, largest."""
+
+    min: tuple[int, int]
+    opt: tuple[int, int]
+    max: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for low, best, high in zip(self.min, self.opt, self.max, strict=True):
+            if not 1 <= low <= best <= high:
+                raise ValueError(f"input sizes: expected 1 <= MIN <= OPT <= MAX, got {self}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,9 @@ class BuildOptions:
         hardware_compatible: runs on every GPU from Ampere on.
         strip: without weights, to be refitted from the ONNX file.
         optimization_level: 0 (fast build) to 5 (fast engine).
+        rest: with int8 and fp8, the precision of what is not in 8 bits.
+        weak_typing: ask for precision by builder flags and, for int8, through a calibrator, where TensorRT still can.
+        size: of the input, for a model that has no fixed one; None: the size that the ONNX file names.
     """
 
     precision: Precision = "fp16"
@@ -76,6 +103,9 @@ class BuildOptions:
     hardware_compatible: bool = False
     strip: bool = False
     optimization_level: int | None = None
+    rest: Rest = "fp16"
+    weak_typing: bool = False
+    size: SizeRange | None = None
 
 
 def check_options(flavor: Flavor, options: BuildOptions) -> None:
@@ -117,20 +147,50 @@ def _check_precision(flavor: Flavor, options: BuildOptions) -> None:
         raise EngineError(
             f"--precision bf16: compute capability 7.5 has no BF16 ({flavor}); use fp16, or 8.0 and later"
         )
-    if options.precision == "int8" and options.dla_core is not None:
+    if options.precision == "fp8":
+        _check_fp8(flavor, options)
+    if options.weak_typing and not flavor.has_precision_flags:
+        flavor.refuse("--weak_typing", "leave it out: it takes the precision from the graph")
+    if weakly_typed(flavor, options) and options.precision in ("bf16", "fp8"):
         raise EngineError(
-            f"--precision int8: not implemented yet for a DLA ({flavor}); use --precision fp16, "
-            "or leave out --dla_core to build for the GPU"
+            f"--precision {options.precision}: takes strong typing ({flavor}); leave out --weak_typing"
         )
-    if options.precision == "int8" and not flavor.strongly_typed:
+    if options.dla_core is not None and (
+        options.precision not in ("fp16", "int8") or options.rest != "fp16"
+    ):
+        asked = options.precision + (" --rest_precision fp32" if options.rest != "fp16" else "")
         raise EngineError(
-            f"--precision int8: not implemented yet for {flavor}, whose networks are weakly typed; "
-            "use --precision fp16, or TensorRT 10 or later"
+            f"--precision {asked}: a DLA computes in FP16 or INT8 only ({flavor}); use --precision fp16, or int8 with the rest in fp16"
         )
-    if options.dla_core is not None and options.precision != "fp16":
+
+
+def _check_fp8(flavor: Flavor, options: BuildOptions) -> None:
+    if not flavor.has_fp8:
+        flavor.refuse("--precision fp8", "use int8, or TensorRT 10 or later")
+    if options.dla_core is not None:
+        raise EngineError(f"--precision fp8: a DLA has no FP8 ({flavor}); use --precision int8")
+    if options.hardware_compatible:
         raise EngineError(
-            f"--precision {options.precision}: a DLA computes in FP16 or INT8 only ({flavor}); use --precision fp16"
+            f"--precision fp8: --hardware_compatible is for every GPU from Ampere (8.0) on, FP8 begins with Ada (8.9) ({flavor}); "
+            "leave it out, or use int8"
         )
+    named = options.compute_capabilities
+    if not named and flavor.is_rtx:
+        raise EngineError(
+            f"--precision fp8: without --compute_capability {flavor} builds for every GPU from 8.0 on, FP8 begins with Ada (8.9); "
+            "name them: --compute_capability 8.9,12.0"
+        )
+    old = [name for name in named or _local_compute_capability() if _numbers(name) < FP8_CAPABILITY]
+    if old:
+        raise EngineError(
+            f"--precision fp8: compute capability {', '.join(old)} has no FP8, which begins with Ada (8.9) ({flavor}); use int8"
+        )
+
+
+def _numbers(capability: str) -> tuple[int, ...]:
+    """ "8.9" -> (8, 9). What is no number passes here: `_check_compute_capabilities` refuses it."""
+    parts = capability.split(".")
+    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else FP8_CAPABILITY
 
 
 def _check_compute_capabilities(flavor: Flavor, options: BuildOptions) -> None:
@@ -151,8 +211,41 @@ def _check_compute_capabilities(flavor: Flavor, options: BuildOptions) -> None:
 def weakly_typed(flavor: Flavor, options: BuildOptions) -> bool:
     """Whether precision is asked of TensorRT with builder flags: before strong typing came, and for DLA until flags went."""
     return flavor.has_precision_flags and (
-        not flavor.strongly_typed or options.dla_core is not None
+        not flavor.strongly_typed or options.dla_core is not None or options.weak_typing
     )
+
+
+def takes_calibrator(flavor: Flavor, options: BuildOptions) -> bool:
+    """Whether INT8 is implicit: a DLA reads no Q/DQ. TensorRT 8.6 on a GPU does, with its flags, and is asked to unless told otherwise."""
+    implicit = options.dla_core is not None or options.weak_typing
+    return options.precision == "int8" and implicit and weakly_typed(flavor, options)
+
+
+def choose_size(preprocessing: Preprocessing, size: SizeRange | None) -> Preprocessing:
+    """The input of an engine, of all that the model takes: the sizes asked for, or the one that the model names.
+
+    Raises:
+        ValueError: the model does not take them.
+    """
+    if size is None:
+        if preprocessing.size_range:
+            logger.info(
+                "the engine takes input of %dx%d (height x width), the ONNX file other sizes too: --input_size MIN,OPT,MAX",
+                *preprocessing.size_hw,
+            )
+        return preprocessing.at(preprocessing.size_hw)
+    try:
+        fixed = [preprocessing.at(size_hw) for size_hw in (size.min, size.opt, size.max)]
+    except ValueError as error:
+        hint = (
+            ""
+            if preprocessing.size_range
+            else "; convert it with a free size, create_onnx.py --input_shape N,-1,-1,3"
+        )
+        raise ValueError(f"--input_size: {error}{hint}") from error
+    if size.min == size.max:
+        return fixed[1]
+    return dataclasses.replace(preprocessing, size_hw=size.opt, size_range=(size.min, size.max))
 
 
 # --- build ------------------------------------------------------------------------------------------------------------------
@@ -163,16 +256,18 @@ class Prepared:
     """A model ready to be built.
 
     Attributes:
-        float32: as it stands in the file.
+        float32: all its tensors float32, for weak typing: as it stands in the file, with Q/DQ, or with its channels rescaled.
         typed: with the precision as tensor types or Q/DQ, the NMS plugin still in it; `float32` itself for fp32 and tf32.
         report: what the conversion to a narrow floating-point type did.
-        quantization: what is in INT8.
+        quantization: what is in 8 bits.
+        scales: for a TensorRT that takes them through a calibrator.
     """
 
     float32: onnx.ModelProto
     typed: onnx.ModelProto
     report: PrecisionReport | None = None
     quantization: QuantizationReport | None = None
+    scales: CalibrationCache | None = None
 
 
 @dataclass(frozen=True)
@@ -190,8 +285,16 @@ class Built:
     seconds: float
 
 
-def build(flavor: Flavor, prepared: Prepared, options: BuildOptions) -> Built:
+def build(
+    flavor: Flavor,
+    prepared: Prepared,
+    options: BuildOptions,
+    preprocessing: Preprocessing | None = None,
+) -> Built:
     """Build the plan and read back what it is.
+
+    Args:
+        preprocessing: of `choose_size`, which the engine's input follows; None: the model's input has one size.
 
     Raises:
         EngineError: TensorRT's parser or builder failed, or built something else than asked; its messages are inside.
@@ -199,9 +302,10 @@ def build(flavor: Flavor, prepared: Prepared, options: BuildOptions) -> Built:
         KeyboardInterrupt: Ctrl-C; the builder was stopped.
     """
     check_options(flavor, options)
-    trt: Any = flavor.module
     weak = weakly_typed(flavor, options)
     model = prepared.float32 if weak else prepared.typed
+    if preprocessing is not None and preprocessing.size_range is None:
+        model = fix_size(model, preprocessing.image_shape)
     if not flavor.has_efficient_nms and nms.has_plugin(model):
         model = nms.lower(model, "graph")
         logger.info("%s has no EfficientNMS plugin: it is built from ordinary operators", flavor)
@@ -214,14 +318,16 @@ def build(flavor: Flavor, prepared: Prepared, options: BuildOptions) -> Built:
     config: tensorrt.IBuilderConfig = builder.create_builder_config()
     parser = _parse(flavor, network, model, options)
     _check_outputs(network)
-    batch = _set_profile(trt, builder, config, network, options)
+    batch = _set_profile(flavor, builder, config, network, options, preprocessing)
     _set_limits(flavor, builder, config, options)
-    _set_precision(flavor, builder, config, network, options, prepared.report, weak=weak)
+    _set_precision(flavor, builder, config, network, options, prepared, weak=weak)
+    calibrator = _set_calibrator(flavor, config, prepared.scales)  # must outlive the build
     _set_compatibility(flavor, config, parser, options)
     cache = _load_timing_cache(flavor, config, options)
 
     start = time.monotonic()
     plan = _run_builder(flavor, builder, network, config, options)
+    del calibrator
     seconds = time.monotonic() - start
     if cache is not None and options.timing_cache:
         files.write_bytes(options.timing_cache, bytes(config.get_timing_cache().serialize()))
@@ -272,6 +378,14 @@ def _parse(
     return parser
 
 
+#: Where a node comes from, by what its name begins with.
+MADE_BY = {
+    "preprocess/": "the input and its normalisation, trtdet/graph.py",
+    "decode/": "the boxes and scores of trtdet/families/{family}.py",
+    "nms/": "the selection of detections, trtdet/nms_lowering.py; another form: create_onnx.py --nms",
+}
+
+
 def _parser_error(error: tensorrt.ParserError, model: onnx.ModelProto) -> str:
     """One error with its node's name and operator, which 8.6 gives only by index."""
     index = error.node()
@@ -280,8 +394,20 @@ def _parser_error(error: tensorrt.ParserError, model: onnx.ModelProto) -> str:
         name, operator = error.node_name(), error.node_operator()
     elif 0 <= index < len(model.graph.node):
         name, operator = model.graph.node[index].name, model.graph.node[index].op_type
-    where = f"{operator} '{name}': " if name or operator else ""
-    return f"{where}{error.desc()}"
+    if not name and not operator:
+        return error.desc()
+    node = next((n for n in model.graph.node if n.name == name), onnx.NodeProto())
+    family = getattr(ModelSpec.maybe_from_onnx(model), "family", "the model")
+    steps = [text for prefix, text in MADE_BY.items() if name.startswith(prefix)]
+    made_by = (steps or ["the network of the source"])[0].format(family=family)
+    advice = ""
+    if node.domain not in ("", "ai.onnx") or not onnx.defs.has(operator):
+        advice = (
+            "; TensorRT knows no such operator: load its plugin with --plugins, or give it the name of a plugin with "
+            "create_onnx.py --map_op"
+        )
+    inputs = ", ".join(node.input) or "none"
+    return f"{operator} '{name}' (inputs {inputs}; from {made_by}): {error.desc()}{advice}"
 
 
 def _check_outputs(network: tensorrt.INetworkDefinition) -> None:
@@ -294,36 +420,44 @@ def _check_outputs(network: tensorrt.INetworkDefinition) -> None:
 
 
 def _set_profile(
-    trt: Any,
+    flavor: Flavor,
     builder: tensorrt.Builder,
     config: tensorrt.IBuilderConfig,
     network: tensorrt.INetworkDefinition,
     options: BuildOptions,
+    preprocessing: Preprocessing | None,
 ) -> BatchRange:
-    """Add one optimization profile where the batch is dynamic. Returns the batch sizes of the engine."""
+    """Add one optimization profile where the batch or the size is dynamic. Returns the batch sizes of the engine."""
+    trt: Any = flavor.module
     if network.num_inputs != 1:
         names = ", ".join(network.get_input(i).name for i in range(network.num_inputs))
         raise GraphError(f"model: expected one input, images, found {network.num_inputs}: {names}")
     image = network.get_input(0)
     size, *rest = (image.shape[axis] for axis in range(len(image.shape)))
-    if any(dim < 1 for dim in rest):
+    free = any(dim < 1 for dim in rest)
+    if free and (preprocessing is None or preprocessing.size_range is None):
         raise GraphError(
             f"input '{image.name}': expected only the batch to be dynamic, found {(size, *rest)}; "
             "convert the model with a fixed size, create_onnx.py --input_shape"
         )
+    batch = options.batch or BatchRange(1, 1, 1)
     if size > 0:
-        own = BatchRange(size, size, size)
-        if options.batch not in (None, own):
+        batch = BatchRange(size, size, size)
+        if options.batch not in (None, batch):
             raise GraphError(
                 f"--batch_size {options.batch}: the ONNX file has a fixed batch of {size}; "
                 f"use --batch_size {size}, or convert it with a dynamic batch (create_onnx.py without --input_shape)"
             )
-        return own
-    batch = options.batch or BatchRange(1, 1, 1)
+        if not free:
+            return batch
+    images = preprocessing.image_shapes if preprocessing and free else (rest, rest, rest)
     profile: tensorrt.IOptimizationProfile = builder.create_optimization_profile()
-    shapes = [trt.Dims([n, *rest]) for n in (batch.min, batch.opt, batch.max)]
+    counts = (batch.min, batch.opt, batch.max)
+    shapes = [trt.Dims([n, *dims]) for n, dims in zip(counts, images, strict=True)]
     profile.set_shape(image.name, *shapes)
     config.add_optimization_profile(profile)
+    if takes_calibrator(flavor, options):
+        config.set_calibration_profile(profile)
     return batch
 
 
@@ -365,12 +499,13 @@ def _set_precision(
     config: tensorrt.IBuilderConfig,
     network: tensorrt.INetworkDefinition,
     options: BuildOptions,
-    report: PrecisionReport | None,
+    prepared: Prepared,
     *,
     weak: bool,
 ) -> None:
-    """TF32 as asked; with weak typing, FP16 by flags and what must stay float32 pinned layer by layer."""
+    """TF32 as asked; with weak typing, FP16 and INT8 by flags, and what must stay wider pinned layer by layer."""
     flag: type[tensorrt.BuilderFlag] = flavor.module.BuilderFlag
+    dtype: type[tensorrt.DataType] = flavor.module.DataType
     if options.precision == "tf32":
         if not getattr(builder, "platform_has_tf32", True):
             raise EngineError(
@@ -379,34 +514,84 @@ def _set_precision(
         config.set_flag(flag.TF32)
     else:
         config.clear_flag(flag.TF32)  # TensorRT sets it by default: fp32 is to mean fp32
-    if not weak or options.precision != "fp16":
+    if not weak or options.precision not in ("fp16", "int8"):
         return
-    if not builder.platform_has_fast_fp16:
-        raise EngineError(f"--precision fp16: this GPU has no fast FP16 ({flavor}); use fp32")
-    config.set_flag(flag.FP16)
+    if options.precision == "int8":
+        if not builder.platform_has_fast_int8:
+            raise EngineError(f"--precision int8: this GPU has no fast INT8 ({flavor}); use fp16")
+        config.set_flag(flag.INT8)
+    fp16 = "fp16" in (options.precision, options.rest)
+    if fp16:
+        if not builder.platform_has_fast_fp16:
+            raise EngineError(f"--precision fp16: this GPU has no fast FP16 ({flavor}); use fp32")
+        config.set_flag(flag.FP16)
     config.set_flag(flag.OBEY_PRECISION_CONSTRAINTS)
-    if report is not None:
-        _pin_float32(flavor, network, report.float32_names)
+    pinned: dict[str, tensorrt.DataType] = {}
+    if prepared.scales is not None and prepared.quantization is not None:
+        kept = prepared.quantization.kept
+        pinned |= dict.fromkeys(kept, dtype.HALF if fp16 else dtype.FLOAT)
+    if prepared.report is not None:
+        pinned |= dict.fromkeys(prepared.report.float32_names, dtype.FLOAT)
+    _pin(flavor, network, pinned)
 
 
-def _pin_float32(
-    flavor: Flavor, network: tensorrt.INetworkDefinition, node_names: frozenset[str]
+def _pin(
+    flavor: Flavor,
+    network: tensorrt.INetworkDefinition,
+    types: Mapping[str, tensorrt.DataType],
 ) -> None:
-    """Make the layers of some ONNX nodes compute in float32."""
+    """Make the layers of some ONNX nodes compute in a type, those in float32 with float32 outputs."""
     dtype: type[tensorrt.DataType] = flavor.module.DataType
     kind: type[tensorrt.LayerType] = flavor.module.LayerType
+    typeless = (kind.CONSTANT, kind.SHAPE, kind.QUANTIZE, kind.DEQUANTIZE)
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         # "[ONNX Layer: name | properties]"; the layer's own name may be numbered.
         node = re.search(r"\[ONNX Layer: ([^|\]]+)", layer.metadata or "")
         name = node[1].strip() if node else layer.name
-        if name not in node_names or layer.type in (kind.CONSTANT, kind.SHAPE):
+        if name not in types or layer.type in typeless:
             continue
         outputs = [k for k in range(layer.num_outputs) if layer.get_output(k).dtype == dtype.FLOAT]
         if outputs:
-            layer.precision = dtype.FLOAT
-        for k in outputs:
+            layer.precision = types[name]
+        for k in outputs if types[name] == dtype.FLOAT else ():
             layer.set_output_type(k, dtype.FLOAT)
+
+
+def _set_calibrator(
+    flavor: Flavor, config: tensorrt.IBuilderConfig, scales: CalibrationCache | None
+) -> Any:
+    """Give TensorRT the scales of an implicitly quantized network. Returns the calibrator, which the config does not keep alive."""
+    if scales is None:
+        return None
+    calibrator = _cache_calibrator(flavor.module, scales.to_text(flavor.version).encode())
+    config.int8_calibrator = calibrator
+    return calibrator
+
+
+def _cache_calibrator(trt: Any, text: bytes) -> Any:
+    """A calibrator that never calibrates: it has the cache and no images.
+
+    The class is made here because its base is there only once TensorRT is, and not at all from 11.0 on.
+    """
+
+    class CacheCalibrator(trt.IInt8EntropyCalibrator2):
+        def __init__(self) -> None:
+            trt.IInt8EntropyCalibrator2.__init__(self)
+
+        def get_batch_size(self) -> int:
+            return 1
+
+        def get_batch(self, names: Sequence[str]) -> None:
+            return None
+
+        def read_calibration_cache(self) -> bytes:
+            return text
+
+        def write_calibration_cache(self, cache: bytes) -> None:
+            pass
+
+    return CacheCalibrator()
 
 
 def _set_compatibility(
@@ -473,6 +658,7 @@ def _run_builder(
         ) as bar,
         logging_redirect_tqdm(),
         flavor.collected_errors() as errors,
+        _without_expected_warnings(flavor),
     ):
         if hasattr(flavor.module, "IProgressMonitor"):
             monitor = _progress_monitor(flavor.module, bar, cancelled)
@@ -486,6 +672,21 @@ def _run_builder(
     for message in errors:  # it coped with them
         logger.warning("%s", message)
     return bytes(plan)
+
+
+@contextmanager
+def _without_expected_warnings(flavor: Flavor) -> Iterator[None]:
+    """Keep from the log what TensorRT says of every convolution and nobody needs to act on."""
+    log = logging.getLogger(flavor.module.__name__)
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not EXPECTED_WARNINGS.search(record.getMessage())
+
+    log.addFilter(wanted)
+    try:
+        yield
+    finally:
+        log.removeFilter(wanted)
 
 
 @contextmanager
@@ -592,19 +793,20 @@ def _network_layers(network: tensorrt.INetworkDefinition) -> Iterator[tuple[str,
 
 def _check_built(shares: LayerShares, precision: Precision) -> None:
     wanted = precision.upper()
-    if (
-        precision == "int8" and shares.source == "network"
-    ):  # there, Q/DQ stand apart from what they make INT8
-        logger.warning("the engine does not say what its layers compute in: INT8 not confirmed")
+    if precision in ("int8", "fp8") and shares.source == "network":
+        # There, Q/DQ stand apart from what they make INT8.
+        logger.warning(
+            "the engine does not say what its layers compute in: %s not confirmed", wanted
+        )
         return
     if precision in ("fp32", "tf32") and (
-        others := shares.counts.keys() & {"FP16", "BF16", "INT8"}
+        others := shares.counts.keys() & {"FP16", "BF16", "INT8", "FP8"}
     ):
         raise EngineError(
             f"--precision {precision}: layers of the engine compute in {' and '.join(sorted(others))} ({shares}); give the float32 "
             "file of create_onnx.py"
         )
-    if precision in ("fp16", "bf16", "int8") and not shares.counts.get(wanted):
+    if precision in ("fp16", "bf16", "int8", "fp8") and not shares.counts.get(wanted):
         raise EngineError(
             f"--precision {precision}: no layer of the engine computes in {wanted} ({shares}); "
             "use --precision fp32, or a GPU that is faster with it"

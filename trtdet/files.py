@@ -32,6 +32,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_input(path: Path, option: str, what: str) -> None:
+    """Find out before long work whether a file that an option names is there.
+
+    Raises:
+        FileNotFoundError: names the option, and says what was expected.
+    """
+    if not Path(path).is_file():
+        found = "a directory" if Path(path).is_dir() else "nothing"
+        raise FileNotFoundError(f"{option}: expected {what}, found {found} at {path}")
+
+
 def check_writable(path: Path) -> None:
     """Find out before long work whether a file can be written.
 

@@ -2,6 +2,7 @@
 """Box formats and the way back from network pixels to source pixels. Pure NumPy; every function returns a new array."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,24 @@ def box_iou(a: FloatArray, b: FloatArray) -> FloatArray:
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
+def rotated_corners(
+    boxes_xyxy: NDArray[np.floating[Any]], angles: NDArray[np.floating[Any]]
+) -> NDArray[Any]:
+    """The corners of turned boxes.
+
+    Args:
+        boxes_xyxy: (..., 4), the boxes before they are turned about their centres.
+        angles: (...), radians; positive turns clockwise on the screen, where y points down.
+
+    Returns:
+        (..., 4, 2) x y: top left, bottom left, bottom right, top right of the unturned box, where turning takes them. ODTK's order.
+    """
+    centre = (boxes_xyxy[..., None, :2] + boxes_xyxy[..., None, 2:]) / 2
+    x, y = np.split(boxes_xyxy[..., [[0, 1], [0, 3], [2, 3], [2, 1]]] - centre, 2, axis=-1)
+    cos, sin = np.cos(angles)[..., None, None], np.sin(angles)[..., None, None]
+    return np.concatenate([x * cos - y * sin, x * sin + y * cos], axis=-1) + centre
+
+
 @dataclass(frozen=True)
 class ResizeTransform:
     """How one image was placed in the network input: network = source * scale + offset, per axis."""
@@ -49,16 +68,21 @@ class ResizeTransform:
     scale_xy: tuple[float, float]
     offset_xy: tuple[float, float] = (0.0, 0.0)
 
-    def to_source(self, boxes_xyxy: FloatArray) -> FloatArray:
-        """Undo offset and scale, then clip to the image.
+    def to_source(self, boxes_xyxy: FloatArray, *, clip: bool = True) -> FloatArray:
+        """Undo scale and offset, then clip to the image.
 
         Args:
             boxes_xyxy: (n, 4) float32, pixels of the network input.
 
         Returns:
-            (n, 4) float32, xyxy, pixels of the source image, within 0..width and 0..height.
+            (n, 4) float32, xyxy, pixels of the source image, within 0..width and 0..height if `clip`.
         """
         scale = np.array([*self.scale_xy, *self.scale_xy], np.float32)
         offset = np.array([*self.offset_xy, *self.offset_xy], np.float32)
+        boxes = ((boxes_xyxy - offset) / scale).astype(np.float32)
+        return self.clip(boxes) if clip else boxes
+
+    def clip(self, boxes_xyxy: FloatArray) -> FloatArray:
+        """Boxes in pixels of the source image, cut to it."""
         limit = np.array([*self.source_wh, *self.source_wh], np.float32)
-        return np.clip((boxes_xyxy - offset) / scale, 0, limit).astype(np.float32)
+        return np.clip(boxes_xyxy, 0, limit)

@@ -52,13 +52,13 @@ def set_input(graph: gs.Graph, preprocessing: Preprocessing, batch: int | str) -
     """Give the graph its public input and put the normalisation behind it.
 
     input of normalised pixels, [N,3,H,W] or [N,H,W,3] and a transpose  ->  "input" in `preprocessing`'s layout and dtype, RGB 0-255
-        -> Cast (uint8) -> Transpose (NHWC) -> (x - mean) / std
+        -> Cast (uint8) -> Transpose (NHWC) -> (x - mean) / std -> channels reversed (BGR)
 
     The normalised tensor is called `NETWORK_INPUT`. TensorRT takes uint8 only at a network input that goes straight into a Cast, so the cast comes first.
     """
     (old,) = graph.inputs
-    height, width = preprocessing.size_hw
-    new = gs.Variable(INPUT, np.dtype(preprocessing.dtype), [batch, *preprocessing.image_shape])
+    dims = preprocessing.image_dims
+    new = gs.Variable(INPUT, np.dtype(preprocessing.dtype), [batch, *dims])
     current = new
     if preprocessing.dtype != "float32":
         current = _append(
@@ -72,9 +72,12 @@ def set_input(graph: gs.Graph, preprocessing: Preprocessing, batch: int | str) -
     if any(value != 1 for value in preprocessing.std):
         scale = gs.Constant("preprocess/scale", 1 / _per_channel(preprocessing.std))
         current = _append(graph, "Mul", "preprocess/multiply_scale", [current, scale])
+    if preprocessing.bgr:
+        order = gs.Constant("preprocess/bgr", np.array([2, 1, 0], np.int64))
+        current = _append(graph, "Gather", "preprocess/to_bgr", [current, order], {"axis": 1})
     if current is not new:
         current.name = NETWORK_INPUT
-    current.shape = [batch, 3, height, width]
+    current.shape = [batch, 3, *(d for d in dims if d != 3)]
     for node in list(old.outputs):
         if node.op == "Transpose" and list(node.attrs["perm"]) == TO_NCHW:
             for consumer in list(node.outputs[0].outputs):
@@ -94,7 +97,8 @@ def fold_constants(graph: gs.Graph) -> None:
         inputs_known = all(
             isinstance(t, gs.Constant) or t.is_empty() or id(t) in foldable for t in node.inputs
         )
-        if inputs_known and node.inputs and not _has_subgraph(node):
+        known = node.inputs or node.op == "Constant"  # as torch writes constants
+        if inputs_known and known and not _has_subgraph(node):
             foldable.update(id(t) for t in node.outputs)
         else:
             frontier.update({t.name: t for t in node.inputs if id(t) in foldable})

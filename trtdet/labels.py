@@ -4,6 +4,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from trtdet import files
+
 #: COCO's 80 object names under their category ids, which run from 1 to 90 with ten gaps.
 #: Source: https://cocodataset.org, instances_val2017.json
 _COCO_NAMES = {
@@ -27,6 +29,10 @@ _COCO_NAMES = {
 #: The ten outputs that no training image ever used are "unused 12", ..., after their category ids.
 COCO_LABELS: tuple[str, ...] = tuple(_COCO_NAMES.get(i, f"unused {i}") for i in range(1, 91))
 
+#: The same for models with one output for each of the 80 names (YOLO): [class_id] -> category id, [class_id] -> name.
+COCO_80_IDS: tuple[int, ...] = tuple(_COCO_NAMES)
+COCO_80_LABELS: tuple[str, ...] = tuple(_COCO_NAMES.values())
+
 
 def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[str, ...]:
     """Read class names, one per line in class-id order; `coco` stands for the built-in `COCO_LABELS`.
@@ -38,11 +44,15 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
         num_classes: how many names the model needs; None takes any number.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: no names, or not `num_classes` of them, or not UTF-8.
     """
     if str(path) == "coco":
         labels = COCO_LABELS
     else:
+        files.check_input(
+            Path(path), "--labels", "a text file with one class name per line, or the word coco"
+        )
         try:
             text = Path(path).read_text(encoding="utf-8-sig")  # some editors on Windows write a BOM
         except UnicodeDecodeError as error:

@@ -19,6 +19,7 @@ namespace of the attribute `plugin_namespace` first (default "", where NVIDIA's 
 operator in a domain of its own but not in "", and ONNX Runtime's TensorRT provider registers the plugins under this one.
 """
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -148,6 +149,10 @@ def insert_legacy(
         GraphError: also where `max_output_boxes` exceeds the number of anchors; the plugin would return nothing.
     """
     num_anchors, num_classes = _check_heads(model, boxes, scores)
+    if num_anchors is None:
+        raise GraphError(
+            "BatchedNMS_TRT: expected a fixed input size, found a free one; give --input_shape"
+        )
     if num_anchors < nms.max_output_boxes:
         raise GraphError(
             f"BatchedNMS_TRT: expected max_output_boxes of at most the number of anchors, {num_anchors}, found "
@@ -196,14 +201,18 @@ def insert_decoded(
     anchors: FloatArray | None,
     nms: Nms,
     batch: Batch = "N",
+    turned: bool = False,
 ) -> None:
     """Decode boxes and scores and end the model there, without NMS. Arguments and errors as `insert_plugin`.
 
     The outputs are `DECODED_NAMES`: every box as corners, axes in the order of the heads (y1 x1 y2 x2 for EfficientDet), not
-    clipped; every score after its activation, none left out.
+    clipped; every score after its activation, none left out. Turned boxes, [N, A, 5], are decoded already.
     """
-    num_anchors, num_classes = _check_heads(model, boxes, scores)
+    values = 5 if turned else 4
+    num_anchors, num_classes = _check_heads(model, boxes, scores, values)
     build = Builder(model, "nms/")
+    if turned:
+        nms = dataclasses.replace(nms, box_coding=0)
     decoded = _decode_heads(build, boxes, scores, anchors, nms, num_anchors)
     for tensor, head, name in zip(decoded, (boxes, scores), DECODED_NAMES, strict=True):
         # A head that needs no decoding belongs to another node: it is passed on rather than renamed.
@@ -212,16 +221,18 @@ def insert_decoded(
     set_outputs(
         model,
         [
-            value_info(DECODED_NAMES[0], TensorProto.FLOAT, [batch, num_anchors, 4]),
+            value_info(DECODED_NAMES[0], TensorProto.FLOAT, [batch, num_anchors, values]),
             value_info(DECODED_NAMES[1], TensorProto.FLOAT, [batch, num_anchors, num_classes]),
         ],
     )
 
 
-def _check_heads(model: onnx.ModelProto, boxes: str, scores: str) -> tuple[int, int]:
-    """Numbers of anchors and classes; what was inferred of the heads is kept in `value_info`, for `lower` to find."""
+def _check_heads(
+    model: onnx.ModelProto, boxes: str, scores: str, values: int = 4
+) -> tuple[int | None, int]:
+    """Numbers of anchors (None: it depends on the size of the input) and classes; what was inferred of the heads is kept in `value_info`, for `lower` to find."""
     types = known_types(model, (boxes, scores))
-    sizes = head_sizes(types, boxes, scores)
+    sizes = head_sizes(types, boxes, scores, values)
     said = {
         info.name for info in [*model.graph.value_info, *model.graph.output, *model.graph.input]
     }
@@ -237,7 +248,9 @@ def _check_heads(model: onnx.ModelProto, boxes: str, scores: str) -> tuple[int, 
     return sizes
 
 
-def _anchor_constant(build: Builder, anchors: FloatArray | None, num_anchors: int) -> list[str]:
+def _anchor_constant(
+    build: Builder, anchors: FloatArray | None, num_anchors: int | None
+) -> list[str]:
     """The anchors as a constant [1, A, 4], as a list of one; or an empty list."""
     if anchors is None:
         return []
@@ -251,7 +264,12 @@ def _anchor_constant(build: Builder, anchors: FloatArray | None, num_anchors: in
 
 
 def _decode_heads(
-    build: Builder, boxes: str, scores: str, anchors: FloatArray | None, nms: Nms, num_anchors: int
+    build: Builder,
+    boxes: str,
+    scores: str,
+    anchors: FloatArray | None,
+    nms: Nms,
+    num_anchors: int | None,
 ) -> tuple[str, str]:
     """All boxes as corners and all scores as probabilities."""
     anchor_name = next(iter(_anchor_constant(build, anchors, num_anchors)), None)

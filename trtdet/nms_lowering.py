@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """EfficientNMS_TRT in ordinary ONNX operators, for runtimes and builders that lack the plugin."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from trtdet import deformable_attention
 from trtdet.errors import GraphError
 from trtdet.nms_reference import PLUGIN_CANDIDATES, score_limit
 from trtdet.onnx_builder import (
@@ -38,8 +40,9 @@ _LOWEST = np.float32(np.finfo(np.float32).min)
 
 
 def has_plugin(model: onnx.ModelProto) -> bool:
-    """Whether the model has an EfficientNMS_TRT node, in whatever domain."""
-    return any(node.op_type == PLUGIN_OP for node in model.graph.node)
+    """Whether the model has a node that `lower` replaces, in whatever domain."""
+    plugins = (PLUGIN_OP, deformable_attention.PLUGIN_OP)
+    return any(node.op_type in plugins for node in model.graph.node)
 
 
 def lower(
@@ -51,11 +54,13 @@ def lower(
 ) -> onnx.ModelProto:
     """The model with every EfficientNMS_TRT node replaced by ordinary ONNX operators (opset 11 and later), in FP32.
 
+    MultiscaleDeformableAttnPlugin_TRT is replaced too, as `trtdet.deformable_attention.lower` says.
+
     EfficientNMS_TRT(boxes, scores[, anchors])
         ->  TopK of the scores -> gather and decode those boxes -> which survive? -> TopK of the survivors' ranks
 
     The forms differ in "which survive". Both take the candidates in the reference's order (ties by flat index, which is how
-    ONNX's TopK breaks them; TensorRT does not promise it) and leave the batch open; the numbers of anchors and classes must be known.
+    ONNX's TopK breaks them; TensorRT does not promise it) and leave the batch open, and the number of anchors where it is.
 
     form "onnx": one NonMaxSuppression over all classes. It is given ranks for scores, so that it cannot reorder ties, and an IoU
     threshold one float below `iou_threshold`, for it suppresses above its threshold and the plugin from it on. Always exact.
@@ -80,7 +85,7 @@ def lower(
         rounds: of the form "graph".
 
     Raises:
-        GraphError: a node without static numbers of anchors and classes, or without one of its attributes.
+        GraphError: a node without a static number of classes, or without one of its attributes.
         ValueError: candidates or rounds out of range.
     """
     limit = (
@@ -94,6 +99,7 @@ def lower(
         raise ValueError(
             f"candidates: expected at most {TENSORRT_TOPK}, where TensorRT's TopK ends, got {limit}"
         )
+    model = deformable_attention.lower(model)
     lowered = onnx.ModelProto()
     lowered.CopyFrom(model)
     build = Builder(lowered, "nms/")
@@ -110,22 +116,28 @@ def lower(
     return lowered
 
 
-def head_sizes(types: Types, boxes: str, scores: str) -> tuple[int, int]:
-    """Numbers of anchors and classes, from the shapes of the two tensors.
+def head_sizes(types: Types, boxes: str, scores: str, values: int = 4) -> tuple[int | None, int]:
+    """Numbers of anchors (None: it depends on the size of the input) and classes, from the shapes of the two tensors.
+
+    Args:
+        values: of a box; turned ones have 5.
 
     Raises:
         GraphError: unknown shapes, or shapes that do not belong together.
     """
     box_dims, score_dims = (types[name][1] if name in types else [] for name in (boxes, scores))
-    num_anchors, num_classes = score_dims[1:3] if len(score_dims) >= 3 else (None, None)
-    if box_dims[2:] not in ([4], [1, 4]) or box_dims[1] != num_anchors:
-        num_anchors = None
-    if not isinstance(num_anchors, int) or not isinstance(num_classes, int):
+    anchors, num_classes = score_dims[1:3] if len(score_dims) >= 3 else (None, None)
+    known = {n for n in (anchors, *box_dims[1:2]) if isinstance(n, int)}
+    if (
+        box_dims[2:] not in ([values], [1, values])
+        or len(known) > 1
+        or not isinstance(num_classes, int)
+    ):
         raise GraphError(
-            f"NMS: expected boxes '{boxes}' [N, anchors, 4] and scores '{scores}' [N, anchors, classes] with known numbers of "
-            f"anchors and classes, found {dims_text(box_dims)} and {dims_text(score_dims)}"
+            f"NMS: expected boxes '{boxes}' [N, anchors, {values}] and scores '{scores}' [N, anchors, classes] with a known number of "
+            f"classes, found {dims_text(box_dims)} and {dims_text(score_dims)}"
         )
-    return num_anchors, num_classes
+    return next(iter(known), None), num_classes
 
 
 def decode_boxes(build: Builder, boxes: str, anchors: str | None, box_coding: int) -> str:
@@ -151,7 +163,7 @@ def decode_boxes(build: Builder, boxes: str, anchors: str | None, box_coding: in
 
 
 @dataclass(frozen=True)
-class _Candidates:
+class Candidates:
     """The best (anchor, class) pairs of each image, best first. The last four are names of tensors [N, count]."""
 
     count: int
@@ -170,8 +182,10 @@ def _lower_node(
     num_anchors, num_classes = head_sizes(types, names[0], names[1])
     boxes, scores, *anchors = (_as_float(build, types, name) for name in names)
     boxes = build.reshape("boxes", boxes, [0, -1, 4])
+    if num_anchors is None:
+        boxes = _pad_rows(build, "boxes_padded", boxes, limit, np.float32(0))
 
-    found = _best_candidates(build, scores, num_anchors, num_classes, nms, limit)
+    found = best_candidates(build, scores, num_anchors, num_classes, nms, limit)
     boxes = build.take_rows("candidate_boxes", boxes, found.anchor, 4)
     anchor = None
     if anchors:
@@ -184,18 +198,21 @@ def _lower_node(
     if form == "onnx":
         survives = _suppress_by_operator(build, corners, found, nms)
     else:
-        survives = _suppress_by_rounds(build, corners, found, nms, rounds)
-    _emit(build, node, types, corners, survives, found, nms)
+        iou = _pairwise_iou(build, corners)
+        survives = suppress_by_rounds(build, iou, found, nms, rounds)
+    emit(build, node.output, types, corners, survives, found, nms)
 
 
-def _best_candidates(
-    build: Builder, scores: str, num_anchors: int, num_classes: int, nms: Nms, limit: int
-) -> _Candidates:
+def best_candidates(
+    build: Builder, scores: str, num_anchors: int | None, num_classes: int, nms: Nms, limit: int
+) -> Candidates:
     if 0 <= nms.background_class < num_classes:
         background = np.arange(num_classes)[None, None] == nms.background_class
         scores = build.node("Where", "scores_foreground", background, _LOWEST, scores)
+    if num_anchors is None:  # so many rows more that there are enough in any case
+        scores = _pad_rows(build, "scores_padded", scores, limit, _LOWEST)
     shortlist = None
-    if num_anchors > limit and num_classes > 1:
+    if num_classes > 1 and (num_anchors is None or num_anchors > limit):
         # The best `limit` pairs belong to the best `limit` anchors, each judged by its best class, so a TopK of the anchors first
         # spares one of all pairs. Ties too: among equals the lower anchor comes first either way. That is also why the short
         # list goes back to the order of the anchors; as float, which TopK takes in every release, and exact to 2**24.
@@ -205,7 +222,7 @@ def _best_candidates(
         ordered, _ = build.top_k("best_anchors_in_order", as_float, limit, largest=False)
         shortlist = build.cast("best_anchors_int", ordered, TensorProto.INT64)
         scores = build.take_rows("best_anchor_scores", scores, shortlist, num_classes)
-    count = min(limit, num_anchors * num_classes)
+    count = limit if num_anchors is None else min(limit, num_anchors * num_classes)
     flat = build.reshape("scores_flat", scores, [0, -1])
     score, index = build.top_k("candidates", flat, count)
     row = build.node("Div", "candidate_rows", index, np.int64(num_classes))
@@ -218,10 +235,10 @@ def _best_candidates(
     valid = build.node("Greater", "candidate_valid", score, _just_below(score_limit(nms)))
     ranks = np.arange(count, 0, -1, dtype=np.float32)[None]
     rank = build.node("Where", "candidate_ranks", valid, ranks, np.float32(0))
-    return _Candidates(count, num_classes, score, anchor, class_id, rank)
+    return Candidates(count, num_classes, score, anchor, class_id, rank)
 
 
-def _suppress_by_operator(build: Builder, corners: str, found: _Candidates, nms: Nms) -> str:
+def _suppress_by_operator(build: Builder, corners: str, found: Candidates, nms: Nms) -> str:
     """[N, count] float32: 1 where the candidate survives, by ONNX's NonMaxSuppression."""
     rank = build.reshape("ranks_row", found.rank, [0, 1, -1])
     if not nms.class_agnostic:
@@ -246,14 +263,14 @@ def _suppress_by_operator(build: Builder, corners: str, found: _Candidates, nms:
     return build.node("ScatterND", "survivors", zeros, position, ones)
 
 
-def _suppress_by_rounds(
-    build: Builder, corners: str, found: _Candidates, nms: Nms, rounds: int
-) -> str:
-    """[N, count] float32: 1 where the candidate survives, by `rounds` rounds; axis 1 suppresses, axis 2 is suppressed."""
+def pairwise(build: Builder, op: str, name: str, column: str) -> str:
+    """op(x, y) of every pair, [N, count, count] of a column [N, count, 1]: x along axis 1, y along axis 2."""
+    row = build.reshape(f"{name}/row", column, [0, 1, -1])
+    return build.node(op, name, column, row)
 
-    def pairwise(op: str, name: str, column: str) -> str:
-        row = build.reshape(f"{name}/row", column, [0, 1, -1])
-        return build.node(op, name, column, row)
+
+def _pairwise_iou(build: Builder, corners: str) -> str:
+    """IoU [N, count, count] of corner boxes [N, count, 4]."""
 
     def side(name: str, low: str, high: str) -> str:
         return build.node("Relu", name, build.node("Sub", f"{name}_signed", high, low))
@@ -266,28 +283,40 @@ def _suppress_by_rounds(
     area = build.node("Mul", "area", side("height", top, bottom), side("width", left, right))
     shared_height = side(
         "shared_height",
-        pairwise("Max", "shared_top", top),
-        pairwise("Min", "shared_bottom", bottom),
+        pairwise(build, "Max", "shared_top", top),
+        pairwise(build, "Min", "shared_bottom", bottom),
     )
     shared_width = side(
-        "shared_width", pairwise("Max", "shared_left", left), pairwise("Min", "shared_right", right)
+        "shared_width",
+        pairwise(build, "Max", "shared_left", left),
+        pairwise(build, "Min", "shared_right", right),
     )
     shared = build.node("Mul", "shared_area", shared_height, shared_width)
-    union = build.node("Sub", "union", pairwise("Add", "area_sum", area), shared)
-    union = build.node("Max", "union_not_0", union, np.float32(1e-37))  # 0 / 0 otherwise
-    iou = build.node("Div", "iou", shared, union)
+    return iou_of_areas(build, shared, area)
 
+
+def iou_of_areas(build: Builder, shared: str, area: str) -> str:
+    """IoU [N, count, count] from the shared area of every pair, and the area of each box [N, count, 1]."""
+    union = build.node("Sub", "union", pairwise(build, "Add", "area_sum", area), shared)
+    union = build.node("Max", "union_not_0", union, np.float32(1e-37))  # 0 / 0 otherwise
+    return build.node("Div", "iou", shared, union)
+
+
+def suppress_by_rounds(build: Builder, iou: str, found: Candidates, nms: Nms, rounds: int) -> str:
+    """[N, count] float32: 1 where the candidate survives, by `rounds` rounds; axis 1 of `iou` suppresses, axis 2 is suppressed."""
     suppresses = build.node("Greater", "overlaps", iou, _just_below(np.float32(nms.iou_threshold)))
     # Of ranks that are data, not constants: a constant matrix of this size would land in the engine.
-    better = pairwise("Greater", "better", build.reshape("ranks_column", found.rank, [0, -1, 1]))
+    better = pairwise(
+        build, "Greater", "better", build.reshape("ranks_column", found.rank, [0, -1, 1])
+    )
     suppresses = build.node("And", "suppresses", better, suppresses)
     if not nms.class_agnostic:
         class_id = build.reshape("classes_column", found.class_id, [0, -1, 1])
-        same_class = pairwise("Equal", "same_class", class_id)
+        same_class = pairwise(build, "Equal", "same_class", class_id)
         suppresses = build.node("And", "suppresses_in_class", suppresses, same_class)
     suppresses = build.cast("suppression_matrix", suppresses, TensorProto.FLOAT)
 
-    # Candidates below the score threshold need no mask: at rank 0 they suppress nothing, and `_emit` leaves them out.
+    # Candidates below the score threshold need no mask: at rank 0 they suppress nothing, and `emit` leaves them out.
     one = build.constant("one", np.float32(1))
     stays = build.constant("all_stay", np.ones((1, 1, found.count), np.float32))
     for i in range(1, rounds + 1):
@@ -297,23 +326,30 @@ def _suppress_by_rounds(
     return build.reshape("survivors", stays, [0, -1])
 
 
-def _emit(
+def emit(
     build: Builder,
-    node: onnx.NodeProto,
+    outputs: Sequence[str],
     types: Types,
     corners: str,
     survives: str,
-    found: _Candidates,
+    found: Candidates,
     nms: Nms,
+    box_size: int = 4,
 ) -> None:
-    """The four outputs from the survivors' marks [N, count]: the best K in order, zeros behind them."""
+    """The four outputs from the survivors' marks [N, count]: the best K in order, zeros behind them.
+
+    Args:
+        outputs: their names, in the order of `OUTPUT_NAMES`; "" for one that is not wanted.
+        types: an output that is float16 there becomes that.
+        corners: [N, count, box_size].
+    """
     k = min(nms.max_output_boxes, found.count)
     rank, index = build.top_k("kept", build.node("Mul", "survivor_ranks", survives, found.rank), k)
     is_kept = build.node("Greater", "is_kept", rank, np.float32(0))
     kept = build.cast("kept_ones", is_kept, TensorProto.FLOAT)
     num = build.reduce("ReduceSum", "num_kept", kept, 1, keepdims=True)
 
-    boxes = build.take_rows("kept_boxes", corners, index, 4)
+    boxes = build.take_rows("kept_boxes", corners, index, box_size)
     is_kept_box = build.reshape("is_kept_box", is_kept, [0, -1, 1])
     score = build.node("GatherElements", "kept_scores", found.score, index, axis=1)
     if nms.score_activation:
@@ -329,7 +365,7 @@ def _emit(
         (build.node("Where", "classes_or_0", is_kept, class_id, np.int32(0)), 2),
     ]
     missing = nms.max_output_boxes - k
-    for (tensor, rank_), name in zip(results, node.output, strict=True):
+    for (tensor, rank_), name in zip(results, outputs, strict=True):
         if rank_ > 1 and missing:
             ends = [0, missing, 0][:rank_]
             pads = np.array([0] * rank_ + ends, np.int64)
@@ -339,6 +375,11 @@ def _emit(
             tensor = build.cast(f"{tensor.removeprefix(build.prefix)}/fp16", tensor, declared)
         if name:
             build.output(tensor, name)
+
+
+def _pad_rows(build: Builder, name: str, tensor: str, count: int, value: np.float32) -> str:
+    """`count` more rows of `value` along axis 1 of [N, A, x]."""
+    return build.node("Pad", name, tensor, np.array([0, 0, 0, 0, count, 0], np.int64), value)
 
 
 def _nms_of(node: onnx.NodeProto) -> Nms:

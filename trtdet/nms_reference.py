@@ -20,6 +20,9 @@ the end, and fill slots that are still free (counted in num_detections, with sco
 They never displace a real detection; `trtdet.detections.decode` drops them.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -65,9 +68,10 @@ def reference(
         np.zeros((n, k), np.int32),
     )
     for image, (count, out_boxes, out_scores, out_classes) in enumerate(zip(*outputs, strict=True)):
-        order = _best(scores[image], nms, candidates)
+        order = best_candidates(scores[image], nms, candidates)
         anchor, class_id = np.divmod(order, num_classes)
-        kept = _greedy(corners[image, anchor], class_id, nms)
+        ordered = in_order(corners[image, anchor])
+        kept = greedy(class_id, nms, partial(_iou_behind, ordered))
         count[0] = m = len(kept)
         out_boxes[:m] = corners[image, anchor[kept]]
         out_scores[:m] = scores[image].reshape(-1)[order[kept]]
@@ -115,7 +119,7 @@ def score_limit(nms: Nms) -> np.float32:
         return np.log(threshold / (np.float32(1) - threshold))
 
 
-def _best(scores: FloatArray, nms: Nms, limit: int) -> NDArray[np.int64]:
+def best_candidates(scores: FloatArray, nms: Nms, limit: int) -> NDArray[np.int64]:
     """Flat indices into (A, C) of the best `limit` scores above the threshold, best first, equal ones by index."""
     passed = scores >= score_limit(nms)
     if 0 <= nms.background_class < scores.shape[1]:
@@ -128,20 +132,28 @@ def _best(scores: FloatArray, nms: Nms, limit: int) -> NDArray[np.int64]:
     return index[np.argsort(-values, kind="stable")[:limit]]
 
 
-def _greedy(corners: FloatArray, class_ids: NDArray[np.int64], nms: Nms) -> list[int]:
-    """Positions that survive, of (m, 4) boxes sorted best first; at most `max_output_boxes`."""
-    corners = in_order(corners)
-    alive = np.ones(len(corners), bool)
+def _iou_behind(corners: FloatArray, i: int) -> FloatArray:
+    return box_iou(corners[i : i + 1], corners[i + 1 :])[0]
+
+
+def greedy(
+    class_ids: NDArray[np.int64], nms: Nms, overlap: Callable[[int], FloatArray]
+) -> list[int]:
+    """Positions that survive, of boxes sorted best first; at most `max_output_boxes`.
+
+    Args:
+        overlap: position of a box -> its IoU with each of those behind it.
+    """
+    alive = np.ones(len(class_ids), bool)
     kept: list[int] = []
-    for i in range(len(corners)):
+    for i in range(len(class_ids)):
         if not alive[i]:
             continue
         kept.append(i)
         if len(kept) == nms.max_output_boxes:
             break
-        rest = slice(i + 1, None)
-        suppressed = box_iou(corners[i : i + 1], corners[rest])[0] >= np.float32(nms.iou_threshold)
+        suppressed = overlap(i) >= np.float32(nms.iou_threshold)
         if not nms.class_agnostic:
-            suppressed &= class_ids[rest] == class_ids[i]
-        alive[rest] &= ~suppressed
+            suppressed &= class_ids[i + 1 :] == class_ids[i]
+        alive[i + 1 :] &= ~suppressed
     return kept

@@ -154,6 +154,26 @@ def known_types(model: onnx.ModelProto, names: Sequence[str]) -> Types:
     return types
 
 
+def fix_size(
+    model: onnx.ModelProto, image_shape: Sequence[int], *, batch: int | None = None
+) -> onnx.ModelProto:
+    """The model with an input of one size, and the shapes that this makes known; itself where it has one already.
+
+    Args:
+        image_shape: of one image, in the model's layout.
+        batch: fixed too, for a graph that reshapes to a batch it computes, which shape inference does not follow.
+    """
+    if all(dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:]):
+        return model
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    dims = fixed.graph.input[0].type.tensor_type.shape.dim
+    for dim, value in zip(dims, (dims[0].dim_value or batch, *image_shape), strict=True):
+        if value:
+            dim.dim_value = value
+    return onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+
+
 def dims_text(dims: Dims) -> str:
     return "[" + ", ".join("?" if d is None else str(d) for d in dims) + "]" if dims else "no shape"
 

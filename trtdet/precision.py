@@ -8,6 +8,10 @@ Preprocessing stays float32 because 0-255 minus a mean does not fit float16: at 
 a dark image after normalisation. Box decoding stays because coordinates of 512 pixels have a step of 1/2 there. Both are element-wise
 and cost nothing beside the convolutions. Nothing is clamped: a weight or activation that the type cannot hold leaves its nodes in
 float32, and the report says so.
+
+Q/DQ pairs (`trtdet.quantization`, or the model's own) need no Cast, because they end and begin types by themselves: a QuantizeLinear
+is of the type of what it reads, a DequantizeLinear of the type of the node that reads it, and what goes between is INT8 or FP8.
+That takes opset 19, the first with float16 scales.
 """
 
 from collections import Counter
@@ -49,8 +53,14 @@ NMS_OPS = frozenset(
     ["BatchedNMSDynamic_TRT", "BatchedNMS_TRT", "EfficientNMS_TRT", "NonMaxSuppression"]
 )
 NMS_PREFIX = "nms/"
+#: Nodes inside the network that compute positions to sample at, and boxes that the next layer refines: FP16 resolves 1333 pixels to 1/2.
+POSITIONS_PREFIX = "positions/"
 #: Nodes that are left as they are: their float inputs have a type of their own.
-FIXED_OPS = frozenset(["DequantizeLinear", "If", "Loop", "QuantizeLinear", "Range", "Scan"])
+FIXED_OPS = frozenset(["If", "Loop", "Range", "Scan"])
+#: Nodes between a floating-point type and INT8 or FP8: they take the type of their neighbour.
+PAIR_OPS = frozenset(["DequantizeLinear", "QuantizeLinear"])
+#: The first opset whose QuantizeLinear takes float16, and float8.
+PAIR_OPSET = 19
 #: Inputs that ONNX defines as float32 whatever the data is: regions of interest and scales.
 FLOAT32_INPUTS: Mapping[str, frozenset[int]] = {
     "Resize": frozenset([1, 2]),
@@ -92,11 +102,12 @@ ACTIVATION_HEADROOM = 0.25
 
 @dataclass(frozen=True)
 class KeptNode:
-    """A node that stays float32, and why."""
+    """A node that stays float32, and why; `asked`: because its name was given."""
 
     name: str
     op_type: str
     reason: str
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ class PrecisionReport:
         return frozenset(node.name for node in (*self.by_design, *self.kept)) - {""}
 
     def lines(self) -> list[str]:
-        """For the log: one line of counts, then one per reason among `kept`."""
+        """For the log: one line of counts, then one per pattern that was asked for."""
         counts = ", ".join(
             f"{n} {reason}" for reason, n in Counter(k.reason for k in self.by_design).items()
         )
@@ -133,7 +144,14 @@ class PrecisionReport:
             f"{self.precision}: {self.converted} nodes, {self.casts} casts; float32: {counts or 'none'}"
             + (f"; {self.flushed} weights round to zero" if self.flushed else "")
         ]
-        return lines + [f"stays float32: {k.op_type} '{k.name}': {k.reason}" for k in self.kept]
+        asked = Counter(node.reason for node in self.kept if node.asked)
+        return lines + [f"stays float32: {n} nodes, {reason}" for reason, n in asked.items()]
+
+    def warnings(self) -> list[str]:
+        """One line per node that does not fit the type."""
+        return [
+            f"stays float32: {k.op_type} '{k.name}': {k.reason}" for k in self.kept if not k.asked
+        ]
 
 
 def narrow_types(model: onnx.ModelProto) -> set[str]:
@@ -165,6 +183,44 @@ def to_fp16(
     return _Conversion(model, FP16, keep_fp32, ranges or {}).run()
 
 
+def raise_opset(model: onnx.ModelProto, opset: int = PAIR_OPSET) -> None:
+    """Make a model of opset 13 or later one of at least `opset`, at most 19, in place.
+
+    On the way reductions get their axes as an input and a Split in equal parts counts them. What else changed takes more types or
+    has new attributes with the old meaning as their default; only RoiAlign has a new default.
+
+    Raises:
+        GraphError: an older model, or a RoiAlign.
+    """
+    own = next(o for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    if own.version >= opset:
+        return
+    if own.version < 13:
+        raise GraphError(
+            f"model: expected opset 13 or later for Q/DQ, found {own.version}; convert it with create_onnx.py --opset 17"
+        )
+    graph = model.graph
+    for node in graph.node if own.version < 18 <= opset else ():
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type == "RoiAlign" and own.version < 16:
+            raise GraphError(
+                f"RoiAlign '{node.name}': expected opset 16 or later, found {own.version}, whose RoiAlign has another default; "
+                "convert the model with create_onnx.py --opset 17"
+            )
+        if node.op_type == "Split" and len(node.input) < 2:
+            node.attribute.append(helper.make_attribute("num_outputs", len(node.output)))
+        axes = next((a for a in node.attribute if a.name == "axes"), None)
+        if node.op_type.startswith("Reduce") and axes is not None:
+            name = f"{node.output[0]}/axes"
+            values = np.array(axes.ints, np.int64)
+            graph.initializer.append(numpy_helper.from_array(values, name))
+            node.input.append(name)
+            node.attribute.remove(axes)
+    own.version = opset
+    model.ir_version = max(model.ir_version, 9)  # of ONNX 1.14, which brought opset 19
+
+
 def to_bf16(
     model: onnx.ModelProto, *, keep_fp32: Sequence[str] = ()
 ) -> tuple[onnx.ModelProto, PrecisionReport]:
@@ -192,10 +248,13 @@ def activation_ranges(
     """
     import onnxruntime
 
+    from trtdet import deformable_attention  # which needs this module
+
     conversion = _Conversion(model, FP16, (), {})
     tensors = sorted(
         name
         for index in conversion.low | conversion.kept.keys()
+        if conversion.nodes[index].op_type not in PAIR_OPS
         for name in conversion.nodes[index].output
         if conversion.is_float(name)
     )
@@ -204,7 +263,7 @@ def activation_ranges(
     # As written: fusions would be broken up by the outputs, and cost more than the run.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(
-        _range_model(model, tensors).SerializeToString(),
+        _range_model(deformable_attention.lower(model), tensors).SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
     )
@@ -234,7 +293,7 @@ def _range_model(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
         for op in ("ReduceMin", "ReduceMax"):
             nodes.append(helper.make_node(op, [name], [f"{name}/{op}"], keepdims=0))
             outputs.append(helper.make_tensor_value_info(f"{name}/{op}", TensorProto.FLOAT, []))
-    _replace_nodes(graph, nodes)
+    replace_nodes(graph, nodes)
     del graph.output[:]
     graph.output.extend(outputs)
     return measured
@@ -254,14 +313,18 @@ class _Conversion:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(model)
         self.graph = self.model.graph
-        self.types = _element_types(self.model)
+        if any(node.op_type in PAIR_OPS for node in self.graph.node):
+            raise_opset(self.model)
+        self.types = element_types(self.model)
         self.weights = _constants_to_initializers(self.graph)
         self.nodes = list(self.graph.node)
         self.taken = self.types.keys() | {name for n in self.nodes for name in n.output}
         self.by_design: dict[int, str] = {}
         self.kept: dict[int, str] = {}
+        self.asked: set[int] = set()
         self.low = self._body()
         self._leave_out(keep_fp32, ranges)
+        self._settle_pairs()
 
     def is_float(self, tensor: str) -> bool:
         return self.types.get(tensor) == TensorProto.FLOAT
@@ -288,7 +351,7 @@ class _Conversion:
 
     def _report(self, reasons: Mapping[int, str]) -> tuple[KeptNode, ...]:
         return tuple(
-            KeptNode(self.nodes[i].name, self.nodes[i].op_type, reason)
+            KeptNode(self.nodes[i].name, self.nodes[i].op_type, reason, i in self.asked)
             for i, reason in sorted(reasons.items())
         )
 
@@ -296,7 +359,7 @@ class _Conversion:
 
     def _body(self) -> set[int]:
         """Indices of the nodes to convert; `by_design` gets those that stay float32 because of where they stand."""
-        in_nms = self._downstream({i for i, n in enumerate(self.nodes) if _begins_nms(n)})
+        in_nms = self._downstream({i for i, n in enumerate(self.nodes) if begins_nms(n)})
         compute = {
             i
             for i, node in enumerate(self.nodes)
@@ -308,6 +371,10 @@ class _Conversion:
         for i, node in enumerate(self.nodes):
             if i in in_nms:
                 reason = "box decoding and NMS"
+            elif node.name.startswith(POSITIONS_PREFIX):
+                reason = "positions"
+            elif node.op_type in PAIR_OPS and i in leads_to_compute and self._convertible(node):
+                reason = ""  # for now: see `_settle_pairs`
             elif i not in follows_compute:
                 reason = "preprocessing"
             elif i in leads_to_compute or self._only_moves(node, narrow):
@@ -343,15 +410,38 @@ class _Conversion:
         }
         for i in sorted(self.low):
             node = self.nodes[i]
-            reasons = [f"asked for ('{p}')" for p in keep_fp32 if fnmatchcase(node.name, p)]
+            pair = node.op_type in PAIR_OPS
+            patterns = [] if pair else [p for p in keep_fp32 if fnmatchcase(node.name, p)]
+            if patterns:
+                self.asked.add(i)
+            reasons = [f"asked for ('{p}')" for p in patterns]
             for name in (*self._data_inputs(node), *node.output):
                 if name in bad_weights:
                     reasons.append(f"weights '{name}': {bad_weights[name]}")
+                if pair:
+                    continue
                 if problem := _activation_problem(ranges.get(name, 0.0), self.target):
                     reasons.append(f"activation '{name}': {problem}")
             if reasons:
                 self.kept[i] = reasons[0]
         self.low.difference_update(self.kept)
+
+    def _settle_pairs(self) -> None:
+        """Q and DQ that have float32 neighbours become float32 themselves, rather than have a Cast put beside them."""
+        readers: dict[str, set[int]] = {}
+        for i, node in enumerate(self.nodes):
+            for name in _all_inputs(node):
+                readers.setdefault(name, set()).add(i)
+        wide: set[int] = set()
+        for i in sorted(self.low, reverse=True):
+            node = self.nodes[i]
+            if node.op_type == "DequantizeLinear" and not readers.get(node.output[0], set()) & self.low - wide:  # fmt: skip
+                wide.add(i)
+        self.low -= wide
+        narrow: set[str] = {name for i in self.low for name in self.nodes[i].output}
+        wide |= {i for i in self.low if self.nodes[i].op_type == "QuantizeLinear" and self.nodes[i].input[0] not in narrow}  # fmt: skip
+        self.low -= wide
+        self.by_design |= dict.fromkeys(wide, "Q/DQ beside float32")
 
     def _data_inputs(self, node: onnx.NodeProto) -> list[str]:
         """Its inputs, less the absent ones and those that are float32 by definition."""
@@ -454,14 +544,15 @@ class _Conversion:
             if info.name in made_narrow - to_wide:
                 info.type.tensor_type.elem_type = self.target.onnx_type
         casts = len(rewritten) - len(self.nodes)
-        _replace_nodes(self.graph, rewritten)
+        replace_nodes(self.graph, rewritten)
         return casts
 
     def _cast(self, source: str, result: str, to: int) -> onnx.NodeProto:
         return helper.make_node("Cast", [source], [result], name=f"{result}/cast", to=to)
 
 
-def _begins_nms(node: onnx.NodeProto) -> bool:
+def begins_nms(node: onnx.NodeProto) -> bool:
+    """Whether a node is, or is the first of, box decoding and suppression."""
     return node.op_type in NMS_OPS or node.name.startswith(NMS_PREFIX)
 
 
@@ -480,8 +571,12 @@ def _all_inputs(node: onnx.NodeProto) -> set[str]:
     return ({*node.input} | _captured(node)) - {""}
 
 
-def _element_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Tensor -> element type, as far as ONNX's inference knows it."""
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Tensor -> element type, as far as ONNX's inference knows it.
+
+    Raises:
+        GraphError: ONNX finds the graph invalid.
+    """
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph
     except onnx.shape_inference.InferenceError as error:
@@ -507,11 +602,12 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> dict[str, onnx.TensorP
             tensor.name = node.output[0]
         else:
             kept.append(node)
-    _replace_nodes(graph, kept)
+    replace_nodes(graph, kept)
     return {tensor.name: tensor for tensor in graph.initializer}
 
 
-def _replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Put nodes, old ones among them, in place of all that a graph has."""
     copies = onnx.GraphProto()  # emptying the old list would clear the nodes in it
     copies.node.extend(nodes)
     graph.ClearField("node")

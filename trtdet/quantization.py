@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INT8 as QuantizeLinear/DequantizeLinear pairs: an FP32 model and a calibration in, a model for any strongly typed TensorRT out.
+"""INT8 and FP8 as QuantizeLinear/DequantizeLinear pairs: an FP32 model and a calibration in, a model for any TensorRT out.
 
     x -> [Mul, Sub] -> QuantizeLinear -> DequantizeLinear -> Conv <- DequantizeLinear <- int8 weights
 
@@ -19,11 +19,13 @@ What makes it accurate (figures in docs/int8.md):
 * A swish reaches up to any height but down to -0.28 only, and symmetric INT8 spends half of its numbers below zero. In front of a
   pointwise convolution, which pads nothing, the range is shifted to its middle; the bias undoes it exactly.
 * The mean error that rounded weights make is taken off the bias.
+
+FP8 (E4M3) has an exponent of its own, so a small channel loses nothing beside a large one: no channel is rescaled, none shifted.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -31,17 +33,37 @@ from typing import Literal
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from trtdet.body import ConvLayer, conv_layers
 from trtdet.calibration import CalibrationCache
 from trtdet.errors import GraphError
 from trtdet.histograms import LEVELS, ChannelStatistics
+from trtdet.precision import raise_opset, replace_nodes
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
 Equalize = Literal["none", "depthwise", "all"]
+
+
+@dataclass(frozen=True)
+class QuantizedType:
+    """A type of 8 bits.
+
+    Attributes:
+        name: "INT8".
+        onnx_type: its `TensorProto.DataType`.
+        largest: the number that the largest magnitude becomes.
+    """
+
+    name: str
+    onnx_type: int
+    largest: float
+
+
+INT8 = QuantizedType("INT8", TensorProto.INT8, LEVELS)
+FP8 = QuantizedType("FP8", TensorProto.FLOAT8E4M3FN, 448.0)
 
 #: Factors stay within this ratio of each other: channels that are all but dead need no resolution, and FP16 holds the products.
 LARGEST_FACTOR_RATIO = 2.0**10
@@ -57,16 +79,18 @@ class QuantizationOptions:
 
     Attributes:
         keep: patterns (`*`, `?`) of node names that stay in floating point; None: `ModelSpec.sensitive_nodes`.
+        to: the type of 8 bits.
         equalize: where to scale channels; takes a cache with statistics per channel.
         shift, correct_bias: as above.
-        residuals: let residual additions read the quantized tensor, too: one INT8 tensor is written instead of two, at a small loss.
+        fp16_scales: choose scales that float16 holds, so that `trtdet.precision.to_fp16` changes no number of the pairs.
     """
 
     keep: Sequence[str] | None = None
+    to: QuantizedType = INT8
     equalize: Equalize = "all"
     shift: bool = True
     correct_bias: bool = True
-    residuals: bool = False
+    fp16_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,12 +113,14 @@ class QuantizationReport:
         kept: convolution -> why it stays in floating point.
         equalized: convolution -> how: "depthwise", or the exponent and where the factors went.
         already: the model came with Q/DQ and is returned as it was.
+        type_name: "INT8".
     """
 
     blocks: tuple[BlockShare, ...]
     kept: dict[str, str] = field(default_factory=dict)
     equalized: dict[str, str] = field(default_factory=dict)
     already: bool = False
+    type_name: str = INT8.name
 
     @property
     def mac_share(self) -> float:
@@ -106,9 +132,9 @@ class QuantizationReport:
         """For the log: one line per block, then the reasons for what was kept."""
         total = sum(block.macs for block in self.blocks) or 1
         lines = [
-            f"INT8: {self.mac_share:.1%} of the multiply-accumulates"
+            f"{self.type_name}: {self.mac_share:.1%} of the multiply-accumulates"
             + (" (as the model came, with its own Q/DQ)" if self.already else ""),
-            f"{'block':<20}{'MACs':>7}{'INT8':>8}  convolutions",
+            f"{'block':<20}{'MACs':>7}{self.type_name:>8}  convolutions",
         ]
         lines += [
             f"{b.name:<20}{b.macs / total:>7.1%}{b.int8_macs / max(b.macs, 1):>8.1%}  {b.int8_convs} of {b.convs}"
@@ -130,37 +156,101 @@ def insert_qdq(
     Raises:
         GraphError: no convolution can be quantized: the cache names none of the tensors.
     """
-    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        return model, report_of(model, already=True)
-    return _Quantization(model, cache, options).run()
+    if own_type(model) is not None:
+        return model, report_of(model)
+    return _Quantization(model, cache, options, pairs=True).run()
 
 
-def report_of(
+def prepare_implicit(
     model: onnx.ModelProto,
-    *,
-    kept: Mapping[str, str] | None = None,
-    equalized: Mapping[str, str] | None = None,
-    already: bool = False,
-) -> QuantizationReport:
-    """What of a model with Q/DQ is in INT8: the convolutions whose input and weights both come from a DequantizeLinear."""
-    dequantized = {
-        node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"
-    }
+    cache: CalibrationCache,
+    options: QuantizationOptions = QuantizationOptions(),
+) -> tuple[onnx.ModelProto, CalibrationCache, QuantizationReport]:
+    """For a weakly typed TensorRT, which rounds by itself: the model with its channels rescaled and biases corrected, without Q/DQ.
+
+    Returns:
+        The FP32 model, a cache with the scales of its tensors, and what may become INT8; the convolutions in `kept` must not.
+
+    Raises:
+        GraphError: no convolution can be quantized, or the model has Q/DQ, which is explicit.
+    """
+    if own_type(model) is not None:
+        raise GraphError(
+            "INT8 with weak typing: the model brings its own Q/DQ, which needs no calibrator; leave out --weak_typing, or --dla_core"
+        )
+    quantization = _Quantization(model, cache, options, pairs=False)
+    rescaled, report = quantization.run()
+    return rescaled, CalibrationCache(cache.scales | quantization.new_scales), report
+
+
+def own_type(model: onnx.ModelProto) -> QuantizedType | None:
+    """The 8-bit type of a model that brings its own Q/DQ; None where it brings none."""
+    if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        return None
+    constants = [a.t for n in model.graph.node if n.op_type == "Constant" for a in n.attribute]
+    kinds = {tensor.data_type for tensor in (*model.graph.initializer, *constants)}
+    return FP8 if FP8.onnx_type in kinds else INT8
+
+
+def report_of(model: onnx.ModelProto) -> QuantizationReport:
+    """What of a model with its own Q/DQ is in 8 bits."""
+    shares = _shares(conv_layers(model), quantized_convs(model))
+    return QuantizationReport(shares, already=True, type_name=(own_type(model) or INT8).name)
+
+
+def quantized_convs(model: onnx.ModelProto) -> frozenset[str]:
+    """Names of the convolutions whose input and weights both come from a DequantizeLinear."""
+    dequantized = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    return frozenset(
+        n.name for n in model.graph.node if n.op_type == "Conv" and {*n.input[:2]} <= dequantized
+    )
+
+
+def _shares(layers: Iterable[ConvLayer], quantized: Collection[str]) -> tuple[BlockShare, ...]:
     blocks: dict[str, list[ConvLayer]] = {}
-    for layer in conv_layers(model):
+    for layer in layers:
         blocks.setdefault(layer.block, []).append(layer)
     shares = []
-    for name, layers in blocks.items():
-        int8 = [layer for layer in layers if {layer.input, layer.weight} <= dequantized]
-        macs, int8_macs = (sum(layer.macs for layer in chosen) for chosen in (layers, int8))
-        shares.append(BlockShare(name, macs, int8_macs, len(layers), len(int8)))
-    return QuantizationReport(tuple(shares), dict(kept or {}), dict(equalized or {}), already)
+    for name, members in blocks.items():
+        int8 = [layer for layer in members if layer.name in quantized]
+        macs, int8_macs = (sum(layer.macs for layer in chosen) for chosen in (members, int8))
+        shares.append(BlockShare(name, macs, int8_macs, len(members), len(int8)))
+    return tuple(shares)
 
 
-def weight_scales(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Largest magnitude / 127 of each output channel; 1 for a channel of zeros, which any scale represents."""
+def weight_scales(
+    weights: NDArray[np.float32], to: QuantizedType = INT8, *, fp16: bool = False
+) -> NDArray[np.float32]:
+    """Of each output channel, what its largest magnitude takes; 1 for a channel of zeros, which any scale represents."""
     largest = np.abs(weights.reshape(len(weights), -1)).max(1)
-    return np.where(largest > 0, largest / LEVELS, 1.0).astype(np.float32)
+    scales = np.where(largest > 0, largest / to.largest, 1.0).astype(np.float32)
+    return fp16_at_least(scales) if fp16 else scales
+
+
+def fp16_at_least(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The next number that float16 holds: upwards, so that nothing is cut off. Left as it is where there is none."""
+    with np.errstate(over="ignore"):
+        rounded = scales.astype(np.float16)
+        rounded = np.where(rounded < scales, np.nextafter(rounded, np.float16(np.inf)), rounded)
+    return np.where(np.isfinite(rounded), rounded, scales).astype(np.float32)
+
+
+def round_to(values: NDArray[np.float64], to: QuantizedType) -> NDArray[np.float64]:
+    """The nearest numbers of the type, ties to even, what is beyond cut off."""
+    if to is INT8:
+        return np.clip(np.rint(values), -to.largest, to.largest)
+    exponents = np.floor(np.log2(np.maximum(np.abs(values), 2.0**-6)))  # 2^-6: the least normal
+    steps = 2.0 ** (exponents - 3)  # three bits of mantissa
+    return np.clip(np.rint(values / steps) * steps, -to.largest, to.largest)
+
+
+def _fp8_bits(values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Sign, four bits of exponent (bias 7), three of mantissa, of numbers that FP8 holds."""
+    magnitudes = np.abs(values)
+    exponents = np.floor(np.log2(np.maximum(magnitudes, 2.0**-6)))
+    mantissas = magnitudes / 2.0 ** (exponents - 3)  # 8 to 15; below 8 for subnormals
+    codes = np.where(mantissas < 8, mantissas, (exponents + 7) * 8 + mantissas - 8)
+    return (codes + 128 * (values < 0)).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -219,14 +309,20 @@ class _Quantization:
     """One run: decides per convolution, rescales channels, rounds weights, puts the pairs in."""
 
     def __init__(
-        self, model: onnx.ModelProto, cache: CalibrationCache, options: QuantizationOptions
+        self,
+        model: onnx.ModelProto,
+        cache: CalibrationCache,
+        options: QuantizationOptions,
+        *,
+        pairs: bool,
     ) -> None:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(model)
-        self.cache, self.options = cache, options
+        self.cache, self.options, self.explicit = cache, options, pairs
+        self.to = options.to
         spec = ModelSpec.maybe_from_onnx(model)
-        sensitive = spec.sensitive_nodes if spec else ()
-        self.keep = sensitive if options.keep is None else options.keep
+        self.sensitive = spec.sensitive_nodes if spec else ()
+        self.keep = self.sensitive if options.keep is None else options.keep
         self.graph = self.model.graph
         self.layers = {layer.name: layer for layer in conv_layers(self.model)}
         self.nodes = {node.name: node for node in self.graph.node if node.op_type == "Conv"}
@@ -242,6 +338,7 @@ class _Quantization:
         self.own_nodes: set[str] = set()  # convolutions whose equalization takes nodes of its own
         self.equalized_tensors: dict[tuple[str, bytes, bytes], str] = {}
         self.pairs: dict[str, str] = {}  # tensor -> what its DequantizeLinear makes
+        self.new_scales: dict[str, float] = {}  # of tensors that the model did not have
         self.new_nodes: list[onnx.NodeProto] = []
         self.kept: dict[str, str] = {}
         self.equalized: dict[str, str] = {}
@@ -251,12 +348,14 @@ class _Quantization:
         if not chosen:
             reasons = "; ".join(sorted(set(self.kept.values()))) or "it has none"
             raise GraphError(
-                f"INT8: no convolution can be quantized ({reasons}); calibrate this model with --calib_input"
+                f"{self.to.name}: no convolution can be quantized ({reasons}); calibrate this model with --calib_input"
             )
         for layer in self.layers.values():
             if layer.constant:
                 self._load(layer)
-        if self.options.equalize != "none" and self.cache.channels:
+        if self.explicit and (self.options.fp16_scales or self.to is FP8):
+            raise_opset(self.model)
+        if self.options.equalize != "none" and self.cache.channels and self.to is INT8:
             for layer in chosen:
                 if layer.depthwise:
                     self._equalize_depthwise(layer)
@@ -265,7 +364,9 @@ class _Quantization:
                     if not layer.depthwise:
                         self._equalize_pointwise(layer)
         self._rewrite(chosen)
-        return self.model, report_of(self.model, kept=self.kept, equalized=self.equalized)
+        shares = _shares(self.layers.values(), {layer.name for layer in chosen})
+        report = QuantizationReport(shares, self.kept, self.equalized, type_name=self.to.name)
+        return self.model, report
 
     # --- which convolutions -------------------------------------------------------------------------------------------------
 
@@ -275,7 +376,7 @@ class _Quantization:
         if pattern is not None:
             reason = (
                 f"sensitive ('{pattern}')"
-                if self.options.keep is None
+                if pattern in self.sensitive
                 else f"asked for ('{pattern}')"
             )
         elif layer.pooled:
@@ -376,11 +477,10 @@ class _Quantization:
             layer = self.layers.get(node.name) if node.op_type == "Conv" else None
             if layer is not None and layer.constant:
                 self._rewrite_conv(node, layer, layer.name in quantized)
-            elif node.op_type == "Add" and self.options.residuals:
-                self._rewrite_residual(node)
             else:
                 self.new_nodes.append(node)
-        _replace_nodes(self.graph, self.new_nodes)
+        replace_nodes(self.graph, self.new_nodes)
+        _drop_unread_weights(self.graph)
 
     def _rewrite_conv(self, node: onnx.NodeProto, layer: ConvLayer, quantized: bool) -> None:
         weights, bias = self.weights[layer.name], self.biases[layer.name]
@@ -389,17 +489,21 @@ class _Quantization:
             source, scale = layer.input, self.cache.scales[layer.input]
             if layer.name in self.own_nodes:
                 source = self._insert_equalization(source, self.equalizations[layer.name])
-            scales = weight_scales(weights.astype(np.float32))
-            shape = (-1, *[1] * (weights.ndim - 1))
-            rounded = np.clip(np.rint(weights / scales.reshape(shape)), -LEVELS, LEVELS)
+            fp16 = self.options.fp16_scales
+            scales = weight_scales(weights.astype(np.float32), self.to, fp16=fp16)
+            columns = scales.reshape(-1, *[1] * (weights.ndim - 1))
+            rounded = round_to(weights / columns, self.to)
             if self.options.correct_bias:
-                error = weights - rounded * scales.reshape(shape)
-                bias = bias + self._mean_output(layer, error)
-            inputs = [
-                self._pair(source, scale),
-                self._dequantized_weights(layer, rounded.astype(np.int8), scales),
-            ]
-        else:
+                bias = bias + self._mean_output(layer, weights - rounded * columns)
+            if self.explicit:
+                inputs = [
+                    self._pair(source, scale),
+                    self._dequantized_weights(layer, rounded, scales),
+                ]
+            else:
+                self.new_scales[source] = scale
+                inputs[0] = source
+        if not (quantized and self.explicit):
             inputs[1] = self._constant(f"{layer.name}/weight", weights.astype(np.float32))
         if layer.bias or bias.any():
             inputs.append(self._constant(f"{layer.name}/bias", bias.astype(np.float32)))
@@ -407,17 +511,6 @@ class _Quantization:
         new.CopyFrom(node)
         del new.input[:]
         new.input.extend(inputs)
-        self.new_nodes.append(new)
-
-    def _rewrite_residual(self, node: onnx.NodeProto) -> None:
-        new = onnx.NodeProto()
-        new.CopyFrom(node)
-        read = [name for name in node.input if name in self.pairs]
-        if (
-            len(read) == 1
-        ):  # the other comes from a convolution, into which TensorRT takes the addition
-            del new.input[:]
-            new.input.extend(self.pairs.get(name, name) for name in node.input)
         self.new_nodes.append(new)
 
     def _mean_output(
@@ -457,9 +550,12 @@ class _Quantization:
         if tensor not in self.pairs:
             quantized = self._unused(f"{tensor}/quantized")
             self.pairs[tensor] = self._unused(f"{tensor}/dequantized")
+            exact = np.array(scale * LEVELS / self.to.largest, np.float32)
             operands = [
-                self._constant(f"{tensor}/scale", np.float32(scale)),
-                self._constant(f"{tensor}/zero_point", np.int8(0)),
+                self._constant(
+                    f"{tensor}/scale", fp16_at_least(exact) if self.options.fp16_scales else exact
+                ),
+                self._narrow_constant(f"{tensor}/zero_point", np.zeros(())),
             ]
             self.new_nodes += [
                 helper.make_node(
@@ -475,13 +571,13 @@ class _Quantization:
         return self.pairs[tensor]
 
     def _dequantized_weights(
-        self, layer: ConvLayer, rounded: NDArray[np.int8], scales: NDArray[np.float32]
+        self, layer: ConvLayer, rounded: NDArray[np.float64], scales: NDArray[np.float32]
     ) -> str:
         name = self._unused(f"{layer.name}/weight/dequantized")
         operands = [
-            self._constant(f"{layer.name}/weight/int8", rounded),
+            self._narrow_constant(f"{layer.name}/weight/{self.to.name.lower()}", rounded),
             self._constant(f"{layer.name}/weight/scale", scales),
-            self._constant(f"{layer.name}/weight/zero_point", np.zeros(len(rounded), np.int8)),
+            self._narrow_constant(f"{layer.name}/weight/zero_point", np.zeros(len(rounded))),
         ]
         self.new_nodes.append(
             helper.make_node("DequantizeLinear", operands, [name], name=name, axis=0)
@@ -491,6 +587,15 @@ class _Quantization:
     def _constant(self, name: str, values: NDArray[np.generic] | np.generic) -> str:
         name = self._unused(name)
         weight = numpy_helper.from_array(np.asarray(values), name)
+        self.graph.initializer.append(weight)
+        self.initializers[name] = weight
+        return name
+
+    def _narrow_constant(self, name: str, values: NDArray[np.float64]) -> str:
+        """Of numbers that the type of 8 bits holds."""
+        name = self._unused(name)
+        data = values.astype(np.int8) if self.to is INT8 else _fp8_bits(values)
+        weight = helper.make_tensor(name, self.to.onnx_type, data.shape, data.tobytes(), raw=True)
         self.graph.initializer.append(weight)
         self.initializers[name] = weight
         return name
@@ -508,15 +613,7 @@ def _floored(values: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.maximum(wide, max(float(wide.max()), 1e-20) / LARGEST_FACTOR_RATIO)
 
 
-def _replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
-    """New nodes in place of the old, and no initializer that nobody reads."""
-    copies = []
-    for node in nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del graph.node[:]
-    graph.node.extend(copies)
+def _drop_unread_weights(graph: onnx.GraphProto) -> None:
     read = {name for node in graph.node for name in node.input}
     read |= {output.name for output in graph.output}
     kept = [w for w in graph.initializer if w.name in read]

@@ -21,13 +21,10 @@ from numpy.typing import NDArray
 
 from trtdet.closing import Closing
 from trtdet.errors import GraphError
-from trtdet.source import CANONICAL_OPS, Shape, SourceGraph, SourceNode
+from trtdet.source import CANONICAL_OPS, NEWEST_OPSET, Shape, SourceGraph, SourceNode
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
-
-#: The newest that TensorRT 8.6 reads.
-DEFAULT_OPSET = 17
 
 
 class SavedModelSource(Closing):
@@ -48,8 +45,8 @@ class SavedModelSource(Closing):
         self.spec: ModelSpec | None = None
         with _native_stderr_held():
             self._tf = _import_tensorflow()
-            self._graph_def, inputs, batch = _load_frozen(self._tf, path)
-        self.graph = _read_graph_def(self._graph_def, inputs, batch)
+            self._graph_def, inputs, outputs, batch = _load_frozen(self._tf, path)
+        self.graph = _read_graph_def(self._graph_def, inputs, outputs, batch)
         graph = self._tf.Graph()
         with graph.as_default():
             self._tf.import_graph_def(self._graph_def, name="")
@@ -67,7 +64,7 @@ class SavedModelSource(Closing):
         self, inputs: Mapping[str, Shape], outputs: Sequence[str], *, opset: int | None
     ) -> onnx.ModelProto:
         graph_def = self._cut(inputs, outputs)
-        return _tf_to_onnx(self._tf, graph_def, inputs, outputs, opset or DEFAULT_OPSET)
+        return _tf_to_onnx(self._tf, graph_def, inputs, outputs, opset or NEWEST_OPSET)
 
     def close(self) -> None:
         self._session.close()
@@ -156,8 +153,8 @@ def _import_tensorflow() -> Any:
     return tf
 
 
-def _load_frozen(tf: Any, path: Path) -> tuple[Any, tuple[str, ...], int | None]:
-    """The frozen GraphDef, the names of its input tensors, and the batch size of its first output, None where free."""
+def _load_frozen(tf: Any, path: Path) -> tuple[Any, tuple[str, ...], dict[str, str], int | None]:
+    """The frozen GraphDef, its input tensors, its outputs by name, and the batch size of its first output, None where free."""
     tf1 = tf.compat.v1
     graph = tf.Graph()
     with tf1.Session(graph=graph) as session:
@@ -170,29 +167,33 @@ def _load_frozen(tf: Any, path: Path) -> tuple[Any, tuple[str, ...], int | None]
                 f"{path}: expected the signature 'serving_default', found {sorted(meta.signature_def)}"
             )
         signature = meta.signature_def["serving_default"]
-        outputs = [_node_name(info.name) for info in signature.outputs.values()]
+        outputs = {name: info.name for name, info in signature.outputs.items()}
+        kept = [_node_name(tensor) for tensor in outputs.values()]
         sizes = [dim.size for dim in next(iter(signature.outputs.values())).tensor_shape.dim]
         batch = sizes[0] if sizes and sizes[0] > 0 else None
         inputs = tuple(info.name for info in signature.inputs.values())
-        graph_def = tf1.graph_util.extract_sub_graph(graph.as_graph_def(), outputs)
+        graph_def = tf1.graph_util.extract_sub_graph(graph.as_graph_def(), kept)
         if not any(node.op.endswith("PartitionedCall") for node in graph_def.node):
-            frozen = tf1.graph_util.convert_variables_to_constants(session, graph_def, outputs)
-            return frozen, inputs, batch
+            frozen = tf1.graph_util.convert_variables_to_constants(session, graph_def, kept)
+            return frozen, inputs, outputs, batch
     # A Keras export: the network is inside functions, which TensorFlow 2's own freezing inlines.
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     loaded = tf.saved_model.load(str(path))
-    frozen = convert_variables_to_constants_v2(
-        loaded.signatures["serving_default"], lower_control_flow=False
-    )
+    serving = loaded.signatures["serving_default"]
+    frozen = convert_variables_to_constants_v2(serving, lower_control_flow=False)
     # Inlining leaves traces behind that no output needs, NMS operations among them.
     graph_def = tf1.graph_util.extract_sub_graph(
         frozen.graph.as_graph_def(), [_node_name(tensor.name) for tensor in frozen.outputs]
     )
-    return graph_def, tuple(tensor.name for tensor in frozen.inputs), batch
+    names = sorted(serving.structured_outputs)  # the order in which TensorFlow flattens a dict
+    outputs = {name: tensor.name for name, tensor in zip(names, frozen.outputs, strict=True)}
+    return graph_def, tuple(tensor.name for tensor in frozen.inputs), outputs, batch
 
 
-def _read_graph_def(graph_def: Any, inputs: tuple[str, ...], batch: int | None) -> SourceGraph:
+def _read_graph_def(
+    graph_def: Any, inputs: tuple[str, ...], outputs: Mapping[str, str], batch: int | None
+) -> SourceGraph:
     """A GraphDef as a `SourceGraph`; inputs of loops are matched with the arguments of their bodies."""
     main = {node.name: _read_node(node, "") for node in graph_def.node}
     library = {function.signature.name: function for function in graph_def.library.function}
@@ -213,7 +214,7 @@ def _read_graph_def(graph_def: Any, inputs: tuple[str, ...], batch: int | None) 
                     body = library[name].node_def
                     functions[name] = {child.name: _read_node(child, name) for child in body}
                     pending.append((name, body))
-    return SourceGraph(main, inputs, batch, functions=functions, calls=calls)
+    return SourceGraph(main, inputs, batch, outputs=outputs, functions=functions, calls=calls)
 
 
 def _read_node(node: Any, function: str) -> SourceNode:

@@ -138,7 +138,16 @@ def read_sidecar(engine_path: Path) -> EngineInfo | None:
         return None
     try:
         info = EngineInfo.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, EngineError, GraphError) as error:
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise EngineError(
+            f"{path}: expected the JSON that build_engine.py writes beside an engine, found something else ({error}); "
+            "build the engine again with build_engine.py, or delete the .json of an EfficientDet"
+        ) from error
+    except GraphError as error:  # says to convert the model again; then comes the engine
+        raise EngineError(
+            f"{path}: {error}, then build the engine again with build_engine.py"
+        ) from error
+    except EngineError as error:
         raise EngineError(f"{path}: {error}") from error
     if info.engine_sha256 and info.engine_sha256 != files.sha256(engine_path):
         raise EngineError(
@@ -146,3 +155,37 @@ def read_sidecar(engine_path: Path) -> EngineInfo | None:
             "build the engine again with build_engine.py, or delete the .json"
         )
     return info
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """The ModelSpec of a model without opening it: of an ONNX file, of an engine, or of an engine's `.json`.
+
+    Raises:
+        FileNotFoundError: no such file, or an engine without its `.json`.
+        GraphError, EngineError: nothing in it that says so.
+    """
+    if path.suffix.lower() == ".onnx":
+        import onnx
+
+        try:
+            model = onnx.load(path, load_external_data=False)
+        except OSError:
+            raise
+        except Exception as error:  # protobuf's DecodeError has no narrower base
+            raise GraphError(
+                f"{path}: expected an ONNX file of create_onnx.py, this is none ({error})"
+            ) from error
+        return ModelSpec.from_onnx(model, path)
+    if path.suffix.lower() == ".json":
+        try:
+            return EngineInfo.from_dict(json.loads(path.read_text(encoding="utf-8"))).spec
+        except (ValueError, EngineError) as error:
+            raise EngineError(
+                f"{path}: expected the .json of an engine of build_engine.py ({error})"
+            ) from error
+    info = read_sidecar(path)
+    if info is None:
+        raise FileNotFoundError(
+            f"{path}: expected {sidecar_path(path).name} beside it, found none; build the engine with build_engine.py"
+        )
+    return info.spec

@@ -6,7 +6,7 @@ family looks for its landmarks in `Source.graph`, measures what it cannot read w
 which `Source.extract` cuts the network out.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,8 @@ from trtdet.closing import Closing
 from trtdet.errors import GraphError
 from trtdet.spec import ModelSpec
 
+#: INT8 weights with a scale per channel take opset 13. TensorRT 8.6 reads up to 17.
+OLDEST_OPSET, NEWEST_OPSET = 13, 17
 #: A tensor's shape; None where it is free.
 Shape = Sequence[int | None]
 
@@ -56,6 +58,7 @@ class SourceGraph:
     Attributes:
         nodes: of the main graph, by the tensor they produce, without TensorFlow's `:k`.
         inputs: the model's input tensors.
+        outputs: what the model calls its outputs -> their tensors.
         batch: the batch size it was exported with, None where it is free.
         image_shape: of the first input, as far as it is declared: [None, None, None, 3].
         functions: name -> nodes of a loop body, in the same form.
@@ -66,6 +69,7 @@ class SourceGraph:
     inputs: tuple[str, ...]
     batch: int | None = None
     image_shape: tuple[int | None, ...] = ()
+    outputs: Mapping[str, str] = field(default_factory=dict)
     functions: dict[str, dict[str, SourceNode]] = field(default_factory=dict)
     calls: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
 
@@ -133,8 +137,8 @@ class Source(Protocol):
         """The part between two sets of tensors as an ONNX model with the same tensor names.
 
         Args:
-            inputs: float32 tensors with the shapes they shall have.
-            opset: None: that of an ONNX source; the default for others.
+            inputs: tensors with the shapes they shall have; inputs of the model keep their type, others are float32.
+            opset: None: that of an ONNX source, raised where it is too old for INT8; the default for others.
         """
         ...
 
@@ -151,13 +155,20 @@ class Source(Protocol):
 class OnnxSource(Closing):
     """A model in an ONNX file, run with ONNX Runtime on the CPU, graph optimisations off."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, edit: Callable[[onnx.ModelProto], object] | None = None) -> None:
+        """Load.
+
+        Args:
+            edit: changes the model before it is looked at.
+        """
         if not path.is_file():
             raise FileNotFoundError(
                 f"--source_onnx: expected an ONNX file, found nothing at {path}"
             )
         self.path = path
         self.model = load_onnx(path)
+        if edit:
+            edit(self.model)
         self.graph = _read_onnx_graph(self.model)
         self.spec = ModelSpec.maybe_from_onnx(self.model)
         self._dtypes = {
@@ -166,21 +177,31 @@ class OnnxSource(Closing):
         }
 
     def run(self, fetches: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        from trtdet import deformable_attention  # which needs this module
+
         cast = {name: x.astype(self._dtypes.get(name, x.dtype)) for name, x in feeds.items()}
-        return run_onnx(self.model, fetches, cast)
+        return run_onnx(deformable_attention.lower(self.model), fetches, cast)
 
     def extract(
         self, inputs: Mapping[str, Shape], outputs: Sequence[str], *, opset: int | None
     ) -> onnx.ModelProto:
         found = next(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
         model = cut_onnx(self.model, inputs, outputs)
+        if any(_frees_size(info, inputs[info.name]) for info in model.graph.input):
+            del model.graph.value_info[:]  # what it says of shapes is of the size that was
+            for output in model.graph.output:
+                output.type.tensor_type.ClearField("shape")
         for info in model.graph.input:
-            shape = list(inputs[info.name])
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(
+                self._dtypes.get(info.name, np.dtype(np.float32))
+            )
             info.CopyFrom(
-                onnx.helper.make_tensor_value_info(info.name, onnx.TensorProto.FLOAT, shape)
+                onnx.helper.make_tensor_value_info(info.name, dtype, list(inputs[info.name]))
             )
         _resize_to_sizes(model, inputs)
-        if opset is None or opset == found:
+        if opset is None:
+            opset = found if found >= OLDEST_OPSET else NEWEST_OPSET
+        if opset == found:
             return model
         if opset < found:
             raise GraphError(
@@ -195,6 +216,12 @@ class OnnxSource(Closing):
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _frees_size(info: onnx.ValueInfoProto, shape: Shape) -> bool:
+    """Whether a size beside the batch is fixed in the model and free in `shape`."""
+    declared = info.type.tensor_type.shape.dim[1:]
+    return any(dim.dim_value and n is None for dim, n in zip(declared, shape[1:], strict=False))
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -340,7 +367,9 @@ def _read_onnx_graph(model: onnx.ModelProto) -> SourceGraph:
     declared = next(
         (i.type.tensor_type.shape.dim for i in model.graph.input if i.name in inputs), ()
     )
-    return SourceGraph(nodes, inputs, batch or None, tuple(d.dim_value or None for d in declared))
+    shape = tuple(d.dim_value or None for d in declared)
+    outputs = {output.name: output.name for output in model.graph.output}
+    return SourceGraph(nodes, inputs, batch or None, shape, outputs)
 
 
 def _resize_to_sizes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> None:

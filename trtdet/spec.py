@@ -22,6 +22,13 @@ SCHEMA_VERSION = 1
 Layout = Literal["NHWC", "NCHW"]
 InputDtype = Literal["float32", "uint8"]
 ResizeMode = Literal["letterbox", "stretch"]
+Placement = Literal["top_left", "center"]
+Rounding = Literal["floor", "floor64", "round"]
+Sampling = Literal["half_pixel", "corner"]
+#: What follows the heads: EfficientNMS, NMS of turned boxes, or the best K without suppression.
+Selection = Literal["nms", "rotated_nms", "topk"]
+#: How the overlap of turned boxes is computed: `trtdet.rotated_reference`.
+RotatedMode = Literal["exact", "odtk", "probiou"]
 
 #: The four outputs of every model after stage 1, in this order: int32 [N,1], float32 [N,K,4], float32 [N,K], int32 [N,K].
 OUTPUT_NAMES = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
@@ -31,21 +38,84 @@ OUTPUT_NAMES = ("num_detections", "detection_boxes", "detection_scores", "detect
 class Preprocessing:
     """How the host turns an image file into the network input.
 
-    The host feeds RGB 0-255; `(x - mean) / std` is inside the graph.
+    The host feeds RGB 0-255; `(x - mean) / std` is inside the graph, and so is the swap to BGR.
     """
 
-    size_hw: tuple[int, int]  # height, width of the network input, pixels
+    size_hw: tuple[
+        int, int
+    ]  # height, width of the network input, pixels; where it is free, what is taken unless asked otherwise
     layout: Layout = "NHWC"
     dtype: InputDtype = "float32"
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # RGB, 0-255
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # RGB, 0-255
-    resize: ResizeMode = "letterbox"  # letterbox: aspect kept, image top left, rest padded
+    resize: ResizeMode = "letterbox"  # letterbox: aspect kept, rest padded
     pad_rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)  # RGB, 0-255; AutoML pads with the mean
+    placement: Placement = "top_left"  # of the letterboxed picture in the network input
+    rounding: Rounding = (
+        "floor"  # of its size: AutoML truncates in float32, ODTK in float64, YOLO rounds
+    )
+    sampling: Sampling = (
+        "half_pixel"  # where pixels have their centres; "corner": TensorFlow 1's resize
+    )
+    antialias: bool = (
+        False  # average over the area when shrinking (Pillow), or not (TensorFlow, OpenCV)
+    )
+    bgr: bool = False  # the network was trained on BGR
+    # Smallest and largest (height, width) of an input whose size is free, and what both must be a multiple of.
+    size_range: tuple[tuple[int, int], tuple[int, int]] | None = None
+    size_multiple: int = 1
+
+    def at(self, size_hw: tuple[int, int]) -> "Preprocessing":
+        """The same for one size.
+
+        Raises:
+            ValueError: the network does not take it.
+        """
+        fixed = dataclasses.replace(self, size_hw=size_hw, size_range=None)
+        if not self.takes(fixed.image_shape):
+            smallest, largest = self.size_range or (self.size_hw, self.size_hw)
+            said = "x".join(str(n) for n in smallest)
+            if self.size_range:
+                said += f" to {'x'.join(str(n) for n in largest)} in steps of {self.size_multiple}"
+            asked = "x".join(str(n) for n in size_hw)
+            raise ValueError(f"input size {asked} (height x width): the model takes {said}")
+        return fixed
+
+    def takes(self, image_shape: tuple[int, ...]) -> bool:
+        """Whether one image may have this shape, in the network's layout."""
+        if self.size_range is None or len(image_shape) != 3:
+            return image_shape == self.image_shape
+        size_hw = self.size_of(image_shape)
+        smallest, largest = self.size_range
+        return image_shape == self._shape(size_hw) and all(
+            low <= n <= high and n % self.size_multiple == 0
+            for low, n, high in zip(smallest, size_hw, largest, strict=True)
+        )
+
+    def size_of(self, image_shape: tuple[int, ...]) -> tuple[int, int]:
+        """Height and width of one image of this shape, in the network's layout."""
+        height, width = image_shape[:2] if self.layout == "NHWC" else image_shape[1:]
+        return height, width
+
+    @property
+    def image_dims(self) -> tuple[int | str, int | str, int | str]:
+        """Dimensions of one image in the graph: `image_shape`, with names where the size is free."""
+        height, width = ("H", "W") if self.size_range else self.size_hw
+        return (height, width, 3) if self.layout == "NHWC" else (3, height, width)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of one image in the network's layout."""
-        height, width = self.size_hw
+        return self._shape(self.size_hw)
+
+    @property
+    def image_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """The smallest shape of one image, the one taken unless asked otherwise, and the largest."""
+        smallest, largest = self.size_range or (self.size_hw, self.size_hw)
+        return self._shape(smallest), self.image_shape, self._shape(largest)
+
+    def _shape(self, size_hw: tuple[int, int]) -> tuple[int, int, int]:
+        height, width = size_hw
         return (height, width, 3) if self.layout == "NHWC" else (3, height, width)
 
 
@@ -85,6 +155,10 @@ class ModelSpec:
     labels: tuple[str, ...] = ()  # [class_id] -> text; empty: none known
     box_order: Literal["yxyx", "xyxy"] = "yxyx"
     boxes_normalized: bool = False  # False: pixels of the network input; True: 0 to 1
+    selection: Selection = "nms"
+    rotated_mode: RotatedMode = "exact"  # of "rotated_nms"
+    anchored: bool = True  # boxes of the heads are coded relative to anchors
+    inclusive_corners: bool = False  # ODTK: a box contains its last pixel, in the source image too
     sensitive_nodes: tuple[str, ...] = ()  # node-name patterns that low precision hurts
     source: dict[str, str] = field(default_factory=dict)  # provenance: file, hash, tool versions
 
@@ -163,4 +237,8 @@ class ModelSpec:
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
     """JSON has no tuples: every list in a spec is one."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return {key: _tuple(value) for key, value in data.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(item) for item in value) if isinstance(value, list) else value

@@ -99,6 +99,11 @@ class Flavor:
         return self.strongly_typed
 
     @property
+    def has_fp8(self) -> bool:
+        """Whether Q/DQ may be of FP8; the GPU must have it, too."""
+        return self.strongly_typed
+
+    @property
     def has_timing_cache(self) -> bool:
         """RTX times nothing when it builds; its functions for the cache are deprecated and do nothing (1.2)."""
         return not self.is_rtx
@@ -179,23 +184,32 @@ class Flavor:
             del collectors[id(messages)]
 
     def load_plugins(self, libraries: Sequence[Path | str] = ()) -> None:
-        """Register the plugins that come with TensorRT, and those of some libraries.
+        """Register the plugins that come with TensorRT, and those of some libraries: each library once in a process.
+
+        Args:
+            libraries: files; a name that is no file here is looked for where the system's loader looks.
 
         Raises:
             EngineError: a library that does not load; with the loader's reason.
         """
         if self.has_efficient_nms and hasattr(self.module, "init_libnvinfer_plugins"):
             self.module.init_libnvinfer_plugins(self.logger, "")
-        for path in libraries:
+        for given in libraries:
+            # The loader takes a name without a folder for one to search for, not for a file that lies here.
+            path = Path(given).resolve() if Path(given).is_file() else given
+            if str(path) in _loaded_libraries(self.module):
+                continue
             try:
                 library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
             except OSError as error:
                 raise EngineError(
-                    f"plugin library {path}: expected a shared library for {self}, but it does not load: {error}"
+                    f"plugin library {given}: expected a shared library for {self}, but it does not load: {error}; "
+                    "build it against this TensorRT, or correct the path"
                 ) from error
             # Plugins register themselves when the library is loaded, or leave it to these entry points.
             if hasattr(library, "getPluginCreators") or hasattr(library, "getCreators"):
                 self.module.get_plugin_registry().load_library(str(path))
+            _loaded_libraries(self.module).add(str(path))
 
 
 def find_flavor(name: str | None = None) -> Flavor:
@@ -244,6 +258,12 @@ def _import_flavor(name: str) -> Flavor:
     if not hasattr(module, "__version__"):
         raise ModuleNotFoundError(f"No module named {name!r} (only a folder of that name)")
     return Flavor(name, parse_version(module.__version__), module)
+
+
+@cache
+def _loaded_libraries(trt: ModuleType) -> set[str]:
+    """Plugin libraries that are registered with this TensorRT: a second time, it would log an error for each plugin."""
+    return set()
 
 
 @cache

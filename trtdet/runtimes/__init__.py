@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runtimes: what turns a batch of images into the four outputs.
 
-Every backend honours one contract, `Runtime`; `open_runtime` picks it by the file's suffix.
+Every backend honours one contract, `Runtime`; `open_runtime` picks it by the file's suffix, or by the URL.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trtdet.device import CudaError
 from trtdet.errors import EngineError
 from trtdet.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from trtdet.runtimes.triton import TritonUrl
 
 #: Output name -> array, `trtdet.spec.OUTPUT_NAMES`. Row i of every array belongs to image i.
 Outputs = dict[str, NDArray[Any]]
@@ -32,7 +37,8 @@ class Runtime(Protocol):
         """Run one batch.
 
         Args:
-            images: (n, *spec.preprocessing.image_shape) of spec.preprocessing.dtype, n within `batch_range`, C-contiguous.
+            images: (n, *spec.preprocessing.image_shape), or another size that `spec.preprocessing` allows, of its dtype, n within
+                `batch_range`, C-contiguous.
 
         Returns:
             The four outputs, n rows each, owned by the caller (never overwritten by a later call).
@@ -74,19 +80,40 @@ def run_batches(
     the others run one batch after the other.
 
     Raises:
-        EngineError: a batch failed; names its images.
+        EngineError, ValueError: a batch failed; names its number and its images.
     """
     pipelined = getattr(runtime, "map", None)
     if pipelined is not None:
         yield from pipelined(batches)
         return
-    for batch in batches:
-        try:
+    for index, batch in enumerate(batches):
+        with naming_batch(index, batch):
             outputs = runtime.infer(batch.images)
-        except EngineError as error:
-            names = ", ".join(str(path) for path in batch.paths)
-            raise EngineError(f"{error} (images: {names})") from error
         yield batch, outputs
+
+
+@contextmanager
+def naming_batch(
+    index: int, batch: ImageBatch, *, before: int = 0, after: int = 0
+) -> Iterator[None]:
+    """Add the number of the batch, counted from 0, and its images to the errors of the block.
+
+    Args:
+        before, after: batches that are in flight on the same GPU, older and younger. A kernel that faults does so for all of them:
+            whose it was, CUDA does not say.
+    """
+    try:
+        yield
+    except (EngineError, ValueError) as error:
+        names = ", ".join(str(path) for path in batch.paths)
+        which = f"batch {index}"
+        if isinstance(error, CudaError) and error.is_fault:
+            for count, where in ((before, "before"), (after, "after")):
+                if count:
+                    batches = "the batch" if count == 1 else f"one of the {count} batches"
+                    which += f", or {batches} {where} it on its GPU"
+        kind = EngineError if isinstance(error, EngineError) else ValueError
+        raise kind(f"{which}: {error} (images: {names})") from error
 
 
 def default_batch_size(runtime: Runtime) -> int:
@@ -103,7 +130,8 @@ def check_batch(images: NDArray[Any], spec: ModelSpec, batch_range: tuple[int, i
         ValueError: shape, dtype or batch size differ from what the model takes; names both.
     """
     expected = spec.preprocessing.image_shape
-    if images.shape[1:] != expected or images.dtype != np.dtype(spec.preprocessing.dtype):
+    takes = spec.preprocessing.takes(images.shape[1:])
+    if not takes or images.dtype != np.dtype(spec.preprocessing.dtype):
         raise ValueError(
             f"input: expected images of shape {expected} and type {spec.preprocessing.dtype}, "
             f"got {images.shape[1:]} {images.dtype}"
@@ -115,16 +143,21 @@ def check_batch(images: NDArray[Any], spec: ModelSpec, batch_range: tuple[int, i
         )
 
 
-def open_runtime(path: Path, **options: Any) -> Runtime:
-    """Open an ONNX file with ONNX Runtime, anything else as a TensorRT engine.
+def open_runtime(path: "Path | TritonUrl", **options: Any) -> Runtime:
+    """Open an ONNX file with ONNX Runtime, a URL as a model on a Triton server, anything else as a TensorRT engine.
 
     Args:
-        options: of `trtdet.runtimes.ort.OnnxRuntime`, or of `trtdet.runtimes.multi.open_devices`.
+        options: of `trtdet.runtimes.ort.OnnxRuntime`, of `trtdet.runtimes.triton.TritonRuntime`, or of
+            `trtdet.runtimes.multi.open_devices`.
 
     Raises:
         FileNotFoundError: no such file.
         GraphError, EngineError: the file is not what it should be; the message names the next step.
     """
+    from trtdet.runtimes.triton import TritonRuntime, TritonUrl
+
+    if isinstance(path, TritonUrl):
+        return TritonRuntime(path, **options)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(

@@ -25,8 +25,10 @@ from numpy.typing import DTypeLike, NDArray
 from trtdet import device as cuda
 from trtdet.benchmark import BatchTimes
 from trtdet.closing import Closing
-from trtdet.runtimes import AnyBatch, Outputs, Runtime
-from trtdet.runtimes.trt import TensorRTRuntime, naming_batch
+from trtdet.errors import EngineError
+from trtdet.runtimes import AnyBatch, Outputs, Runtime, naming_batch
+from trtdet.runtimes.trt import TensorRTRuntime
+from trtdet.runtimes.trt_load import read_engine
 
 
 def parse_devices(text: str) -> tuple[int, ...] | Literal["all"]:
@@ -56,10 +58,18 @@ def open_devices(
     Raises:
         EngineError: a GPU is not there, or does not fit the engine.
     """
-    numbers = range(cuda.device_count()) if devices == "all" else devices
+    count = cuda.device_count()
+    numbers = range(count) if devices == "all" else devices
+    missing = [number for number in numbers if number >= count]
+    if missing:
+        here = "GPU 0 alone is" if count == 1 else f"GPUs 0 to {count - 1} are"
+        raise EngineError(
+            f"--devices: there is no GPU {', '.join(map(str, missing))}: {here} here ({count} in all); choose among these, or give 'all'"
+        )
+    file = read_engine(path)  # once for all
     with ExitStack() as stack:
         opened = [
-            stack.enter_context(TensorRTRuntime(path, device=number, **options))
+            stack.enter_context(TensorRTRuntime(file, device=number, **options))
             for number in numbers
         ]
         stack.pop_all()
@@ -74,6 +84,7 @@ class MultiRuntime(Closing):
         first = self._runtimes[0]
         self.spec = first.spec
         self.batch_range = first.batch_range
+        self.timed_on = first.description
         self.description = f"{len(self._runtimes)} GPUs: " + "; ".join(
             runtime.description for runtime in self._runtimes
         )
@@ -92,7 +103,7 @@ class MultiRuntime(Closing):
         return self._runtimes[0].infer(images)
 
     def infer_timed(self, images: NDArray[Any]) -> BatchTimes:
-        """Run one batch, on the first GPU; how long its parts took."""
+        """Run one batch, on the first GPU; how long its parts took. `timed_on` says so in reports."""
         return self._runtimes[0].infer_timed(images)
 
     def map(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Outputs]]:
@@ -103,8 +114,10 @@ class MultiRuntime(Closing):
         Raises:
             EngineError, ValueError: a batch failed; the other GPUs finish what they are at and stop.
         """
+        # Kept by its name: an error drops a loop's own iterator, and the pinned memory it holds, while the GPUs still work.
+        source = iter(batches)
         with _Crew[AnyBatch](self._runtimes) as crew:
-            for index, batch in enumerate(batches):
+            for index, batch in enumerate(source):
                 while crew.full() or crew.ready():
                     yield crew.fetch()
                 crew.give(index, batch)
@@ -187,12 +200,12 @@ class _Crew(Generic[AnyBatch]):
                 else:
                     if task is None:
                         return
-                    with naming_batch(*task):
+                    with naming_batch(*task, before=len(running)):
                         runtime.submit(task[1].images)
                     running.append(task)
                     continue
             index, batch = running.popleft()
-            with naming_batch(index, batch):
+            with naming_batch(index, batch, after=len(running)):
                 outputs = runtime.fetch()
             with self._change:
                 self._done[index] = (batch, outputs)
@@ -202,9 +215,8 @@ class _Crew(Generic[AnyBatch]):
         try:
             for thread in self._threads:
                 thread.start()
-        except (
-            BaseException
-        ):  # no more threads to be had, or Ctrl-C: those that run would wait forever
+        except BaseException:
+            # No more threads to be had, or Ctrl-C: those that run would wait forever.
             self.__exit__(None, None, None)
             raise
         return self

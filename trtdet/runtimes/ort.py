@@ -5,6 +5,7 @@ The file keeps its EfficientNMS_TRT node, which ONNX Runtime does not know; it i
 """
 
 import logging
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ PROVIDERS = {
     "cpu": "CPUExecutionProvider",
 }
 
+#: Shapes of batches whose buffers are kept on the device: those of free size come in any number.
+KEPT_INPUTS = 4
+
 
 class OnnxRuntime(Closing):
     """`trtdet.runtimes.Runtime` on ONNX Runtime.
@@ -39,6 +43,8 @@ class OnnxRuntime(Closing):
         provider: "auto" is the first of TensorRT, CUDA, CPU that this ONNX Runtime has. A named one is used or it is an error.
         threads: CPU threads of one operator; default: every core this process may use.
         optimize: False keeps the graph as it is written, to compare numbers (fusions alone move D0's logits by 1e-2).
+        integer_kernels: False computes every Q/DQ pair of an INT8 model as it is written. ONNX Runtime's integer kernels, which else replace them,
+            saturate on processors without VNNI.
 
     Raises:
         GraphError: not an ONNX file, no ModelSpec in it, other inputs or outputs than stage 1 writes.
@@ -52,6 +58,7 @@ class OnnxRuntime(Closing):
         provider: Provider = "auto",
         threads: int | None = None,
         optimize: bool = True,
+        integer_kernels: bool = True,
     ) -> None:
         import onnxruntime
 
@@ -63,11 +70,17 @@ class OnnxRuntime(Closing):
         # Weights in files of their own (all of those over protobuf's 2 GB) stay there: the bytes refer to them.
         lowered = nms.lower(model, form="onnx").SerializeToString()
         self._session: Any = _open_session(
-            lowered, path, provider, threads=threads, optimize=optimize
+            lowered,
+            path,
+            provider,
+            threads=threads,
+            optimize=optimize,
+            integer_kernels=integer_kernels,
         )
         self.provider: str = self._session.get_providers()[0]
         self._device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
-        self._device_inputs: dict[int, Any] = {}  # batch size -> buffer on the device
+        # Shape -> buffer on the device, the one used last at the end.
+        self._device_inputs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         where = f"{threads} threads" if self._device == "cpu" else "GPU 0"
         self.description = f"ONNX Runtime {onnxruntime.__version__}, {self.provider}, {where}"
 
@@ -84,21 +97,24 @@ class OnnxRuntime(Closing):
                 values = self._session.run(OUTPUT_NAMES, {self._input: images})
             else:
                 values = self._run_bound(images)
-        except Exception as error:  # as above
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             raise EngineError(
                 f"ONNX Runtime failed on a batch of {len(images)}: {error}"
             ) from error
         return dict(zip(OUTPUT_NAMES, values, strict=True))
 
     def _run_bound(self, images: NDArray[Any]) -> list[NDArray[Any]]:
-        """Run with the input copied into a device buffer that is kept per batch size."""
+        """Run with the input copied into a device buffer, kept for the shapes used last."""
         import onnxruntime
 
-        buffer = self._device_inputs.get(len(images))
+        buffer = self._device_inputs.get(images.shape)
         if buffer is None:
             buffer = onnxruntime.OrtValue.ortvalue_from_numpy(images, self._device, 0)
-            self._device_inputs[len(images)] = buffer
+            self._device_inputs[images.shape] = buffer
+            if len(self._device_inputs) > KEPT_INPUTS:
+                self._device_inputs.popitem(last=False)
         else:
+            self._device_inputs.move_to_end(images.shape)
             buffer.update_inplace(images)
         binding = self._session.io_binding()
         binding.bind_ortvalue_input(self._input, buffer)
@@ -131,7 +147,13 @@ def pick_providers(provider: Provider, available: list[str]) -> list[str]:
 
 
 def _open_session(
-    model: bytes, path: Path, provider: Provider, *, threads: int, optimize: bool
+    model: bytes,
+    path: Path,
+    provider: Provider,
+    *,
+    threads: int,
+    optimize: bool,
+    integer_kernels: bool,
 ) -> Any:
     """An `onnxruntime.InferenceSession` of `model`, whose external data lies beside `path`.
 
@@ -150,6 +172,8 @@ def _open_session(
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
     )
+    if not integer_kernels:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     wanted = pick_providers(provider, onnxruntime.get_available_providers())
@@ -205,9 +229,10 @@ def _check_interface(
     dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     expected = spec.preprocessing
-    if tuple(dims[1:]) != expected.image_shape or dtype != np.dtype(expected.dtype):
+    declared = tuple(d if isinstance(d, int) else None for d in expected.image_dims)  # None: free
+    if tuple(dims[1:]) != declared or dtype != np.dtype(expected.dtype):
         raise GraphError(
-            f"{path}: its ModelSpec says images of {expected.image_shape} {expected.dtype}, its input "
+            f"{path}: its ModelSpec says images of {declared} {expected.dtype}, its input "
             f"'{inputs[0].name}' takes {tuple(dims[1:])} {dtype}; write it again with create_onnx.py"
         )
     batch = dims[0]

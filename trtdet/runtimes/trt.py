@@ -11,16 +11,16 @@ A GPU has one copy engine per direction, so a stream per direction loses nothing
 (in, run, out) is three events. That a batch does not overwrite one that is still in flight needs no event at all: each has a slot
 of buffers of its own, and a slot is used again only after its outputs were fetched.
 
-CUDA graphs. One per slot, as the addresses are part of a graph, captured when a batch size comes a second time in a row: TensorRT
+CUDA graphs. One per slot, as the addresses are part of a graph, captured when a shape comes a second time in a row: TensorRT
 must run a new shape once before it can be captured, and a lone last batch would not earn the capture back. A graph is good only
-while its context keeps the shape (NVIDIA/TensorRT issue 3798), so a change of batch size drops the context's graphs.
+while its context keeps the shape (NVIDIA/TensorRT issue 3798), so a change of batch or image size drops the context's graphs.
 """
 
 import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from trtdet import device as cuda
 from trtdet.benchmark import BatchTimes
 from trtdet.closing import Closing
 from trtdet.errors import EngineError
-from trtdet.runtimes import AnyBatch, ImageBatch, Outputs, check_batch
+from trtdet.runtimes import AnyBatch, Outputs, check_batch, naming_batch
 from trtdet.runtimes.trt_lane import Lane, Slot
-from trtdet.runtimes.trt_load import load_engine, pick_profile
+from trtdet.runtimes.trt_load import EngineFile, load_engine, pick_profile, read_engine
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class TensorRTRuntime(Closing):
     """`trtdet.runtimes.Runtime` on a TensorRT engine. For one thread at a time; several runtimes may share a process and a GPU.
 
     Args:
-        path: an engine (a raw plan). What it is stands in `<path>.json`, which build_engine.py writes.
+        engine: an engine (a raw plan). What it is stands in `<path>.json`, which build_engine.py writes. Or what `read_engine` made of
+            it, for several runtimes.
         device: the GPU, counted as nvidia-smi does unless CUDA_VISIBLE_DEVICES says otherwise.
         contexts: execution contexts. Two help where one batch leaves the GPU partly idle (small models), at twice the scratch memory.
         depth: batches in flight; default: 3, or 2 per context.
@@ -56,7 +57,7 @@ class TensorRTRuntime(Closing):
 
     def __init__(
         self,
-        path: Path,
+        engine: Path | EngineFile,
         *,
         device: int = 0,
         contexts: int = 1,
@@ -70,13 +71,15 @@ class TensorRTRuntime(Closing):
         if not 1 <= contexts <= depth:
             raise ValueError(f"contexts: expected 1 to depth ({depth}), got {contexts}")
         info = cuda.device_info(device)
+        cuda.warn_of_old_bindings()
         self._device = device
         self._running: deque[Slot] = deque()
         self._free: deque[Slot] = deque()
         self._last: Slot | None = None
         cuda.use_device(device)
         with ExitStack() as resources:
-            self._engine = load_engine(path, info, plugins=plugins, allow_host_code=allow_host_code)
+            file = engine if isinstance(engine, EngineFile) else read_engine(engine)
+            self._engine = load_engine(file, info, plugins=plugins, allow_host_code=allow_host_code)
             resources.callback(self._engine.close)
             if contexts > 1 and not self._engine.flavor.contexts_share_profiles:
                 raise EngineError(
@@ -101,7 +104,7 @@ class TensorRTRuntime(Closing):
     @property
     def preferred_batch(self) -> int:
         """The batch size that the engine was built for."""
-        return max(profile.opt for profile in self._engine.profiles)
+        return max(profile.opt[0] for profile in self._engine.profiles)
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Memory for batches that the GPU reads in place; other arrays are copied once on the host before.
@@ -158,7 +161,10 @@ class TensorRTRuntime(Closing):
 
     def ready(self) -> bool:
         """Whether `fetch` would return without waiting."""
-        return bool(self._running) and self._running[0].out_end.done()
+        try:
+            return bool(self._running) and self._running[0].out_end.done()
+        except cuda.CudaError:
+            return True  # `fetch` raises it, and names the batch
 
     def fetch(self) -> Outputs:
         """Wait for the oldest batch in flight. See `trtdet.runtimes.Runtime.infer` for what comes back."""
@@ -185,8 +191,8 @@ class TensorRTRuntime(Closing):
     def map(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Outputs]]:
         """Run batches, up to `depth` in flight: each with its outputs, in order.
 
-        A batch is taken only when there is room for it, so memory is bounded. Leaving the loop early, by break, exception or
-        Ctrl-C, waits for what is in flight and drops it.
+        At most one batch more is taken from `batches` than may be in flight, so memory is bounded. Leaving the loop early, by break,
+        exception or Ctrl-C, waits for what is in flight and drops it.
 
         Raises:
             EngineError, ValueError: a batch failed; names its number and its images.
@@ -194,11 +200,13 @@ class TensorRTRuntime(Closing):
         if self._running:
             raise EngineError("map: batches of another map or of submit are in flight")
         waiting: deque[tuple[int, AnyBatch]] = deque()
+        # Kept by its name: an error drops a loop's own iterator, and the pinned memory it holds, while the GPU still works.
+        source = iter(batches)
         try:
-            for index, batch in enumerate(batches):
+            for index, batch in enumerate(source):
                 while waiting and (not self._free or self.ready()):
                     yield self._next(waiting)
-                with naming_batch(index, batch):
+                with naming_batch(index, batch, before=len(waiting)):
                     self.submit(batch.images)
                 waiting.append((index, batch))
             while waiting:
@@ -208,7 +216,7 @@ class TensorRTRuntime(Closing):
 
     def _next(self, waiting: deque[tuple[int, AnyBatch]]) -> tuple[AnyBatch, Outputs]:
         index, batch = waiting.popleft()
-        with naming_batch(index, batch):
+        with naming_batch(index, batch, after=len(waiting)):
             return batch, self.fetch()
 
     # --- times --------------------------------------------------------------------------------------------------------------
@@ -241,9 +249,9 @@ class TensorRTRuntime(Closing):
 
     def _enqueue(self, slot: Slot, images: NDArray[Any]) -> None:
         slot.count = len(images)
-        profile, slot.batch = pick_profile(self._engine.profiles, slot.count)
+        profile, slot.batch = pick_profile(self._engine.profiles, images.shape)
         lane = slot.lane
-        lane.set_shape(profile, slot.batch)
+        lane.set_shape(profile, (slot.batch, *images.shape[1:]))
 
         source = slot.stage(images)
         slot.in_start.record(self._copies_in)
@@ -293,14 +301,3 @@ class TensorRTRuntime(Closing):
         self._free.clear()
         self._lanes.clear()
         self._resources.close()
-
-
-@contextmanager
-def naming_batch(index: int, batch: ImageBatch) -> Iterator[None]:
-    """Add the number of the batch, counted from 0, and its images to the errors of the block."""
-    try:
-        yield
-    except (EngineError, ValueError) as error:
-        names = ", ".join(str(path) for path in batch.paths)
-        kind = EngineError if isinstance(error, EngineError) else ValueError
-        raise kind(f"batch {index}: {error} (images: {names})") from error

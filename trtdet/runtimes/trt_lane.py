@@ -28,13 +28,13 @@ class Slot:
         self, engine: LoadedEngine, lane: Lane, copies_in: cuda.Stream, resources: ExitStack
     ) -> None:
         largest = engine.batch_range[1]
-        input_bytes = largest * engine.input.image_bytes
         output_bytes = engine.output_layout(largest).nbytes
         self.lane = lane
-        self.device_in = resources.enter_context(cuda.DeviceBuffer(input_bytes))
+        self.device_in = resources.enter_context(cuda.DeviceBuffer(engine.input_bytes))
         self.device_out = resources.enter_context(cuda.DeviceBuffer(output_bytes))
         self.host_out = cuda.pinned_empty((output_bytes,), np.uint8)
-        self._host_in: NDArray[np.uint8] | None = None  # for batches that are not pinned themselves
+        # For batches that are not pinned themselves.
+        self._host_in: NDArray[np.uint8] | None = None
         # Rows that fill up a batch hold zeros or an earlier image, never what lay in the memory before.
         copies_in.clear(self.device_in)
         copies_in.synchronize()
@@ -67,7 +67,7 @@ class Lane:
         self._use_graphs = cuda_graph
         self.stream = resources.enter_context(cuda.Stream())
         self._context: tensorrt.IExecutionContext = engine.create_context()
-        self._shape: tuple[int, int] | None = None  # profile, batch
+        self._shape: tuple[int, tuple[int, ...]] | None = None  # profile, shape of the input
         self._has_run = False  # with this shape
         self._bound: Slot | None = None  # whose addresses the context has
         self._graphs: dict[Slot, cuda.Graph] = {}
@@ -82,9 +82,9 @@ class Lane:
         while self._graphs:
             self._graphs.popitem()[1].close()
 
-    def set_shape(self, profile: int, batch: int) -> None:
-        """Prepare for batches of this size. Earlier batches may still be running."""
-        if (profile, batch) == self._shape:
+    def set_shape(self, profile: int, shape: tuple[int, ...]) -> None:
+        """Prepare for batches of this shape. Earlier batches may still be running."""
+        if (profile, shape) == self._shape:
             return
         if self._graphs:
             self.stream.synchronize()  # they may be running
@@ -95,11 +95,10 @@ class Lane:
             switch = context.active_optimization_profile != profile
             if switch and not context.set_optimization_profile_async(profile, stream):
                 refuse(f"set_optimization_profile_async({profile})")
-            shape = (batch, *self._engine.input.shape)
             name = self._engine.input.name
             if not self._engine.static and not context.set_input_shape(name, shape):
                 refuse(f"set_input_shape{shape}")
-        self._shape = (profile, batch)
+        self._shape = (profile, shape)
 
     def run(self, slot: Slot) -> None:
         """Queue the network on the slot's buffers."""
@@ -118,6 +117,7 @@ class Lane:
                 raise EngineError("it works with memory that it allocates as it runs")
             self._graphs[slot] = cuda.Graph(self.stream, lambda: self._execute(slot))
         except EngineError as error:
+            slot.in_end.done()  # raises where the GPU has faulted: then it is not the capture that failed
             self._use_graphs = False
             logger.warning(
                 "this engine cannot be captured into a CUDA graph, running without: %s", str(error)

@@ -10,7 +10,7 @@ import logging
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from trtdet.device import DeviceInfo
 from trtdet.errors import EngineError
 from trtdet.runtimes import Outputs
-from trtdet.sidecar import BatchRange, EngineInfo, read_sidecar, sidecar_path
+from trtdet.sidecar import EngineInfo, read_sidecar, sidecar_path
 from trtdet.spec import OUTPUT_NAMES, Layout, ModelSpec, Nms, Preprocessing
 from trtdet.tensorrt_flavor import FLAVORS, Flavor, find_flavor, parse_version
 
@@ -44,7 +44,7 @@ class Binding:
     """An input or output tensor.
 
     Attributes:
-        shape: of one image's part, without the batch axis.
+        shape: of one image's part, without the batch axis; -1 where it is free, which that of an output is not.
     """
 
     name: str
@@ -65,37 +65,83 @@ class OutputLayout:
     nbytes: int
 
 
-def pick_profile(profiles: Sequence[BatchRange], count: int) -> tuple[int, int]:
-    """The profile that suits a batch best: the fewest rows to fill up, then the nearest `opt`, then the narrowest.
+@dataclass(frozen=True)
+class Profile:
+    """Shapes of the input that an optimization profile takes, batch axis first: smallest, the one it is tuned for, largest."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+    def takes_image(self, shape: Sequence[int]) -> bool:
+        """Whether one image may have this shape."""
+        smallest, largest = self.min[1:], self.max[1:]
+        return len(shape) == len(largest) and all(
+            low <= n <= high for low, n, high in zip(smallest, shape, largest, strict=True)
+        )
+
+
+def pick_profile(profiles: Sequence[Profile], shape: tuple[int, ...]) -> tuple[int, int]:
+    """The profile that suits a batch of this shape best: the fewest rows to fill up, then the nearest `opt`, then the narrowest.
 
     Returns:
-        Its index, and the rows that run: `count`, or the smallest batch that the profile takes.
+        Its index, and the rows that run: as many as `shape` has, or the smallest batch that the profile takes.
+
+    Raises:
+        ValueError: no profile takes the shape.
     """
+    count, *image = shape
     candidates = [
-        (max(count, p.min) - count, abs(p.opt - count), p.max - p.min, index)
+        (
+            max(count, p.min[0]) - count,
+            abs(math.prod(p.opt) - math.prod(shape)),
+            math.prod(p.max) - math.prod(p.min),
+            index,
+        )
         for index, p in enumerate(profiles)
-        if count <= p.max
+        if count <= p.max[0] and p.takes_image(image)
     ]
+    if not candidates:
+        taken = ", ".join(f"{p.min} to {p.max}" for p in profiles)
+        raise ValueError(
+            f"input: expected a batch of one of the engine's profiles ({taken}), got {shape}"
+        )
     *_, index = min(candidates)
-    return index, max(count, profiles[index].min)
+    return index, max(count, profiles[index].min[0])
+
+
+@dataclass
+class EngineFile:
+    """An engine as it lies on the disk: read once, however many GPUs load it.
+
+    Attributes:
+        info: its sidecar; None where there is none.
+        spec: the sidecar's; else None until the first GPU to load the engine has guessed it.
+    """
+
+    path: Path
+    plan: bytes = field(repr=False)
+    info: EngineInfo | None
+    spec: ModelSpec | None
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What the engine itself says of its tensors."""
+    """What the engine itself says of its tensors. An engine of one shape is `static` and has that shape for a profile."""
 
     input: Binding
     outputs: tuple[Binding, ...]
     static: bool
-    profiles: tuple[BatchRange, ...]
+    profiles: tuple[Profile, ...]
 
 
 class LoadedEngine:
     """A deserialised engine, checked: images in, the four outputs out. `close` frees it.
 
     Attributes:
-        static: its batch size is fixed.
+        static: its input has one shape.
         batch_range: batches it takes; smaller ones than the engine wants are filled up here.
+        input_bytes: of the largest batch.
     """
 
     def __init__(
@@ -114,7 +160,9 @@ class LoadedEngine:
         self.outputs = interface.outputs
         self.static = interface.static
         self.profiles = interface.profiles
-        self.batch_range = (1, max(profile.max for profile in interface.profiles))
+        self.batch_range = (1, max(profile.max[0] for profile in interface.profiles))
+        largest = max(math.prod(profile.max) for profile in interface.profiles)
+        self.input_bytes = largest * interface.input.dtype.itemsize
         self._layouts: dict[int, OutputLayout] = {}
 
     def create_context(self) -> tensorrt.IExecutionContext:
@@ -160,17 +208,31 @@ def engine_error(what: str, messages: Sequence[str]) -> EngineError:
     return EngineError(f"{what}: {'; '.join(messages) or 'TensorRT gave no reason'}")
 
 
+def read_engine(path: Path) -> EngineFile:
+    """Read an engine and its sidecar.
+
+    Raises:
+        FileNotFoundError: no such file.
+        EngineError: the sidecar is not readable, or of another engine.
+    """
+    path = Path(path)
+    info = read_sidecar(path)
+    return EngineFile(path, path.read_bytes(), info, info.spec if info else None)
+
+
 def load_engine(
-    path: Path, device: DeviceInfo, *, plugins: Sequence[Path] = (), allow_host_code: bool = False
+    file: EngineFile,
+    device: DeviceInfo,
+    *,
+    plugins: Sequence[Path] = (),
+    allow_host_code: bool = False,
 ) -> LoadedEngine:
     """Deserialise an engine on the current device, `device`.
 
     Raises:
-        FileNotFoundError: no such file.
         EngineError: it does not fit this TensorRT or this GPU, or is no detector of ours; says what to do.
     """
-    path = Path(path)
-    info = read_sidecar(path)
+    path, info = file.path, file.info
     try:
         flavor = find_flavor(info.flavor if info else None)
     except EngineError as error:
@@ -183,22 +245,22 @@ def load_engine(
     if info is not None:
         check_fit(path, info, flavor, device, plugins=plugins, allow_host_code=allow_host_code)
     flavor.load_plugins(plugins)
-    plan = path.read_bytes()
     with flavor.collected_errors() as messages:
         runtime: tensorrt.Runtime = flavor.module.Runtime(flavor.logger)
         runtime.engine_host_code_allowed = allow_host_code
         if info is not None and info.dla_core is not None:
             runtime.DLA_core = info.dla_core
-        engine = runtime.deserialize_cuda_engine(plan)
+        engine = runtime.deserialize_cuda_engine(file.plan)
     if engine is None:
         what = (
             f"{path}: {flavor} cannot load it on {device}; build it again here with build_engine.py"
         )
         raise engine_error(what, messages)
     interface = read_interface(path, engine)
-    spec = info.spec if info is not None else guess_spec(path, interface)
-    _check_input(path, spec, interface.input)
-    return LoadedEngine(runtime, engine, flavor, spec, interface)
+    if file.spec is None:
+        file.spec = guess_spec(path, interface)
+    _check_input(path, file.spec, interface)
+    return LoadedEngine(runtime, engine, flavor, file.spec, interface)
 
 
 def check_fit(
@@ -234,9 +296,8 @@ def check_fit(
     if not _runs_on(device.compute_capability, info):
         capabilities = ", ".join(info.compute_capabilities) or "8.0 and later"
         refuse(f"was built for compute capability {capabilities}", f"here is {device}")
-    supported = (
-        flavor.compute_capabilities()
-    )  # TensorRT-RTX knows its GPUs, and has none of the data centre
+    # TensorRT-RTX knows its GPUs, and has none of the data centre.
+    supported = flavor.compute_capabilities()
     if supported and "{}.{}".format(*device.compute_capability) not in supported:
         refuse(
             f"was built by {FLAVORS[info.flavor]}, which runs on compute capability {', '.join(supported)}",
@@ -284,24 +345,30 @@ def read_interface(path: Path, engine: tensorrt.ICudaEngine) -> Interface:
             f"{', '.join(inputs)} and outputs {', '.join(outputs)}; convert the model with create_onnx.py"
         )
     (name,) = inputs
-    batch = engine.get_tensor_shape(name)[0]
-    profiles = [BatchRange(batch, batch, batch)] if batch > 0 else []
-    for index in range(0 if batch > 0 else engine.num_optimization_profiles):
-        smallest, best, largest = engine.get_tensor_profile_shape(name, index)
-        profiles.append(BatchRange(smallest[0], best[0], largest[0]))
+    shape = _numbers(engine.get_tensor_shape(name))
+    static = min(shape) > 0
+    profiles = [Profile(shape, shape, shape)] if static else []
+    for index in range(0 if static else engine.num_optimization_profiles):
+        profiles.append(Profile(*map(_numbers, engine.get_tensor_profile_shape(name, index))))
     return Interface(
-        input=_read_binding(path, engine, name),
+        input=_read_binding(path, engine, name, free=True),
         outputs=tuple(_read_binding(path, engine, output) for output in OUTPUT_NAMES),
-        static=batch > 0,
+        static=static,
         profiles=tuple(profiles),
     )
 
 
-def _read_binding(path: Path, engine: tensorrt.ICudaEngine, name: str) -> Binding:
-    dims = engine.get_tensor_shape(name)
-    shape = tuple(dims[axis] for axis in range(1, len(dims)))
+def _numbers(dims: tensorrt.Dims) -> tuple[int, ...]:
+    """TensorRT's `Dims` as a tuple."""
+    return tuple(dims[axis] for axis in range(len(dims)))
+
+
+def _read_binding(
+    path: Path, engine: tensorrt.ICudaEngine, name: str, *, free: bool = False
+) -> Binding:
+    shape = _numbers(engine.get_tensor_shape(name))[1:]
     kind = engine.get_tensor_dtype(name).name
-    if kind not in DTYPES or min(shape, default=0) < 1:
+    if kind not in DTYPES or (min(shape, default=0) < 1 and not free):
         raise EngineError(
             f"{path}: tensor '{name}': expected sizes that are fixed but for the batch, of {' '.join(DTYPES)}; "
             f"found {shape} {kind}; convert the model with create_onnx.py"
@@ -317,6 +384,11 @@ def guess_spec(path: Path, interface: Interface) -> ModelSpec:
     """
     shape, dtype = interface.input.shape, interface.input.dtype.name
     layout: Layout
+    if min(shape) < 1:
+        raise EngineError(
+            f"{path}: has no {sidecar_path(path).name} beside it, which says what sizes of images it takes; "
+            "build it with build_engine.py, which writes that file"
+        )
     if len(shape) == 3 and shape[2] == 3:
         layout, size_hw = "NHWC", (shape[0], shape[1])
     elif len(shape) == 3 and shape[0] == 3:
@@ -348,10 +420,18 @@ def guess_spec(path: Path, interface: Interface) -> ModelSpec:
     )
 
 
-def _check_input(path: Path, spec: ModelSpec, binding: Binding) -> None:
-    expected = spec.preprocessing
-    if binding.shape != expected.image_shape or binding.dtype != np.dtype(expected.dtype):
+def _check_input(path: Path, spec: ModelSpec, interface: Interface) -> None:
+    expected, binding = spec.preprocessing, interface.input
+    wanted = expected.image_shapes
+    taken = all(any(p.takes_image(shape) for p in interface.profiles) for shape in wanted)
+    if not taken or binding.dtype != np.dtype(expected.dtype):
+        ranges = ((p.min[1:], p.max[1:]) for p in interface.profiles)
+        found = ", ".join(_range_text(smallest, largest) for smallest, largest in ranges)
         raise EngineError(
-            f"{path}: expected an input of {expected.image_shape} {expected.dtype}, found "
-            f"{binding.shape} {binding.dtype}; build it again with build_engine.py"
+            f"{path}: expected an input of {_range_text(wanted[0], wanted[2])} {expected.dtype}, found "
+            f"{found} {binding.dtype}; build it again with build_engine.py"
         )
+
+
+def _range_text(smallest: tuple[int, ...], largest: tuple[int, ...]) -> str:
+    return str(smallest) if smallest == largest else f"{smallest} to {largest}"

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be deployed: an engine with its sidecar, or an ONNX file, and the tensors that a server sees of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from trtdet import graph
+from trtdet.errors import EngineError, GraphError
+from trtdet.labels import label_of
+from trtdet.sidecar import EngineInfo, read_sidecar, sidecar_path
+from trtdet.spec import OUTPUT_NAMES, ModelSpec
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of one image: without the batch dimension. `dtype` is NumPy's name; -1 is a free dimension."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """A model file and what servers must be told of it.
+
+    Attributes:
+        smallest, preferred, largest: batch sizes it takes; `largest` is None where nothing bounds it.
+        engine: what its sidecar says; None for an ONNX file.
+    """
+
+    path: Path
+    spec: ModelSpec
+    input_name: str
+    smallest: int
+    preferred: int
+    largest: int | None
+    engine: EngineInfo | None = None
+
+    @property
+    def is_static(self) -> bool:
+        return self.smallest == self.largest
+
+    @property
+    def takes_any_batch(self) -> bool:
+        """Whether Triton may send it any batch from 1 to the largest.
+
+        Triton's ONNX Runtime backend wants a free first dimension for that, even where the largest is 1; its TensorRT backend does not.
+        """
+        return self.smallest == 1 and not (self.engine is None and self.is_static)
+
+    @property
+    def has_free_shape(self) -> bool:
+        """Whether a runtime must be told the shape of the input."""
+        return not self.is_static or self.spec.preprocessing.size_range is not None
+
+    @property
+    def batches(self) -> str:
+        """The batch sizes in words."""
+        if self.is_static:
+            return f"{self.largest} only"
+        return f"{self.smallest} to {self.largest}" if self.largest else f"{self.smallest} or more"
+
+    @property
+    def input(self) -> Tensor:
+        preprocessing = self.spec.preprocessing
+        dims = tuple(dim if isinstance(dim, int) else -1 for dim in preprocessing.image_dims)
+        return Tensor(self.input_name, preprocessing.dtype, dims)
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        slots = self.spec.nms.max_output_boxes
+        values = 5 if self.spec.selection == "rotated_nms" else 4  # a turned box has an angle
+        dims = ((1,), (slots, values), (slots,), (slots,))
+        dtypes = ("int32", "float32", "float32", "int32")
+        return tuple(Tensor(*fields) for fields in zip(OUTPUT_NAMES, dtypes, dims, strict=True))
+
+
+def open_engine(path: Path) -> Deployable:
+    """An engine as its sidecar describes it.
+
+    Raises:
+        FileNotFoundError: no engine there.
+        EngineError: no sidecar, or that of another engine; or an engine of TensorRT-RTX, which neither server loads.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--engine: expected an engine, found nothing at {path}")
+    info = read_sidecar(path)
+    if info is None:
+        raise EngineError(
+            f"{path}: expected {sidecar_path(path).name} beside it, found none; build the engine with build_engine.py"
+        )
+    if info.stripped:
+        raise EngineError(
+            f"{path} has no weights, and servers do not refit; build it again without --strip"
+        )
+    batch = info.batch
+    return Deployable(path, info.spec, graph.INPUT, batch.min, batch.opt, batch.max, info)
+
+
+def check_servable(model: Deployable, server: str) -> None:
+    """Refuse what a server cannot load.
+
+    Raises:
+        EngineError: an engine of TensorRT-RTX.
+    """
+    if model.engine is not None and model.engine.flavor == "tensorrt_rtx":
+        raise EngineError(
+            f"{model.path}: {server} loads engines of TensorRT, this one is of TensorRT-RTX; build it on the machine that runs it with "
+            f"build_engine.py --flavor tensorrt{', or serve the ONNX file' if server == 'Triton' else ''}"
+        )
+
+
+def open_onnx(path: Path) -> Deployable:
+    """An ONNX file of create_onnx.py, with or without the EfficientNMS plugin.
+
+    Raises:
+        FileNotFoundError, GraphError: no such file, or not one of create_onnx.py.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--onnx: expected an ONNX file, found nothing at {path}")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has no narrower base
+        raise GraphError(
+            f"{path}: expected an ONNX file of create_onnx.py, this is none ({error})"
+        ) from error
+    spec = ModelSpec.from_onnx(model, path)
+    names = {output.name for output in model.graph.output}
+    if names != set(OUTPUT_NAMES):
+        raise GraphError(
+            f"{path}: expected the outputs {', '.join(OUTPUT_NAMES)}, found {', '.join(sorted(names))}; "
+            "write it again with create_onnx.py (any --nms but none)"
+        )
+    weights = {weight.name for weight in model.graph.initializer}
+    (tensor,) = (value for value in model.graph.input if value.name not in weights)
+    batch = tensor.type.tensor_type.shape.dim[0].dim_value  # 0: free
+    largest = batch or None
+    return Deployable(path, spec, tensor.name, batch or 1, batch or 1, largest)
+
+
+def label_lines(spec: ModelSpec) -> Iterator[str]:
+    """One line per class, none empty: nvinfer skips empty lines, and every later class would get the name of the one after it.
+
+    nvinfer splits lines at semicolons, so these become commas.
+    """
+    for class_id in range(spec.num_classes):
+        text = label_of(spec.labels, class_id).replace(";", ",")
+        yield " ".join(text.split()) or f"class {class_id}"

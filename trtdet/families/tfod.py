@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EfficientDet D0-D7 of the TensorFlow Object Detection API: a SavedModel of its exporter (exporter_main_v2.py), or that converted to ONNX.
+
+The exporter writes the decoded boxes and the converted scores of all anchors as outputs, so nothing has to be read out of its
+postprocessing but the NMS thresholds: anchors, box coder, score converter and background column are measured by sending chosen
+values for the heads through it.
+
+Source of the conventions: tensorflow/models object_detection, meta_architectures/ssd_meta_arch.py, core/post_processing.py,
+box_coders/faster_rcnn_box_coder.py, of tf-models-research-object-detection 2.8.0.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtdet import nms_reference
+from trtdet.errors import GraphError
+from trtdet.families.measure import (
+    centre_size,
+    declared_layout,
+    find_head,
+    find_stem,
+    in_layout,
+    measure_preprocessing,
+    scalar,
+    tensor,
+)
+from trtdet.family import CLASS_LOGITS, NO_HINTS, RAW_BOXES, Heads, Hints, Note, Reading
+from trtdet.map_op import check_runs
+from trtdet.onnx_builder import Builder
+from trtdet.source import Source, SourceGraph
+from trtdet.spec import ModelSpec, Nms
+
+NAME = "tfod"
+
+CLASS_SCOPE = "BoxPredictor/WeightSharedConvolutionalClassHead/"
+BOX_SCOPE = "BoxPredictor/WeightSharedConvolutionalBoxHead/"
+OUTPUTS = ("detection_boxes", "raw_detection_boxes", "raw_detection_scores")
+
+
+def matches(source: Source) -> bool:
+    """Whether both heads and the exporter's outputs are there."""
+    names = [node.name for node in source.graph.nodes.values()]
+    scopes = all(any(scope in name for name in names) for scope in (CLASS_SCOPE, BOX_SCOPE))
+    return scopes and all(name in source.graph.outputs for name in OUTPUTS)
+
+
+def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
+    """See `trtdet.family.Family.read`."""
+    graph = source.graph
+    missing = [name for name in OUTPUTS if name not in graph.outputs]
+    if missing:
+        raise GraphError(
+            f"tfod: expected the outputs of exporter_main_v2.py, found {list(graph.outputs)} without {missing}; export the model with "
+            "--input_type image_tensor"
+        )
+    logits, boxes = (find_head(graph, scope, NAME) for scope in (CLASS_SCOPE, BOX_SCOPE))
+    detections, decoded, scores = (graph.outputs[name] for name in OUTPUTS)
+    fetches = [tensor(boxes), tensor(logits), scores, detections]
+    check_runs(source, NAME, fetches)
+    (image_input,) = graph.inputs
+    network_input = find_stem(graph, logits, NAME).inputs[0]
+    preprocessing, layout = measure_preprocessing(source, image_input, network_input, NAME)
+    batch = graph.batch or 1
+    images = np.zeros((batch, *preprocessing.size_hw, 3), np.uint8)
+    images[:, ::2, ::3] = 200  # any picture: logits that differ
+    feed = {image_input: in_layout(images, declared_layout(graph))}
+    raw_boxes, raw_logits, converted, found = source.run(fetches, feed)
+    height, width = preprocessing.size_hw
+    anchors, scale = measure_box_coder(source, {**feed, tensor(boxes): raw_boxes}, boxes, decoded)
+    nms, notes = read_nms(graph, converted.shape[-1], found.shape[1])
+    background, activation = score_converter(raw_logits, converted)
+    plain = (
+        raw_boxes.ndim == 3 and not background and activation == "Sigmoid" and (scale == 1).all()
+    )
+    nms = dataclasses.replace(nms, score_activation=activation == "Sigmoid")
+    heads = {RAW_BOXES: tensor(boxes), CLASS_LOGITS: tensor(logits)}
+    if not plain:
+        heads = {"box_encodings": tensor(boxes), "class_predictions": tensor(logits)}
+
+    def assemble(build: Builder, spec: ModelSpec) -> Heads:
+        """Boxes without the coder's factors, scores without the background."""
+        coded = build.reshape("box_encodings_rows", "box_encodings", [0, -1, 4])
+        coded = build.node("Div", "boxes_unscaled", coded, scale)
+        predictions = "class_predictions"
+        if activation == "Softmax":
+            predictions = build.node("Softmax", "probabilities", predictions, axis=2)
+        if background:
+            columns = raw_logits.shape[-1]
+            predictions = build.slice_last("scores_foreground", predictions, 1, columns)
+        return Heads(coded, predictions)
+
+    return Reading(
+        spec=ModelSpec(
+            family=NAME,
+            preprocessing=preprocessing,
+            nms=nms,
+            category_ids=tuple(range(1, converted.shape[-1] + 1)),  # label maps count from 1
+            box_order="yxyx",
+        ),
+        image_input=image_input,
+        network_input=network_input,
+        network_layout=layout,
+        heads=heads,
+        assemble=None if plain else assemble,
+        anchors=centre_size(anchors * np.array([height, width] * 2, np.float32)),
+        batch=graph.batch,
+        notes=tuple(notes),
+        decoded_boxes=decoded if plain else None,
+        decoded_unit_yx=(height, width),
+        image_layout=declared_layout(graph),
+    )
+
+
+def measure_box_coder(
+    source: Source, feed: dict[str, NDArray[Any]], head: Any, decoded: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The anchors (a, 4), corners y1 x1 y2 x2 from 0 to 1, and what box encodings are divided by, [4] float32 in y x h w.
+
+    Decoding zeros gives the anchors, decoding ones the factors of the Faster R-CNN coder: y = ty / fy * ha + ya, h = ha * exp(th / fh).
+
+    Raises:
+        GraphError: it is another coder.
+    """
+    regression = feed[tensor(head)]
+
+    def decode(value: float) -> NDArray[np.float32]:
+        (boxes,) = source.run([decoded], {**feed, tensor(head): np.full_like(regression, value)})
+        return np.asarray(boxes[0], np.float32)
+
+    other = f"tfod: expected boxes coded as centre and size relative to anchors (faster_rcnn_box_coder), '{decoded}' answers otherwise"
+    anchors, moved = decode(0), centre_size(decode(1)).astype(np.float64)
+    centre = centre_size(anchors).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors = np.concatenate(
+            [
+                centre[:, 2:] / (moved[:, :2] - centre[:, :2]),
+                1 / np.log(moved[:, 2:] / centre[:, 2:]),
+            ],
+            axis=1,
+        )
+    scale = np.median(factors, axis=0)
+    if not np.isfinite(scale).all() or np.abs(factors / scale - 1).max() > 1e-2:
+        raise GraphError(other)
+    scale = np.round(scale, 3)
+    expected = nms_reference.decode_boxes(
+        (np.full_like(anchors, 0.5) / scale).astype(np.float32), 1, centre_size(anchors)
+    )
+    if np.abs(decode(0.5) - expected).max() > 1e-4 * max(1.0, float(np.abs(expected).max())):
+        raise GraphError(other)
+    return anchors, scale.astype(np.float32)
+
+
+def score_converter(logits: NDArray[Any], scores: NDArray[Any]) -> tuple[bool, str]:
+    """Whether the first column of the logits is the background, and what makes them scores: Sigmoid or Softmax.
+
+    Raises:
+        GraphError: neither explains the scores.
+    """
+    background = logits.shape[-1] == scores.shape[-1] + 1
+    x = logits.astype(np.float64)
+    exp = np.exp(x - x.max(axis=-1, keepdims=True))
+    candidates = {"Sigmoid": 1 / (1 + np.exp(-x)), "Softmax": exp / exp.sum(axis=-1, keepdims=True)}
+    for name, value in candidates.items():
+        value = value[..., 1:] if background else value
+        if value.shape == scores.shape and np.abs(value - scores).max() < 1e-4:
+            return background, name
+    raise GraphError(
+        f"tfod: expected raw_detection_scores to be the sigmoid or softmax of the logits {logits.shape}, with or without a background "
+        f"column, found {scores.shape} of other values"
+    )
+
+
+def read_nms(graph: SourceGraph, num_classes: int, max_detections: int) -> tuple[Nms, list[Note]]:
+    """The NMS of the export: one operation per class, or one across classes that keeps the best class of each anchor."""
+    nodes = [node for node in graph.all_nodes() if node.op == "NonMaxSuppression"]
+    if not nodes:
+        raise GraphError("tfod: expected NonMaxSuppression in the model, found none")
+    node = nodes[0]
+    iou, score, sigma = (
+        *(scalar(graph.maybe_constant(t, node.function)) for t in node.inputs[3:6]),
+        *(None,) * 3,
+    )[:3]
+    if iou is None or score is None:
+        raise GraphError(
+            f"tfod: expected constant thresholds at '{node.name}', found them computed"
+        )
+    notes = []
+    if sigma:
+        text = f"soft NMS (sigma {2 * sigma:g}) becomes hard NMS, the only one TensorRT has: --iou_threshold"
+        notes.append(Note(text, "iou_threshold"))
+    if score > 0.01:
+        text = f"the export keeps only scores of at least {score:g}, and so will this model; for mAP use --score_threshold 0.001"
+        notes.append(Note(text, "score_threshold"))
+    nms = Nms(
+        score_threshold=round(max(score, 0.0), 8),
+        iou_threshold=round(iou, 6),
+        max_output_boxes=max_detections,
+        class_agnostic=len(nodes) < num_classes,
+    )
+    return nms, notes
