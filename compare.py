@@ -52,12 +52,12 @@ from trtdet.emulation import emulate
 from trtdet.errors import EngineError, GraphError
 from trtdet.families.detr import BOXES
 from trtdet.family import CLASS_LOGITS, RAW_BOXES, Hints, Reading
-from trtdet.geometry import ResizeTransform, yxyx_to_xyxy
+from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
 from trtdet.parity import Comparison, ImageComparison, Limits, SideInfo, TensorStatistics
 from trtdet.runtimes import Runtime, open_runtime, run_batches
 from trtdet.sidecar import sidecar_path
 from trtdet.source import Source, cut_onnx, load_onnx
-from trtdet.spec import OUTPUT_NAMES, Layout, ModelSpec, Preprocessing
+from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
 
 logger = logging.getLogger("compare")
 
@@ -292,7 +292,7 @@ class TrainedSide(Closing):
             fed = fed[..., ::-1] if preprocessing.bgr else fed
         else:
             fed = np.rint(placed).astype(np.uint8) if self._fixed_size else image
-        batch = np.repeat(_in_layout(fed, reading.image_layout)[None], reading.batch or 1, axis=0)
+        batch = in_layout(np.repeat(fed[None], reading.batch or 1, axis=0), reading.image_layout)
         share = picture_share(transform, preprocessing)
         masks = {name: cut_mask(ones, share) for name, ones in reading.feeds.items()}
         others = {k: np.repeat(v, len(batch), axis=0) for k, v in masks.items()}
@@ -471,11 +471,6 @@ def by_category(detections: Detections, spec: ModelSpec) -> Detections:
 def _first(value: NDArray[Any], batch: int) -> NDArray[Any]:
     """The first image's part of a tensor; a tensor without a batch dimension as it is."""
     return value[0] if value.ndim and len(value) == batch else value
-
-
-def _in_layout(image: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """An HWC image in a layout."""
-    return np.ascontiguousarray(image if layout == "NHWC" else image.transpose(2, 0, 1))
 
 
 # ---- the comparison

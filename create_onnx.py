@@ -28,6 +28,7 @@ from trtdet.families import FAMILIES
 from trtdet.family import (
     CLASS_LOGITS,
     NO_HINTS,
+    PREPROCESSORS,
     RAW_BOXES,
     Hints,
     Reading,
@@ -49,13 +50,6 @@ logger = logging.getLogger("create_onnx")
 MAX_SIDE = 8192
 #: ONNX's file format of 1.10 (2021), which TensorRT 8.6 reads.
 IR_VERSION = 8
-
-PREPROCESSORS = {  # mean, std, for models whose export lost theirs
-    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-    "scale_range": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
-    "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # 0 to 1; for YOLO also RGB, centred
-}
-
 
 NmsForm = Literal["plugin", "onnx", "graph", "none", "legacy"]
 

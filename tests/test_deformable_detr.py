@@ -12,7 +12,7 @@ from trtdet.deformable_attention import PLUGIN_OP
 from trtdet.errors import GraphError
 from trtdet.families import deformable_detr, detr
 from trtdet.family import Hints, pick_family
-from trtdet.source import OnnxSource
+from trtdet.source import OnnxSource, run_onnx
 from trtdet.spec import ModelSpec
 from trtdet.verification import verify
 
@@ -83,6 +83,19 @@ def test_batch_equals_single_images(tiny, converted):
         (single,) = detect(model, pictures, slice(i, i + 1))
         np.testing.assert_array_equal(single.class_ids, expected.class_ids)
         np.testing.assert_allclose(single.boxes_xyxy, expected.boxes_xyxy, atol=1e-3)
+
+
+def test_a_picture_of_nothing_but_padding_gives_numbers(converted):
+    model = converted("letterbox", "gather")
+    preprocessing = ModelSpec.from_onnx(model).preprocessing
+    empty = np.zeros((2, *preprocessing.image_shape), np.float32)
+    if preprocessing.layout == "NHWC":
+        empty += np.array(preprocessing.mean, np.float32)
+    else:
+        empty += np.array(preprocessing.mean, np.float32)[:, None, None]
+    scores, boxes = run_onnx(model, ["detection_scores", "detection_boxes"], {"input": empty})
+    assert np.isfinite(scores).all() and np.isfinite(boxes).all()
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
 
 
 def test_shape_arithmetic_is_gone(tiny, converted):

@@ -38,6 +38,14 @@ class Note:
     option: str
 
 
+#: Mean and standard deviation (RGB, 0-255) that --preprocessor knows, for models whose export lost theirs.
+PREPROCESSORS = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "scale_range": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # 0 to 1; for YOLO also RGB, centred
+}
+
+
 @dataclass(frozen=True)
 class Hints:
     """What the command line says of a source, for families whose files cannot say it. None: not said.

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trtdet.spec import Layout
+
 FloatArray = NDArray[np.float32]
 
 
@@ -86,3 +88,8 @@ class ResizeTransform:
         """Boxes in pixels of the source image, cut to it."""
         limit = np.array([*self.source_wh, *self.source_wh], np.float32)
         return np.clip(boxes_xyxy, 0, limit)
+
+
+def in_layout(images: NDArray[Any], layout: Layout) -> NDArray[Any]:
+    """NHWC images in another layout."""
+    return np.ascontiguousarray(images if layout == "NHWC" else images.transpose(0, 3, 1, 2))

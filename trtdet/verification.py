@@ -14,8 +14,9 @@ import trtdet
 from trtdet import deformable_attention, graph, nms, nms_reference
 from trtdet.errors import GraphError
 from trtdet.family import ANCHORS, RAW_BOXES, Reading
+from trtdet.geometry import in_layout
 from trtdet.source import Source, run_onnx
-from trtdet.spec import Layout, ModelSpec, Preprocessing
+from trtdet.spec import ModelSpec, Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def verify_at(
     images = np.stack([image if row % 2 == 0 else image[:, ::-1] for row in range(batch)])
     by_image = [source_heads(source, reading, preprocessing, x)[0] for x in images[:2]]
     expected = [np.stack(values) for values in zip(*by_image, strict=True)]
-    fed = _in_layout(images.astype(preprocessing.dtype), preprocessing.layout)
+    fed = in_layout(images.astype(preprocessing.dtype), preprocessing.layout)
     actual = run_onnx(deformable_attention.lower(model), list(reading.heads), {graph.INPUT: fed})
     differences = []
     limit = HEAD_TOLERANCE
@@ -110,7 +111,7 @@ def compare_decoding(
     In pixels of the network input; boxes larger than it count in proportion (float32 has 7 digits).
     """
     spec = ModelSpec.from_onnx(model)
-    batch = _in_layout(np.repeat(image[None], reading.batch or 1, axis=0), reading.image_layout)
+    batch = in_layout(np.repeat(image[None], reading.batch or 1, axis=0), reading.image_layout)
     fetches = [reading.heads[RAW_BOXES], reading.decoded_boxes or ""]
     raw, decoded = source.run(fetches, {reading.image_input: batch})
     written = next((i for i in model.graph.initializer if i.name == ANCHORS), None)
@@ -199,11 +200,11 @@ def source_heads(
     if replaced or reading.network_input == reading.image_input:
         mean, std = (np.array(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
         normalised = (batch - mean) / std
-        pixels = _in_layout(
+        pixels = in_layout(
             normalised[..., ::-1] if preprocessing.bgr else normalised, reading.network_layout
         )
     else:
-        fed = _in_layout(batch, reading.image_layout)
+        fed = in_layout(batch, reading.image_layout)
         (pixels,) = source.run([reading.network_input], {reading.image_input: fed})
     feeds = {reading.network_input: pixels, **_other_feeds(reading, len(pixels))}
     heads = source.run(list(reading.heads.values()), feeds)
@@ -212,8 +213,3 @@ def source_heads(
 
 def _other_feeds(reading: Reading, batch: int) -> dict[str, NDArray[Any]]:
     return {name: np.repeat(value, batch, axis=0) for name, value in reading.feeds.items()}
-
-
-def _in_layout(images: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """NHWC images in another layout."""
-    return np.ascontiguousarray(images if layout == "NHWC" else images.transpose(0, 3, 1, 2))

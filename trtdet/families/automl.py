@@ -18,12 +18,12 @@ from trtdet.families.measure import (
     declared_layout,
     find_head,
     find_stem,
-    in_layout,
     measure_preprocessing,
     scalar,
     tensor,
 )
 from trtdet.family import CLASS_LOGITS, NO_HINTS, RAW_BOXES, Hints, Note, Reading
+from trtdet.geometry import in_layout
 from trtdet.map_op import check_runs
 from trtdet.source import Source, SourceGraph
 from trtdet.spec import ModelSpec, Nms

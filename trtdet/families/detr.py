@@ -27,7 +27,7 @@ from onnx import TensorProto, helper
 
 from trtdet.deformable_attention import PLUGIN_OP, Mode, lower, name_positions, rewrite
 from trtdet.errors import GraphError
-from trtdet.family import NO_HINTS, Heads, Hints, Note, Reading
+from trtdet.family import NO_HINTS, PREPROCESSORS, Heads, Hints, Note, Reading
 from trtdet.map_op import check_runs
 from trtdet.onnx_builder import Builder
 from trtdet.source import OnnxSource, Source, run_onnx
@@ -41,13 +41,7 @@ LOGITS, BOXES = ("logits", "pred_logits"), "pred_boxes"
 #: Operators by which Deformable DETR and what followed it are told apart.
 DEFORMABLE_OPS = frozenset(["GridSample", PLUGIN_OP])
 
-IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-#: What --preprocessor knows, as create_onnx.py has it.
-NORMALISATIONS = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-    "scale_range": ((127.5,) * 3, (127.5,) * 3),
-    "unit": ((0.0,) * 3, (255.0,) * 3),
-}
+IMAGENET_MEAN, IMAGENET_STD = PREPROCESSORS["imagenet"]
 #: Levels of 0-255 by which padding may differ from the mean: uint8 rounds it.
 PADDING_TOLERANCE = 0.501
 #: facebookresearch/detr and transformers give every query a box; Deformable DETR's evaluation takes the best 100.
@@ -267,7 +261,7 @@ def normalisation(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float], list[Note]]:
     """Mean and standard deviation of RGB 0-255: as asked for, as measured before the first convolution, or ImageNet's."""
     if hints.preprocessor:
-        mean, std = NORMALISATIONS[hints.preprocessor]
+        mean, std = PREPROCESSORS[hints.preprocessor]
         if export.mask and not any(mean) and hints.resize != "stretch":
             text = "padding is black with this normalisation: black rows and columns at the end of a picture count as padding"
             return mean, std, [Note(text, "resize_mode")]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
+from trtdet.geometry import in_layout
 from trtdet.source import Source, SourceGraph, SourceNode
 from trtdet.spec import Layout, Preprocessing, Rounding, Sampling
 
@@ -171,11 +172,6 @@ def declared_size(graph: SourceGraph) -> tuple[int, int] | None:
     shape = graph.image_shape
     height, width = (shape[2:4] if declared_layout(graph) == "NCHW" else shape[1:3]) or (None, None)
     return (height, width) if height and width else None
-
-
-def in_layout(images: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """NHWC images in another layout."""
-    return np.ascontiguousarray(images if layout == "NHWC" else images.transpose(0, 3, 1, 2))
 
 
 def _rounded(values: NDArray[Any]) -> tuple[float, float, float]:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from trtdet.errors import GraphError
-from trtdet.family import Heads, Hints, Note, Reading
+from trtdet.family import PREPROCESSORS, Heads, Hints, Note, Reading
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
 from trtdet.map_op import inferred_shapes, unknown_ops
 from trtdet.nms_lowering import decode_boxes
@@ -53,7 +53,7 @@ ANY_SIZE = {"Add", "BatchNormalization", "Const", "Constant", "Conv", "Identity"
 #: Channels of a box head -> (anchors per cell, values per box).
 BOX_CHANNELS = {len(RATIOS) * len(SCALES) * 4: (9, 4), len(RATIOS) * len(SCALES) * ANGLES * 6: (27, 6)}  # fmt: skip
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, RGB, 0-255
+MEAN, STD = PREPROCESSORS["imagenet"]
 
 
 def matches(source: Source) -> bool:
