@@ -26,7 +26,7 @@ def tensorflow_rate(saved_model: Path, images: list[Path], output: Path) -> floa
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     import tensorflow as tf
 
-    from image_batcher import load_image
+    from trtdet.images.files import load_image
 
     model = tf.saved_model.load(str(saved_model))
     detect = model.signatures["serving_default"]
@@ -45,15 +45,16 @@ def tensorflow_rate(saved_model: Path, images: list[Path], output: Path) -> floa
 
 def trtdet_rate(engine: Path, images: list[Path], output: Path) -> float:
     """Images per second of what infer.py does with --no_images."""
-    import infer
     from trtdet.detections import write_tsv
+    from trtdet.run.detect import detect, open_batcher, open_model
+    from trtdet.run.options import RunOptions
 
-    options = infer.RunOptions()
+    options = RunOptions()
     with (
-        infer.open_model(engine, options) as runtime,
-        infer.open_batcher(runtime, images, options) as batcher,
+        open_model(engine, options) as runtime,
+        open_batcher(runtime, images, options) as batcher,
     ):
-        for number, result in enumerate(infer.detect(runtime, batcher)):
+        for number, result in enumerate(detect(runtime, batcher)):
             if number == 0:
                 start = time.perf_counter()
             write_tsv(output / f"{result.path.stem}.tsv", result.detections)
@@ -72,7 +73,7 @@ def main() -> int:
         "--only", choices=["TensorFlow", "trtdet"], help=argparse.SUPPRESS
     )  # the child process
     args = parser.parse_args()
-    from image_batcher import find_images
+    from trtdet.images.files import find_images
 
     images = find_images(args.input)
     if args.only:

@@ -41,18 +41,18 @@ for module, package in (("numpy", "numpy"), ("cv2", "opencv-python-headless"), (
 if missing:
     raise SystemExit("missing: " + " ".join(missing))
 sys.path.insert(0, ".")
-sys.path.insert(0, "tests")
-from trtdet import device
-for index in range(device.device_count()):
-    print(device.device_info(index))
+sys.path.insert(0, "tests/standins")
+from trtdet import cuda
+for index in range(cuda.device_count()):
+    print(cuda.device_info(index))
 import standin_detector
-info = device.device_info(0)
+info = cuda.device_info(0)
 print(len(standin_detector.compile_kernels("sm_{}{}".format(*info.compute_capability))), "bytes of kernels compiled")
 PYTHON
 
-step tests 240 "$python" -m pytest -m gpu -q -rA -p no:cacheprovider tests/test_gpu.py
+step tests 240 "$python" -m pytest -m gpu -q -rA -p no:cacheprovider tests/runtimes/test_gpu.py
 
-gpus=$("$python" -c 'import sys; sys.path.insert(0, "."); from trtdet import device; print(device.device_count())')
+gpus=$("$python" -c 'import sys; sys.path.insert(0, "."); from trtdet import cuda; print(cuda.device_count())')
 devices=()
 ((${gpus:-1} > 1)) && devices=(--devices all)
 step benchmark 240 "$python" benchmarks/trt_runtime.py --standin cuda --ms 2 --size 512 --batch_size 8 "${devices[@]}" \
@@ -66,7 +66,7 @@ infer_on_gpus() { # infer.py writes the same files on one GPU and on all; SIGTER
 import os, sys
 from pathlib import Path
 
-sys.path[:0] = ["benchmarks", "tests", "."]
+sys.path[:0] = ["benchmarks", "tests/standins", "."]
 import host_pipeline, standin_tensorrt_runtime
 
 folder = Path(sys.argv[1])
@@ -76,7 +76,7 @@ for number in range(32, 320):
     os.link(folder / "photos" / f"{number % 32:03d}.jpg", folder / "photos" / f"{number:03d}.jpg")
 standin_tensorrt_runtime.write_engine(folder / "standin.engine", image_shape=(512, 512, 3), profiles=[(1, 8, 8)], slots=100, spin_ms=2.0)
 PYTHON
-  infer=("$python" tests/standin_infer.py cuda infer --engine "$work/standin.engine" --input "$work/photos")
+  infer=("$python" tests/standins/standin_infer.py cuda infer --engine "$work/standin.engine" --input "$work/photos")
   "${infer[@]}" --output "$work/one" --devices 0
   "${infer[@]}" --output "$work/all" --devices all
   diff -r "$work/one" "$work/all"

@@ -16,9 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import infer
-from image_batcher import find_images
 from trtdet.detections import write_tsv
+from trtdet.images.files import find_images
+from trtdet.run.detect import detect, open_batcher, open_model
+from trtdet.run.options import RunOptions
 
 #: What --check asks for.
 WANTED = 0.95
@@ -34,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="exit with status 1 where the criterion is not met"
     )
     args = parser.parse_args(argv)
-    options = infer.RunOptions()
+    options = RunOptions()
     images = find_images(args.input)
     busy, start, count = 0.0, 0.0, 0
     with (
         tempfile.TemporaryDirectory() as folder,
-        infer.open_model(args.onnx, options) as runtime,
-        infer.open_batcher(runtime, images, options) as batcher,
+        open_model(args.onnx, options) as runtime,
+        open_batcher(runtime, images, options) as batcher,
     ):
         honest = runtime.infer
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return outputs
 
         runtime.infer = timed  # type: ignore[method-assign]
-        for number, result in enumerate(infer.detect(runtime, batcher)):
+        for number, result in enumerate(detect(runtime, batcher)):
             if number == 0:
                 busy, start = 0.0, time.perf_counter()
             else:

@@ -25,14 +25,16 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from image_batcher import ImageBatcher, find_images
 from trtdet import files
-from trtdet.benchmark import Summary, noise
-from trtdet.cli import positive_int, run_main, setup_logging
+from trtdet.commands.cli import positive_int, run_main, setup_logging
 from trtdet.errors import EngineError
+from trtdet.images.batcher import ImageBatcher
+from trtdet.images.files import find_images
 from trtdet.machine import describe_machine
-from trtdet.runtimes import Outputs
-from trtdet.runtimes.triton import TritonRuntime, TritonUrl, parse_url
+from trtdet.run.benchmark import Summary, noise
+from trtdet.runtimes.base import Outputs
+from trtdet.runtimes.options import TritonUrl, parse_url
+from trtdet.runtimes.triton import TritonRuntime
 
 MAX_CLIENTS = 256
 MAX_SECONDS = 600

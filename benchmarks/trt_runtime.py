@@ -26,17 +26,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the stand-in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "standins"))  # the stand-in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trtdet import device
-from trtdet.cli import positive_int, run_main, setup_logging
+from trtdet import cuda
+from trtdet.commands.cli import positive_int, run_main, setup_logging
 from trtdet.detections import decode
 from trtdet.files import atomic_path, write_text
 from trtdet.geometry import ResizeTransform
 from trtdet.machine import describe_machine
-from trtdet.runtimes import Outputs
-from trtdet.runtimes.multi import open_devices, parse_devices
+from trtdet.runtimes.base import Outputs
+from trtdet.runtimes.multi import open_devices
+from trtdet.runtimes.options import parse_devices
 from trtdet.runtimes.trt import TensorRTRuntime
 
 #: What --check asks for.
@@ -78,7 +79,7 @@ def engine_only(runtime: TensorRTRuntime, batch: Batch, count: int) -> float:
         runtime.infer(batch.images)
     slot = runtime._free[0]  # the runtime offers no such loop: nobody else wants one
     stream = slot.lane.stream
-    with device.Event(timed=True) as start, device.Event(timed=True) as end:
+    with cuda.Event(timed=True) as start, cuda.Event(timed=True) as end:
         start.record(stream)
         for _ in range(count):
             slot.lane.run(slot)
@@ -158,7 +159,7 @@ def measure_memory(engine: Path, size: int, count: int) -> dict[str, Any]:
             for _ in runtime.map(some(batches, batches_run)):
                 pass
             gc.collect()
-            levels.append((device.free_memory(), resident_bytes()))
+            levels.append((cuda.free_memory(), resident_bytes()))
     (free_before, rss_before), (free_after, rss_after) = levels
     return {
         "batches": count,
@@ -179,7 +180,7 @@ def measure_devices(
     engine: Path, devices: Any, size: int, count: int
 ) -> dict[str, Any]:  # fmt: skip
     """Throughput of several GPUs against the first of them alone; and whether the results are the same."""
-    numbers = tuple(range(device.device_count())) if devices == "all" else devices
+    numbers = tuple(range(cuda.device_count())) if devices == "all" else devices
     qps: dict[int, float] = {}
     fingerprints = set()
     for chosen in (
@@ -262,7 +263,7 @@ def make_standin(kind: str, folder: Path, *, ms: float, size: int, batch: int, k
         from standin_detector import CpuBackend
 
         cudart = StandinCudart(schedule="early", memory_bytes=8 << 30)
-        device.cudart = lambda: cudart  # type: ignore[assignment]
+        cuda.cudart = lambda: cudart  # type: ignore[assignment]
         sys.modules["tensorrt"] = standin.make_module(CpuBackend(cudart))
     else:
         import gpu_engines

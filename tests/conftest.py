@@ -3,15 +3,14 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
+from trt_rig import engine, rig  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts live at the root
 
-# Read when TensorFlow is first imported, which may be in a test module: trtdet.saved_model says why.
+# Read when TensorFlow is first imported, which may be in a test module: trtdet.sources.saved_model says why.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
@@ -31,7 +30,7 @@ def shared() -> Path:
 def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """examples/tiny_shapes converted by create_onnx.py: three classes, 128x128, dynamic batch, EfficientNMS at the end."""
     pytest.importorskip("tensorflow", reason="needs requirements-tensorflow.txt")
-    import create_onnx
+    from trtdet.commands import create_onnx
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
     status = create_onnx.main(

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: F811 (fixtures)
 """What the scripts in benchmarks/ say of the figures they measure; the figures themselves are theirs to measure."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import toy_detector
-from trt_rig import Rig, engine, rig  # noqa: F401
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import host_pipeline
 import onnx_runtime_busy
+import pytest
+import toy_detector
 import trt_runtime
+from trt_rig import Rig
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+
+
 from pathlib import Path
 
 import pytest

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take a trained object detector to NVIDIA TensorRT. See README.md for the chain of scripts."""
 
-from pathlib import Path
+from trtdet.about import __version__
 
-__version__ = "0.1.0"
-
-#: A photograph to try a model on: NASA, Eileen Collins, in the public domain; 512 x 512.
-PHOTOGRAPH = Path(__file__).parent / "data" / "astronaut.jpg"
+__all__ = ["__version__"]

@@ -10,13 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import files
-from trtdet.geometry import (
-    FloatArray,
-    ResizeTransform,
-    rotated_corners,
-    xyxy_to_xywh,
-    yxyx_to_xyxy,
-)
+from trtdet.geometry import FloatArray, ResizeTransform, rotated_corners, xyxy_to_xywh, yxyx_to_xyxy
 from trtdet.spec import ModelSpec
 
 TSV_COLUMNS = ("xmin", "ymin", "xmax", "ymax", "score", "class")

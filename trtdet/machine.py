@@ -3,6 +3,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib import metadata
@@ -81,3 +82,15 @@ def _gpus() -> list[str]:
     except subprocess.TimeoutExpired:  # a driver in trouble: what is described does without it
         return []
     return [line.strip() for line in done.stdout.splitlines()] if done.returncode == 0 else []
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """The leading integers of a version: "8.6.1.post1" -> (8, 6, 1), "10.0.0b6" -> (10, 0, 0).
+
+    Raises:
+        ValueError: it does not begin with a number.
+    """
+    match = re.match(r"\d+(\.\d+)*", text)
+    if match is None:
+        raise ValueError(f"expected a version such as 10.13.3, found {text!r}")
+    return tuple(map(int, match[0].split(".")))

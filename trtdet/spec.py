@@ -5,15 +5,25 @@ Stage 1 writes a `ModelSpec` into the ONNX file's `metadata_props`; stage 2 copi
 and 4 read it. Families therefore differ in data after stage 1, not in code.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import onnx
+from typing import TYPE_CHECKING, Any, Literal
 
 from trtdet.errors import GraphError
+
+if TYPE_CHECKING:
+    import onnx
+
+#: Mean and standard deviation (RGB, 0-255) that --preprocessor knows, for models whose export lost theirs.
+PREPROCESSORS = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "scale_range": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # 0 to 1; for YOLO also RGB, centred
+}
 
 #: The `metadata_props` key under which the JSON of a `ModelSpec` stands.
 METADATA_KEY = "trtdet.model_spec"
@@ -27,7 +37,7 @@ Rounding = Literal["floor", "floor64", "round"]
 Sampling = Literal["half_pixel", "corner"]
 #: What follows the heads: EfficientNMS, NMS of turned boxes, or the best K without suppression.
 Selection = Literal["nms", "rotated_nms", "topk"]
-#: How the overlap of turned boxes is computed: `trtdet.rotated_reference`.
+#: How the overlap of turned boxes is computed: `trtdet.nms.rotated_reference`.
 RotatedMode = Literal["exact", "odtk", "probiou"]
 
 #: The four outputs of every model after stage 1, in this order: int32 [N,1], float32 [N,K,4], float32 [N,K], int32 [N,K].
@@ -65,7 +75,7 @@ class Preprocessing:
     size_range: tuple[tuple[int, int], tuple[int, int]] | None = None
     size_multiple: int = 1
 
-    def at(self, size_hw: tuple[int, int]) -> "Preprocessing":
+    def at(self, size_hw: tuple[int, int]) -> Preprocessing:
         """The same for one size.
 
         Raises:
@@ -172,7 +182,7 @@ class ModelSpec:
     def num_classes(self) -> int:
         return len(self.category_ids)
 
-    def replace(self, **changes: Any) -> "ModelSpec":
+    def replace(self, **changes: Any) -> ModelSpec:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
@@ -181,7 +191,7 @@ class ModelSpec:
         return {"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "ModelSpec":
+    def from_dict(cls, data: dict[str, Any]) -> ModelSpec:
         """The inverse of `to_dict`.
 
         Raises:
@@ -204,15 +214,15 @@ class ModelSpec:
 
     def attach(self, model: onnx.ModelProto) -> None:
         """Write the spec into `model.metadata_props`, in place of one that is there."""
+        from onnx import StringStringEntryProto
+
         kept = [p for p in model.metadata_props if p.key != METADATA_KEY]
         text = json.dumps(self.to_dict(), separators=(",", ":"))
         del model.metadata_props[:]
-        model.metadata_props.extend(
-            [*kept, onnx.StringStringEntryProto(key=METADATA_KEY, value=text)]
-        )
+        model.metadata_props.extend([*kept, StringStringEntryProto(key=METADATA_KEY, value=text)])
 
     @classmethod
-    def maybe_from_onnx(cls, model: onnx.ModelProto) -> "ModelSpec | None":
+    def maybe_from_onnx(cls, model: onnx.ModelProto) -> ModelSpec | None:
         """The spec in `metadata_props`, or None where the file carries none."""
         for prop in model.metadata_props:
             if prop.key == METADATA_KEY:
@@ -220,7 +230,7 @@ class ModelSpec:
         return None
 
     @classmethod
-    def from_onnx(cls, model: onnx.ModelProto, path: Path | str = "model") -> "ModelSpec":
+    def from_onnx(cls, model: onnx.ModelProto, path: Path | str = "model") -> ModelSpec:
         """The spec in `metadata_props`.
 
         Raises:

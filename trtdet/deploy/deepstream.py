@@ -24,6 +24,7 @@ from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
 
+
 NVINFER_FILE, NVINFER_YAML = "config_infer.txt", "config_infer.yml"
 SERVER_FILE, APP_FILE = "config_inferserver.txt", "deepstream_app.txt"
 PARSER_LIBRARY = "parser/libnvdsinfer_trtdet.so"

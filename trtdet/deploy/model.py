@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is to be deployed: an engine with its sidecar, or an ONNX file, and the tensors that a server sees of it."""
 
+import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
-from trtdet import graph
+from trtdet.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
 from trtdet.errors import EngineError, GraphError
-from trtdet.labels import label_of
-from trtdet.sidecar import EngineInfo, read_sidecar, sidecar_path
+from trtdet.graph import tidy
+from trtdet.labels import label_of, read_labels
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def open_engine(path: Path) -> Deployable:
             f"{path} has no weights, and servers do not refit; build it again without --strip"
         )
     batch = info.batch
-    return Deployable(path, info.spec, graph.INPUT, batch.min, batch.opt, batch.max, info)
+    return Deployable(path, info.spec, tidy.INPUT, batch.min, batch.opt, batch.max, info)
 
 
 def check_servable(model: Deployable, server: str) -> None:
@@ -150,3 +154,13 @@ def label_lines(spec: ModelSpec) -> Iterator[str]:
     for class_id in range(spec.num_classes):
         text = label_of(spec.labels, class_id).replace(";", ",")
         yield " ".join(text.split()) or f"class {class_id}"
+
+
+def with_labels(model: Deployable, labels: Path | None) -> Deployable:
+    """The model with its class names, those of a file in place of its own."""
+    spec = model.spec
+    if labels is not None:
+        spec = spec.replace(labels=read_labels(labels, num_classes=spec.num_classes))
+    if not spec.labels:
+        logger.warning("no class names known: they are 'class 0', ...; --labels takes a file")
+    return dataclasses.replace(model, spec=spec)

@@ -6,7 +6,7 @@ import onnx
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
-from trtdet.onnx_builder import Builder
+from trtdet.graph.builder import Builder
 from trtdet.spec import ModelSpec
 
 #: In `ModelSpec.source` of a model that was painted: the padding that it takes. An engine's sidecar carries it on.

@@ -22,15 +22,18 @@ from typing import Any
 import onnx
 from google.protobuf import text_format as google_text_format
 
-from trtdet import files, nms
+from trtdet import files
 from trtdet.deploy import text_format
 from trtdet.deploy.model import Deployable, Tensor, check_servable, label_lines
+from trtdet.deploy.options import DEFAULT_MAX_BATCH
 from trtdet.deploy.text_format import Word
+from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
-from trtdet.sidecar import sidecar_path
+from trtdet.nms import lowering
 from trtdet.spec import METADATA_KEY
 
 logger = logging.getLogger(__name__)
+
 
 TRITON_TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32"}
 LABELS_FILE = "labels.txt"
@@ -42,8 +45,6 @@ RESULT_NAMES = ("num_detections", "boxes_xyxy", "scores", "class_ids", "category
 PARAMETER = "trtdet"
 #: Fields of a configuration that clients and model files depend on.
 INTERFACE = ("name", "platform", "backend", "max_batch_size", "data_type", "dims")
-#: Batches of an ONNX file without bounds.
-DEFAULT_MAX_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,7 @@ def write_repository(
     if onnx_model is not None:
         onnx_name = f"{name}_onnx" if engines else name
         config = model_config(onnx_name, "onnxruntime_onnx", onnx_model, options)
-        lowered = nms.lower(onnx.load(onnx_model.path), "onnx").SerializeToString()
+        lowered = lowering.lower(onnx.load(onnx_model.path), "onnx").SerializeToString()
         planned.append(_Planned(config, onnx_model, {"model.onnx": lowered}))
     if not planned:
         raise ValueError("expected an engine or an ONNX file, got neither")

@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trtdet.deploy.model import Deployable, Tensor, open_engine, open_onnx
-from trtdet.deploy.triton import (
-    LABELS_FILE,
-    TRITON_TYPES,
-    config_class,
-    leading_dims,
-    parse_config,
-)
+from trtdet.deploy.triton import LABELS_FILE, TRITON_TYPES, config_class, leading_dims, parse_config
 from trtdet.errors import EngineError, GraphError
 
 DEFAULT_FILES = {

@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtdet.benchmark import PERCENTILES, BatchTimes, Measurement, Summary
 from trtdet.deploy.model import Deployable, check_servable
 from trtdet.errors import EngineError
-from trtdet.tensorrt_flavor import parse_version
+from trtdet.machine import parse_version
+from trtdet.run.benchmark import PERCENTILES, Measurement, Summary
+from trtdet.runtimes.base import BatchTimes
 
 #: Where NVIDIA's packages put it.
 USUAL_PLACE = Path("/usr/src/tensorrt/bin/trtexec")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
+from trtdet.families.base import CLASS_LOGITS, NO_HINTS, RAW_BOXES, Hints, Note, Reading
 from trtdet.families.measure import (
     centre_size,
     declared_layout,
@@ -22,10 +23,9 @@ from trtdet.families.measure import (
     scalar,
     tensor,
 )
-from trtdet.family import CLASS_LOGITS, NO_HINTS, RAW_BOXES, Hints, Note, Reading
 from trtdet.geometry import in_layout
-from trtdet.map_op import check_runs
-from trtdet.source import Source, SourceGraph
+from trtdet.graph.map_op import check_runs
+from trtdet.sources.base import Source, SourceGraph
 from trtdet.spec import ModelSpec, Nms
 
 NAME = "automl"
@@ -45,7 +45,7 @@ def matches(source: Source) -> bool:
 
 
 def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
-    """See `trtdet.family.Family.read`."""
+    """See `trtdet.families.base.Family.read`."""
     graph = source.graph
     logits, boxes = (find_head(graph, scope, NAME) for scope in (CLASS_SCOPE, BOX_SCOPE))
     if len(graph.inputs) != 1:

@@ -2,7 +2,7 @@
 """Deformable DETR (arXiv:2010.04159) as transformers exports it to ONNX; one and two stages, with box refinement or without.
 
 logits [N, Q, C] for a sigmoid, pred_boxes [N, Q, 4], cx cy w h, 0 to 1. Its own post-processing takes the best 100 of all query and class
-pairs; nothing is suppressed. So is ours: `trtdet.topk`. Images come as in `trtdet.families.detr`. `--deformable_attention` says how the
+pairs; nothing is suppressed. So is ours: `trtdet.nms.topk`. Images come as in `trtdet.families.detr`. `--deformable_attention` says how the
 attention is written: `trtdet.deformable_attention`.
 
 "gather" is the default because it is right everywhere: GridSample is compiled wrongly by some TensorRT versions, silently, and the
@@ -11,10 +11,10 @@ plugin is not in TensorRT-RTX.
 
 import dataclasses
 
-from trtdet.deformable_attention import Mode
 from trtdet.families import detr
-from trtdet.family import CLASS_LOGITS, NO_HINTS, RAW_BOXES, Hints, Reading
-from trtdet.source import Source
+from trtdet.families.base import CLASS_LOGITS, NO_HINTS, RAW_BOXES, Hints, Reading
+from trtdet.graph.deformable_attention import Mode
+from trtdet.sources.base import Source
 from trtdet.spec import Nms
 
 NAME = "deformable_detr"
@@ -28,7 +28,7 @@ def matches(source: Source) -> bool:
 
 
 def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
-    """See `trtdet.family.Family.read`."""
+    """See `trtdet.families.base.Family.read`."""
     export = detr.read_export(source, hints)
     reading = detr.describe(
         source,

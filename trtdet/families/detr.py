@@ -2,7 +2,7 @@
 """DETR (arXiv:2005.12872) as transformers and facebookresearch/detr export it to ONNX, with torch's old or new exporter.
 
 logits [N, Q, C+1], the last class for no object; pred_boxes [N, Q, 4], cx cy w h, 0 to 1. Its own post-processing is softmax, the best
-class of each query and a score threshold; nothing is suppressed. So is ours: `trtdet.topk`.
+class of each query and a score threshold; nothing is suppressed. So is ours: `trtdet.nms.topk`.
 
 Images come in one of two ways, `--resize_mode`:
 
@@ -25,14 +25,15 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-from trtdet.deformable_attention import PLUGIN_OP, Mode, lower, name_positions, rewrite
 from trtdet.errors import GraphError
-from trtdet.family import NO_HINTS, PREPROCESSORS, Heads, Hints, Note, Reading
-from trtdet.map_op import check_runs
-from trtdet.onnx_builder import Builder
-from trtdet.source import OnnxSource, Source, run_onnx
-from trtdet.spec import ModelSpec, Nms, Preprocessing, ResizeMode
-from trtdet.static_shapes import fix_shapes
+from trtdet.families.base import NO_HINTS, Heads, Hints, Note, Reading
+from trtdet.graph.builder import Builder
+from trtdet.graph.deformable_attention import PLUGIN_OP, Mode, lower, name_positions, rewrite
+from trtdet.graph.map_op import check_runs
+from trtdet.graph.static_shapes import fix_shapes
+from trtdet.sources.base import Source, run_onnx
+from trtdet.sources.onnx_file import OnnxSource
+from trtdet.spec import PREPROCESSORS, ModelSpec, Nms, Preprocessing, ResizeMode
 
 NAME = "detr"
 
@@ -79,7 +80,7 @@ def matches(source: Source) -> bool:
 
 
 def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
-    """See `trtdet.family.Family.read`."""
+    """See `trtdet.families.base.Family.read`."""
     export = read_export(source, hints)
     reading = describe(source, export, hints, family=NAME, num_classes=export.num_logits - 1)
     spec = reading.spec.replace(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
 from trtdet.geometry import in_layout
-from trtdet.source import Source, SourceGraph, SourceNode
+from trtdet.sources.base import Source, SourceGraph, SourceNode
 from trtdet.spec import Layout, Preprocessing, Rounding, Sampling
 
 #: In place of a flat value: columns of 255 and 0 in turn.

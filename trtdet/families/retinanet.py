@@ -29,13 +29,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from trtdet.errors import GraphError
-from trtdet.family import PREPROCESSORS, Heads, Hints, Note, Reading
+from trtdet.families.base import Heads, Hints, Note, Reading
+from trtdet.graph.builder import Builder
+from trtdet.graph.map_op import inferred_shapes, unknown_ops
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
-from trtdet.map_op import inferred_shapes, unknown_ops
-from trtdet.nms_lowering import decode_boxes
-from trtdet.onnx_builder import Builder
-from trtdet.source import OnnxSource, Source, SourceGraph
-from trtdet.spec import ModelSpec, Nms, Preprocessing
+from trtdet.nms.lowering import decode_boxes
+from trtdet.sources.base import Source, SourceGraph
+from trtdet.sources.onnx_file import OnnxSource
+from trtdet.spec import PREPROCESSORS, ModelSpec, Nms, Preprocessing
 
 NAME = "retinanet"
 
@@ -62,7 +63,7 @@ def matches(source: Source) -> bool:
 
 
 def read(source: Source, hints: Hints) -> Reading:
-    """See `trtdet.family.Family.read`."""
+    """See `trtdet.families.base.Family.read`."""
     graph = source.graph
     if not matches(source):
         raise GraphError(

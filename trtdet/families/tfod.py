@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtdet import nms_reference
 from trtdet.errors import GraphError
+from trtdet.families.base import CLASS_LOGITS, NO_HINTS, RAW_BOXES, Heads, Hints, Note, Reading
 from trtdet.families.measure import (
     centre_size,
     declared_layout,
@@ -26,11 +26,11 @@ from trtdet.families.measure import (
     scalar,
     tensor,
 )
-from trtdet.family import CLASS_LOGITS, NO_HINTS, RAW_BOXES, Heads, Hints, Note, Reading
 from trtdet.geometry import in_layout
-from trtdet.map_op import check_runs
-from trtdet.onnx_builder import Builder
-from trtdet.source import Source, SourceGraph
+from trtdet.graph.builder import Builder
+from trtdet.graph.map_op import check_runs
+from trtdet.nms import reference
+from trtdet.sources.base import Source, SourceGraph
 from trtdet.spec import ModelSpec, Nms
 
 NAME = "tfod"
@@ -48,7 +48,7 @@ def matches(source: Source) -> bool:
 
 
 def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
-    """See `trtdet.family.Family.read`."""
+    """See `trtdet.families.base.Family.read`."""
     graph = source.graph
     missing = [name for name in OUTPUTS if name not in graph.outputs]
     if missing:
@@ -145,7 +145,7 @@ def measure_box_coder(
     if not np.isfinite(scale).all() or np.abs(factors / scale - 1).max() > 1e-2:
         raise GraphError(other)
     scale = np.round(scale, 3)
-    expected = nms_reference.decode_boxes(
+    expected = reference.decode_boxes(
         (np.full_like(anchors, 0.5) / scale).astype(np.float32), 1, centre_size(anchors)
     )
     if np.abs(decode(0.5) - expected).max() > 1e-4 * max(1.0, float(np.abs(expected).max())):

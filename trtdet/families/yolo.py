@@ -26,12 +26,13 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
-from trtdet.family import NO_HINTS, Heads, Hints, Note, Reading
+from trtdet.families.base import NO_HINTS, Heads, Hints, Note, Reading
+from trtdet.graph.builder import Builder
+from trtdet.graph.map_op import inferred_shapes, unknown_ops
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
-from trtdet.map_op import inferred_shapes, unknown_ops
-from trtdet.onnx_builder import Builder
-from trtdet.precision import narrow_types
-from trtdet.source import OnnxSource, Source, SourceGraph
+from trtdet.precision.floats import narrow_types
+from trtdet.sources.base import Source, SourceGraph
+from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import ModelSpec, Nms, Preprocessing, Selection
 
 NAME = "yolo"
@@ -149,7 +150,7 @@ def matches(source: Source) -> bool:
 
 
 def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
-    """See `trtdet.family.Family.read`."""
+    """See `trtdet.families.base.Family.read`."""
     if not isinstance(source, OnnxSource):
         raise GraphError(
             f"{source.path}: expected a YOLO model in an ONNX file, found a SavedModel; export it to ONNX"

@@ -10,7 +10,6 @@ The batches are made before they are shared out, so every image meets the same n
 same.
 """
 
-import argparse
 import queue
 import threading
 from collections import deque
@@ -22,28 +21,12 @@ from typing import Any, Generic, Literal
 
 from numpy.typing import DTypeLike, NDArray
 
-from trtdet import device as cuda
-from trtdet.benchmark import BatchTimes
+from trtdet import cuda
 from trtdet.closing import Closing
 from trtdet.errors import EngineError
-from trtdet.runtimes import AnyBatch, Outputs, Runtime, naming_batch
+from trtdet.runtimes.base import AnyBatch, BatchTimes, Outputs, Runtime, naming_batch
 from trtdet.runtimes.trt import TensorRTRuntime
 from trtdet.runtimes.trt_load import read_engine
-
-
-def parse_devices(text: str) -> tuple[int, ...] | Literal["all"]:
-    """argparse type: "all", or GPU numbers separated by commas, each once."""
-    if text == "all":
-        return "all"
-    try:
-        devices = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        devices = ()
-    if not devices or min(devices) < 0 or len(set(devices)) < len(devices):
-        raise argparse.ArgumentTypeError(
-            f"expected 'all' or different GPU numbers as in 0,1, got {text!r}"
-        )
-    return devices
 
 
 def open_devices(

@@ -13,14 +13,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trtdet import nms
 from trtdet.closing import Closing
 from trtdet.errors import EngineError, GraphError
 from trtdet.machine import available_cores
-from trtdet.runtimes import Outputs, check_batch
+from trtdet.nms import lowering
+from trtdet.runtimes.base import Outputs, check_batch
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
+
 
 Provider = Literal["auto", "tensorrt", "cuda", "cpu"]
 
@@ -68,7 +69,7 @@ class OnnxRuntime(Closing):
         self._input, self.batch_range = _check_interface(model, self.spec, path)
         threads = threads or available_cores()
         # Weights in files of their own (all of those over protobuf's 2 GB) stay there: the bytes refer to them.
-        lowered = nms.lower(model, form="onnx").SerializeToString()
+        lowered = lowering.lower(model, form="onnx").SerializeToString()
         self._session: Any = _open_session(
             lowered,
             path,

@@ -12,13 +12,11 @@ Retries. Detection changes nothing on the server, so a request that it did not t
 again, and the log says so. One that fails, or takes too long, is an error.
 """
 
-import argparse
 import asyncio
 import json
 import logging
 import mmap
 import os
-import socket
 import threading
 import uuid
 from collections import deque
@@ -27,24 +25,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from trtdet.closing import Closing
+from trtdet.engine.sidecar import read_spec
 from trtdet.errors import EngineError, GraphError
-from trtdet.runtimes import AnyBatch, Outputs, check_batch, naming_batch
-from trtdet.sidecar import read_spec
+from trtdet.runtimes.base import AnyBatch, Outputs, check_batch, naming_batch
+from trtdet.runtimes.options import TritonUrl
 from trtdet.spec import METADATA_KEY, OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
 
-#: Scheme -> port where the URL names none. Triton itself speaks no TLS over HTTP: that is a proxy's.
-PORTS = {"grpc": 8001, "grpcs": 8001, "http": 8000, "https": 443}
-URL_FORM = (
-    "grpc://HOST:8001/MODEL or http://HOST:8000/MODEL, with /VERSION behind it where one is meant"
-)
 #: NumPy's type -> that of requests; configurations say TYPE_FP32, TYPE_UINT8, TYPE_INT32.
 DATATYPES = {"float32": "FP32", "uint8": "UINT8", "int32": "INT32"}
 SHARED_MEMORY = Path("/dev/shm")
@@ -55,52 +48,6 @@ NOT_TAKEN = frozenset({"StatusCode.UNAVAILABLE", "502", "503"})
 CONNECT_TIMEOUT_S = 10.0
 #: Characters of a message that are shown: a server of another kind answers with a page.
 MESSAGE_LIMIT = 300
-
-
-@dataclass(frozen=True)
-class TritonUrl:
-    """Where a model is served. `version` "": the one that the server chooses."""
-
-    scheme: str
-    address: str  # host:port
-    model: str
-    version: str = ""
-
-    @property
-    def name(self) -> str:
-        """What reports call the model."""
-        return self.model
-
-    @property
-    def is_http(self) -> bool:
-        return self.scheme in ("http", "https")
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the server seems to be on this machine."""
-        host = self.address.rpartition(":")[0].strip("[]")
-        return host in ("localhost", "127.0.0.1", "::1", socket.gethostname())
-
-    def __str__(self) -> str:
-        parts = [self.address, self.model, self.version]
-        return f"{self.scheme}://{'/'.join(filter(None, parts))}"
-
-
-def parse_url(text: str) -> TritonUrl:
-    """argparse type: grpc://HOST:PORT/MODEL, http://HOST:PORT/MODEL, and either with /VERSION behind it."""
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname, parts.port or PORTS[parts.scheme]
-    except (ValueError, KeyError):  # no number, or another scheme
-        host, port = None, 0
-    names = parts.path.strip("/").split("/") if host else []
-    plain = host and not (parts.username or parts.query or parts.fragment)
-    if not plain or not 1 <= len(names) <= 2 or not all(names):
-        raise argparse.ArgumentTypeError(f"expected {URL_FORM}, got {text!r}")
-    if len(names) == 2 and not names[1].isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number as the version, got {text!r}")
-    address = f"[{host}]:{port}" if host and ":" in host else f"{host}:{port}"
-    return TritonUrl(parts.scheme, address, *names)
 
 
 class TritonRuntime(Closing):

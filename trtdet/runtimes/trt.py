@@ -26,11 +26,10 @@ from typing import Any
 
 from numpy.typing import DTypeLike, NDArray
 
-from trtdet import device as cuda
-from trtdet.benchmark import BatchTimes
+from trtdet import cuda
 from trtdet.closing import Closing
 from trtdet.errors import EngineError
-from trtdet.runtimes import AnyBatch, Outputs, check_batch, naming_batch
+from trtdet.runtimes.base import AnyBatch, BatchTimes, Outputs, check_batch, naming_batch
 from trtdet.runtimes.trt_lane import Lane, Slot
 from trtdet.runtimes.trt_load import EngineFile, load_engine, pick_profile, read_engine
 

@@ -11,52 +11,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from trtdet import device as cuda
+from trtdet import cuda
 from trtdet.errors import EngineError
 from trtdet.runtimes.trt_load import LoadedEngine, engine_error
 
-if TYPE_CHECKING:  # checked against the stubs of TensorRT 10
+if TYPE_CHECKING:
     import tensorrt
 
 logger = logging.getLogger(__name__)
-
-
-class Slot:
-    """The buffers and marks of one batch in flight."""
-
-    def __init__(
-        self, engine: LoadedEngine, lane: Lane, copies_in: cuda.Stream, resources: ExitStack
-    ) -> None:
-        largest = engine.batch_range[1]
-        output_bytes = engine.output_layout(largest).nbytes
-        self.lane = lane
-        self.device_in = resources.enter_context(cuda.DeviceBuffer(engine.input_bytes))
-        self.device_out = resources.enter_context(cuda.DeviceBuffer(output_bytes))
-        self.host_out = cuda.pinned_empty((output_bytes,), np.uint8)
-        # For batches that are not pinned themselves.
-        self._host_in: NDArray[np.uint8] | None = None
-        # Rows that fill up a batch hold zeros or an earlier image, never what lay in the memory before.
-        copies_in.clear(self.device_in)
-        copies_in.synchronize()
-        # Time stamps cost a microsecond each; trtexec sets the same six.
-        self.in_start, self.in_end, self.run_start, self.run_end, self.out_start, self.out_end = (
-            resources.enter_context(cuda.Event(timed=True)) for _ in range(6)
-        )
-        self.images: NDArray[Any] | None = None  # kept alive while the GPU may read it
-        self.count = 0  # images in the batch
-        self.batch = 0  # rows that run: more where the profile or the engine wants more
-        self.enqueue_ms = 0.0
-
-    def stage(self, images: NDArray[Any]) -> NDArray[Any]:
-        """`images` where the GPU can read them: where they are, or copied into the slot's own pinned memory."""
-        if not (cuda.is_pinned(images) and images.flags.c_contiguous):
-            if self._host_in is None:
-                self._host_in = cuda.pinned_empty((self.device_in.nbytes,), np.uint8)
-            staged = self._host_in[: images.nbytes].view(images.dtype).reshape(images.shape)
-            np.copyto(staged, images)
-            images = staged
-        self.images = images
-        return images
 
 
 class Lane:
@@ -150,3 +112,41 @@ class Lane:
                 raise engine_error(f"{what} failed", messages)
 
             yield refuse
+
+
+class Slot:
+    """The buffers and marks of one batch in flight."""
+
+    def __init__(
+        self, engine: LoadedEngine, lane: Lane, copies_in: cuda.Stream, resources: ExitStack
+    ) -> None:
+        largest = engine.batch_range[1]
+        output_bytes = engine.output_layout(largest).nbytes
+        self.lane = lane
+        self.device_in = resources.enter_context(cuda.DeviceBuffer(engine.input_bytes))
+        self.device_out = resources.enter_context(cuda.DeviceBuffer(output_bytes))
+        self.host_out = cuda.pinned_empty((output_bytes,), np.uint8)
+        # For batches that are not pinned themselves.
+        self._host_in: NDArray[np.uint8] | None = None
+        # Rows that fill up a batch hold zeros or an earlier image, never what lay in the memory before.
+        copies_in.clear(self.device_in)
+        copies_in.synchronize()
+        # Time stamps cost a microsecond each; trtexec sets the same six.
+        self.in_start, self.in_end, self.run_start, self.run_end, self.out_start, self.out_end = (
+            resources.enter_context(cuda.Event(timed=True)) for _ in range(6)
+        )
+        self.images: NDArray[Any] | None = None  # kept alive while the GPU may read it
+        self.count = 0  # images in the batch
+        self.batch = 0  # rows that run: more where the profile or the engine wants more
+        self.enqueue_ms = 0.0
+
+    def stage(self, images: NDArray[Any]) -> NDArray[Any]:
+        """`images` where the GPU can read them: where they are, or copied into the slot's own pinned memory."""
+        if not (cuda.is_pinned(images) and images.flags.c_contiguous):
+            if self._host_in is None:
+                self._host_in = cuda.pinned_empty((self.device_in.nbytes,), np.uint8)
+            staged = self._host_in[: images.nbytes].view(images.dtype).reshape(images.shape)
+            np.copyto(staged, images)
+            images = staged
+        self.images = images
+        return images

@@ -18,17 +18,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtdet.device import DeviceInfo
+from trtdet.cuda import DeviceInfo
+from trtdet.engine.flavor import FLAVORS, Flavor, find_flavor
+from trtdet.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
 from trtdet.errors import EngineError
-from trtdet.runtimes import Outputs
-from trtdet.sidecar import EngineInfo, read_sidecar, sidecar_path
+from trtdet.machine import parse_version
+from trtdet.runtimes.base import Outputs
 from trtdet.spec import OUTPUT_NAMES, Layout, ModelSpec, Nms, Preprocessing
-from trtdet.tensorrt_flavor import FLAVORS, Flavor, find_flavor, parse_version
 
-if TYPE_CHECKING:  # checked against the stubs of TensorRT 10
+if TYPE_CHECKING:
     import tensorrt
 
 logger = logging.getLogger(__name__)
+
 
 #: TensorRT's name of a type -> NumPy's. Those of images and of the four outputs; others mean another kind of model.
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}  # fmt: skip

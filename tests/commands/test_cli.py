@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scripts share at the border, `trtdet.commands.cli` and `trtdet.files`; and their options for files that are not there."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trtdet import files
+from trtdet.commands import eval_coco, infer, visualize
+from trtdet.commands.cli import run_main
+from trtdet.errors import EngineError
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+
+
+def raises(error: BaseException) -> Callable[[], int]:
+    def run() -> int:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run", "status", "message"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 3, 3, ""),
+        (raises(EngineError("two\n  lines")), 1, "error: two lines\n"),
+        (raises(OSError()), 1, "error: OSError\n"),
+        (raises(KeyboardInterrupt()), 130, "interrupted\n"),
+    ],
+)
+def test_exit_status(run: Callable[[], int], status: int, message: str, capsys: Any) -> None:
+    assert run_main(run) == status
+    assert capsys.readouterr().err == message
+
+
+@posix
+def test_sigterm_cleans_up(tmp_path: Path, capsys: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run() -> None:
+        with files.atomic_path(tmp_path / "a.txt"):
+            signal.raise_signal(signal.SIGTERM)
+
+    assert run_main(run) == 143
+    assert capsys.readouterr().err == "terminated\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@posix
+@pytest.mark.parametrize("interrupt", [signal.SIG_IGN, signal.SIG_DFL])
+def test_sigterm_ends_a_background_job(interrupt: Any) -> None:
+    """A shell starts those with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        assert run_main(lambda: signal.raise_signal(signal.SIGTERM)) == 143
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@posix
+def test_sigterm_does_what_ctrl_c_does_at_that_moment() -> None:
+    """As while TensorRT builds, where an exception would end the process."""
+    seen = []
+
+    def run() -> int:
+        before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            raise KeyboardInterrupt  # what the builder makes of it
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    assert run_main(run) == 143
+    assert seen == [signal.SIGINT]
+
+
+def test_run_main_in_another_thread() -> None:
+    status: list[int] = []
+    thread = threading.Thread(target=lambda: status.append(run_main(lambda: 3)))
+    thread.start()
+    thread.join()
+    assert status == [3]
+
+
+def test_check_input(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^--x: expected a file of x, found a directory at "):  # fmt: skip
+        files.check_input(tmp_path, "--x", "a file of x")
+    with pytest.raises(FileNotFoundError, match=r"^--x: expected a file of x, found nothing at "):
+        files.check_input(tmp_path / "no", "--x", "a file of x")
+    (tmp_path / "yes").write_text("")
+    files.check_input(tmp_path / "yes", "--x", "a file of x")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (infer, "-e m.onnx -i in -o out --labels no.txt", "--labels: expected a text file with one class name per line, or the word coco, found nothing at no.txt"),
+        (infer, "-e m.onnx -i in -o out --annotations no.json", "--annotations: expected COCO annotations, such as instances_val2017.json, found nothing at no.json"),
+        (eval_coco, "-e m.onnx -i in -a no.json", "--annotations: expected COCO annotations"),
+        (eval_coco, "-d no.json -a yes.json", "--detections: expected detections in COCO's results format, such as infer.py's detections.json, found nothing at no.json"),
+        (visualize, "-i in -d in -o out -l no.txt", "--labels: expected a text file"),
+        (visualize, "-i in -d in -o out -a in", "--annotations: expected COCO annotations, such as instances_val2017.json, found a directory at in"),
+        (visualize, "-i in -d no -o out", "--detections: expected a directory with TSVs of infer.py, found nothing at no"),
+    ],
+)  # fmt: skip
+def test_files_that_are_missing_are_named(
+    script: Any,
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "yes.json").write_text("{}")
+    assert script.main(arguments.split()) == 1
+    (line,) = capsys.readouterr().err.splitlines()  # one error, whatever the number of images
+    assert line.startswith(f"error: {message}")

@@ -1,0 +1,544 @@
+# SPDX-License-Identifier: Apache-2.0
+
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import toy_detector
+from toy_detector import image
+
+from trtdet import machine
+from trtdet.commands import infer
+from trtdet.detections import Detections
+from trtdet.errors import EngineError
+from trtdet.results import writer as results_writer
+from trtdet.run import benchmark, detect
+from trtdet.runtimes.ort import OnnxRuntime
+from trtdet.spec import ModelSpec
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return toy_detector.save(tmp_path / "toy.onnx")
+
+
+@pytest.fixture(autouse=True)
+def no_threads_are_left() -> Iterator[None]:
+    yield
+    left = [t.name for t in threading.enumerate() if t.name.startswith(("write", "image-batcher"))]
+    assert left == []
+
+
+def run(toy: Path, source: Path, output: Path, *more: str) -> int:
+    return infer.main(
+        ["--engine", str(toy), "--input", str(source), "--output", str(output), *more]
+    )
+
+
+def rows(path: Path) -> list[list[float]]:
+    return [[float(x) for x in line.split("\t")] for line in path.read_text().splitlines()]
+
+
+# ---- what is written
+
+
+def test_one_picture_and_one_tsv_per_image(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    # Twice the network's size, so boxes are twice those of the network: y 2..10 x 4..20 -> x 8..40 y 4..20.
+    image(tmp_path / "in" / "7.png", red=204, green=2, blue=1, size_wh=(96, 64))
+    image(tmp_path / "in" / "12.png", red=255, green=0, blue=0)
+    out = tmp_path / "out"
+    assert run(toy, tmp_path / "in", out) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "12.png",
+        "12.tsv",
+        "7.png",
+        "7.tsv",
+        "detections.json",
+    ]
+    assert rows(out / "7.tsv") == [[8, 4, 40, 20, 0.8, 1], [0, 0, 96, 64, 0.6, 2]]
+    assert (out / "12.tsv").read_text() == ""
+    assert json.loads((out / "detections.json").read_text()) == [
+        {"image_id": 7, "category_id": 20, "bbox": [8, 4, 32, 16], "score": 0.8},
+        {"image_id": 7, "category_id": 30, "bbox": [0, 0, 96, 64], "score": 0.6},
+    ]
+    drawn, plain = cv2.imread(str(out / "7.png")), cv2.imread(str(tmp_path / "in" / "7.png"))
+    assert drawn.shape == (64, 96, 3)
+    assert (drawn[4] != plain[4]).any()  # the top edge of the first box
+    np.testing.assert_array_equal(
+        cv2.imread(str(out / "12.png")), np.full((32, 48, 3), (0, 0, 255))
+    )
+    assert capsys.readouterr().out == f"{out / 'detections.json'}\n"
+
+
+def test_boxes_are_clipped_and_letterboxed(toy: Path, tmp_path: Path) -> None:
+    # 32 wide, 64 high: scale 1/2, 16 x 32 pixels of the 48 x 32 input; the second box covers the padding too.
+    image(tmp_path / "tall.png", red=204, green=2, blue=0, size_wh=(32, 64))
+    assert run(toy, tmp_path / "tall.png", tmp_path / "out", "--no_images") == 0
+    assert rows(tmp_path / "out" / "tall.tsv") == [[8, 4, 32, 20, 0.8, 0], [0, 0, 32, 64, 0.6, 1]]
+    assert not (tmp_path / "out" / "tall.png").exists()
+
+
+def test_header_and_labels_on_request(toy: Path, tmp_path: Path) -> None:
+    image(tmp_path / "a.png", red=204, green=1, blue=2)
+    assert run(toy, tmp_path / "a.png", tmp_path / "out", "--tsv_header") == 0
+    assert (tmp_path / "out" / "a.tsv").read_text() == (
+        "xmin\tymin\txmax\tymax\tscore\tclass\tlabel\n4.000\t2.000\t20.000\t10.000\t0.800000\t2\tplum\n"
+    )
+
+
+def test_labels_file_overrides_the_model(toy: Path, tmp_path: Path) -> None:
+    image(tmp_path / "a.png", red=204, green=1, blue=0)
+    (tmp_path / "names.txt").write_text("A\nB\nC\n")
+    out = tmp_path / "out"
+    more = ("--tsv_header", "--labels", str(tmp_path / "names.txt"))
+    assert run(toy, tmp_path / "a.png", out, *more) == 0
+    assert (out / "a.tsv").read_text().endswith("\t0\tA\n")
+
+
+def test_labels_of_a_model_without_any() -> None:
+    spec = ModelSpec.from_onnx(toy_detector.model())
+    bare = spec.replace(labels=())
+    assert list(detect.pick_labels(None, bare)) == []
+    coco = bare.replace(category_ids=tuple(range(1, 91)))
+    assert detect.pick_labels(None, coco)[0] == "person"
+    assert detect.pick_labels(None, coco)[89] == "toothbrush"
+
+
+def test_names_do_not_collide_and_folders_are_kept(toy: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    image(source / "a.png", red=51, green=1, blue=0)
+    image(source / "a.bmp", red=102, green=1, blue=0)
+    image(source / "deep" / "a.png", red=153, green=1, blue=0)
+    out = tmp_path / "out"
+    assert run(toy, source, out, "--recursive") == 0
+    scores = {str(p.relative_to(out)): rows(p)[0][4] for p in out.rglob("*.tsv")}
+    assert scores == {"a.png.tsv": 0.2, "a.bmp.tsv": 0.4, str(Path("deep/a.tsv")): 0.6}
+    found = json.loads((out / "detections.json").read_text())
+    assert {r["image_id"]: r["score"] for r in found} == {
+        "a.png": 0.2,
+        "a.bmp": 0.4,
+        "deep/a.png": 0.6,
+    }
+
+
+def test_annotations_give_the_image_ids(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    source = tmp_path / "in"
+    for name in ("x.png", "y.png", "new.png"):
+        image(source / name, red=51, green=1, blue=0)
+    (tmp_path / "known.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 31, "file_name": "val/y.png"}, {"id": 32, "file_name": "x.png"}],
+                "annotations": [],
+                "categories": [{"id": 10}],
+            }
+        )
+    )
+    out = tmp_path / "out"
+    assert run(toy, source, out, "--annotations", str(tmp_path / "known.json")) == 0
+    found = json.loads((out / "detections.json").read_text())
+    assert [r["image_id"] for r in found] == [32, 31]
+    assert (out / "new.tsv").exists()
+    assert "does not have 1 of 3 images" in capsys.readouterr().err
+
+
+def test_pictures_do_not_overwrite_the_input(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    path = image(tmp_path / "in" / "a.png", red=51, green=4, blue=0)
+    before = path.read_bytes()
+    assert run(toy, path.parent, path.parent) == 1
+    assert "would overwrite an input image" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_order_is_that_of_the_images(toy: Path, tmp_path: Path) -> None:
+    for number in range(40):  # large and small in turn, so that later ones are done first
+        size = (1500, 1000) if number % 8 == 0 else (48, 32)
+        image(tmp_path / "in" / f"{number:02}.png", red=255 - number, green=1, blue=0, size_wh=size)
+    out = tmp_path / "out"
+    assert run(toy, tmp_path / "in", out, "--batch_size", "3", "--workers", "4") == 0
+    found = json.loads((out / "detections.json").read_text())
+    assert [r["image_id"] for r in found] == list(range(40))
+    assert [round(255 * (1 - r["score"])) for r in found] == list(range(40))
+
+
+# ---- thresholds and batches
+
+
+def test_score_threshold_only_raises(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    image(tmp_path / "a.png", red=204, green=4, blue=0)  # 0.8, 0.6, 0.4, 0.2
+    for option in ("--score_threshold", "--nms_threshold", "-t"):
+        assert run(toy, tmp_path / "a.png", tmp_path / "out", option, "0.4") == 0
+        assert [row[4] for row in rows(tmp_path / "out" / "a.tsv")] == [0.8, 0.6, 0.4]
+    assert "nothing below" not in capsys.readouterr().err
+    strict = toy_detector.save(tmp_path / "strict.onnx", score_threshold=0.5)
+    assert run(strict, tmp_path / "a.png", tmp_path / "out", "-t", "0.1") == 0
+    assert "the model keeps nothing below 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+def test_results_do_not_depend_on_the_batch_size(
+    toy: Path, tmp_path: Path, batch_size: int
+) -> None:
+    for number in range(5):
+        image(tmp_path / "in" / f"{number}.png", red=51 * number, green=number, blue=0)
+    out = tmp_path / "out"
+    assert run(toy, tmp_path / "in", out, "--no_images", "--batch_size", str(batch_size)) == 0
+    assert [len(rows(out / f"{n}.tsv")) for n in range(5)] == [0, 1, 2, 3, 4]
+    assert rows(out / "3.tsv")[0] == [4, 2, 20, 10, 0.6, 0]
+
+
+def test_a_static_batch_is_filled_up(tmp_path: Path, capsys: Any) -> None:
+    static = toy_detector.save(tmp_path / "static.onnx", batch=4)
+    for number in range(6):
+        image(tmp_path / "in" / f"{number}.png", red=255, green=number % 4 + 1, blue=0)
+    out = tmp_path / "out"
+    assert run(static, tmp_path / "in", out, "--no_images") == 0
+    assert [len(rows(out / f"{n}.tsv")) for n in range(6)] == [1, 2, 3, 4, 1, 2]
+    assert run(static, tmp_path / "in", out, "--batch_size", "3") == 1
+    assert "takes 4 to 4 images, got 3" in capsys.readouterr().err
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize("share", [0, 0.5])  # of its bytes
+def test_an_unreadable_image_is_skipped_and_counted(
+    toy: Path, tmp_path: Path, capsys: Any, share: float
+) -> None:
+    source = tmp_path / "in"
+    image(source / "1.png", red=51, green=1, blue=0)
+    broken = image(source / "2.png", red=255, green=4, blue=0, size_wh=(960, 640))
+    broken.write_bytes(broken.read_bytes()[: int(broken.stat().st_size * share)])
+    image(source / "3.png", red=102, green=1, blue=0)
+    out = tmp_path / "out"
+    assert run(toy, source, out, "--batch_size", "2") == 3
+    assert sorted(p.name for p in out.glob("*.tsv")) == ["1.tsv", "3.tsv"]
+    found = json.loads((out / "detections.json").read_text())
+    assert [(r["image_id"], r["score"]) for r in found] == [(1, 0.2), (3, 0.4)]
+    log = capsys.readouterr().err
+    assert re.search(r"skipped: .*2\.png: (cannot be decoded|expected an image)", log)
+    assert "2 images, 2 detections, 1 images skipped" in log
+
+
+def test_no_readable_image_is_an_error(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"")
+    assert run(toy, tmp_path / "in", tmp_path / "out") == 1
+    assert "none of 1 images could be read" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_no_engine_is_an_error(tmp_path: Path, capsys: Any) -> None:
+    image(tmp_path / "a.png", red=51, green=1, blue=0)
+    assert run(tmp_path / "no.onnx", tmp_path / "a.png", tmp_path / "out") == 1
+    assert "found nothing at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--engine", "m.onnx"], "--input and --output are required"),
+        (["--engine", "m.onnx", "--input", "a"], "--input and --output are required"),
+        (["--input", "a", "--output", "b"], "--engine"),
+        (["--engine", "m", "--benchmark", "--output", "b"], "leave --output out"),
+        (["--engine", "m", "--benchmark", "--labels", "b", "-a", "c", "--no_images", "--tsv_header", "-t", "0.4"], "leave --labels, --annotations, --no_images, --tsv_header, --score_threshold out"),
+        (["--engine", "m", "--input", "a", "--output", "b", "--benchmark_json", "x"], "needs --benchmark"),
+        (["--engine", "m", "--input", "a", "--output", "b", "-t", "1.5"], "from 0 to 1"),
+        (["--engine", "m", "--input", "a", "--output", "b", "--batch_size", "0"], "at least 1"),
+        (["--engine", "m", "--input", "a", "--output", "b", "--devices", "0,0"], "different GPU numbers"),
+        (["--engine", "m", "--benchmark", "--threads", "1"], "--threads: is for ONNX files (.onnx), m is taken for an engine"),
+        (["--engine", "m", "--benchmark", "--provider", "cpu"], "--provider: is for ONNX files"),
+        (["--engine", "m.onnx", "--benchmark", "--devices", "0"], "--devices: is for engines, m.onnx is taken for an ONNX file"),
+        (["--engine", "m.onnx", "--benchmark", "--contexts", "1"], "--contexts: is for engines"),
+        (["--engine", "m.onnx", "--benchmark", "--no_cuda_graph"], "--no_cuda_graph: is for engines"),
+        (["--engine", "m.ONNX", "--benchmark", "--plugins", "a.so", "b.so"], "--plugins: is for engines"),
+        (["--engine", "m.onnx", "--benchmark", "--allow_host_code"], "--allow_host_code: is for engines"),
+    ],
+)  # fmt: skip
+def test_usage(argv: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        infer.main(argv)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def detections(count: int = 1) -> Detections:
+    return Detections(
+        np.ones((count, 4), np.float32), np.ones(count, np.float32), np.zeros(count, np.int32)
+    )
+
+
+def writer(output: Path, count: int) -> Any:
+    paths = [Path(f"{n}.jpg") for n in range(count)]
+    spec = ModelSpec.from_onnx(toy_detector.model())
+    return results_writer.result_writer(
+        output,
+        spec,
+        names={path: Path(path.stem) for path in paths},
+        image_ids={path: int(path.stem) for path in paths},
+    )
+
+
+def test_an_output_directory_that_disappears_ends_the_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="has disappeared during the run"):  # noqa: SIM117
+        with writer(out, 200) as results:
+            results.write(results_writer.ImageResult(Path("0.jpg"), detections(), None))
+            out.rename(tmp_path / "elsewhere")
+            for number in range(1, 200):
+                results.write(results_writer.ImageResult(Path(f"{number}.jpg"), detections(), None))
+    # Threads that had passed their check may have made the directory once more, but nobody goes on filling it.
+    assert not (out / "detections.json").exists()
+    assert len(list(out.glob("*.tsv"))) <= machine.available_cores()
+
+
+def test_an_output_directory_that_is_replaced_is_noticed_at_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="has disappeared"), writer(out, 1):
+        out.rename(tmp_path / "elsewhere")
+        out.mkdir()
+
+
+def test_a_result_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match=r"cannot write the results of 1\.jpg"):  # noqa: SIM117
+        with writer(out, 3) as results:
+            (out / "1.tsv").mkdir()  # a directory where the file should go
+            for number in range(3):
+                results.write(results_writer.ImageResult(Path(f"{number}.jpg"), detections(), None))
+    assert not (out / "detections.json").exists()
+    assert list(out.glob(".*")) == []  # no temporary file is left
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX limits")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: detections.json is the first to reach it."""
+    import resource
+
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=r"--output: cannot write \S+/detections\.json: File too large; make room, or choose another directory"):  # fmt: skip  # noqa: SIM117
+            with writer(out, 300) as results:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+                for number in range(300):
+                    results.write(
+                        results_writer.ImageResult(Path(f"{number}.jpg"), detections(), None)
+                    )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (out / "detections.json").exists()
+    assert list(out.glob(".*")) == []
+
+
+def test_an_output_that_is_a_file_is_an_error(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    image(tmp_path / "in" / "a.png", red=51, green=1, blue=0)
+    (tmp_path / "out").write_text("")
+    for output in (tmp_path / "out", tmp_path / "out" / "deep"):
+        assert run(toy, tmp_path / "in", output) == 1
+        assert re.search(rf"error: --output: cannot write {output}/detections\.json: (File exists|Not a directory); make room, or choose another directory", capsys.readouterr().err)  # fmt: skip
+
+
+def test_a_slow_disk_holds_the_runtime_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    write_tsv = results_writer.write_tsv
+
+    def wait_then_write(*args: Any, **options: Any) -> None:
+        go.wait(30)
+        write_tsv(*args, **options)
+
+    monkeypatch.setattr(results_writer, "write_tsv", wait_then_write)
+    taken: list[int] = []
+    with writer(tmp_path / "out", 100) as results:
+
+        def produce() -> None:
+            for number in range(100):
+                results.write(results_writer.ImageResult(Path(f"{number}.jpg"), detections(), None))
+                taken.append(number)
+
+        producer = threading.Thread(target=produce)
+        producer.start()
+        producer.join(0.5)
+        assert producer.is_alive()
+        assert (
+            len(taken) == machine.available_cores() * results_writer.ResultWriter.PENDING_PER_THREAD
+        )
+        go.set()
+        producer.join(30)
+    assert len(taken) == 100
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [r["image_id"] for r in found] == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (EngineError("device lost"), 1, r"error: batch 12: device lost \(images: .*2\.png\)"),
+    ],
+)
+def test_a_run_that_is_cut_off_leaves_no_threads_and_no_json(
+    toy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    for number in range(30):
+        image(tmp_path / "in" / f"{number}.png", red=51, green=1, blue=0)
+    infer_batch, calls = OnnxRuntime.infer, []
+
+    def fail_at_the_third(self: OnnxRuntime, images: Any) -> Any:
+        calls.append(len(images))
+        if len(calls) == 13:  # "2.png", sorted as text: 0 1 10 .. 19 2
+            raise error
+        return infer_batch(self, images)
+
+    monkeypatch.setattr(OnnxRuntime, "infer", fail_at_the_third)
+    out = tmp_path / "out"
+    assert run(toy, tmp_path / "in", out) == status
+    assert re.search(message, capsys.readouterr().err)
+    assert len(calls) == 13
+    assert not (out / "detections.json").exists()
+    assert list(out.glob(".*")) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c(toy: Path, tmp_path: Path) -> None:
+    first = image(tmp_path / "in" / "0.png", red=51, green=4, blue=0, size_wh=(2000, 1500))
+    for number in range(1, 200):
+        os.link(first, tmp_path / "in" / f"{number}.png")
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        infer.__file__,
+        "-e",
+        str(toy),
+        "-i",
+        str(first.parent),
+        "-o",
+        str(out),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(out.glob("*.png")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert log.splitlines()[-1] == "interrupted"
+    assert 0 < len(list(out.glob("*.tsv"))) < 200
+    assert not (out / "detections.json").exists()
+    assert list(out.glob(".*")) == []
+
+
+# ---- --benchmark
+
+
+def test_benchmark_prints_trtexecs_summary(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    image(tmp_path / "in" / "a.png", red=51, green=1, blue=0)
+    report = tmp_path / "bench.json"
+    argv = ["--engine", str(toy), "--input", str(tmp_path / "in"), "--benchmark", "30"]
+    assert infer.main([*argv, "--batch_size", "2", "--benchmark_json", str(report)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    number = r"[\d.e+-]+"
+    time = rf"= {number} ms"
+    patterns = [
+        "=== Performance summary ===",
+        rf"Throughput: {number} qps \({number} images/s\)",
+        rf"Latency: min {time}, max {time}, mean {time}, median {time}, "
+        rf"percentile\(90%\) {time}, percentile\(95%\) {time}, percentile\(99%\) {time}",
+        rf"Total Host Walltime: {number} s",
+        rf"End to end from files: {number} images/s, [\d.]+% of the above",
+    ]
+    assert len(lines) == len(patterns)
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(pattern, line), line
+    data = json.loads(report.read_text())
+    assert (data["batch_size"], data["iterations"], data["warmup"]) == (2, 30, benchmark.WARMUP)
+    assert (data["model"], data["input"]) == ("toy.onnx", "images")
+    latency = data["Latency"]
+    assert 0 < latency["min"] <= latency["median"] <= latency["percentile(90%)"]
+    assert latency["percentile(90%)"] <= latency["percentile(99%)"] <= latency["max"]
+    assert data["Throughput (qps)"] == pytest.approx(30 / data["Total Host Walltime (s)"])
+    assert data["images_per_second"] == pytest.approx(2 * data["Throughput (qps)"])
+    assert data["end_to_end"]["images_per_second"] > 0
+    assert data["machine"]["cpu_cores"] >= 1
+
+
+def test_benchmark_on_noise(toy: Path, capsys: Any) -> None:
+    assert infer.main(["--engine", str(toy), "--benchmark", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "Latency: min" in out
+    assert "End to end" not in out
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_benchmark_of_a_batch_that_does_not_fit_names_the_option(
+    tmp_path: Path, capsys: Any, source: bool
+) -> None:
+    fixed = toy_detector.save(tmp_path / "fixed.onnx", batch=4)
+    image(tmp_path / "a.jpg", red=10, green=20, blue=30)
+    argv = ["--engine", str(fixed), "--benchmark", "5", "--batch_size", "9"]
+    assert infer.main([*argv, *(["--input", str(tmp_path / "a.jpg")] if source else [])]) == 1
+    assert (
+        "error: --batch_size: the model takes 4 to 4 images, got 9; leave it out, or build the engine for it"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "skip", "expected"),
+    [
+        (50, 20, 30 / 60),  # results 21 to 50, two seconds each
+        (5, 20, 5 / 11),  # too few to leave any out
+        (4, 0, 4 / 8),
+    ],
+)
+def test_images_per_second(
+    monkeypatch: pytest.MonkeyPatch, count: int, skip: int, expected: float
+) -> None:
+    now = [0.0]
+
+    def results() -> Iterator[Any]:
+        for _ in range(count):
+            now[0] += 2
+            yield None
+        now[0] += 1  # clearing up
+
+    monkeypatch.setattr(infer.time, "perf_counter", lambda: now[0])
+    assert benchmark.images_per_second(results(), skip=skip) == pytest.approx(expected)
+
+
+def test_benchmark_needs_a_readable_image(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no")
+    assert (
+        infer.main(["--engine", str(toy), "--input", str(tmp_path / "a.jpg"), "--benchmark", "5"])
+        == 1
+    )
+    assert "none of" in capsys.readouterr().err
+
+
+def test_ray_is_asked_for_before_anything_else(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
+    image(tmp_path / "in" / "a.png", red=51, green=1, blue=0)
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--ray", "local") == 1
+    error = capsys.readouterr().err
+    assert "error: --ray needs Ray" in error and "requirements-ray.txt" in error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Q/DQ: what is quantized, how exactly, and that TensorRT-RTX builds it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx.parser
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from trtdet.errors import GraphError
+from trtdet.images.batcher import ImageBatcher
+from trtdet.images.files import find_images
+from trtdet.nms import lowering
+from trtdet.precision import quantization
+from trtdet.precision.body import block_of, conv_layers
+from trtdet.precision.calibration import calibrate
+from trtdet.precision.calibration_cache import CalibrationCache
+from trtdet.precision.floats import to_fp16
+from trtdet.precision.histograms import ChannelStatistics
+from trtdet.precision.quantization import (
+    Equalization,
+    QuantizationOptions,
+    QuantizedType,
+    insert_qdq,
+    predicted_noise,
+)
+from trtdet.spec import ModelSpec, Nms, Preprocessing
+
+CHANNELS = 8
+OUTLIER = 300.0  # the range of one channel over that of the others
+
+
+def mobile_block(*, seed: int = 0, outlier: float = OUTLIER) -> onnx.ModelProto:
+    """An MBConv block and a separable head, with one channel far larger than the rest, as trained EfficientNets have them."""
+    rng = np.random.default_rng(seed)
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[N, 4, 16, 16] images) => (float[N, 4, 16, 16] raw_boxes)
+          <float[4] none = {{0, 0, 0, 0}}>
+        {{
+          ["net/stem/conv"] x0 = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(images, stem_w, none)
+          ["net/blocks_0/expand"] e = Conv<kernel_shape = [1, 1]>(x0, expand_w)
+          e_gate = Sigmoid(e)
+          e_swish = Mul(e, e_gate)
+          ["net/blocks_0/depthwise"] d = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = {CHANNELS}>(e_swish, depthwise_w)
+          d_gate = Sigmoid(d)
+          d_swish = Mul(d, d_gate)
+          mean = GlobalAveragePool(d_swish)
+          ["net/blocks_0/se/conv"] squeezed = Conv<kernel_shape = [1, 1]>(mean, se_w)
+          se_gate = Sigmoid(squeezed)
+          excited = Mul(se_gate, d_swish)
+          ["net/blocks_0/project"] p = Conv<kernel_shape = [1, 1]>(excited, project_w)
+          x1 = Add(p, x0)
+          ["box_net/depthwise"] h = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = 4>(x1, head_depthwise_w)
+          ["box_net/pointwise"] raw_boxes = Conv<kernel_shape = [1, 1]>(h, head_w)
+        }}
+    """)
+    shapes = {
+        "stem_w": (4, 4, 3, 3),
+        "expand_w": (CHANNELS, 4, 1, 1),
+        "depthwise_w": (CHANNELS, 1, 3, 3),
+        "se_w": (CHANNELS, CHANNELS, 1, 1),
+        "project_w": (4, CHANNELS, 1, 1),
+        "head_depthwise_w": (4, 1, 3, 3),
+        "head_w": (4, 4, 1, 1),
+    }
+    weights = {name: rng.normal(size=shape) / np.sqrt(np.prod(shape[1:])) for name, shape in shapes.items()}  # fmt: skip
+    weights["expand_w"][0] *= outlier  # channel 0 is large, and what reads it makes up for that
+    weights["depthwise_w"][0] /= outlier
+    weights["head_depthwise_w"][0] *= outlier
+    weights["head_w"][:, 0] /= outlier
+    model.graph.initializer.extend(
+        numpy_helper.from_array(w.astype(np.float32), name) for name, w in weights.items()
+    )
+    return model
+
+
+def images(count: int, seed: int = 1) -> list[dict[str, NDArray[np.float32]]]:
+    rng = np.random.default_rng(seed)
+    return [{"images": rng.normal(size=(1, 4, 16, 16)).astype(np.float32)} for _ in range(count)]
+
+
+def run(model: onnx.ModelProto, feeds: Sequence[dict[str, Any]], *outputs: str) -> list[NDArray[np.float32]]:  # fmt: skip
+    options = onnxruntime.SessionOptions()
+    # As written: every pair computes what it says.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])  # fmt: skip
+    names = list(outputs) or [session.get_outputs()[0].name]
+    found = [session.run(names, feed) for feed in feeds]
+    return [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
+
+
+def sqnr(model: onnx.ModelProto, cache: CalibrationCache, **options: Any) -> float:
+    """Signal to quantization noise of the output, in decibels."""
+    quantized, _ = insert_qdq(model, cache, QuantizationOptions(**options))
+    feeds = images(8, seed=2)
+    (expected,), (found,) = run(model, feeds), run(quantized, feeds)
+    return float(10 * np.log10(np.square(expected).sum() / np.square(found - expected).sum()))
+
+
+@pytest.fixture(scope="module")
+def cache() -> CalibrationCache:
+    return calibrate(mobile_block(), images(32), "minmax")
+
+
+def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {output: node for node in model.graph.node for output in node.output}
+
+
+def nodes(model: onnx.ModelProto, op: str) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == op]
+
+
+# ---- what is quantized
+
+
+def test_layers_know_their_place() -> None:
+    layers = {layer.name: layer for layer in conv_layers(mobile_block())}
+    assert [layer.block for layer in layers.values()] == [
+        "stem",
+        *["blocks_0"] * 4,
+        *["box_net"] * 2,
+    ]
+    assert layers["net/stem/conv"].macs == 4 * 4 * 9 * 256
+    assert layers["net/blocks_0/depthwise"].macs == CHANNELS * 9 * 256
+    assert [n for n, layer in layers.items() if layer.depthwise] == ["net/blocks_0/depthwise", "box_net/depthwise"]  # fmt: skip
+    assert [n for n, layer in layers.items() if layer.pooled] == ["net/blocks_0/se/conv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("efficientnet-b0/blocks_11/se/conv2d/BiasAdd", "blocks_11"),
+        ("efficientnet-b0/stem/tpu_batch_normalization/FusedBatchNormV3", "stem"),
+        ("fpn_cells/cell_2/fnode4/op_after_combine9/bn/FusedBatchNormV3", "fpn_cells/cell_2"),
+        ("resample_p6/conv2d/BiasAdd", "resample_p6"),
+        ("class_net/class-predict_3/BiasAdd", "class_net"),
+        ("/model.22/cv2/conv/Conv", "model.22"),
+    ],
+)
+def test_blocks_by_name(name: str, block: str) -> None:
+    assert block_of(name) == block
+
+
+def test_every_convolution_but_squeeze_and_excite_reads_int8(cache: CalibrationCache) -> None:
+    model, report = insert_qdq(mobile_block(), cache)
+    onnx.checker.check_model(model, full_check=True)
+    made_by = producers(model)
+    weights = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    for conv in nodes(model, "Conv"):
+        makers = [made_by[n].op_type if n in made_by else "weights" for n in conv.input[:2]]
+        if conv.name == "net/blocks_0/se/conv":
+            assert makers == ["GlobalAveragePool", "weights"]
+        else:
+            assert makers == ["DequantizeLinear", "DequantizeLinear"], conv.name
+    for node in nodes(model, "QuantizeLinear") + nodes(model, "DequantizeLinear"):
+        assert weights[node.input[2]].dtype == np.int8
+        assert not weights[node.input[2]].any()  # symmetric
+    per_channel = [n for n in nodes(model, "DequantizeLinear") if weights[n.input[1]].ndim]
+    assert len(per_channel) == 6
+    for node in per_channel:
+        assert node.attribute[0].i == 0
+        stored = weights[node.input[0]]
+        assert stored.dtype == np.int8
+        assert (np.abs(stored.reshape(len(stored), -1)).max(1) == 127).all()
+    se = CHANNELS * CHANNELS
+    assert report.mac_share == pytest.approx(1 - se / (se + 256 * (144 + 32 + 72 + 32 + 36 + 16)))
+    assert report.kept == {"net/blocks_0/se/conv": "squeeze-and-excite"}
+    assert [(b.name, b.int8_convs, b.convs) for b in report.blocks] == [("stem", 1, 1), ("blocks_0", 3, 4), ("box_net", 2, 2)]  # fmt: skip
+
+
+def test_a_tensor_is_quantized_once(cache: CalibrationCache) -> None:
+    model = mobile_block()
+    extra = onnx.NodeProto()
+    extra.CopyFrom(next(node for node in model.graph.node if node.name == "box_net/depthwise"))
+    extra.name, extra.output[0] = "class_net/depthwise", "class_features"
+    model.graph.node.append(extra)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("class_features", 1, ["N", 4, 16, 16]))  # fmt: skip
+    quantized, _ = insert_qdq(model, cache)
+    made_by = producers(quantized)
+    read = [
+        node.input[0] for node in nodes(quantized, "Conv") if node.name.endswith("net/depthwise")
+    ]
+    assert len(read) == 2
+    assert len(set(read)) == 1
+    assert made_by[made_by[made_by[read[0]].input[0]].input[0]].op_type == "Mul"
+
+
+def test_patterns_and_missing_scales_keep_convolutions(cache: CalibrationCache) -> None:
+    scales = {name: scale for name, scale in cache.scales.items() if name != "h"}
+    without = CalibrationCache(scales, cache.channels)
+    _, report = insert_qdq(mobile_block(), without, QuantizationOptions(keep=("*stem*", "nothing")))
+    assert report.kept == {
+        "net/stem/conv": "asked for ('*stem*')",
+        "net/blocks_0/se/conv": "squeeze-and-excite",
+        "box_net/pointwise": "no scale in the calibration cache",
+    }
+    assert any("asked for ('*stem*')" in line for line in report.lines())
+    model = mobile_block()
+    spec = ModelSpec("toy", Preprocessing((16, 16)), Nms(), (1,), sensitive_nodes=("*project",))
+    spec.attach(model)
+    assert insert_qdq(model, cache)[1].kept["net/blocks_0/project"] == "sensitive ('*project')"
+    assert (
+        "net/blocks_0/project" not in insert_qdq(model, cache, QuantizationOptions(keep=()))[1].kept
+    )
+    with pytest.raises(
+        GraphError, match=r"no scale in the calibration cache.*calibrate this model"
+    ):
+        insert_qdq(mobile_block(), CalibrationCache({"x": 1.0}))
+
+
+def test_a_model_with_its_own_pairs_passes_through(cache: CalibrationCache) -> None:
+    once, report = insert_qdq(mobile_block(), cache)
+    twice, report_again = insert_qdq(once, cache)
+    assert twice is once
+    assert report_again.already
+    assert report_again.blocks == report.blocks
+
+
+def test_residual_additions_stay_in_floating_point(cache: CalibrationCache) -> None:
+    plain, _ = insert_qdq(mobile_block(), cache)
+    assert "x0" in nodes(plain, "Add")[0].input
+
+
+@pytest.mark.parametrize("to", [quantization.INT8, quantization.FP8])
+def test_type_of_pairs_is_read_from_the_model(to: QuantizedType, cache: CalibrationCache) -> None:
+    model, report = insert_qdq(mobile_block(), cache, QuantizationOptions(to=to))
+    assert quantization.own_type(model) is to
+    assert quantization.report_of(model).type_name == report.type_name == to.name
+    for weight in list(model.graph.initializer):  # as other exporters have them
+        if weight.data_type == to.onnx_type:
+            constant = onnx.helper.make_node("Constant", [], [weight.name], value=weight)
+            model.graph.node.insert(0, constant)
+            model.graph.initializer.remove(weight)
+    assert quantization.own_type(model) is to
+    assert quantization.own_type(mobile_block()) is None
+
+
+def test_the_given_model_is_left_alone(cache: CalibrationCache) -> None:
+    model = mobile_block()
+    before = model.SerializeToString()
+    insert_qdq(model, cache)
+    assert model.SerializeToString() == before
+
+
+# ---- how well
+
+
+def test_equalization_saves_channels_beside_an_outlier(cache: CalibrationCache) -> None:
+    model = mobile_block()
+    backbone = {
+        e: sqnr(model, cache, equalize=e, keep=("box_net*",)) for e in ("none", "depthwise")
+    }
+    assert (
+        backbone["none"] < 22
+    )  # one scale for a channel 300 times the others: they round to nothing
+    assert backbone["depthwise"] > 35
+    whole = {e: sqnr(model, cache, equalize=e) for e in ("none", "depthwise", "all")}
+    assert whole["none"] < 3
+    assert whole["depthwise"] < 3  # the head's pointwise convolution mixes such channels, too
+    assert whole["all"] > 30
+
+
+def test_a_shift_gives_one_sided_activations_the_numbers_below_zero() -> None:
+    model = mobile_block(outlier=1.0)
+    feeds = [{"images": 4 * feed["images"]} for feed in images(32)]  # swish far from its dip
+    own = calibrate(model, feeds, "minmax")
+    statistics = own.channels["excited"]
+    weights = numpy_helper.to_array(
+        next(w for w in model.graph.initializer if w.name == "project_w")
+    )
+    noise = {
+        shift: quantization.best_equalization(weights.astype(np.float64), statistics, own.scales["excited"], shift=shift)[1]
+        for shift in (False, True)
+    }  # fmt: skip
+    assert noise[True] < 0.9 * noise[False]  # most of it is the weights' error, which stays
+    found, _ = insert_qdq(model, own)
+    assert any(node.name == "excited/shifted" for node in nodes(found, "Sub"))
+
+
+def test_factors_behind_a_convolution_cost_no_node(cache: CalibrationCache) -> None:
+    model, report = insert_qdq(mobile_block(), cache)
+    assert "in 'box_net/depthwise'" in report.equalized["box_net/pointwise"]
+    assert report.equalized["net/blocks_0/depthwise"] == "depthwise"
+    multiplied = {node.input[0] for node in nodes(model, "Mul") if node.name.endswith("/scaled")}
+    assert "h" not in multiplied
+    assert {"e_swish", "x1"} <= multiplied
+
+
+def test_equalization_is_exact_in_floating_point(cache: CalibrationCache) -> None:
+    """With the rounding taken out again, what is left is the model as it was."""
+    model, _ = insert_qdq(mobile_block(), cache, QuantizationOptions(correct_bias=False))
+    feeds = images(2)
+    (expected,) = run(mobile_block(), feeds)
+    for node in nodes(
+        model, "QuantizeLinear"
+    ):  # a step of a millionth of the scale, in as many bits as it takes
+        node.op_type = "Identity"
+        del node.input[1:]
+    for node in nodes(model, "DequantizeLinear"):
+        if len(node.attribute) == 0:
+            node.op_type = "Identity"
+            del node.input[1:]
+    (found,) = run(model, feeds)
+    # Only the weights are rounded now, 1/254 of the largest of their channel at most.
+    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+
+
+def test_bias_takes_up_the_mean_error(cache: CalibrationCache) -> None:
+    model = mobile_block()
+    feeds = [{"images": feed["images"] + 3} for feed in images(16, seed=3)]  # a mean far from zero
+    shifted = calibrate(model, feeds, "minmax")
+    (expected,) = run(_with_output(mobile_block(), "x0"), feeds, "x0")
+    errors = {}
+    for correct in (False, True):
+        options = QuantizationOptions(correct_bias=correct, keep=("*blocks_0*", "box_net*"))
+        (found,) = run(_with_output(insert_qdq(model, shifted, options)[0], "x0"), feeds, "x0")
+        inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # padding is left aside
+        errors[correct] = np.abs((found - expected)[inner].mean((0, 2, 3))).max()
+    assert errors[True] < 0.2 * errors[False]
+
+
+def _with_output(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    model.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
+    return model
+
+
+def test_predicted_noise_is_what_rounding_does() -> None:
+    rng = np.random.default_rng(5)
+    weights = rng.normal(size=(16, 32, 1, 1))
+    x = rng.normal(size=(32, 20_000)) * rng.exponential(size=(32, 1)) * 3
+    scale = np.abs(x).max() / 127
+    noise = float(np.mean((np.rint(x / scale) * scale - x) ** 2))
+    values = (x.min(1), x.max(1), x.mean(1), (x**2).mean(1))
+    statistics = ChannelStatistics(*(v.astype(np.float32) for v in values), noise=noise)
+    rows = weights[:, :, 0, 0]
+    for factors in (None, 1 / np.sqrt(np.abs(x).max(1))):
+        f = np.ones(32) if factors is None else factors * scale * 127 / (factors * np.abs(x).max(1)).max()  # fmt: skip
+        steps = quantization.weight_scales((rows / f).astype(np.float32))[:, None]
+        got = (np.rint(rows / f / steps) * steps) @ (np.rint(x * f[:, None] / scale) * scale)
+        measured = float(np.square(got - rows @ x).mean(1).sum())
+        equalization = None if factors is None else Equalization(f, np.zeros(32))
+        predicted = predicted_noise(weights, statistics, equalization, scale)
+        assert predicted == pytest.approx(measured, rel=0.3)
+
+
+# ---- FP8, float16 scales, and no pairs at all
+
+
+def test_fp8_rounds_as_onnx_does() -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(size=4000) * 10.0 ** rng.uniform(-4, 2.6, 4000), [0, 2**-10, 3 * 2**-10, 2**-9, 447, 449, 1e4, -17, -0.0173]])  # fmt: skip
+    rounded = quantization.round_to(values, quantization.FP8)
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["": 19]>
+        g (float[N] x, float[M] narrow) => (float[N] y, float8e4m3fn[M] bits)
+          <float one = {1}>
+        { q = QuantizeLinear<saturate = 1>(x, one, zero) y = DequantizeLinear(q, one) bits = QuantizeLinear<saturate = 1>(narrow, one, zero) }
+    """)  # fmt: skip
+    zero = onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+    model.graph.initializer.append(zero)
+    exact, bits = rounded[np.abs(rounded) > 0], quantization._fp8_bits(rounded[np.abs(rounded) > 0])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])  # fmt: skip
+    feed = {"x": values.astype(np.float32), "narrow": exact.astype(np.float32)}
+    expected = session.run(["y"], feed)[0]
+    np.testing.assert_array_equal(rounded, expected)
+    assert rounded.max() == 448 and len(np.unique(np.abs(rounded))) > 100
+    # The bits say the same: ONNX reads them back.
+    stored = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT8E4M3FN, bits.shape, bits.tobytes(), raw=True)  # fmt: skip
+    np.testing.assert_array_equal(numpy_helper.to_array(stored).astype(np.float64), exact)
+
+
+def test_fp8_pairs(cache: CalibrationCache) -> None:
+    options = QuantizationOptions(to=quantization.FP8)
+    model, report = insert_qdq(mobile_block(), cache, options)
+    onnx.checker.check_model(model, full_check=True)
+    assert report.type_name == "FP8" and report.lines()[0].startswith("FP8: ")
+    assert report.equalized == {} and report.mac_share > 0.99
+    weights = {w.name: w for w in model.graph.initializer}
+    for node in nodes(model, "QuantizeLinear"):
+        scale = numpy_helper.to_array(weights[node.input[1]])
+        assert scale == pytest.approx(cache.scales[node.input[0]] * 127 / 448)
+        assert weights[node.input[2]].data_type == onnx.TensorProto.FLOAT8E4M3FN
+    again = quantization.report_of(model)
+    assert again.already and again.type_name == "FP8" and again.blocks == report.blocks
+    # An exponent of its own: the outlier channel costs nothing, as it does where INT8 has no help.
+    assert sqnr(mobile_block(), cache, to=quantization.FP8) > 22
+    assert sqnr(mobile_block(), cache, equalize="none") < 15
+
+
+def test_scales_of_fp16_are_numbers_of_fp16_and_cut_nothing_off(cache: CalibrationCache) -> None:
+    scales = np.array([1e-9, 3e-8, 1e-6, 0.1, 0.5, 1000.1, 65504, 1e6], np.float32)
+    got = quantization.fp16_at_least(scales)
+    assert (got[:-1] == got[:-1].astype(np.float16)).all() and (got >= scales).all()
+    assert got[0] == 2**-24 and got[4] == 0.5 and got[-1] == 1e6  # nothing there: as it was
+    np.testing.assert_allclose(got[3:-1], scales[3:-1], rtol=2**-10)
+    model, _ = insert_qdq(mobile_block(), cache, QuantizationOptions(fp16_scales=True))
+    weights = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    for node in nodes(model, "DequantizeLinear"):
+        scale = weights[node.input[1]]
+        assert (scale == scale.astype(np.float16)).all()
+    assert sqnr(mobile_block(), cache, fp16_scales=True) > sqnr(mobile_block(), cache) - 1
+
+
+def test_the_rest_becomes_fp16_without_casts_between(cache: CalibrationCache) -> None:
+    quantized, _ = insert_qdq(mobile_block(), cache, QuantizationOptions(fp16_scales=True))
+    narrow, report = to_fp16(quantized)
+    onnx.checker.check_model(narrow, full_check=True)
+    assert report.casts == 1 and report.kept == ()  # behind the last convolution
+    kinds = {w.name: w.data_type for w in narrow.graph.initializer}
+    made_by = producers(narrow)
+    for node in nodes(narrow, "QuantizeLinear"):  # the input's is float32, as the input is
+        wide = node.input[0] == "images"
+        assert kinds[node.input[1]] == (onnx.TensorProto.FLOAT if wide else onnx.TensorProto.FLOAT16)  # fmt: skip
+    for conv in nodes(narrow, "Conv"):
+        for name in conv.input[:2]:
+            if name in made_by and made_by[name].op_type == "DequantizeLinear":
+                assert kinds[made_by[name].input[1]] == onnx.TensorProto.FLOAT16
+    feeds = images(8, seed=2)
+    (expected,), (found,) = run(quantized, feeds), run(narrow, feeds)
+    assert np.square(found - expected).mean() < 1e-3 * np.square(expected).mean()
+
+
+def test_convolutions_kept_in_float32_are_float32_beside_fp16(cache: CalibrationCache) -> None:
+    options = QuantizationOptions(fp16_scales=True, keep=("net/blocks_0/*",))
+    narrow, report = to_fp16(insert_qdq(mobile_block(), cache, options)[0], keep_fp32=("net/blocks_0/*",))  # fmt: skip
+    onnx.checker.check_model(narrow, full_check=True)
+    kinds = {w.name: w.data_type for w in narrow.graph.initializer}
+    wide = {n.name for n in nodes(narrow, "Conv") if kinds.get(n.input[1]) == onnx.TensorProto.FLOAT}  # fmt: skip
+    assert wide == {f"net/blocks_0/{name}" for name in ("expand", "depthwise", "se/conv", "project")}  # fmt: skip
+    assert {n.name for n in report.kept} == wide and all(n.asked for n in report.kept)
+    # A convolution in INT8 whose output does not fit FP16 has its pairs in float32, too.
+    narrow, report = to_fp16(insert_qdq(mobile_block(), cache, QuantizationOptions(fp16_scales=True))[0], ranges={"e": 1e5})  # fmt: skip
+    onnx.checker.check_model(narrow, full_check=True)
+    made_by = producers(narrow)
+    (expand,) = (n for n in nodes(narrow, "Conv") if n.name == "net/blocks_0/expand")
+    kinds = {w.name: w.data_type for w in narrow.graph.initializer}
+    assert [kinds[made_by[name].input[1]] for name in expand.input[:2]] == [onnx.TensorProto.FLOAT] * 2  # fmt: skip
+    assert len(report.warnings()) == 3 and report.casts <= 3
+
+
+def test_without_pairs_the_rescaled_model_is_the_same_function(cache: CalibrationCache) -> None:
+    options = QuantizationOptions(correct_bias=False)
+    rescaled, scales, report = quantization.prepare_implicit(mobile_block(), cache, options)
+    assert not nodes(rescaled, "QuantizeLinear") and not nodes(rescaled, "DequantizeLinear")
+    quantized, explicit = insert_qdq(mobile_block(), cache, options)
+    assert (report.blocks, report.kept, report.equalized) == (explicit.blocks, explicit.kept, explicit.equalized)  # fmt: skip
+    feeds = images(8, seed=2)
+    (expected,), (found,) = run(mobile_block(), feeds), run(rescaled, feeds)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    # What convolutions read has the scale that its pair would have had.
+    weights = {w.name: numpy_helper.to_array(w) for w in quantized.graph.initializer}
+    for node in nodes(quantized, "QuantizeLinear"):
+        assert scales.scales[node.input[0]] == pytest.approx(float(weights[node.input[1]]), rel=1e-6)  # fmt: skip
+    assert cache.scales.items() <= scales.scales.items()
+    with pytest.raises(GraphError, match="brings its own Q/DQ, which needs no calibrator"):
+        quantization.prepare_implicit(quantized, cache)
+
+
+# ---- a real detector
+
+
+@pytest.fixture(scope="module")
+def tiny_int8(tiny_onnx: Path) -> onnx.ModelProto:
+    model = onnx.load(tiny_onnx)
+    spec = ModelSpec.from_onnx(model)
+    photos = find_images(Path(__file__).resolve().parents[2] / "examples" / "images")
+    with ImageBatcher(photos, spec.preprocessing, 4) as batches:
+        cache = calibrate(model, ({model.graph.input[0].name: b.images} for b in batches))
+    return insert_qdq(model, cache)[0]
+
+
+def test_pairs_of_a_real_detector(tiny_int8: onnx.ModelProto) -> None:
+    made_by = producers(tiny_int8)
+    layers = conv_layers(tiny_int8)
+    report = quantization.report_of(tiny_int8)
+    assert report.mac_share > 0.99
+    for layer in layers:
+        assert (made_by[layer.input].op_type == "DequantizeLinear") != layer.pooled, layer.name
+        assert (layer.weight in made_by) != layer.pooled, layer.name
+    (plugin,) = (node for node in tiny_int8.graph.node if node.op_type == lowering.PLUGIN_OP)
+    assert {made_by[name].op_type for name in plugin.input[:2]} == {"Concat"}
+
+
+def test_tensorrt_rtx_builds_it(tiny_int8: onnx.ModelProto) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
+    messages: list[tuple[Any, str]] = []
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            messages.append((severity, message))
+
+    logger = Log()
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(lowering.lower(tiny_int8, "graph").SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]  # fmt: skip
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    profile = builder.create_optimization_profile()
+    profile.set_shape(network.get_input(0).name, *[(n, *network.get_input(0).shape[1:]) for n in (1, 1, 4)])  # fmt: skip
+    config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    assert plan is not None, messages[-3:]
+    complaints = [m for severity, m in messages if "scale" in m.lower() and "missing" in m.lower()]
+    assert complaints == []

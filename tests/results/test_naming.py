@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trtdet.results.naming import check_not_inputs, output_names, with_suffix_added, write_png
+
+ROOT = Path("in")
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["a.jpg", "b.png"], ["a", "b"]),  # as the old sample
+        (["a.jpg", "a.png", "b.png"], ["a.jpg", "a.png", "b"]),  # a shared stem
+        (["a.jpg", "A.png"], ["a.jpg", "A.png"]),  # one file where case does not count
+        (["x/a.jpg", "y/a.png", "a.jpg"], ["x/a", "y/a", "a"]),  # folders are mirrored
+        (["a.jpg", "a.jpg.bmp", "a.png"], ["a.jpg", "a.jpg.bmp", "a.png"]),  # a stem that meets a full name
+        (["a.b.jpg", "a.c.jpg"], ["a.b", "a.c"]),  # only the last suffix goes
+    ],
+)  # fmt: skip
+def test_output_names(files: list[str], names: list[str]) -> None:
+    assert output_names([ROOT / file for file in files], ROOT) == [Path(name) for name in names]
+
+
+def test_a_single_image_is_its_own_root() -> None:
+    assert output_names([ROOT / "sub" / "a.jpg"], ROOT / "sub" / "a.jpg") == [Path("a")]
+
+
+def test_names_never_collide_and_never_lose_an_image() -> None:
+    stems = ["a", "a.jpg", "a.png", "a.jpg.jpg", "b"]
+    paths = [ROOT / f"{stem}{suffix}" for stem in stems for suffix in (".jpg", ".png", ".bmp")]
+    for count in range(1, len(paths) + 1):
+        names = output_names(paths[:count], ROOT)
+        assert len({str(name).casefold() for name in names}) == count
+
+
+def test_a_suffix_is_added_not_replaced() -> None:
+    assert with_suffix_added(Path("x/a.jpg"), ".tsv") == Path("x/a.jpg.tsv")
+
+
+def test_an_image_outside_the_root_is_an_error() -> None:
+    with pytest.raises(ValueError, match="elsewhere"):
+        output_names([Path("elsewhere/a.jpg")], ROOT)
+
+
+def test_inputs_are_not_overwritten(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    check_not_inputs([tmp_path / "b.png"], [image])
+    with pytest.raises(ValueError, match=r"a\.png would overwrite an input image"):
+        check_not_inputs([tmp_path / "sub" / ".." / "a.png"], [image])
+
+
+def test_write_png_keeps_every_pixel(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    write_png(tmp_path / "new" / "a.png", image)
+    with Image.open(tmp_path / "new" / "a.png") as written:
+        np.testing.assert_array_equal(np.asarray(written), image)

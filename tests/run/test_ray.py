@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--ray` on a real Ray cluster of two workers on this machine, and what of trtdet/run/ray_cluster.py needs none."""
+
+import json
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import toy_detector
+
+from trtdet.commands import cli, infer
+from trtdet.detections import Detections
+from trtdet.errors import EngineError
+from trtdet.run import ray, ray_cluster
+from trtdet.run.options import RunOptions
+from trtdet.run.ray_cluster import Results, Workers, plan_workers
+from trtdet.spec import METADATA_KEY, ModelSpec
+
+pytest.importorskip("ray.data", reason="needs requirements-ray.txt")
+
+IMAGES = 60
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_detector.save(tmp_path_factory.mktemp("toy") / "toy.onnx")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of which every one has other detections, and a file that is none."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(IMAGES):
+        path = folder / f"{number:03d}.png"
+        toy_detector.image(path, red=100 + number, green=number % 5, blue=number % 2)
+    (folder / "030b.jpg").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(toy: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of one process."""
+    output = tmp_path_factory.mktemp("alone")
+    arguments = ["--engine", str(toy), "--input", str(photos), "--output", str(output)]
+    assert infer.main([*arguments, "--no_images"]) == 3
+    return output
+
+
+def check_outputs(output: Path, alone: Path, photos: Path) -> None:
+    """The same files to the last byte, and the same numbers in detections.parquet."""
+    expected = {path.name: path.read_bytes() for path in alone.iterdir()}
+    found = {path.name: path.read_bytes() for path in output.iterdir()}
+    parquet = pyarrow.parquet.read_table(output / "detections.parquet")
+    del found["detections.parquet"]
+    assert found == expected
+    spec = ModelSpec.from_dict(json.loads(parquet.schema.metadata[METADATA_KEY.encode()]))
+    assert spec.category_ids == toy_detector.CATEGORY_IDS
+    rows = parquet.to_pylist()
+    assert [row["path"] for row in rows] == [str(path) for path in sorted(photos.iterdir())]
+    assert [row["path"][-8:] for row in rows if row["error"]] == ["030b.jpg"]
+    entries = json.loads((output / "detections.json").read_text())
+    scores = [score for row in rows for score in row["scores"] or ()]
+    np.testing.assert_allclose(scores, [entry["score"] for entry in entries], atol=1e-6)
+
+
+def ray_main(toy: Path, photos: Path, output: Path) -> int:
+    arguments = ["--engine", str(toy), "--input", str(photos), "--output", str(output)]
+    return infer.main([*arguments, "--ray", "local", "--ray_workers", "2"])
+
+
+# ---- without a cluster
+
+
+@pytest.mark.parametrize(
+    ("resources", "wanted", "threads", "on_gpu", "expected"),
+    [
+        ({"CPU": 2}, None, 1, False, Workers(2, 1, 0)),
+        ({"CPU": 16, "GPU": 4}, None, 4, False, Workers(4, 4, 0)),  # a CPU run takes no GPU
+        ({"CPU": 16, "GPU": 4}, None, 1, True, Workers(4, 4, 1)),  # the cores are shared out
+        ({"CPU": 16, "GPU": 4}, 2, 1, True, Workers(2, 8, 1)),
+        ({"CPU": 2, "GPU": 4}, None, 1, True, Workers(4, 1, 1)),
+    ],
+)
+def test_workers_are_what_fits(resources, wanted, threads, on_gpu, expected):
+    assert plan_workers(resources, wanted=wanted, threads=threads, on_gpu=on_gpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "wanted", "on_gpu", "message"),
+    [
+        ({"CPU": 8}, None, True, "some workers of a GPU each do not fit a cluster of 8 CPU cores and 0 GPUs"),
+        ({"CPU": 2}, 3, False, "3 workers of 1 CPU cores each do not fit.*--ray_workers"),
+    ],
+)  # fmt: skip
+def test_workers_that_do_not_fit_are_refused(resources, wanted, on_gpu, message):
+    with pytest.raises(ValueError, match=message):
+        plan_workers(resources, wanted=wanted, threads=1, on_gpu=on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("images", "multiple", "expected"),
+    [(1, 8, 8), (100, 8, 8), (129, 8, 16), (10**6, 8, 256), (10**6, 48, 288), (0, 1, 1)],
+)
+def test_chunks_are_multiples_of_the_batch(images, multiple, expected):
+    assert Workers(2, 1, 0).chunk_size(images, multiple) == expected
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_keep_every_bit(turned):
+    random = np.random.default_rng(0)
+    boxes, scores = random.random((3, 4), np.float32), random.random(3, np.float32)
+    angles = random.random(3, np.float32) if turned else None
+    full = Detections(boxes, scores, np.array([2, 0, 1], np.int32), angles)
+    empty = Detections(boxes[:0], scores[:0], np.zeros(0, np.int32), None if angles is None else angles[:0])  # fmt: skip
+    table = ray_cluster.to_table(
+        [(Path("/a"), full), (Path("/b"), empty), (Path("/c"), "no image")]
+    )
+    *detections, error = [ray_cluster.from_row(row) for row in table.to_pylist()]
+    assert error == "no image"
+    for found, expected in zip(detections, (full, empty), strict=True):
+        for name in ("boxes_xyxy", "scores", "class_ids", "angles"):
+            one, other = getattr(found, name), getattr(expected, name)
+            assert (one is None) == (other is None)
+            if one is not None:
+                np.testing.assert_array_equal(one, other)
+                assert one.dtype == other.dtype
+
+
+def test_results_of_another_run_are_not_mixed_in(tmp_path):
+    with Results(tmp_path / "partial", {"engine": "a"}) as results:
+        results.add(ray_cluster.to_table([(Path("/a.jpg"), "broken")]))
+    with Results(tmp_path / "partial", {"engine": "a"}) as again:
+        assert again.done == {"/a.jpg"}
+    with pytest.raises(ValueError, match="another model or other options; finish that one, or remove the folder"):  # fmt: skip
+        Results(tmp_path / "partial", {"engine": "b"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--triton", "grpc://h/m", "--ray", "local"],
+        ["--engine", "m", "--ray", "local", "--benchmark"],
+        ["--engine", "m", "--ray", "local", "--devices", "0,1"],
+        ["--engine", "m", "--ray_workers", "2"],
+    ],
+)
+def test_wrong_usage(options):
+    with pytest.raises(SystemExit) as status:
+        infer.parse_args([*options, *([] if "--benchmark" in options else ["-i", "a", "-o", "b"])])
+    assert status.value.code == 2
+
+
+# ---- on a cluster
+
+
+def test_two_workers_write_what_one_process_writes(toy, photos, alone, tmp_path, capsys):
+    assert ray_main(toy, photos, tmp_path / "found") == 3
+    assert capsys.readouterr().out.splitlines()[-1].endswith("detections.json")
+    check_outputs(tmp_path / "found", alone, photos)
+
+
+def test_a_run_that_was_broken_off_goes_on(toy, photos, alone, tmp_path, capsys):
+    cli.setup_logging()
+    output = tmp_path / "found"
+    options = RunOptions(score_threshold=0.0)
+    half = sorted(photos.iterdir())[: IMAGES // 2]
+    detector = ray.PathDetector(toy, RunOptions())
+    with Results(output / ray.PARTIAL, ray.ray_identity(toy, options)) as results:
+        results.add(ray_cluster.to_table(detector(half)))
+    assert ray_main(toy, photos, output) == 3
+    log = capsys.readouterr().err
+    assert f"{IMAGES // 2} of {IMAGES + 1} images are done already" in log
+    assert f"workers: {IMAGES // 2 + 1} images" in log
+    check_outputs(output, alone, photos)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with ray_cluster.connect("local") as resources:
+        yield resources
+
+
+def test_a_killed_worker_loses_nothing(cluster, toy, photos, alone, tmp_path):
+    pids = tmp_path / "pids"
+    pids.mkdir()
+
+    class Slow(ray.PathDetector):
+        """Says who it is and takes its time, so that a worker can be killed at its work."""
+
+        def __call__(self, paths):
+            (pids / str(os.getpid())).touch()
+            time.sleep(0.3)
+            return super().__call__(paths)
+
+    paths = sorted(photos.iterdir())
+    make = partial(Slow, toy, RunOptions(provider="cpu", threads=1, workers=1))
+    with Results(tmp_path / "partial", {}) as results:
+        killed = 0
+        for table in ray_cluster.detect(paths, make, Workers(2, 1, 0), batch_size=4):
+            results.add(table)
+            if not killed:
+                killed = int(next(pids.iterdir()).name)
+                os.kill(killed, signal.SIGKILL)
+        found = list(results.write_in_order(paths, tmp_path / "all.parquet", toy_detector_spec()))
+    assert len(list(pids.iterdir())) == 3  # two, and the one in the place of the dead
+    assert [path for path, _ in found] == paths
+    single = ray.PathDetector(toy, RunOptions(provider="cpu", threads=1))(paths)
+    expected = ray_cluster.to_table(sorted(single, key=lambda item: item[0])).to_pylist()
+    assert ray_cluster.to_table(found).to_pylist() == expected
+
+
+def toy_detector_spec() -> ModelSpec:
+    return ModelSpec.from_onnx(toy_detector.model())
+
+
+def test_an_error_of_a_worker_is_one_line(cluster, tmp_path):
+    make = partial(ray.PathDetector, tmp_path / "none.onnx", RunOptions())
+    with pytest.raises(EngineError, match=r"^--ray: a worker failed: .*found nothing at .*none\.onnx$"):  # fmt: skip
+        list(ray_cluster.detect([tmp_path / "a.jpg"], make, Workers(1, 1, 0), batch_size=1))
+
+
+def test_no_cluster_is_one_line(monkeypatch):
+    import ray
+
+    def refuse(*_, **__):
+        raise ConnectionError("Failed to connect\nto Ray cluster")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(EngineError, match=r"no Ray cluster at h:1 \(Failed to connect to Ray cluster\); give HOST:PORT"),
+        ray_cluster.connect("h:1"),
+    ):  # fmt: skip
+        pass

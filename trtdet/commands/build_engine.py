@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build a TensorRT engine from an ONNX file that create_onnx.py wrote.
+
+  build_engine.py --onnx d0.onnx --engine d0.engine --precision fp16 --batch_size 1,4,8
+
+writes d0.engine, which trtexec, Triton and DeepStream load too, and d0.engine.json, which tells infer.py and eval_coco.py what it
+is. TensorRT-RTX builds without a GPU. With --save_onnx, what TensorRT is given is written as an ONNX file, precision included:
+it runs in ONNX Runtime (BF16 not on a CPU), and on a Jetson `trtexec --onnx=FILE --stronglyTyped --saveEngine=d0.engine` builds the same engine
+without Python.
+
+  build_engine.py --onnx d0.onnx --engine d0.engine --precision int8 --calib_input photos --calib_cache d0.cache
+
+measures the activations once, in ONNX Runtime, and puts convolutions in INT8 (QuantizeLinear/DequantizeLinear pairs), the rest in
+FP16. docs/int8.md says what it costs. --precision fp8 does the same in FP8, for GPUs from Ada (8.9) on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trtdet import files
+from trtdet.commands import cli
+from trtdet.commands.options import (
+    add_calibration_options,
+    calibration_from,
+    check_calibration_usage,
+)
+from trtdet.engine.flavor import FLAVORS, Flavor, find_flavor
+from trtdet.engine.options import (
+    BuildOptions,
+    parse_batch,
+    parse_batch_range,
+    parse_gib,
+    parse_sizes,
+)
+from trtdet.errors import GraphError
+from trtdet.precision.options import PRECISIONS, QUANTIZED_PRECISIONS, RESTS, Int8Options
+
+if TYPE_CHECKING:
+    from trtdet.engine.build import Built
+    from trtdet.engine.sidecar import EngineInfo
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    onnx_path: Path,
+    options: BuildOptions,
+    *,
+    engine_path: Path | None,
+    save_onnx: Path | None = None,
+    flavor_name: str | None = None,
+    check_input: Path | None = None,
+    int8: Int8Options = Int8Options(),
+) -> None:
+    """Build `onnx_path` into `engine_path`, or only prepare it, and print what came out.
+
+    Raises:
+        OSError, GraphError: the ONNX file is missing or not what stage 1 writes.
+        EngineError: no TensorRT, or it cannot do what is asked, or failed.
+        ValueError: a calibration cache of something else, or images that cannot be read.
+    """
+    from trtdet.engine import build, support
+    from trtdet.engine.sidecar import write_engine
+    from trtdet.precision.prepare import (
+        STRONGLY_TYPED,
+        load_model,
+        prepare,
+        prepare_quantized,
+    )
+
+    start = time.monotonic()
+    sidecar = engine_path.with_name(engine_path.name + ".json") if engine_path else None
+    files.check_outputs([engine_path, sidecar, save_onnx], [onnx_path])
+    if options.timing_cache:
+        files.check_writable(options.timing_cache)
+    flavor = None
+    if engine_path:
+        flavor = find_flavor(flavor_name)
+        support.check_options(flavor, options)
+        logger.info("%s", flavor)
+    model, spec = load_model(onnx_path)
+    if engine_path:
+        size = build.choose_size(spec.preprocessing, options.size)
+        spec = spec.replace(preprocessing=size)
+    if options.precision in QUANTIZED_PRECISIONS:
+        target = support.target_of(flavor, options) if flavor else STRONGLY_TYPED
+        prepared = prepare_quantized(
+            model, spec, options.precision, options.rest, int8, target, check_input
+        )
+    else:
+        prepared = prepare(model, spec, options.precision, check_input, int8)
+    if save_onnx:
+        files.write_bytes(save_onnx, prepared.typed.SerializeToString())
+    if flavor and engine_path:
+        built = build.build(flavor, prepared, options, spec.preprocessing)
+        info = build.describe(
+            flavor,
+            built,
+            options,
+            spec=spec,
+            onnx_path=onnx_path,
+            quantization=prepared.quantization,
+        )
+        info = write_engine(engine_path, built.plan, info)
+        print(summary(flavor, built, info, time.monotonic() - start))
+        print(engine_path)
+    else:
+        print(save_onnx)
+
+
+def summary(flavor: Flavor, built: Built, info: EngineInfo, seconds: float) -> str:
+    """A few lines for the reader: what was built and what it took."""
+    target = ", ".join(info.compute_capabilities)
+    sizes = ", input " + "x".join(map(str, info.spec.preprocessing.size_hw))
+    if size_range := info.spec.preprocessing.size_range:
+        sizes += " of {}x{} to {}x{}".format(*size_range[0], *size_range[1])
+    if not target:
+        target = "8.0 and later" if flavor.is_rtx else "this GPU"
+    rows = {
+        "engine": f"{flavor}, compute capability {target}, batch {info.batch}{sizes}",
+        "precision": str(built.shares),
+        "size": f"{len(built.plan) / 2**20:.1f} MiB",
+        "time": f"{seconds:.1f} s, of which {built.seconds:.1f} s in the builder",
+    }
+    return "\n".join(f"{name:<10}{value}" for name, value in rows.items())
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # fmt: off
+    parser.add_argument("-o", "--onnx", required=True, type=Path, metavar="FILE", help="the ONNX file of create_onnx.py")
+    parser.add_argument("-e", "--engine", type=Path, metavar="FILE", help="write the engine here, and FILE.json beside it")
+    parser.add_argument("-p", "--precision", default="fp16", choices=PRECISIONS, help="of the network; preprocessing, box decoding and NMS are always float32 (default: fp16)")
+    parser.add_argument("--rest_precision", dest="rest", default="fp16", choices=RESTS, help="with int8 and fp8, of what is not in 8 bits (default: %(default)s)")
+    parser.add_argument("-b", "--batch_size", type=parse_batch, metavar="N|MIN,OPT,MAX", help="batch sizes the engine takes; OPT is the one it is tuned for (default: the ONNX file's, 1 where that is dynamic)")
+    parser.add_argument("-d", "--dynamic_batch_size", dest="batch_size", type=parse_batch_range, metavar="MIN,OPT,MAX", help="the same as --batch_size MIN,OPT,MAX")
+    parser.add_argument("--input_size", type=parse_sizes, metavar="SIZE|MIN,OPT,MAX", help="sizes of the input of a model that has no fixed one (create_onnx.py --input_shape N,-1,-1,3): a number or HEIGHTxWIDTH each, as in 320x416,640x640,1280x1280; OPT is the one it is tuned for (default: the ONNX file's, alone)")
+    parser.add_argument("--save_onnx", type=Path, metavar="FILE", help="write the ONNX model with its precision applied; without --engine, that is all (needs no TensorRT)")
+    parser.add_argument("--fp16_check_input", type=Path, metavar="PATH", help="images to check on whether FP16 holds the activations (default: a photograph that comes with this)")
+    keep = parser.add_argument_group("what stays out of it", "PATTERN is of names of nodes in the ONNX file, for int8 and fp8 of convolutions, such as '*/stem/*'; each option may be given several times")
+    keep.add_argument("--keep_fp16", nargs="+", action="extend", default=[], metavar="PATTERN", help="these stay in FP16 rather than int8 or fp8, beside those that the ONNX file names as sensitive")
+    keep.add_argument("--keep_fp32", nargs="+", action="extend", default=[], metavar="PATTERN", help="these stay float32")
+    keep.add_argument("--precision_json", type=Path, metavar="FILE", help="what tune_precision.py found for this model")
+    int8 = parser.add_argument_group("INT8 and FP8")
+    add_calibration_options(int8)
+    int8.add_argument("--weak_typing", action="store_true", help="INT8 through TensorRT's calibrator, and FP16 by flag (TensorRT to 10; always with --dla_core)")
+    where = parser.add_argument_group("where it runs")
+    where.add_argument("--flavor", choices=list(FLAVORS), help="which TensorRT builds it (default: the first of these that is installed)")
+    where.add_argument("--compute_capability", type=lambda text: tuple(text.split(",")), default=(), metavar="8.9[,12.0]", help="GPUs to build for, which need not be here (TensorRT-RTX; default: all from 8.0 on)")
+    where.add_argument("--dla_core", type=int, metavar="N", help="build for this DLA core of a Jetson; the GPU does what it cannot")
+    where.add_argument("--version_compatible", action="store_true", help="the engine runs on later releases of TensorRT too")
+    where.add_argument("--hardware_compatible", action="store_true", help="the engine runs on every GPU from Ampere on")
+    where.add_argument("--strip", action="store_true", help="leave the weights out; refitting them from the ONNX file is the application's, infer.py does not")
+    how = parser.add_argument_group("how it is built")
+    how.add_argument("-w", "--workspace", type=parse_gib, metavar="GIB", help="scratch memory that a layer may use (default: the GPU's memory)")
+    how.add_argument("--timing_cache", type=Path, metavar="FILE", help="reuse the timings in this file, and keep new ones there: later builds are faster")
+    how.add_argument("--optimization_level", type=int, choices=range(6), metavar="0..5", help="from a fast build to a fast engine (default: TensorRT's, 3)")
+    how.add_argument("--plugins", type=Path, nargs="+", action="extend", default=[], metavar="LIB.so", help="libraries of plugins that the model uses; may be given several times")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show TensorRT's own messages too")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if not args.engine and not args.save_onnx:
+        parser.error("nothing to write: give --engine, --save_onnx or both")
+    if not args.engine and (
+        args.flavor or options_from(args) != BuildOptions(args.precision, rest=args.rest)
+    ):
+        parser.error(
+            "without --engine nothing is built: leave out all but --onnx, --precision, --rest_precision, --save_onnx, --fp16_check_input, "
+            "--calib_..., --keep_... and --precision_json"
+        )
+    if args.fp16_check_input and "fp16" not in (args.precision, args.rest if args.precision in QUANTIZED_PRECISIONS else ""):  # fmt: skip
+        parser.error(
+            "--fp16_check_input goes with --precision fp16, or int8 and fp8 with the rest in fp16"
+        )
+    check_kept_usage(parser, args)
+    check_int8_usage(parser, args)
+    written = [path for path in (args.engine, args.save_onnx, args.calib_cache) if path]
+    if args.engine and args.engine.suffix.lower() == ".onnx":
+        parser.error(f"--engine: an engine, not ONNX; did you mean --save_onnx {args.engine}?")
+    if args.onnx in written or len(set(written)) < len(written):
+        parser.error("--onnx, --engine, --save_onnx and --calib_cache: expected different files")
+    return args
+
+
+def check_kept_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What stays out of a precision, with a precision that it can stay out of."""
+    if args.keep_fp16 and (args.precision not in QUANTIZED_PRECISIONS or args.rest != "fp16"):
+        parser.error("--keep_fp16 goes with --precision int8 and fp8, with the rest in fp16")
+    if (args.keep_fp32 or args.precision_json) and args.precision in ("fp32", "tf32"):
+        parser.error(f"--keep_fp32 and --precision_json do not go with --precision {args.precision}: all of it is float32")  # fmt: skip
+    if args.rest != "fp16" and args.precision not in QUANTIZED_PRECISIONS:
+        parser.error("--rest_precision goes with --precision int8 and fp8")
+
+
+def check_int8_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options of calibration with INT8 and FP8 alone, and these with something to get scales from."""
+    if args.precision not in QUANTIZED_PRECISIONS:
+        if calibration_from(args) != Int8Options() or args.calib_batches:
+            parser.error("--calib_... goes with --precision int8 and fp8")
+        return
+    check_calibration_usage(parser, args)
+    if args.calib_input or (args.calib_cache and args.calib_cache.is_file()):
+        return
+    if args.onnx.is_file() and _brings_qdq(args.onnx):
+        return
+    found = f" (nothing at {args.calib_cache})" if args.calib_cache else ""
+    parser.error(
+        f"--precision {args.precision} takes images to calibrate on, --calib_input DIR, or an existing --calib_cache FILE{found}"
+    )
+
+
+def _brings_qdq(path: Path) -> bool:
+    from trtdet.precision import quantization
+    from trtdet.precision.prepare import load_model
+
+    try:
+        return quantization.own_type(load_model(path)[0]) is not None
+    except (OSError, GraphError):
+        return False
+
+
+def int8_from(args: argparse.Namespace) -> Int8Options:
+    """The options of calibration, and of what is kept, of a parsed command line."""
+    return dataclasses.replace(
+        calibration_from(args),
+        keep_fp16=tuple(args.keep_fp16),
+        keep_fp32=tuple(args.keep_fp32),
+        precision_file=args.precision_json,
+    )
+
+
+def options_from(args: argparse.Namespace) -> BuildOptions:
+    """The build options of a parsed command line."""
+    return BuildOptions(
+        precision=args.precision,
+        rest=args.rest,
+        weak_typing=args.weak_typing,
+        batch=args.batch_size,
+        size=args.input_size,
+        workspace_gib=args.workspace,
+        timing_cache=args.timing_cache,
+        compute_capabilities=args.compute_capability,
+        dla_core=args.dla_core,
+        plugins=tuple(args.plugins),
+        version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible,
+        strip=args.strip,
+        optimization_level=args.optimization_level,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    cli.setup_logging(args.verbose)
+    return cli.run_main(
+        lambda: run(
+            args.onnx,
+            options_from(args),
+            engine_path=args.engine,
+            save_onnx=args.save_onnx,
+            flavor_name=args.flavor,
+            check_input=args.fp16_check_input,
+            int8=int8_from(args),
+        )
+    )

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert a trained detector to an ONNX file that ends in EfficientNMS, ready for build_engine.py, trtexec or infer.py.
+
+  create_onnx.py --saved_model efficientdet-d0 --onnx d0.onnx
+
+Input size, normalisation, anchors, classes and NMS are read from the model; options override. The result is compared with the
+source, on a photograph, before it is written: the exit status is 1 when it differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trtdet import files
+from trtdet.commands import cli
+from trtdet.families import FAMILIES
+from trtdet.labels import read_labels
+from trtdet.spec import PREPROCESSORS, Layout, ModelSpec
+
+if TYPE_CHECKING:
+    from trtdet.convert.conversion import Options
+    from trtdet.graph.map_op import OpMapping
+
+logger = logging.getLogger(__name__)
+
+
+def run(source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool) -> None:
+    """Convert, verify, write; on stdout the differences and the path of the file."""
+    from trtdet.convert.conversion import convert, open_source, provenance, size_text
+    from trtdet.convert.verification import verify
+
+    files.check_outputs([onnx_path, options.raw_path], [source_path] if is_onnx else [])
+    with open_source(source_path, is_onnx=is_onnx, mappings=options.map_ops) as source:
+        logger.info("read %s", source_path)
+        model, reading = convert(source, options)
+        if options.verify:
+            for difference in verify(source, reading, model):
+                sys.stdout.write(
+                    f"{difference.name}: max abs difference {difference.maximum:.3g}, mean {difference.mean:.3g}\n"
+                )
+        else:
+            logger.warning("not verified (--no_verify)")
+    spec = ModelSpec.from_onnx(model)
+    spec.replace(source=provenance(source_path)).attach(model)
+    files.write_bytes(onnx_path, model.SerializeToString())
+    logger.info(
+        "%s %s, batch %s, %d classes, mean %s, std %s",
+        spec.family, size_text(spec.preprocessing.size_hw), options.batch or "free", spec.num_classes,
+        spec.preprocessing.mean, spec.preprocessing.std,
+    )  # fmt: skip
+    form = options.nms_form if spec.selection == "nms" else spec.selection
+    logger.info("NMS (%s): %s", form, spec.nms)
+    sys.stdout.write(f"{onnx_path}\n")
+
+
+def parse_input_shape(text: str) -> tuple[int | None, tuple[int, int] | None, Layout]:
+    """argparse type: '1,512,512,3', 'N,3,512,512', '-1,-1,-1,3' -> batch, (height, width), layout; None: free."""
+    fields = [field.strip() for field in text.split(",")]
+    free = fields[0] in ("N", "n", "-1", "")
+    try:
+        batch = None if free else int(fields[0])
+        a, b, c = (int(field) for field in fields[1:])
+    except ValueError:
+        a = b = c = 0
+        batch = None
+    size_hw = (a, b) if c == 3 else (b, c)
+    wrong_size = min(size_hw) < 1 and size_hw != (-1, -1)
+    if (c == 3) == (a == 3) or wrong_size or (batch is not None and batch < 1):
+        raise argparse.ArgumentTypeError(
+            "expected N,HEIGHT,WIDTH,3 or N,3,HEIGHT,WIDTH, N a number or -1 for a free batch, HEIGHT and WIDTH numbers or both -1, "
+            f"got {text!r}"
+        )
+    return batch, None if size_hw == (-1, -1) else size_hw, "NHWC" if c == 3 else "NCHW"
+
+
+def parse_mapping(text: str) -> OpMapping:
+    """argparse type: 'CustomOp=PluginName[:version]'."""
+    from trtdet.graph.map_op import OpMapping
+
+    try:
+        return OpMapping.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # fmt: off
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("-m", "--saved_model", type=Path, metavar="DIR", help="SavedModel directory (or an ONNX file)")
+    source.add_argument("--source_onnx", type=Path, metavar="FILE", help="ONNX file of the model: needs no TensorFlow")
+    parser.add_argument("-o", "--onnx", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
+    parser.add_argument("--family", default="auto", choices=["auto", *FAMILIES], help="kind of detector (default: recognise it)")
+    shape = parser.add_argument_group("input")
+    shape.add_argument("--input_shape", type=parse_input_shape, metavar="N,H,W,3|N,3,H,W", help="batch, size and layout; N or -1: free batch; -1,-1 for H,W: free size, where the model has that (default: free batch, the model's size, NHWC)")
+    shape.add_argument("-i", "--input_size", type=cli.parse_size, metavar="H,W", help="the size alone, for a model that takes any; it can only confirm that of another")
+    shape.add_argument("-f", "--input_format", choices=["NHWC", "NCHW"], help="the layout alone (default: NHWC)")
+    shape.add_argument("--input_dtype", choices=["float32", "uint8"], help="uint8 moves a quarter of the bytes (default: as the model's own code resizes: uint8 for YOLO, else float32)")
+    shape.add_argument("-p", "--preprocessor", choices=sorted(PREPROCESSORS), help="normalise like this, whatever the model says; unit: RGB 0 to 1 (default: as the model)")
+    shape.add_argument("--resize_mode", choices=["letterbox", "stretch"], help="keep the aspect of images or not (default: as the model was trained)")
+    detections = parser.add_argument_group("detections")
+    detections.add_argument("-t", "--score_threshold", "--nms_threshold", type=cli.unit_interval, metavar="X", help="lowest score to keep (default: the model's)")
+    detections.add_argument("--iou_threshold", type=cli.positive_unit_interval, metavar="X", help="overlap from which NMS suppresses (default: the model's)")
+    detections.add_argument("-d", "--max_detections", "--nms_detections", type=cli.positive_int, metavar="K", help="detections per image (default: the model's)")
+    detections.add_argument("--nms_mode", default="model", choices=["model", "per_class", "class_agnostic"], help="which boxes compete (default: as the model)")
+    detections.add_argument("--nms", default="plugin", choices=["plugin", "onnx", "graph", "none"], help="EfficientNMS_TRT, ONNX NonMaxSuppression, ordinary operators, or no NMS (default: plugin; later stages replace it where it is missing)")
+    detections.add_argument("--legacy_plugins", action="store_true", help="BatchedNMS_TRT instead, for TensorRT before 8")
+    detections.add_argument("--labels", type=Path, metavar="FILE", help="class names to store in the model, one a line")
+    detections.add_argument("--rotated_nms", choices=["exact", "odtk", "probiou"], help="overlap of turned boxes: of their true outlines, as ODTK's own kernel computes it, or as Ultralytics does (default: probiou for YOLO, else exact)")
+    other = parser.add_argument_group("other")
+    other.add_argument("--opset", type=int, choices=range(11, 19), metavar="11..18", help="ONNX opset (default: 17, or 11 with --legacy_plugins; an ONNX source keeps its own if that is at least 13)")
+    other.add_argument("--tf2onnx", type=Path, metavar="FILE", help="keep the raw conversion of the network here")
+    other.add_argument("--deformable_attention", choices=["keep", "plugin", "gather"], help="GridSample as it is, as MultiscaleDeformableAttnPlugin_TRT, or in ordinary operators (default: gather)")
+    other.add_argument("--map_op", type=parse_mapping, action="append", default=[], metavar="OP=PLUGIN[:VERSION]", help="replace a custom operator of an ONNX source by a TensorRT plugin; may be repeated. ONNX Runtime does not know plugins: takes --no_verify")
+    other.add_argument("--no_verify", action="store_true", help="write without comparing with the source")
+    other.add_argument("-v", "--verbose", action="store_true")
+    # fmt: on
+    args = parser.parse_args(_bind_input_shape(sys.argv[1:] if argv is None else argv))
+    names_size = args.input_shape and args.input_shape[1]
+    if args.input_shape and (args.input_format or (names_size and args.input_size)):
+        parser.error(
+            "--input_shape says size and layout; leave out --input_size and --input_format"
+        )
+    if args.map_op and not args.source_onnx:
+        parser.error("--map_op edits an ONNX file; give --source_onnx")
+    if args.map_op and not args.no_verify:
+        parser.error(
+            "--map_op puts in plugins that ONNX Runtime cannot run, so nothing can be compared; add --no_verify"
+        )
+    if args.legacy_plugins and args.nms != "plugin":
+        parser.error(f"--legacy_plugins is a form of NMS of its own; leave out --nms {args.nms}")
+    return args
+
+
+def _bind_input_shape(argv: Sequence[str]) -> list[str]:
+    """'--input_shape', '-1,512,512,3' as one word: argparse takes a value that starts with a dash for an option."""
+    words = list(argv)
+    for position, word in enumerate(words[:-1]):
+        if word == "--input_shape":
+            words[position : position + 2] = [f"{word}={words[position + 1]}"]
+            break
+    return words
+
+
+def options_from(args: argparse.Namespace) -> Options:
+    """The options of a parsed command line.
+
+    Raises:
+        ValueError, OSError: the label file cannot be read.
+    """
+    from trtdet.convert.conversion import Options
+    from trtdet.families.base import Hints
+
+    batch: int | None = None
+    layout: Layout = args.input_format or "NHWC"
+    size_hw: tuple[int, int] | None = args.input_size
+    if args.input_shape:
+        batch, named, layout = args.input_shape
+        size_hw = named or size_hw
+    labels = tuple(read_labels(args.labels)) if args.labels else ()
+    return Options(
+        family=args.family,
+        batch=batch,
+        size_hw=size_hw,
+        free_size=bool(args.input_shape and not args.input_shape[1]),
+        layout=layout,
+        input_dtype=args.input_dtype,
+        preprocessor=args.preprocessor,
+        score_threshold=args.score_threshold,
+        iou_threshold=args.iou_threshold,
+        max_detections=args.max_detections,
+        nms_mode=args.nms_mode,
+        nms_form="legacy" if args.legacy_plugins else args.nms,
+        labels=labels,
+        hints=Hints(
+            size_hw=size_hw,
+            preprocessor=args.preprocessor,
+            resize=args.resize_mode,
+            labels=labels,
+            rotated_nms=args.rotated_nms,
+            deformable_attention=args.deformable_attention,
+        ),
+        opset=args.opset or (11 if args.legacy_plugins else None),
+        raw_path=args.tf2onnx,
+        map_ops=tuple(args.map_op),
+        verify=not args.no_verify,
+        settled=frozenset(
+            name
+            for name in ("score_threshold", "iou_threshold", "nms_mode", "preprocessor")
+            if getattr(args, name) not in (None, "model")
+        ),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    cli.setup_logging(args.verbose)
+    source = args.saved_model or args.source_onnx
+    is_onnx = source is args.source_onnx or source.suffix.lower() == ".onnx"
+    return cli.run_main(lambda: run(source, args.onnx, options_from(args), is_onnx=is_onnx))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a detector with COCO's metric: run it over the annotated images of a directory and print its mAP.
+
+    eval_coco.py --engine model.engine --input val2017 --annotations instances_val2017.json --output metrics.json
+    eval_coco.py --detections detections.json --annotations instances_val2017.json
+
+The metric is pycocotools' over ALL images that are both in the directory and in the annotation file, those without any detection
+included. Images are found by the annotation file's file_name. --detections FILE keeps the detections in COCO's results format;
+without --engine such a file is evaluated instead (of infer.py, or of any other program): over the images in --input where that
+is given, else over all images of the annotation file.
+
+An mAP needs the detections of low score too: convert with create_onnx.py --score_threshold 0.001.
+
+Exit status: 0 done; 1 an error, or no image could be read; 2 wrong usage; 3 done, but some images could not be read (each is
+named on stderr; all their objects count as missed).
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from trtdet import files
+from trtdet.commands.cli import SOME_SKIPPED, run_main, setup_logging
+from trtdet.commands.options import add_model_options, add_run_options, parse_run_args
+from trtdet.run.options import RunOptions
+from trtdet.runtimes.options import TritonUrl
+
+logger = logging.getLogger(__name__)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_options(parser, required=False)
+    # fmt: off
+    parser.add_argument("-i", "--input", type=Path, metavar="PATH", help="a directory of images, or one image")
+    parser.add_argument("-a", "--annotations", type=Path, required=True, metavar="FILE", help="COCO annotations, such as instances_val2017.json")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the metrics to this file, as JSON")
+    parser.add_argument("-d", "--detections", type=Path, metavar="FILE", help="with --engine: write the detections there (COCO results format); without: evaluate those in it")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw precision over recall to this picture file (.png, .svg, .pdf)")
+    parser.add_argument("-p", "--automl_path", type=Path, metavar="DIR", help="run AutoML's own coco_metric too, from this checkout of google/automl (needs TensorFlow)")
+    # fmt: on
+    add_run_options(parser)
+    args = parse_run_args(parser, argv)
+    if args.engine and not args.input:
+        parser.error("--engine needs --input, the images")
+    if args.plot and args.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot: expected a name that ends in .png, .svg or .pdf, got {args.plot}")
+    if not args.engine and not args.detections:
+        parser.error(
+            "--engine is required, or --triton (or --detections alone, to evaluate a file)"
+        )
+    return args
+
+
+def run(
+    annotations_path: Path,
+    options: RunOptions,
+    *,
+    engine: Path | TritonUrl | None = None,
+    source: Path | None = None,
+    detections: Path | None = None,
+    output: Path | None = None,
+    plot: Path | None = None,
+    automl_path: Path | None = None,
+) -> int:
+    """Evaluate; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
+    from trtdet.results import coco
+    from trtdet.results.coco import ANNOTATIONS
+    from trtdet.run.evaluate import AUTOML_CAVEAT, automl_metrics, read_detections, run_model
+
+    if automl_path and not (automl_path / "efficientdet" / "coco_metric.py").is_file():
+        raise ValueError(
+            f"--automl_path: expected efficientdet/coco_metric.py in {automl_path}, found none; "
+            "clone https://github.com/google/automl"
+        )
+    if engine:
+        model = engine if isinstance(engine, Path) else None
+        files.check_outputs([output, plot, detections], [annotations_path, model])
+    else:
+        files.check_outputs([output, plot], [annotations_path, detections])
+    files.check_input(annotations_path, *ANNOTATIONS)
+    if detections is not None and not engine:
+        files.check_input(detections, "--detections", "detections in COCO's results format, such as infer.py's detections.json")  # fmt: skip
+    annotations = coco.read_annotations(annotations_path)
+    if engine is not None and source is not None:
+        done = run_model(engine, source, annotations, options)
+        if detections:
+            files.write_text(detections, json.dumps(done.results) + "\n")
+    elif detections is not None:
+        done = read_detections(detections, source, annotations, options)
+    else:
+        raise ValueError("expected engine and source, or detections")
+    if not done.results:
+        logger.warning("no detections at all")
+    evaluation = coco.evaluate(annotations, done.results, done.image_ids)
+    report = {**evaluation.metrics, "images": len(done.image_ids), **done.report}
+    turned = evaluation.iou_type == "segm"
+    if turned:
+        report["iou_type"] = evaluation.iou_type
+    print(f"{len(done.image_ids)} images, {len(done.results)} detections" + (" (turned boxes: overlap of their corners' polygons)" if turned else ""))  # fmt: skip
+    print(coco.metrics_table(evaluation.metrics))
+    if automl_path and turned:
+        raise ValueError("--automl_path: AutoML's metric knows no turned boxes; leave it out")
+    if automl_path and done.results:
+        report["automl"] = automl_metrics(automl_path, annotations, done.results)
+        print(f"\nAutoML's coco_metric. {AUTOML_CAVEAT}.")
+        print(coco.metrics_table(report["automl"]))
+    if output:
+        files.write_text(output, json.dumps(report, indent=2) + "\n")
+        logger.info("wrote %s", output)
+    if plot:
+        title = f"{(engine or detections or annotations_path).name}: AP {report['AP']:.4f}, {len(done.image_ids)} images"
+        coco.plot_precision_recall(plot, evaluation, title=title)
+        logger.info("wrote %s", plot)
+    return SOME_SKIPPED if done.skipped else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    setup_logging(args.verbose)
+    return run_main(
+        lambda: run(
+            args.annotations,
+            RunOptions.from_args(args),
+            engine=args.engine,
+            source=args.input,
+            detections=args.detections,
+            output=args.output,
+            plot=args.plot,
+            automl_path=args.automl_path,
+        ),
+    )

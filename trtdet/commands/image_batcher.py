@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn image files into batches for a network. Run alone, it shows what the network sees.
+
+    image_batcher.py --model model.onnx --input photos --output seen
+
+writes one PNG per image, the pixels that the network gets (rounded, where it takes floats), and prints how each image was scaled.
+
+Exit status: 0 every image is shown; 1 an error; 2 wrong usage; 3 done, but some images could not be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trtdet.commands.cli import SOME_SKIPPED, positive_int, run_main, setup_logging
+from trtdet.commands.options import add_size_options, check_size_usage
+from trtdet.images.options import Resample
+from trtdet.spec import ModelSpec, Preprocessing
+
+if TYPE_CHECKING:
+    from trtdet.geometry import ResizeTransform
+    from trtdet.images.preprocess import ShorterSide
+
+logger = logging.getLogger(__name__)
+
+
+# ---- run alone
+
+
+def read_preprocessing(model: Path) -> Preprocessing:
+    """What the host has to feed to a model: from an ONNX file's metadata, or from the `.json` beside an engine.
+
+    Raises:
+        FileNotFoundError, GraphError, EngineError: no such file, or nothing in it that says so.
+    """
+    from trtdet.engine.sidecar import read_sidecar, sidecar_path
+
+    if model.suffix.lower() == ".onnx":
+        import onnx
+
+        return ModelSpec.from_onnx(onnx.load(model, load_external_data=False), model).preprocessing
+    info = read_sidecar(model)
+    if info is None:
+        raise FileNotFoundError(
+            f"--model: expected an ONNX file of create_onnx.py, or an engine of build_engine.py with its .json, found no "
+            f"{sidecar_path(model)}; --size H,W does without"
+        )
+    return info.spec.preprocessing
+
+
+def show(
+    images: Sequence[Path],
+    root: Path,
+    output: Path,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 8,
+    resample: Resample | None = None,
+    resize: ShorterSide | None = None,
+) -> int:
+    """Write what the network sees of each image, and print how it was scaled.
+
+    Returns:
+        The number of images that could not be read.
+    """
+    from trtdet.images.batcher import ImageBatcher
+    from trtdet.images.preprocess import to_picture
+    from trtdet.results.naming import check_not_inputs, output_names, with_suffix_added, write_png
+
+    names = dict(zip(images, output_names(images, root), strict=True))
+    targets = {path: output / with_suffix_added(name, ".png") for path, name in names.items()}
+    check_not_inputs(targets.values(), images)
+    height, width = preprocessing.size_hw
+    size = f"of {resize.shorter} to {resize.longer}" if resize else f"{width} x {height}"
+    print(
+        f"network input {size} {preprocessing.layout} {preprocessing.dtype}, "
+        f"{preprocessing.resize}, padding {preprocessing.pad_rgb}"
+    )
+    print(f"{'source':>13} {'scale x':>9} {'scale y':>9} {'in network':>13}  picture")
+    with ImageBatcher(
+        images, preprocessing, batch_size, resample=resample, resize=resize
+    ) as batches:
+        for batch in batches:
+            for seen, path, transform in zip(
+                batch.images, batch.paths, batch.transforms, strict=True
+            ):
+                write_png(targets[path], to_picture(seen, preprocessing))
+                print(
+                    _table_row(transform, preprocessing, resize), targets[path].relative_to(output)
+                )
+            batch.release()
+    return len(batches.failures)
+
+
+def _table_row(
+    transform: ResizeTransform, preprocessing: Preprocessing, resize: ShorterSide | None
+) -> str:
+    from trtdet.images.preprocess import placement_of
+
+    source_w, source_h = transform.source_wh
+    scale = resize.scale((source_h, source_w)) if resize else None
+    (height, width), _ = placement_of((source_h, source_w), preprocessing, scale)
+    source, inside = f"{source_w} x {source_h}", f"{width} x {height}"
+    scale_x, scale_y = transform.scale_xy
+    return f"{source:>13} {scale_x:>9.5f} {scale_y:>9.5f} {inside:>13} "
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # fmt: off
+    parser.add_argument("-m", "--model", type=Path, help="ONNX file, or engine with its .json, that says how images are prepared")
+    parser.add_argument("-i", "--input", type=Path, required=True, help="an image, or a directory of images")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory for the PNGs")
+    parser.add_argument("-b", "--batch_size", type=positive_int, default=8, help="images per batch (default: %(default)s)")
+    parser.add_argument("--resample", choices=["bilinear", "antialias"], help="bilinear as TensorFlow does it, or antialiased as Pillow does it (default: as the model was trained)")
+    parser.add_argument("--recursive", action="store_true", help="search sub-folders too")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
+    # fmt: on
+    add_size_options(
+        parser,
+        size_help="size of the network input, where the model leaves it open; without --model, of AutoML's letterbox",
+    )
+    args = parser.parse_args(argv)
+    check_size_usage(parser, args)
+    if not args.model and not args.size:
+        parser.error("give --model, or --size H,W to see AutoML's letterbox without a model")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+
+    args = parse_args(argv)
+    setup_logging(args.verbose)
+
+    def run() -> int:
+        from trtdet.images.files import find_images
+        from trtdet.images.preprocess import IMAGENET_MEAN, choose_input
+
+        preprocessing, resize = Preprocessing(args.size, pad_rgb=IMAGENET_MEAN), None
+        if args.model:
+            preprocessing, resize = choose_input(
+                read_preprocessing(args.model),
+                size=args.size,
+                resize=args.resize,
+                max_size=args.max_size,
+            )
+        images = find_images(args.input, recursive=args.recursive)
+        failed = show(
+            images,
+            args.input,
+            args.output,
+            preprocessing,
+            batch_size=args.batch_size,
+            resample=args.resample,
+            resize=resize,
+        )
+        logger.info("%d of %d images shown", len(images) - failed, len(images))
+        print(args.output)
+        return SOME_SKIPPED if failed else 0
+
+    return run_main(run)

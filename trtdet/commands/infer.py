@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find objects in images: one picture and one TSV per image, and detections.json.
+
+    infer.py --engine model.engine --input photos --output found
+    infer.py --engine model.onnx --input photo.jpg --output found --score_threshold 0.4
+    infer.py --engine model.engine --input photos --benchmark
+    infer.py --triton grpc://localhost:8001/model --input photos --output found
+    infer.py --engine model.engine --input photos --output found --ray local
+
+The output directory gets, for photos/a.jpg:
+
+    a.png            the image with its detections drawn in
+    a.tsv            one line per detection, tab separated: xmin ymin xmax ymax score class;
+                     pixels of the source image, class counted from 0
+    detections.json  all images, COCO results format. image_id is the number in the file name where
+                     every file name is a different number (as COCO's are), else the file name; with
+                     --annotations it is the id that file gives the image.
+
+--ray shares the images among the workers of a Ray cluster, one per GPU, or per core (--threads) for an ONNX file. The outputs are the same,
+but for the pictures, and detections.parquet has one row per image. A run that was broken off goes on where it was when it is started again.
+
+Memory does not grow with the number of images. Decoded images, height x width x 3 bytes each, are held one per core; to draw pictures on also
+those of the batches ahead (two, or two images per core) and in flight (three per GPU), and four per core that wait for the disk: for 16 cores, batches
+of 8 and photographs of 12 megapixels 5 GB. --no_images does without them, and --batch_size and --workers make them fewer.
+
+A JPEG that ends too early counts as one that cannot be read. One that is damaged in the middle does not: libjpeg decodes it with wrong pixels from there on,
+and says so on stderr ("Corrupt JPEG data") without the name of the file.
+
+Boxes are cut to the image. One that lies outside altogether, in the padding, is left without width or height; it is kept, as COCO's
+metric counts it too.
+
+--benchmark reports what trtexec's performance summary reports, under the same names: throughput; minimum, maximum, mean, median and
+percentiles of latency (copy in + compute + copy out), enqueue time, H2D, GPU compute and D2H. trtexec's numbers for the same are those of
+
+    trtexec --loadEngine=model.engine --shapes=INPUT:8x512x512x3 --iterations=200 --duration=0 --useCudaGraph
+
+with TensorRT 8.6 to 10, and with --includeDataTransfers --noSpinWait instead of --useCudaGraph from 11 on; for the latencies with --exposeDMA
+too, as here they are taken in a pass of their own, one batch after the other. With several GPUs, throughput is that of all together,
+latencies and times are those of the first. "End to end from files" adds decoding and resizing.
+
+Exit status: 0 every image is done; 1 an error, or no image could be read; 2 wrong usage;
+3 done, but some images could not be read (each is named on stderr).
+"""
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from trtdet import files
+from trtdet.commands.cli import SOME_SKIPPED, positive_int, run_main, setup_logging
+from trtdet.commands.options import add_model_options, add_run_options, parse_run_args
+from trtdet.labels import read_labels
+from trtdet.run.options import RunOptions
+from trtdet.runtimes.options import TritonUrl
+
+logger = logging.getLogger(__name__)
+
+
+#: Below this score a model guesses: its pictures are full of boxes.
+CLUTTER_THRESHOLD = 0.05
+
+#: Options of what is written, by their names here -> on the command line: a benchmark writes nothing.
+NOT_MEASURED = {
+    "output": "--output",
+    "labels": "--labels",
+    "annotations": "--annotations",
+    "no_images": "--no_images",
+    "tsv_header": "--tsv_header",
+    "score_threshold": "--score_threshold",
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_options(parser, required=True)
+    # fmt: off
+    parser.add_argument("-i", "--input", type=Path, metavar="PATH", help="an image, or a directory of images")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where pictures, TSVs and detections.json go; made if missing")
+    parser.add_argument("-l", "--labels", metavar="FILE", help="class names, one per line; 'coco' for COCO's; default: those in the model, COCO's for 90 classes")
+    parser.add_argument("-a", "--annotations", type=Path, metavar="FILE", help="COCO annotations that give the images their ids in detections.json")
+    parser.add_argument("--no_images", action="store_true", help="write no pictures")
+    parser.add_argument("--tsv_header", action="store_true", help="TSVs get a first line with the column names and a seventh column with the label")
+    parser.add_argument("--benchmark", type=positive_int, nargs="?", const=200, metavar="ITERATIONS", help="measure instead: this many batches (default 200) after a warm-up, in trtexec's terms (above); with --input also from files, decoding included, else on noise")
+    parser.add_argument("--benchmark_json", type=Path, metavar="FILE", help="write the benchmark and the machine to this file")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or on one that is started here ('local'); every machine must see model, images and this program under the same paths")
+    parser.add_argument("--ray_workers", type=positive_int, metavar="N", help="with --ray: so many workers; default: what fits")
+    # fmt: on
+    add_run_options(parser)
+    args = parse_run_args(parser, argv)
+    if args.benchmark:
+        given = [option for name, option in NOT_MEASURED.items() if getattr(args, name)]
+        if given:
+            parser.error(f"--benchmark writes no detections; leave {', '.join(given)} out")
+        if args.resize and not args.input:
+            parser.error("--benchmark on noise has no images to --resize; give --input, or --size")
+    elif not args.input or not args.output:
+        parser.error("--input and --output are required (only --benchmark runs without)")
+    elif args.benchmark_json:
+        parser.error("--benchmark_json needs --benchmark")
+    check_ray_usage(parser, args)
+    return args
+
+
+def check_ray_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 for options that --ray does not go with."""
+    if args.ray and (args.benchmark or isinstance(args.engine, TritonUrl)):
+        parser.error("--ray: needs --engine, and does not go with --benchmark")
+    if args.ray and args.devices:
+        parser.error("--devices: Ray hands out the GPUs; leave it out, or limit --ray_workers")
+    if args.ray_workers and not args.ray:
+        parser.error("--ray_workers needs --ray")
+
+
+def run(
+    engine: Path | TritonUrl,
+    source: Path,
+    output: Path,
+    options: RunOptions,
+    *,
+    labels: str | None = None,
+    annotations: Path | None = None,
+    pictures: bool = True,
+    tsv_header: bool = False,
+) -> int:
+    """Detect, draw and write; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
+    from trtdet.images.files import find_images
+    from trtdet.results import naming
+    from trtdet.results.coco import ANNOTATIONS
+    from trtdet.results.writer import pick_image_ids, result_writer
+    from trtdet.run.detect import (
+        check_read,
+        check_score_threshold,
+        detect,
+        open_batcher,
+        open_model,
+        pick_labels,
+        progress,
+    )
+
+    if annotations:
+        files.check_input(annotations, *ANNOTATIONS)
+    if labels is not None:
+        read_labels(labels)  # before the model is loaded, which says how many it needs
+    paths = find_images(source, recursive=options.recursive)
+    names = dict(zip(paths, naming.output_names(paths, source), strict=True))
+    if pictures:
+        written = (naming.with_suffix_added(output / name, ".png") for name in names.values())
+        naming.check_not_inputs(written, paths)
+    image_ids = pick_image_ids(paths, source, annotations)
+    count = boxes = 0
+    with open_model(engine, options) as runtime:
+        threshold = check_score_threshold(options.score_threshold, runtime.spec)
+        texts = pick_labels(labels, runtime.spec)
+        lowest = max(threshold, runtime.spec.nms.score_threshold)
+        if pictures and lowest < CLUTTER_THRESHOLD:
+            logger.info(
+                "pictures show all from a score of %g on; --score_threshold 0.4 shows what is likely",
+                lowest,
+            )
+        start = time.perf_counter()
+        with (
+            open_batcher(runtime, paths, options, keep_sources=pictures) as batcher,
+            result_writer(
+                output,
+                runtime.spec,
+                names=names,
+                image_ids=image_ids,
+                labels=texts,
+                tsv_header=tsv_header,
+            ) as writer,
+            closing(detect(runtime, batcher, score_threshold=threshold)) as found,
+            closing(progress(found, len(paths))) as results,
+        ):
+            for result in results:
+                writer.write(result)
+                count += 1
+                boxes += len(result.detections)
+            check_read(batcher, count)
+        seconds = time.perf_counter() - start
+    skipped = len(batcher.failures)
+    logger.info(
+        f"{count} images, {boxes} detections, {skipped} images skipped; "
+        f"{seconds:.1f} s, {count / seconds:.1f} images/s"
+    )
+    print(output / "detections.json")
+    return SOME_SKIPPED if skipped else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+
+    args = parse_args(argv)
+    setup_logging(args.verbose)
+    options = RunOptions.from_args(args)
+
+    def stage() -> int:
+        from trtdet.run.benchmark import run_benchmark
+        from trtdet.run.ray import run_on_ray
+
+        if args.ray:
+            skipped = run_on_ray(
+                args.engine,
+                args.input,
+                args.output,
+                options,
+                address=args.ray,
+                workers=args.ray_workers,
+                labels=args.labels,
+                annotations=args.annotations,
+                tsv_header=args.tsv_header,
+            )
+            return SOME_SKIPPED if skipped else 0
+        if not args.benchmark:
+            return run(
+                args.engine,
+                args.input,
+                args.output,
+                options,
+                labels=args.labels,
+                annotations=args.annotations,
+                pictures=not args.no_images,
+                tsv_header=args.tsv_header,
+            )
+        run_benchmark(
+            args.engine,
+            args.input,
+            options,
+            iterations=args.benchmark,
+            json_path=args.benchmark_json,
+        )
+        return 0
+
+    return run_main(stage)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the convolutions that INT8 hurts: the fewest that, left in FP16, keep AP within a limit of float32's.
+
+  tune_precision.py --onnx d0.onnx --calib_input photos --calib_cache d0.cache \\
+      --input val --annotations val.json --max_drop 0.005 --output precision.json
+
+writes precision.json for build_engine.py --precision_json, and prints what it costs. It runs on the CPU, in ONNX Runtime, without TensorRT.
+Everything in INT8 is tried first: where that is good enough, nothing is left out. Else each convolution is quantized
+alone and the noise on the heads is measured on a few images, the noisiest are left out until AP is within the limit, and what is not
+needed goes back. --table and --plot write the noise of every convolution.
+
+Every result goes to <output>.journal at once: the same command after an interruption goes on where it stopped.
+
+The set is chosen by its AP on these images; measure it on others (build_engine.py --save_onnx, eval_coco.py) before you trust the last
+digit. Exit status: 0 written; 1 an error, or no such set: nothing is written then; 2 wrong usage.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from trtdet import files
+from trtdet.commands import cli
+from trtdet.commands.options import (
+    add_calibration_options,
+    calibration_from,
+    check_calibration_usage,
+)
+from trtdet.precision.options import Int8Options
+from trtdet.run.options import (
+    FEW_IMAGES,
+    METRICS,
+    NOISE_IMAGES,
+    PLOT_SUFFIXES,
+    VIEWS_OF_FEW,
+    TuneOptions,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    onnx_path: Path,
+    int8: Int8Options,
+    annotations_path: Path,
+    source: Path,
+    output: Path,
+    options: TuneOptions = TuneOptions(),
+    *,
+    table: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Tune; see the module's docstring.
+
+    Raises:
+        OSError, GraphError: the ONNX file is missing, or not what stage 1 writes.
+        ValueError: a cache, images or annotations that do not fit; or no set of convolutions is good enough.
+    """
+    from trtdet.precision import sensitivity
+    from trtdet.precision.prepare import load_model, scales_of
+    from trtdet.precision.sensitivity import Journal
+    from trtdet.results import coco
+    from trtdet.run.evaluate import annotated_images, check_categories
+    from trtdet.run.tune import Tuner, context_of
+
+    journal_path = output.with_name(output.name + ".journal")
+    files.check_outputs([output, journal_path, table, plot], [onnx_path, annotations_path, int8.cache])  # fmt: skip
+    model, spec = load_model(onnx_path)
+    annotations = coco.read_annotations(annotations_path)
+    check_categories(spec, annotations)
+    images = annotated_images(source, annotations, recursive=False)
+    coco.check_objects(annotations, images.values())
+    output.parent.mkdir(parents=True, exist_ok=True)  # for the journal
+    cache = scales_of(model, spec, int8)
+    layers = sensitivity.candidates(model, cache)
+    context = context_of(model, spec, cache, annotations_path, list(images))
+    journal = Journal(journal_path, context)
+    if len(journal):
+        logger.info("%s: %d measurements to go on from", journal_path, len(journal))
+
+    tuner = Tuner(model, spec, cache, layers, annotations, images, journal, options)
+    kept, found = tuner.tune(rank=bool(table or plot))
+    if kept is None:
+        raise ValueError(
+            f"--max_drop {options.max_drop:g}: {options.metric} falls further below float32's {tuner.mean(None):.4f} even with all but the least "
+            f"noisy of {len(layers)} convolutions in FP16; allow more, give more --input images, or build with build_engine.py --precision fp16"
+        )
+    tuner.precision(kept).write(output)
+    if table:
+        files.write_text(table, sensitivity.table(found, kept))
+    if plot:
+        title = f"{onnx_path.name}: each convolution alone in INT8"
+        sensitivity.plot(plot, found, kept, title=title)
+    print(tuner.summary(kept))
+    print(output)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # fmt: off
+    parser.add_argument("-o", "--onnx", required=True, type=Path, metavar="FILE", help="the ONNX file of create_onnx.py")
+    parser.add_argument("-i", "--input", required=True, type=Path, metavar="DIR", help="annotated images, other than those of the calibration")
+    parser.add_argument("-a", "--annotations", required=True, type=Path, metavar="FILE", help="their COCO annotations")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="write precision.json here, and FILE.journal beside it")
+    parser.add_argument("--max_drop", type=cli.unit_interval, default=TuneOptions.max_drop, metavar="DROP", help="how far the metric may fall below float32's (default: %(default)s)")
+    parser.add_argument("--metric", choices=METRICS, default="AP", help="AP75 where boxes have to be tight (default: %(default)s)")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the noise of every convolution to this file, tab separated")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it to this picture file (.png, .svg, .pdf)")
+    parser.add_argument("--views", type=cli.positive_int, metavar="N", help=f"show each image N times, as it is, mirrored, and a little darker: AP on few images scatters (default: {VIEWS_OF_FEW} for less than {FEW_IMAGES} images, else 1)")
+    parser.add_argument("--noise_images", type=cli.positive_int, default=NOISE_IMAGES, metavar="N", help="annotated images on which the noise is measured (default: %(default)s)")
+    parser.add_argument("--threads", type=cli.positive_int, metavar="N", help="CPU threads of ONNX Runtime (default: one per core)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log details")
+    # fmt: on
+    add_calibration_options(parser.add_argument_group("calibration, as in build_engine.py"))
+    args = parser.parse_args(argv)
+    check_calibration_usage(parser, args)
+    if not args.calib_input and not (args.calib_cache and args.calib_cache.is_file()):
+        parser.error("give images to calibrate on, --calib_input DIR, or an existing --calib_cache FILE")  # fmt: skip
+    if args.plot and args.plot.suffix.lower() not in PLOT_SUFFIXES:
+        parser.error(f"--plot: expected a name that ends in {', '.join(PLOT_SUFFIXES)}, got {args.plot}")  # fmt: skip
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    cli.setup_logging(args.verbose)
+    options = TuneOptions(args.max_drop, args.metric, args.views, args.noise_images, args.threads)
+    return cli.run_main(
+        lambda: run(
+            args.onnx,
+            calibration_from(args),
+            args.annotations,
+            args.input,
+            args.output,
+            options,
+            table=args.table,
+            plot=args.plot,
+        )
+    )

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Source and family -> an ONNX model that ends in NMS: cut, tidy, assemble, select. The recipe of stage 1."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from trtdet import about, files
+from trtdet.errors import GraphError
+from trtdet.families import load_families
+from trtdet.families.base import (
+    CLASS_LOGITS,
+    NO_HINTS,
+    RAW_BOXES,
+    Hints,
+    Reading,
+    pick_family,
+    read_converted,
+)
+from trtdet.graph import deformable_attention, tidy
+from trtdet.graph.builder import Builder
+from trtdet.graph.map_op import OpMapping, map_ops
+from trtdet.nms import lowering, plugin
+from trtdet.nms.rotated import insert_rotated_nms
+from trtdet.nms.topk import insert_topk
+from trtdet.sources.base import Source
+from trtdet.sources.onnx_file import OnnxSource
+from trtdet.spec import PREPROCESSORS, InputDtype, Layout, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+#: Pixels: where the range of an input of free size ends.
+MAX_SIDE = 8192
+#: ONNX's file format of 1.10 (2021), which TensorRT 8.6 reads.
+IR_VERSION = 8
+
+NmsForm = Literal["plugin", "onnx", "graph", "none", "legacy"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; None takes what the model has."""
+
+    family: str = "auto"
+    batch: int | None = None  # None: free
+    size_hw: tuple[int, int] | None = None
+    free_size: bool = False
+    layout: Layout = "NHWC"
+    input_dtype: InputDtype | None = None
+    preprocessor: str | None = None
+    score_threshold: float | None = None
+    iou_threshold: float | None = None
+    max_detections: int | None = None
+    nms_mode: str = "model"
+    nms_form: NmsForm = "plugin"
+    hints: Hints = NO_HINTS
+    labels: tuple[str, ...] = ()
+    opset: int | None = None  # None: 17, or the source's where that is ONNX
+    raw_path: Path | None = None  # keep the unedited conversion here
+    map_ops: tuple[OpMapping, ...] = ()
+    verify: bool = True
+    settled: frozenset[str] = (
+        frozenset()
+    )  # options given on the command line: no need to warn of what they settle
+
+
+def open_source(path: Path, *, is_onnx: bool, mappings: Sequence[OpMapping] = ()) -> Source:
+    """A SavedModel directory or an ONNX file, in the latter custom operators replaced by plugins."""
+    if is_onnx:
+        return OnnxSource(
+            path, edit=lambda model: map_ops(model, mappings), lower=deformable_attention.lower
+        )
+    from trtdet.sources.saved_model import SavedModelSource
+
+    return SavedModelSource(path)
+
+
+def convert(source: Source, options: Options) -> tuple[onnx.ModelProto, Reading]:
+    """The ONNX model with its spec attached, not yet verified, and what was found in the source.
+
+    Raises:
+        GraphError: the source is not what a family expects, or an option contradicts it.
+    """
+    if source.spec:
+        reading = read_converted(source, source.spec)
+    else:
+        reading = pick_family(source, load_families(), options.family).read(source, options.hints)
+    spec = specify(reading, options)
+    for note in reading.notes:
+        if note.option not in options.settled:
+            logger.warning(note.text)
+
+    height, width = (None, None) if options.free_size else spec.preprocessing.size_hw
+    shape = (
+        (None, height, width, 3) if reading.network_layout == "NHWC" else (None, 3, height, width)
+    )
+    others = {name: value.shape for name, value in reading.feeds.items()}
+    raw = source.extract(
+        {reading.network_input: shape, **others}, list(reading.heads.values()), opset=options.opset
+    )
+    if options.raw_path:
+        files.write_bytes(options.raw_path, raw.SerializeToString())
+    model = finish_network(raw, reading, spec, options.batch or "N")
+    spec.attach(model)
+    if reading.assemble:
+        build = Builder(model, "decode/")
+        made = reading.assemble(build, spec)
+        for tensor, name in ((made.boxes, RAW_BOXES), (made.scores, CLASS_LOGITS)):
+            passed_on = tensor in reading.heads
+            build.output(build.node("Identity", name, tensor) if passed_on else tensor, name)
+        build.append_to(model)
+    return select(model, reading, spec, options), reading
+
+
+def finish_network(
+    raw: onnx.ModelProto, reading: Reading, spec: ModelSpec, batch: int | str
+) -> onnx.ModelProto:
+    """The cut network, tidied, with its public input before it and its outputs called as the reading says."""
+    body = gs.import_onnx(raw)
+    if reading.rewrite:
+        reading.rewrite(body)
+    tidy.tidy(body)
+    for tensor, name in zip(body.outputs, reading.heads, strict=True):
+        if name in (RAW_BOXES, CLASS_LOGITS) and reading.anchors is not None:
+            last = 4 if name == RAW_BOXES else spec.num_classes
+            if reading.batch:
+                tidy.set_static_batch_free(body, tensor, last)
+            tensor.shape = [batch, len(reading.anchors), last]
+        tensor.name, tensor.dtype = name, np.dtype(np.float32)
+    tidy.free_batch(body, reading.batch)
+    tidy.set_input(body, spec.preprocessing, batch)
+    model = gs.export_onnx(body)
+    model.ir_version = min(model.ir_version, IR_VERSION)
+    model.producer_name, model.producer_version = "trtdet", about.__version__
+    return model
+
+
+def select(
+    model: onnx.ModelProto, reading: Reading, spec: ModelSpec, options: Options
+) -> onnx.ModelProto:
+    """Put what selects the detections behind the heads: the form of NMS that was asked for, or what the family has instead."""
+    heads: dict[str, Any] = {
+        "boxes": RAW_BOXES,
+        "scores": CLASS_LOGITS,
+        "nms": spec.nms,
+        "batch": options.batch or "N",
+    }
+    form = options.nms_form
+    if form == "none":
+        turned = spec.selection == "rotated_nms"
+        plugin.insert_decoded(model, anchors=reading.anchors, turned=turned, **heads)
+    elif spec.selection == "topk":
+        insert_topk(model, **heads)
+    elif spec.selection == "rotated_nms":
+        insert_rotated_nms(model, mode=spec.rotated_mode, **heads)
+    elif form == "legacy":
+        plugin.insert_legacy(model, anchors=reading.anchors, **heads)
+    else:
+        plugin.insert_plugin(model, anchors=reading.anchors, **heads)
+        if form == "onnx":  # for TensorRT's INMSLayer: no more candidates than its TopK takes
+            return lowering.lower(model, "onnx", candidates=lowering.TENSORRT_TOPK)
+        if form == "graph":
+            return lowering.lower(model, "graph")
+    return model
+
+
+def specify(reading: Reading, options: Options) -> ModelSpec:
+    """The spec of the result: the source's, with the options in place of what they override.
+
+    Raises:
+        GraphError: an option contradicts the model.
+    """
+    found = reading.spec
+    refuse_without_effect(reading, options)
+    size_hw = found.preprocessing.size_hw
+    if options.size_hw and options.size_hw != size_hw:
+        raise GraphError(
+            f"--input_shape asks for {size_text(options.size_hw)} (height x width), the model was exported for {size_text(size_hw)}; leave the "
+            "option out, or export the model again at the other size"
+        )
+    preprocessing = dataclasses.replace(
+        found.preprocessing,
+        layout=options.layout,
+        dtype=options.input_dtype or found.preprocessing.dtype,
+    )
+    if options.free_size:
+        multiple = reading.size_multiple
+        if found.selection != "nms":
+            raise GraphError(
+                f"--input_shape asks for a free size, which goes with EfficientNMS alone; this model ends in {found.selection}: name a size"
+            )
+        if multiple is None:
+            raise GraphError(
+                f"--input_shape asks for a free size, the model takes {size_text(size_hw)} (height x width) alone; name that size, or export "
+                "the model with dynamic height and width"
+            )
+        largest = MAX_SIDE // multiple * multiple
+        preprocessing = dataclasses.replace(
+            preprocessing,
+            size_range=((multiple, multiple), (largest, largest)),
+            size_multiple=multiple,
+        )
+    if options.preprocessor:
+        mean, std = PREPROCESSORS[options.preprocessor]
+        pad_rgb = preprocessing.pad_rgb
+        if pad_rgb == preprocessing.mean:  # zeros behind the normalisation
+            pad_rgb = mean
+        preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std, pad_rgb=pad_rgb)
+    settings: dict[str, Any] = {
+        "score_threshold": options.score_threshold,
+        "iou_threshold": options.iou_threshold,
+        "max_output_boxes": options.max_detections,
+        "class_agnostic": None
+        if options.nms_mode == "model"
+        else options.nms_mode == "class_agnostic",
+    }
+    if options.nms_form == "legacy":
+        settings["class_agnostic"] = False  # BatchedNMS has no other mode; insert_legacy warns
+    given = {name: value for name, value in settings.items() if value is not None}
+    if options.labels and len(options.labels) != found.num_classes:
+        raise ValueError(
+            f"--labels: expected {found.num_classes} lines, one per class of the model, found {len(options.labels)}"
+        )
+    return found.replace(
+        preprocessing=preprocessing,
+        nms=dataclasses.replace(found.nms, **given),
+        labels=options.labels or found.labels,
+        rotated_mode=options.hints.rotated_nms or found.rotated_mode,
+    )
+
+
+def refuse_without_effect(reading: Reading, options: Options) -> None:
+    """Options that the model has no use for are errors, so that nobody believes they did something.
+
+    Raises:
+        GraphError: names the option, and what the model has instead.
+    """
+    hints, found = options.hints, reading.spec
+    if hints.rotated_nms and found.selection != "rotated_nms":
+        raise GraphError(
+            f"--rotated_nms: this {found.family} model has no turned boxes; leave it out"
+        )
+    if hints.deformable_attention and (found.family != "deformable_detr" or not reading.rewrite):
+        raise GraphError(
+            f"--deformable_attention: this {found.family} model has none that could be rewritten; leave it out, or convert from the source"
+        )
+    if hints.resize and hints.resize != found.preprocessing.resize:
+        raise GraphError(
+            f"--resize_mode {hints.resize}: this {found.family} model was trained with {found.preprocessing.resize}, and its boxes go "
+            "with that; leave it out"
+        )
+    if found.selection == "topk" and "iou_threshold" in options.settled:
+        raise GraphError(
+            f"--iou_threshold: this {found.family} model needs no suppression and gets none; leave it out"
+        )
+
+
+def size_text(size_hw: tuple[int, int]) -> str:
+    return f"{size_hw[0]}x{size_hw[1]}"
+
+
+def provenance(source_path: Path) -> dict[str, str]:
+    """Where a model came from: the name and the SHA-256 of its file, a SavedModel's variables included."""
+    if source_path.is_dir():
+        parts = [source_path / "saved_model.pb", *sorted(source_path.glob("variables/*"))]
+    else:
+        parts = [source_path]
+    return {
+        "name": source_path.resolve().name,
+        "sha256": files.sha256(*parts),
+        "trtdet": about.__version__,
+    }

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be asked of a build. Standard library only: the command lines read it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtdet.precision.options import Precision, Rest
+
+# --- options ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """Sizes of an engine's input, (height, width) each: smallest, the one it is tuned for, largest."""
+
+    min: tuple[int, int]
+    opt: tuple[int, int]
+    max: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for low, best, high in zip(self.min, self.opt, self.max, strict=True):
+            if not 1 <= low <= best <= high:
+                raise ValueError(f"input sizes: expected 1 <= MIN <= OPT <= MAX, got {self}")
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """Batch sizes of an engine: smallest, the one it is tuned for, largest."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"batch sizes: expected 1 <= MIN <= OPT <= MAX, got {self}")
+
+    def __str__(self) -> str:
+        return str(self.opt) if self.min == self.max else f"{self.min},{self.opt},{self.max}"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What is asked of a build. None leaves the choice to the model or to TensorRT.
+
+    Attributes:
+        batch: None: the ONNX file's own batch size, 1 where it is dynamic.
+        workspace_gib: scratch memory a layer may use.
+        timing_cache: file to read and update.
+        compute_capabilities: GPUs to build for, "8.9"; empty: the one that is here, or, for TensorRT-RTX, every one from 8.0 on.
+        dla_core: run on this DLA core, with the GPU for what it cannot do.
+        plugins: libraries with plugins that the model uses.
+        version_compatible: runs on later TensorRT releases too.
+        hardware_compatible: runs on every GPU from Ampere on.
+        strip: without weights, to be refitted from the ONNX file.
+        optimization_level: 0 (fast build) to 5 (fast engine).
+        rest: with int8 and fp8, the precision of what is not in 8 bits.
+        weak_typing: ask for precision by builder flags and, for int8, through a calibrator, where TensorRT still can.
+        size: of the input, for a model that has no fixed one; None: the size that the ONNX file names.
+    """
+
+    precision: Precision = "fp16"
+    batch: BatchRange | None = None
+    workspace_gib: float | None = None
+    timing_cache: Path | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    dla_core: int | None = None
+    plugins: tuple[Path, ...] = ()
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    strip: bool = False
+    optimization_level: int | None = None
+    rest: Rest = "fp16"
+    weak_typing: bool = False
+    size: SizeRange | None = None
+
+
+def parse_batch(text: str) -> BatchRange:
+    """argparse type: "8" or "1,4,8"."""
+    try:
+        sizes = [int(part) for part in text.split(",")]
+        return BatchRange(*(sizes * 3 if len(sizes) == 1 else sizes))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected N or MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, got {text!r}"
+        ) from error
+
+
+def parse_batch_range(text: str) -> BatchRange:
+    """argparse type: "1,4,8"."""
+    if text.count(",") != 2:
+        raise argparse.ArgumentTypeError(f"expected MIN,OPT,MAX, got {text!r}")
+    return parse_batch(text)
+
+
+def parse_sizes(text: str) -> SizeRange:
+    """argparse type: "640", "480x640", "320,640,1280" or "320x416,640x640,1280x1280"; height before width."""
+    try:
+        sizes = [_size_hw(part) for part in text.split(",")]
+        return SizeRange(*(sizes * 3 if len(sizes) == 1 else sizes))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected SIZE or MIN,OPT,MAX with MIN <= OPT <= MAX, each a number or HEIGHTxWIDTH, got {text!r}"
+        ) from error
+
+
+def _size_hw(text: str) -> tuple[int, int]:
+    """ "640" -> (640, 640), "480x640" -> (480, 640)"""
+    sides = [int(side) for side in text.split("x")]
+    height, width = sides * 2 if len(sides) == 1 else sides
+    return height, width
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """argparse type: "10.13.3"."""
+    if not re.fullmatch(r"\d+\.\d+\.\d+(\.\d+)?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"expected X.Y.Z, such as 8.6.1, got {text!r}")
+    return tuple(map(int, text.split(".")))
+
+
+def parse_gib(text: str) -> float:
+    """argparse type: a positive number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 1 << 20:  # TensorRT takes bytes in 64 bits
+        raise argparse.ArgumentTypeError(f"expected a size in GiB above 0, got {text!r}")
+    return value

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands beside an engine: `<engine>.json`, an `EngineInfo`. A header inside the engine would break trtexec and Triton."""
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtdet import about, files
+from trtdet.engine.options import BatchRange
+from trtdet.errors import EngineError, GraphError
+from trtdet.spec import ModelSpec
+
+SIDECAR_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine is: the contents of `<engine>.json`.
+
+    Attributes:
+        flavor: module name, a key of `trtdet.engine.flavor.FLAVORS`.
+        version: of TensorRT, "10.13.3.9".
+        compute_capabilities: of the GPUs it was built for, "8.9"; empty: unknown, or, for TensorRT-RTX, every one from 8.0 on.
+        batch: smallest, best, largest batch size.
+        plugins: file names of the plugin libraries it needs.
+        layers: layers per precision, and `layers_source`, where that was read.
+        int8: of a build in INT8, "mac_share" and per block [convolutions in INT8, convolutions].
+        onnx_file, onnx_sha256: the file it was built from.
+        engine_sha256: of the engine file; empty: not known.
+        platform: operating system and processor, "linux-x86_64"; engines do not move between them.
+        tool: what wrote it, "trtdet 0.1.0".
+    """
+
+    spec: ModelSpec
+    flavor: str
+    version: str
+    precision: str
+    batch: BatchRange
+    compute_capabilities: tuple[str, ...] = ()
+    dla_core: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    stripped: bool = False
+    plugins: tuple[str, ...] = ()
+    layers: dict[str, int] = dataclasses.field(default_factory=dict)
+    layers_source: str = ""
+    int8: dict[str, Any] = dataclasses.field(default_factory=dict)
+    onnx_file: str = ""
+    onnx_sha256: str = ""
+    engine_sha256: str = ""
+    platform: str = dataclasses.field(
+        default_factory=lambda: f"{platform.system()}-{platform.machine()}".lower()
+    )
+    tool: str = f"trtdet {about.__version__}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` is its inverse."""
+        data = dataclasses.asdict(self)
+        del data["spec"]
+        return {"schema": SIDECAR_SCHEMA, **data, "model_spec": self.spec.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "EngineInfo":
+        """The inverse of `to_dict`. Fields of later versions are ignored.
+
+        Raises:
+            EngineError: another schema version, or fields missing or of the wrong kind.
+            GraphError: a model spec that is not readable.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SIDECAR_SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise EngineError(
+                f"sidecar: expected schema {SIDECAR_SCHEMA}, found {found}; build the engine again with build_engine.py"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {key: value for key, value in data.items() if key in known}
+        try:
+            values["spec"] = ModelSpec.from_dict(data["model_spec"])
+            values["batch"] = BatchRange(**data["batch"])
+            for name in ("compute_capabilities", "plugins"):
+                values[name] = tuple(values.get(name, ()))
+            return cls(**values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EngineError(
+                f"sidecar: not readable ({error}); build the engine again with build_engine.py"
+            ) from error
+
+
+def sidecar_path(engine_path: Path) -> Path:
+    """`d0.engine` -> `d0.engine.json`"""
+    return engine_path.with_name(engine_path.name + ".json")
+
+
+def write_engine(path: Path, plan: bytes, info: EngineInfo) -> EngineInfo:
+    """Write engine and sidecar, each whole or not at all; an older sidecar never stands beside the new engine.
+
+    Returns:
+        `info` with the engine's hash.
+    """
+    sidecar = sidecar_path(path)
+    # Left from the inside out: the engine is in place before its sidecar.
+    with files.atomic_path(sidecar) as new_sidecar, files.atomic_path(path) as new_engine:
+        new_engine.write_bytes(plan)
+        info = dataclasses.replace(info, engine_sha256=files.sha256(new_engine))
+        text = json.dumps(info.to_dict(), indent=2) + "\n"
+        new_sidecar.write_text(text, encoding="utf-8")
+        sidecar.unlink(missing_ok=True)
+    return info
+
+
+def read_sidecar(engine_path: Path) -> EngineInfo | None:
+    """What stands beside an engine; None where nothing does.
+
+    Raises:
+        EngineError: not readable, or of another engine than the one it stands beside.
+    """
+    path = sidecar_path(engine_path)
+    if not path.is_file():
+        return None
+    try:
+        info = EngineInfo.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise EngineError(
+            f"{path}: expected the JSON that build_engine.py writes beside an engine, found something else ({error}); "
+            "build the engine again with build_engine.py, or delete the .json of an EfficientDet"
+        ) from error
+    except GraphError as error:  # says to convert the model again; then comes the engine
+        raise EngineError(
+            f"{path}: {error}, then build the engine again with build_engine.py"
+        ) from error
+    except EngineError as error:
+        raise EngineError(f"{path}: {error}") from error
+    if info.engine_sha256 and info.engine_sha256 != files.sha256(engine_path):
+        raise EngineError(
+            f"{path} was written for another engine than {engine_path.name} is now; "
+            "build the engine again with build_engine.py, or delete the .json"
+        )
+    return info
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """The ModelSpec of a model without opening it: of an ONNX file, of an engine, or of an engine's `.json`.
+
+    Raises:
+        FileNotFoundError: no such file, or an engine without its `.json`.
+        GraphError, EngineError: nothing in it that says so.
+    """
+    if path.suffix.lower() == ".onnx":
+        import onnx
+
+        try:
+            model = onnx.load(path, load_external_data=False)
+        except OSError:
+            raise
+        except Exception as error:  # protobuf's DecodeError has no narrower base
+            raise GraphError(
+                f"{path}: expected an ONNX file of create_onnx.py, this is none ({error})"
+            ) from error
+        return ModelSpec.from_onnx(model, path)
+    if path.suffix.lower() == ".json":
+        try:
+            return EngineInfo.from_dict(json.loads(path.read_text(encoding="utf-8"))).spec
+        except (ValueError, EngineError) as error:
+            raise EngineError(
+                f"{path}: expected the .json of an engine of build_engine.py ({error})"
+            ) from error
+    info = read_sidecar(path)
+    if info is None:
+        raise FileNotFoundError(
+            f"{path}: expected {sidecar_path(path).name} beside it, found none; build the engine with build_engine.py"
+        )
+    return info.spec

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a detector family: find the network in a trained model, and describe it.
+
+A family is a module in `trtdet.families` with the three names of `Family`. It says between which tensors the network lies and how
+its outputs become boxes and scores (`Reading`); everything after that is common to all families.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from trtdet.errors import GraphError
+from trtdet.graph.builder import Builder
+from trtdet.graph.tidy import NETWORK_INPUT
+from trtdet.sources.base import Source
+from trtdet.spec import Layout, ModelSpec, ResizeMode, RotatedMode
+
+#: Tensors that stage 1 writes whatever follows them: [N, A, 4] (rotated: 5) boxes in the coding of `spec.nms`, and [N, A, C] logits, or
+#: probabilities where `spec.nms.score_activation` is off.
+RAW_BOXES, CLASS_LOGITS = "raw_boxes", "class_logits"
+#: The constant [1, A, 4] beside them, where boxes are coded relative to anchors.
+ANCHORS = "nms/anchors"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What cannot be carried over as it is, in one line.
+
+    Attributes:
+        option: name of the command-line option that settles it; with it given there is nothing to say.
+    """
+
+    text: str
+    option: str
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the command line says of a source, for families whose files cannot say it. None: not said.
+
+    Attributes:
+        size_hw: for a source whose input size is free.
+        preprocessor: name of a normalisation, for exports that have none inside.
+        resize: how images come into the network's shape.
+        rotated_nms: true polygon overlap, that of ODTK's own kernel, or that of Ultralytics.
+        deformable_attention: how GridSample is written.
+    """
+
+    size_hw: tuple[int, int] | None = None
+    preprocessor: str | None = None
+    resize: ResizeMode | None = None
+    labels: tuple[str, ...] = ()
+    rotated_nms: RotatedMode | None = None
+    deformable_attention: Literal["keep", "plugin", "gather"] | None = None
+
+
+NO_HINTS = Hints()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Names of the two tensors that boxes are selected from.
+
+    Attributes:
+        boxes: [N, A, 4] float32 in the coding of `spec.nms.box_coding` and the order of `spec.box_order`; for "rotated_nms"
+            [N, A, 5], the corners of the unturned box and its angle (radians, clockwise on the screen).
+        scores: [N, A, C] float32, logits where `spec.nms.score_activation`, else probabilities.
+    """
+
+    boxes: str
+    scores: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a family found in a source.
+
+    Attributes:
+        spec: the model as it stands: its preprocessing, the NMS it was exported with, its classes.
+        image_input: the source's input tensor, `image_layout`: RGB 0-255, or normalised pixels if it is `network_input` too.
+        network_input: the tensor that enters the first convolution: normalised pixels, `network_layout`.
+        heads: where the network ends: name in the converted file -> tensor of the source. Each is verified.
+        assemble: appends the operators that make `Heads` of them; None: they are `RAW_BOXES` and `CLASS_LOGITS` already.
+        anchors: (a, 4) float32 in the coding of the boxes, pixels of the network input; None: the boxes are decoded.
+        batch: batch size the source was exported with, None where it is free.
+        notes: what cannot be carried over as it is.
+        decoded_boxes: the tensor of boxes that enters the source's NMS, a corners y1 x1 y2 x2 for the first image; None: hidden.
+        decoded_unit_yx: what one unit of them is in pixels of the network input, along y and x.
+        rewrite: edits the cut network before it gets its input; removes the inputs named in `feeds`.
+        feeds: further inputs of the source, and what they are for one image that fills the network input (batch of one).
+        size_multiple: what height and width must be a multiple of, in a network that takes images of any size; None: its size is fixed.
+    """
+
+    spec: ModelSpec
+    image_input: str
+    network_input: str
+    network_layout: Layout
+    heads: Mapping[str, str]
+    assemble: Callable[[Builder, ModelSpec], Heads] | None = None
+    anchors: NDArray[np.float32] | None = None
+    batch: int | None = None
+    notes: tuple[Note, ...] = ()
+    decoded_boxes: str | None = None
+    decoded_unit_yx: tuple[float, float] = (1.0, 1.0)
+    image_layout: Layout = "NHWC"
+    rewrite: Callable[[gs.Graph], None] | None = None
+    feeds: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    size_multiple: int | None = None
+
+
+class Family(Protocol):
+    """One kind of detector."""
+
+    NAME: str
+
+    def matches(self, source: Source) -> bool:
+        """Whether the source looks like one of this family."""
+        ...
+
+    def read(self, source: Source, hints: Hints) -> Reading:
+        """Find the network in the source.
+
+        Raises:
+            GraphError: a landmark is missing; names what was expected, what was found.
+        """
+        ...
+
+
+def pick_family(source: Source, families: Sequence[Family], name: str = "auto") -> Family:
+    """The family called `name`, or with "auto" the one that recognises the source.
+
+    Raises:
+        GraphError: none or several recognise it.
+    """
+    if name != "auto":
+        return next(family for family in families if name == family.NAME)
+    hits = [family for family in families if family.matches(source)]
+    names = [family.NAME for family in families]
+    if len(hits) > 1:
+        matching = [family.NAME for family in hits]
+        raise GraphError(
+            f"{source.path}: expected a model of one of {names}, {matching} all match; name it with --family"
+        )
+    if not hits:
+        raise GraphError(
+            f"{source.path}: expected a model of one of {names}, none matches its outputs {_named(source.graph.outputs)}; name it with "
+            "--family, or add its family: docs/adding_a_family.md"
+        )
+    return hits[0]
+
+
+def _named(outputs: Iterable[str], most: int = 12) -> str:
+    names = list(outputs)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+def read_converted(source: Source, spec: ModelSpec) -> Reading:
+    """A model that stage 1 wrote before, to be given another input or NMS.
+
+    Raises:
+        GraphError: the tensors of stage 1 are not all there.
+    """
+    graph = source.graph
+    anchors = graph.maybe_constant(ANCHORS)
+    needed = [RAW_BOXES, CLASS_LOGITS]
+    if spec.anchored:
+        needed.append(ANCHORS)
+    missing = [name for name in needed if graph.maybe_producer(name) is None]
+    if missing or (spec.anchored and anchors is None):
+        raise GraphError(
+            f"{source.path}: expected the tensors {', '.join(needed)} of a file by create_onnx.py, "
+            f"missing: {missing}; convert from the SavedModel, or from a file with --nms plugin"
+        )
+    image_input = graph.inputs[0]
+    inner = graph.maybe_producer(NETWORK_INPUT)
+    return Reading(
+        spec=spec,
+        image_input=image_input,
+        network_input=NETWORK_INPUT if inner else image_input,
+        network_layout="NCHW",
+        heads={RAW_BOXES: RAW_BOXES, CLASS_LOGITS: CLASS_LOGITS},
+        anchors=anchors.reshape(-1, 4) if anchors is not None else None,
+        batch=graph.batch,
+        image_layout=spec.preprocessing.layout,
+    )

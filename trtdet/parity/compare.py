@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run two models over the same images and compare tensors, detections and AP."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from trtdet.detections import to_coco_results
+from trtdet.images.files import find_images, load_image
+from trtdet.parity import numbers
+from trtdet.parity.numbers import Comparison, ImageComparison, TensorStatistics
+from trtdet.parity.options import CompareOptions
+from trtdet.parity.sides import Found, Side
+from trtdet.results import coco
+from trtdet.run.detect import pick_labels
+from trtdet.run.evaluate import check_categories
+from trtdet.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+#: Tensors that are held at a time: of a D0 some 50 MB, of a D7 some GB.
+TENSORS_AT_ONCE = 32
+
+
+def compare(
+    reference: Side,
+    candidate: Side,
+    source: Path,
+    options: CompareOptions,
+    annotations: coco.Annotations | None = None,
+) -> Comparison:
+    """Run both models over the images of `source`.
+
+    Raises:
+        ValueError: no image could be read, nothing was found in any, or annotations that do not fit: there is nothing to compare.
+    """
+    paths = spread(find_images(source, recursive=options.recursive), options.num_images)
+    ids = annotated_ids(paths, source, annotations, reference, candidate) if annotations else {}
+    threshold = score_threshold(options.score_threshold, reference.info.spec, candidate.info.spec)
+    found = [detect_all(side, paths) for side in (reference, candidate)]
+    images = [
+        compare_image(path, found[0][path], found[1][path], options.iou, threshold)
+        for path in paths
+        if path in found[0] and path in found[1]
+    ]
+    if not images:
+        raise ValueError(f"--input: none of {len(paths)} images could be read")
+    readable = [image.path for image in images]
+    tensors = compare_tensors(reference, candidate, spread(readable, options.tensor_images))
+    ids = {path: ids[path] for path in readable if path in ids}
+    result = Comparison(
+        reference.info,
+        candidate.info,
+        tuple(images),
+        options.limits,
+        threshold,
+        options.iou,
+        tensors=tuple(tensors),
+        tensor_images=min(options.tensor_images, len(readable)) if tensors else 0,
+        ap=average_precision(images, annotations, ids, (reference, candidate))
+        if annotations
+        else None,
+        ap_images=len(ids),
+        skipped=tuple(path.name for path in paths if path not in set(readable)),
+    )
+    if not result.detections.reference:
+        raise ValueError(
+            f"--score_threshold {threshold:g}: the reference finds nothing of this score in {len(images)} images, so nothing "
+            "can be compared; give other images, or a lower threshold"
+        )
+    return result
+
+
+def spread(paths: Sequence[Path], count: int | None) -> list[Path]:
+    """At most `count` of the paths, evenly spread."""
+    if count is None or len(paths) <= count:
+        return list(paths)
+    return [paths[i] for i in np.linspace(0, len(paths) - 1, count).astype(int)]
+
+
+def score_threshold(wanted: float, *specs: ModelSpec) -> float:
+    """From which score on detections are compared: no less than what both models keep."""
+    kept = max(spec.nms.score_threshold for spec in specs)
+    if kept > wanted:
+        logger.warning(
+            "--score_threshold %g: one of the models keeps nothing below %g, so that is compared",
+            wanted,
+            kept,
+        )
+    return max(wanted, kept)
+
+
+def detect_all(side: Side, paths: Sequence[Path]) -> dict[Path, Found]:
+    """Detections of every image that can be read."""
+    found = {}
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=len(paths), desc=side.info.name, unit="image", disable=None) as bar,
+    ):
+        for path, one in side.detect(paths):
+            found[path] = one
+            bar.update()
+    return found
+
+
+def compare_image(
+    path: Path, reference: Found, candidate: Found, iou: float, threshold: float
+) -> ImageComparison:
+    (left, transform), (right, _) = reference, candidate
+    matching = numbers.match(left, right, min_iou=iou, score_threshold=threshold)
+    return ImageComparison(path, left, right, matching, transform.scale_xy)
+
+
+def compare_tensors(
+    reference: Side, candidate: Side, paths: Sequence[Path]
+) -> list[numbers.TensorDifference]:
+    """Every floating-point tensor that both have under the same name; of a model as it was trained that is the heads."""
+    there = set(reference.tensors)
+    names = [name for name in candidate.tensors if name in there]
+    if not names or not paths:
+        logger.info("no tensors to compare: one of the two is an engine, or they share no names")
+        return []
+    heads = reference.heads | candidate.heads
+    statistics = {name: TensorStatistics(name, head=name in heads) for name in names}
+    read = [side.tensor_reader(names) for side in (reference, candidate)]
+    for path in paths:
+        image = load_image(path)
+        for start in range(0, len(names), TENSORS_AT_ONCE):
+            some = names[start : start + TENSORS_AT_ONCE]
+            for name, left, right in zip(some, *(r(some, image) for r in read), strict=True):
+                if left.dtype.kind == right.dtype.kind == "f":
+                    statistics[name].add(left, right)
+                else:
+                    statistics.pop(name, None)
+    return [one.result() for one in statistics.values()]
+
+
+def annotated_ids(
+    paths: Sequence[Path],
+    source: Path,
+    annotations: coco.Annotations,
+    reference: Side,
+    candidate: Side,
+) -> dict[Path, int]:
+    """The ids of the images that are annotated; found before anything is run. Says loudly what the AP will leave out.
+
+    Raises:
+        ValueError: there is none, nothing is annotated in them, or the reference can find none of their categories.
+    """
+    ids = coco.match_images(annotations, paths, source)
+    if not ids:
+        raise ValueError(
+            f"--annotations: {annotations.path} names none of the {len(paths)} images in {source}; give the images it was made for"
+        )
+    coco.check_objects(annotations, ids.values())
+    check_categories(reference.info.spec, annotations)
+    if set(candidate.info.spec.category_ids) != set(reference.info.spec.category_ids):
+        try:
+            check_categories(candidate.info.spec, annotations)
+        except ValueError as error:  # a fault of the candidate's, which its AP is to show
+            logger.warning("the candidate: %s", error)
+    if len(ids) < len(paths):
+        logger.warning("%d of %d images have no annotations: AP is of the other %d alone", len(paths) - len(ids), len(paths), len(ids))  # fmt: skip
+    return ids
+
+
+def average_precision(
+    images: Sequence[ImageComparison],
+    annotations: coco.Annotations,
+    ids: Mapping[Path, int],
+    sides: tuple[Side, Side],
+) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """COCO's metrics of reference and candidate over the images in `ids`, all their detections counted.
+
+    Raises:
+        ValueError: nothing is annotated in them: those with objects could not be read.
+    """
+    coco.check_objects(annotations, ids.values())
+    results: tuple[list[coco.Result], list[coco.Result]] = ([], [])
+    for image in images:
+        if image.path not in ids:
+            continue
+        for found, side, rows in zip(
+            (image.reference, image.candidate), sides, results, strict=True
+        ):
+            same = [*range(int(found.class_ids.max(initial=0)) + 1), -1]  # [category id], -1 too
+            corners = side.info.spec.inclusive_corners
+            rows += to_coco_results(found, ids[image.path], same, inclusive_corners=corners)
+    left, right = (coco.evaluate(annotations, rows, ids.values()).metrics for rows in results)
+    return left, right
+
+
+def category_labels(
+    comparison: Comparison, annotations: coco.Annotations | None
+) -> Mapping[int, str]:
+    """Category id -> name: of the annotations, else of a model that has names."""
+    if annotations:
+        return annotations.categories
+    for side in (comparison.candidate, comparison.reference):
+        if texts := pick_labels(None, side.spec):
+            return dict(zip(side.spec.category_ids, texts, strict=True))
+    return {}
+
+
+def lines(comparison: Comparison) -> list[str]:
+    """The result for the reader: what was compared, every limit, the worst tensors, the verdict."""
+    d = comparison.detections
+    text = [
+        f"reference  {comparison.reference.name} ({comparison.reference.kind})",
+        f"candidate  {comparison.candidate.name} ({comparison.candidate.kind})",
+        f"{len(comparison.images)} images; from a score of {comparison.score_threshold:g} on {d.reference} and {d.candidate} detections, "
+        f"{d.matched} matched, {d.missing} missing, {d.extra} extra, {d.class_flips} of another class",
+    ]
+    if comparison.ap:
+        left, right = comparison.ap
+        figures = "   ".join(f"{n} {left[n]:.4f} -> {right[n]:.4f}" for n in ("AP", "AP50", "AP75"))
+        text.append(f"AP on {comparison.ap_images} of {len(comparison.images)} images: {figures}")
+    text += [
+        f"{name}: {left} in the reference, {right} in the candidate"
+        for name, left, right in numbers.spec_differences(
+            comparison.reference.spec, comparison.candidate.spec
+        )
+    ]
+    worst = [t for t in numbers.worst_first(comparison.tensors) if not t.equal][:5]
+    if comparison.tensors:
+        text += ["", f"{'worst of ' + str(len(comparison.tensors)) + ' tensors':<48}{'max':>11}{'cosine':>11}{'SQNR':>9}"]  # fmt: skip
+        text += ["all equal"] * (not worst)
+        text += [f"{t.name[-47:]:<48}{t.maximum:>11.4g}{t.cosine:>11.6f}{t.sqnr_db:>9.1f}" for t in worst]  # fmt: skip
+    text += ["", f"{'':<48}{'value':>11}{'limit':>11}"]
+    for check in comparison.checks:
+        mark = "" if check.passed else "  BROKEN"
+        text.append(f"{check.name[:47]:<48}{check.text(check.value):>11}{check.text(check.limit):>11}{mark}")  # fmt: skip
+    count = len(comparison.broken)
+    verdict = f"{count} of {len(comparison.checks)} limits broken" if count else "within all limits"
+    return [*text, "", verdict]

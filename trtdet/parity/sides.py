@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two models of a comparison, each behind one interface: `Side`."""
+
+import dataclasses
+import importlib.metadata
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from trtdet import about
+from trtdet.closing import Closing
+from trtdet.convert import conversion
+from trtdet.detections import Detections, decode
+from trtdet.engine.sidecar import sidecar_path
+from trtdet.errors import EngineError, GraphError
+from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
+from trtdet.families.detr import BOXES
+from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
+from trtdet.images.files import ImageArray, load_image
+from trtdet.images.preprocess import preprocess
+from trtdet.nms import lowering
+from trtdet.parity.numbers import SideInfo
+from trtdet.precision.emulation import emulate
+from trtdet.run.detect import open_batcher, open_model
+from trtdet.run.options import ENGINE_OPTIONS, ONNX_OPTIONS, RunOptions
+from trtdet.runtimes.base import Runtime, run_batches
+from trtdet.runtimes.open import open_runtime
+from trtdet.sources.base import Source, cut_onnx
+from trtdet.sources.onnx_file import load_onnx
+from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
+
+logger = logging.getLogger(__name__)
+
+#: Protobuf ends at 2 GiB; beyond this, weights go into a file beside the model.
+EXTERNAL_DATA_BYTES = 1 << 30
+
+#: First bytes of files that are mistaken for models.
+OTHER_FILES = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"PK\x03\x04": "a ZIP archive, as PyTorch's .pt and Keras' .keras are",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip archive",
+}
+#: What text consists of: printable ASCII, tabs and ends of lines.
+TEXT_BYTES = frozenset((*range(0x20, 0x7F), *b"\t\n\r"))
+
+#: One image's detections (class_ids are category ids), and the way from its pixels to the network's.
+Found = tuple[Detections, ResizeTransform]
+#: Names of tensors, an image -> their values, without the batch dimension.
+TensorReader = Callable[[Sequence[str], ImageArray], list[NDArray[Any]]]
+
+
+class Side(Protocol):
+    """One of the two models. Use as a context manager.
+
+    Attributes:
+        tensors: that can be read, in the order of the graph; none where it is an engine.
+        heads: those of them that the network ends in.
+    """
+
+    info: SideInfo
+    tensors: tuple[str, ...]
+    heads: frozenset[str]
+
+    def detect(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Found]]:
+        """What is found in each image; images that cannot be read are logged and left out."""
+        ...
+
+    def tensor_reader(self, names: Sequence[str]) -> TensorReader:
+        """What reads some of `tensors`, or a part of them at a time."""
+        ...
+
+    def __enter__(self) -> "Side": ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class GraphPart:
+    """The part of an ONNX model between two sets of tensors, in ONNX Runtime on the CPU, every operator computed as it is written."""
+
+    def __init__(
+        self, model: onnx.ModelProto, inputs: Mapping[str, int], outputs: Sequence[str]
+    ) -> None:
+        """
+        Args:
+            inputs: tensor -> its ONNX element type.
+
+        Raises:
+            EngineError: ONNX Runtime is not installed, or cannot load it.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise EngineError("comparing tensors takes ONNX Runtime: pip install onnxruntime") from error  # fmt: skip
+        part = cut_onnx(model, list(inputs), outputs)
+        part.ir_version = min(part.ir_version, 10)  # the newest that ONNX Runtime 1.22 reads
+        for info in part.graph.input:
+            known = info.type.tensor_type.HasField("shape")
+            if not known:  # an inner tensor
+                info.CopyFrom(
+                    onnx.helper.make_tensor_value_info(info.name, inputs[info.name], None)
+                )
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4  # what it has to say is in the exception
+        try:
+            self._session = onnxruntime.InferenceSession(
+                part.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            raise EngineError(f"ONNX Runtime cannot load the graph up to {list(outputs)[:3]}: {error}") from error  # fmt: skip
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        try:
+            values: list[NDArray[Any]] = self._session.run(list(names), dict(feeds))
+        except Exception as error:  # as above
+            raise EngineError(f"ONNX Runtime failed on the graph up to {list(names)[:3]}: {error}") from error  # fmt: skip
+        return values
+
+
+class ConvertedSide(Closing):
+    """An ONNX file of stage 1 or 2, or an engine: preprocessing and NMS are this project's."""
+
+    def __init__(self, path: Path, options: RunOptions) -> None:
+        self._options = options
+        model = load_onnx(path) if path.suffix.lower() == ".onnx" else None
+        self._model = emulate(model) if model and on_cpu(options) else model
+        if self._model is None or self._model is model:
+            self._runtime = open_model(path, options)
+            kind = self._runtime.description
+        else:
+            self._runtime = open_in_memory(self._model, path.name, options)
+            kind = f"{self._runtime.description}, rounding as a GPU does"
+        self.info = SideInfo(path.name, kind, self._runtime.spec)
+        self.heads = frozenset((RAW_BOXES, CLASS_LOGITS))
+        self.tensors = tensors_before(self._model, self.heads) if self._model else ()
+
+    def detect(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Found]]:
+        spec = self.info.spec
+        with open_batcher(self._runtime, paths, self._options) as batcher:
+            for batch, outputs in run_batches(self._runtime, batcher):
+                found = decode(outputs, spec, batch.transforms)
+                for path, one, transform in zip(batch.paths, found, batch.transforms, strict=True):
+                    yield path, (by_category(one, spec), transform)
+                batch.release()
+
+    def tensor_reader(self, names: Sequence[str]) -> TensorReader:
+        if self._model is None:
+            raise ValueError(f"{self.info.name}: is an engine, whose tensors cannot be read")
+        network_input = self._model.graph.input[0]
+        tensor_type = network_input.type.tensor_type
+        part = GraphPart(self._model, {network_input.name: tensor_type.elem_type}, names)
+        batch = tensor_type.shape.dim[0].dim_value or 1
+
+        def read(some: Sequence[str], image: ImageArray) -> list[NDArray[Any]]:
+            pixels, _ = preprocess(image, self.info.spec.preprocessing)
+            values = part.run(some, {network_input.name: np.repeat(pixels[None], batch, axis=0)})
+            return [_first(value, batch) for value in values]
+
+        return read
+
+    def close(self) -> None:
+        self._runtime.__exit__(None, None, None)
+
+
+class TrainedSide(Closing):
+    """A model as it was trained, a SavedModel or an ONNX file: it resizes and normalises by itself, where it has that.
+
+    Args:
+        own_nms: take its own detections, the last of its outputs; else the hard NMS that stage 1 reads from it.
+        like: the converted model beside it, for what was chosen when it was converted.
+    """
+
+    def __init__(self, path: Path, *, own_nms: bool = False, like: ModelSpec | None = None) -> None:
+        self._source = conversion.open_source(path, is_onnx=path.is_file())
+        model, self._reading = conversion.convert(self._source, conversion_options(like))
+        spec = with_normalisation(ModelSpec.from_onnx(model), self._reading, like)
+        package = "onnxruntime" if path.is_file() else "tensorflow"
+        kind = "ONNX as trained, ONNX Runtime" if path.is_file() else "SavedModel, TensorFlow"
+        kind += f" {importlib.metadata.version(package)}, its own preprocessing"
+        self.info = SideInfo(path.name, kind, spec)
+        self.tensors = tuple(self._reading.heads)
+        self.heads = frozenset(self.tensors)
+        heads = {name: onnx.TensorProto.FLOAT for name in self.tensors}
+        self._nms = GraphPart(lowering.lower(model, form="onnx"), heads, OUTPUT_NAMES)
+        self._own = ""
+        if own_nms:
+            feeds, _ = self._feed(load_image(about.PHOTOGRAPH))
+            self._own = find_detections(self._source, feeds)
+
+    def detect(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Found]]:
+        for path in paths:
+            try:
+                image = load_image(path)
+            except (OSError, ValueError) as error:
+                logger.warning("skipped: %s", error)
+                continue
+            yield path, self._own_detections(image) if self._own else self._detections(image)
+
+    def _detections(self, image: ImageArray) -> Found:
+        """Its heads, decoded and suppressed as in the converted file."""
+        values, transform = self._run_heads(self.tensors, image)
+        first = {name: v[:1] for name, v in zip(self.tensors, values, strict=True)}
+        outputs = dict(zip(OUTPUT_NAMES, self._nms.run(OUTPUT_NAMES, first), strict=True))
+        (found,) = decode(outputs, self.info.spec, [transform])
+        return by_category(found, self.info.spec), transform
+
+    def _own_detections(self, image: ImageArray) -> Found:
+        """AutoML's output [n, k, 7]: image, ymin, xmin, ymax, xmax, score, category; pixels of what it was fed."""
+        feeds, transform = self._feed(image)
+        (rows,) = self._source.run([self._own], feeds)
+        rows = rows[0][rows[0][:, 5] > 0]
+        boxes = yxyx_to_xyxy(rows[:, 1:5].astype(np.float32))
+        limit = np.array([*transform.source_wh] * 2, np.float32)
+        boxes = transform.to_source(boxes) if self._fixed_size else np.clip(boxes, 0, limit)
+        return Detections(boxes, rows[:, 5].astype(np.float32), rows[:, 6].astype(np.int32)), transform  # fmt: skip
+
+    def tensor_reader(self, names: Sequence[str]) -> TensorReader:
+        def read(some: Sequence[str], image: ImageArray) -> list[NDArray[Any]]:
+            return [value[0] for value in self._run_heads(some, image)[0]]
+
+        return read
+
+    def _run_heads(
+        self, names: Sequence[str], image: ImageArray
+    ) -> tuple[list[NDArray[Any]], ResizeTransform]:
+        """Values of heads as the converted file has them: boxes of a model with a mask relative to the network input."""
+        feeds, transform = self._feed(image)
+        tensors = [self._reading.heads[name] for name in names]
+        values = self._source.run(tensors, feeds)
+        if self._reading.feeds:
+            share = picture_share(transform, self.info.spec.preprocessing)
+            values = [v * share if t == BOXES else v for t, v in zip(tensors, values, strict=True)]
+        return values, transform
+
+    @property
+    def _fixed_size(self) -> bool:
+        """Whether the model takes images of one size, so that it does no resizing of its own."""
+        shape = self._source.graph.image_shape
+        sizes = shape[1:3] if self._reading.image_layout == "NHWC" else shape[2:4]
+        return bool(sizes) and None not in sizes
+
+    def _feed(self, image: ImageArray) -> tuple[dict[str, NDArray[Any]], ResizeTransform]:
+        """What the model is fed for an image, and how the image lies in its network input."""
+        reading, preprocessing = self._reading, self.info.spec.preprocessing
+        placed, transform = preprocess(image, dataclasses.replace(preprocessing, layout="NHWC"))
+        fed: NDArray[Any]
+        if reading.image_input == reading.network_input:  # an export without preprocessing
+            mean, std = (np.array(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
+            fed = (placed - mean) / std
+            fed = fed[..., ::-1] if preprocessing.bgr else fed
+        else:
+            fed = np.rint(placed).astype(np.uint8) if self._fixed_size else image
+        batch = in_layout(np.repeat(fed[None], reading.batch or 1, axis=0), reading.image_layout)
+        share = picture_share(transform, preprocessing)
+        masks = {name: cut_mask(ones, share) for name, ones in reading.feeds.items()}
+        others = {k: np.repeat(v, len(batch), axis=0) for k, v in masks.items()}
+        return {reading.image_input: batch, **others}, transform
+
+    def close(self) -> None:
+        self._source.__exit__(None, None, None)
+
+
+def conversion_options(like: ModelSpec | None) -> conversion.Options:
+    """With what the user of create_onnx.py chose for `like`; what the file says itself comes first."""
+    if like is None:
+        return conversion.Options()
+    hints = Hints(
+        size_hw=like.preprocessing.size_hw,
+        resize=like.preprocessing.resize,
+        rotated_nms=like.rotated_mode if like.selection == "rotated_nms" else None,
+    )
+    settled = frozenset(("resize_mode", "preprocessor"))
+    return conversion.Options(hints=hints, settled=settled)
+
+
+def with_normalisation(spec: ModelSpec, reading: Reading, like: ModelSpec | None) -> ModelSpec:
+    """The spec of a model as it was trained; where its file does not say how it normalises, as `like` does."""
+    unknown = any(note.option == "preprocessor" for note in reading.notes)
+    if like is None or not unknown or reading.image_input != reading.network_input:
+        return spec
+    chosen = {name: getattr(like.preprocessing, name) for name in ("mean", "std", "pad_rgb")}
+    return spec.replace(preprocessing=dataclasses.replace(spec.preprocessing, **chosen))
+
+
+def picture_share(transform: ResizeTransform, preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """x, y, x, y: the part of the network input, from its top left corner, that the picture takes."""
+    placed = np.rint(np.multiply(transform.source_wh, transform.scale_xy))
+    share = placed / np.array(preprocessing.size_hw[::-1])
+    return np.array([*share, *share], np.float32)
+
+
+def cut_mask(ones: NDArray[Any], share: NDArray[np.float32]) -> NDArray[Any]:
+    """A mask [1, h, w] of ones, 0 beside the picture. A smaller mask has the nearest of the picture's rows, as the network takes them.
+
+    Raises:
+        GraphError: it is no mask.
+    """
+    if ones.ndim != 3:
+        raise GraphError(f"expected a mask [N, height, width] beside the image, found an input of shape {list(ones.shape)}; compare converted files")  # fmt: skip
+    mask = ones.copy()
+    height, width = (int(np.ceil(s * n - 1e-3)) for s, n in zip(share[1::-1], ones.shape[1:], strict=True))  # fmt: skip
+    mask[:, height:] = 0
+    mask[:, :, width:] = 0
+    return mask
+
+
+def on_cpu(options: RunOptions) -> bool:
+    """Whether ONNX Runtime is left to run on a CPU: only there are narrow types emulated."""
+    return options.provider in (None, "auto", "cpu")
+
+
+def open_in_memory(model: onnx.ModelProto, name: str, options: RunOptions) -> Runtime:
+    """ONNX Runtime on the CPU with a model that is in no file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        onnx.save(model, path, save_as_external_data=model.ByteSize() > EXTERNAL_DATA_BYTES)
+        chosen = dataclasses.replace(options, provider="cpu").for_runtime(path)
+        return open_runtime(path, **chosen)
+
+
+def open_sides(
+    paths: tuple[Path, Path], options: RunOptions, stack: ExitStack, *, own_nms: bool = False
+) -> tuple[Side, Side]:
+    """Reference and candidate, entered into `stack`. One that was converted is opened first: the other follows its choices.
+
+    Raises:
+        FileNotFoundError, GraphError, EngineError: one is no model, or cannot be run here.
+    """
+    sides: dict[int, Side] = {}
+    like = None
+    for as_trained, i in sorted((is_as_trained(path), i) for i, path in enumerate(paths)):
+        if as_trained:
+            sides[i] = TrainedSide(paths[i], own_nms=own_nms, like=like)
+        else:
+            sides[i] = open_converted(paths[i], options)
+            like = sides[i].info.spec
+        stack.enter_context(sides[i])
+    return sides[0], sides[1]
+
+
+def is_as_trained(path: Path) -> bool:
+    """Whether this is a SavedModel or an ONNX file that create_onnx.py has not made.
+
+    Raises:
+        FileNotFoundError, GraphError: it is none of these, and no engine.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
+    as_trained = path.is_dir()
+    if path.suffix.lower() == ".onnx" and not as_trained:
+        as_trained = ModelSpec.maybe_from_onnx(load_onnx(path)) is None
+    elif path.is_file():
+        check_engine(path)
+    return as_trained
+
+
+def open_converted(path: Path, options: RunOptions) -> Side:
+    """An ONNX file of create_onnx.py or an engine, with those of the options that it takes."""
+    other = ENGINE_OPTIONS if path.suffix.lower() == ".onnx" else ONNX_OPTIONS
+    unset: dict[str, Any] = dict.fromkeys(other)
+    return ConvertedSide(path, dataclasses.replace(options, **unset))
+
+
+def check_engine(path: Path) -> None:
+    """Tell an engine from other files by how they begin, before a GPU is looked for; one with its .json is taken for what that says.
+
+    Raises:
+        GraphError: it is a picture, text, an archive, or empty.
+    """
+    if sidecar_path(path).is_file():
+        return
+    with open(path, "rb") as file:
+        start = file.read(512)
+    what = "an empty file" if not start else ""
+    for magic, kind in OTHER_FILES.items():
+        if start.startswith(magic):
+            what = kind
+    if start and not what and all(byte in TEXT_BYTES for byte in start):
+        what = "a text file"
+    if what:
+        raise GraphError(
+            f"{path}: expected a SavedModel (a directory), an ONNX file (.onnx) or an engine of build_engine.py, found {what}"
+        )
+
+
+def find_detections(source: Source, feeds: Mapping[str, NDArray[Any]]) -> str:
+    """The tensor [n, k, 7] that an AutoML model ends in.
+
+    Args:
+        feeds: what the model is fed for some image.
+
+    Raises:
+        GraphError: nothing of this form at the end of the graph.
+    """
+    nodes = source.graph.nodes.values()
+    read = {tensor.split(":")[0] for node in nodes for tensor in node.inputs}
+    ends = {t for node in nodes for t in node.outputs if t.split(":")[0] not in read}
+    for tensor in sorted(ends):
+        (value,) = source.run([tensor], feeds)
+        if value.ndim == 3 and value.shape[-1] == 7:
+            return tensor
+    raise GraphError(
+        f"--own_nms: expected a model that ends in detections [n, k, 7], as AutoML exports it, {source.path} ends in "
+        f"{sorted(ends)[:4]}; leave the option out"
+    )
+
+
+def tensors_before(model: onnx.ModelProto, heads: frozenset[str]) -> tuple[str, ...]:
+    """The tensors that the network computes on its way to `heads`, these included, in its order."""
+    needed = set(heads)
+    names: list[str] = []
+    for node in reversed(model.graph.node):  # sorted, as ONNX demands
+        if needed.isdisjoint(node.output):
+            continue
+        needed.update(node.input)
+        if node.op_type != "Constant":
+            names += [name for name in node.output if name in needed]
+    return tuple(reversed(names))
+
+
+def by_category(detections: Detections, spec: ModelSpec) -> Detections:
+    """The same with category ids for class ids; -1 for a class that the model should not have."""
+    ids = np.array([*spec.category_ids, -1], np.int32)
+    known = (detections.class_ids >= 0) & (detections.class_ids < spec.num_classes)
+    classes = np.where(known, detections.class_ids, spec.num_classes)
+    return dataclasses.replace(detections, class_ids=ids[classes])
+
+
+def _first(value: NDArray[Any], batch: int) -> NDArray[Any]:
+    """The first image's part of a tensor; a tensor without a batch dimension as it is."""
+    return value[0] if value.ndim and len(value) == batch else value

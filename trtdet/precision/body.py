@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of a detector that INT8 is about: from the input to the heads, its convolutions, and which block each belongs to."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from trtdet.errors import GraphError
+from trtdet.graph.builder import fix_size
+from trtdet.precision.floats import begins_nms
+from trtdet.spec import ModelSpec
+
+#: Names of blocks in google/automl's graphs, in the order of the network; the first group is the block's name.
+_BLOCK_PATTERNS = (
+    r"(?:^|/)(stem)(?:/|$)",
+    r"(?:^|/)(blocks_\d+)(?:/|$)",
+    r"(?:^|/)(resample_p\d+)(?:/|$)",
+    r"^(fpn_cells/cell_\d+)(?:/|$)",
+    r"^(class_net|box_net)(?:/|$)",
+)
+
+
+@dataclass(frozen=True)
+class ConvLayer:
+    """One convolution.
+
+    Attributes:
+        name: of the node.
+        input, weight, output: tensors; `bias` is "" where there is none.
+        block: the part of the network it stands in, "blocks_3".
+        macs: multiply-accumulates for one image.
+        depthwise: one filter per channel.
+        pooled: it works on 1x1 averages, as squeeze-and-excite does.
+        constant: its weights are an initializer.
+    """
+
+    name: str
+    input: str
+    weight: str
+    bias: str
+    output: str
+    block: str
+    macs: int
+    depthwise: bool
+    pooled: bool
+    constant: bool
+
+    @property
+    def quantizable(self) -> bool:
+        """Worth INT8, and possible: the averages' few MACs are not, and steer whole channels."""
+        return self.constant and not self.pooled
+
+
+def block_of(name: str) -> str:
+    """The block that a node's name says it stands in; its first part where the name is of another kind."""
+    for pattern in _BLOCK_PATTERNS:
+        match = re.search(pattern, name)
+        if match:
+            return match[1]
+    return name.lstrip("/").split("/")[0] or "unnamed"
+
+
+def cut_to_body(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that ends at the heads: what NMS and box decoding take from the network are its outputs.
+
+    Raises:
+        GraphError: nothing stands before the NMS.
+    """
+    nodes = model.graph.node
+    behind: set[str] = set()  # tensors of NMS and what follows
+    heads: dict[str, None] = {}
+    body = []
+    for node in nodes:
+        if begins_nms(node) or behind.intersection(node.input):
+            behind.update(node.output)
+        else:
+            body.append(node)
+    made = {output for node in body for output in node.output}
+    for node in nodes:
+        if behind.intersection(node.output):
+            heads.update((name, None) for name in node.input if name in made)
+    heads.update((output.name, None) for output in model.graph.output if output.name in made)
+    if not heads:
+        raise GraphError(
+            "model: expected a network before the NMS, found none; write it again with create_onnx.py"
+        )
+    return _cut(model, list(heads))
+
+
+def _cut(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
+    """Only what makes `outputs`, which become float32 outputs of unknown shape."""
+    needed = set(outputs)
+    nodes = []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            nodes.append(node)
+            needed.update(node.input)
+    weights = [w for w in model.graph.initializer if w.name in needed]
+    inputs = [i for i in model.graph.input if i.name in needed]
+    infos = {i.name: i for i in [*model.graph.value_info, *model.graph.output]}
+    graph = onnx.helper.make_graph(
+        nodes[::-1],
+        model.graph.name,
+        inputs,
+        [
+            infos.get(name, onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+            for name in outputs
+        ],
+        weights,
+        value_info=[i for i in model.graph.value_info if i.name in needed],
+    )
+    cut = onnx.helper.make_model(graph, opset_imports=model.opset_import)
+    cut.ir_version = model.ir_version
+    cut.metadata_props.extend(model.metadata_props)
+    return cut
+
+
+def conv_layers(model: onnx.ModelProto) -> list[ConvLayer]:
+    """All convolutions of the body, in the order of the graph. Of a model of free size, as they are at the size that it names.
+
+    Raises:
+        GraphError: the size of a feature map is not known.
+    """
+    spec = ModelSpec.maybe_from_onnx(model)
+    if spec is not None:
+        model = fix_size(model, spec.preprocessing.image_shape, batch=1)
+    body = cut_to_body(model)
+    inferred = onnx.shape_inference.infer_shapes(body).graph
+    shapes = {
+        info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim]
+        for info in [*inferred.value_info, *inferred.output, *inferred.input]
+    }
+    weights = {w.name: tuple(w.dims) for w in body.graph.initializer}
+    dequantized = _constants_behind_dequantize(body, weights)
+    pooled = _pooled_tensors(body, weights.keys())
+    layers = []
+    for node in body.graph.node:
+        if node.op_type != "Conv":
+            continue
+        weight_shape = weights.get(node.input[1]) or dequantized.get(node.input[1])
+        size = shapes.get(node.output[0], [])[2:]
+        if weight_shape is None or not size or not all(size):
+            raise GraphError(
+                f"Conv '{node.name}': expected constant weights and a feature map of known size, found "
+                f"weights {weight_shape}, size {size}; convert the model with a fixed size (create_onnx.py --input_shape)"
+            )
+        group = next((a.i for a in node.attribute if a.name == "group"), 1)
+        layers.append(
+            ConvLayer(
+                node.name,
+                node.input[0],
+                node.input[1],
+                node.input[2] if len(node.input) > 2 else "",
+                node.output[0],
+                block_of(node.name),
+                int(np.prod(weight_shape, dtype=np.int64) * np.prod(size, dtype=np.int64)),
+                depthwise=group > 1 and weight_shape[1] == 1 and group == weight_shape[0],
+                pooled=node.input[0] in pooled,
+                constant=node.input[1] in weights,
+            )
+        )
+    return layers
+
+
+def _constants_behind_dequantize(
+    body: onnx.ModelProto, weights: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of weights that a model with Q/DQ keeps behind DequantizeLinear, or a pair."""
+    found: dict[str, tuple[int, ...]] = {}
+    for node in body.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            shape = weights.get(node.input[0]) or found.get(node.input[0])
+            if shape is not None:
+                found[node.output[0]] = shape
+    return found
+
+
+def _pooled_tensors(body: onnx.ModelProto, weights: Iterable[str]) -> set[str]:
+    """What follows from global averages alone: the gates of squeeze-and-excite."""
+    constants = set(weights)
+    pooled: set[str] = set()
+    for node in body.graph.node:
+        data = [name for name in node.input if name and name not in constants]
+        if node.op_type == "GlobalAveragePool" or (data and pooled.issuperset(data)):
+            pooled.update(node.output)
+    return pooled

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8 calibration: how far each activation reaches, measured once on the CPU, kept in a file that every TensorRT reads.
+
+The cache is TensorRT's own text format, which trtexec --calib, DeepStream's int8-calib-file and TensorRT 8 to 10 take:
+
+    TRT-8601-EntropyCalibration2
+    images: 3c010a14                 <- big-endian float32, largest magnitude / 127
+
+`<cache>.json` beside it says what it was measured on, and is why a cache of another model, size or normalisation is refused instead
+of silently used. It also keeps statistics per channel, which the text format has no place for and `trtdet.precision.quantization` uses.
+
+ONNX Runtime's own histogram calibrators are not used: they keep the activations of all images before they look at them. Here one
+image (or batch) at a time is reduced to histograms whose ranges are powers of two and grow by merging bins, so that memory does not
+depend on the number of images, nor the result on their order.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from trtdet.errors import EngineError, GraphError
+from trtdet.graph import deformable_attention
+from trtdet.graph.builder import POSITIONS_PREFIX
+from trtdet.precision.body import conv_layers, cut_to_body
+from trtdet.precision.calibration_cache import CalibrationCache, Origin
+from trtdet.precision.histograms import LEVELS, ChannelMoments, TensorHistogram
+from trtdet.precision.options import (
+    DEFAULT_METHOD,
+    DEFAULT_NUM_IMAGES,
+    DEFAULT_SEED,
+    METHODS,
+    Method,
+    Provider,
+)
+
+GPU_PROVIDER = "CUDAExecutionProvider"
+
+#: Operators that pass on values as they are: input and output share one scale, so that TensorRT need not requantize.
+SAME_RANGE_OPS = frozenset(
+    ["Flatten", "Identity", "MaxPool", "Reshape", "Resize", "Squeeze", "Transpose", "Unsqueeze"]
+)
+
+
+def choose_images(
+    paths: Sequence[Path],
+    count: int = DEFAULT_NUM_IMAGES,
+    *,
+    fraction: float = 1.0,
+    seed: int = DEFAULT_SEED,
+) -> list[Path]:
+    """At most `count` of all images, and at most `fraction` of them, at random with a fixed seed, sorted.
+
+    The first images of a directory are often of one kind: COCO's are sorted by date of upload.
+    """
+    wanted = min(count, max(1, round(fraction * len(paths))))
+    ordered = sorted(paths)
+    if wanted >= len(ordered):
+        return ordered
+    chosen = np.random.default_rng(seed).permutation(len(ordered))[:wanted]
+    return [ordered[i] for i in sorted(chosen)]
+
+
+# ---- measuring
+
+
+def providers(choice: Provider = "auto") -> list[Any]:
+    """ONNX Runtime's execution providers for a calibration; the CPU takes what the GPU cannot.
+
+    Raises:
+        EngineError: a GPU is asked for, and this ONNX Runtime has none.
+    """
+    import onnxruntime
+
+    cpu = "CPUExecutionProvider"
+    available = onnxruntime.get_available_providers()
+    if choice == "gpu" and GPU_PROVIDER not in available:
+        raise EngineError(
+            f"--calib_provider gpu: this ONNX Runtime has {', '.join(available)}, not {GPU_PROVIDER}; pip install onnxruntime-gpu, or "
+            "leave it out"
+        )
+    if choice == "cpu" or GPU_PROVIDER not in available:
+        return [cpu]
+    # TF32, the provider's default, has three digits: too few to measure with.
+    return [(GPU_PROVIDER, {"use_tf32": "0"}), cpu]
+
+
+def calibrate(
+    model: onnx.ModelProto,
+    feeds: Iterable[Mapping[str, NDArray[Any]]],
+    method: Method = DEFAULT_METHOD,
+    *,
+    origin: Origin | None = None,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    threads: int | None = None,
+) -> CalibrationCache:
+    """Run the FP32 model up to its heads over all feeds, once, and choose a scale for every activation.
+
+    Args:
+        feeds: input name -> array; any batch size the model takes, the last may be smaller. Looked at one at a time.
+        method: minmax covers everything; percentile all but 0.01 %; mse minimizes the mean squared error, entropy the
+            Kullback-Leibler divergence, as TensorRT's calibrator does.
+        origin: what to note in the cache.
+        providers: ONNX Runtime's; with another than the CPU, scales differ in the last digits.
+
+    Raises:
+        ValueError: an unknown method, or no feeds.
+        GraphError: an activation that is not finite.
+    """
+    if method not in METHODS:
+        raise ValueError(
+            f"calibration method: expected one of {', '.join(METHODS)}, got {method!r}"
+        )
+    body = cut_to_body(model)
+    layers = conv_layers(body)
+    tensors = _measured_tensors(body)
+    channelwise = {layer.input for layer in layers if layer.quantizable}
+    session = _session(body, tensors, providers, threads)
+    inputs = [i.name for i in body.graph.input]
+    histograms = {name: TensorHistogram() for name in (*inputs, *tensors)}
+    channels = {name: ChannelMoments() for name in histograms if name in channelwise}
+    count = 0
+    for feed in feeds:
+        values = [np.asarray(feed[name], np.float32) for name in inputs]
+        values += session.run(tensors, dict(feed))
+        for name, array in zip(histograms, values, strict=True):
+            if not np.isfinite(array).all():
+                raise GraphError(
+                    f"calibration: activation '{name}' is not finite; the model or an image is broken"
+                )
+            histograms[name].add(array)
+            if name in channels:
+                channels[name].add(array)
+        count += 1
+    if not count:
+        raise ValueError(
+            "calibration: expected images, got none; check --calib_input and --calib_num_images"
+        )
+    scales = _all_scales(body, {n: h.clip(method) / LEVELS for n, h in histograms.items()})
+    statistics = {
+        name: c.statistics(histograms[name].noise(scales[name])) for name, c in channels.items()
+    }
+    return CalibrationCache(scales, statistics, origin)
+
+
+def _measured_tensors(body: onnx.ModelProto) -> list[str]:
+    """Float activations that are neither another's values passed on nor a Sigmoid, whose range is known; nor positions, which stay float."""
+    float32 = onnx.TensorProto.FLOAT
+    inferred = onnx.shape_inference.infer_shapes(body).graph
+    types = {i.name: i.type.tensor_type.elem_type for i in inferred.value_info}
+    return [
+        name
+        for node in body.graph.node
+        if node.op_type not in SAME_RANGE_OPS and node.op_type != "Sigmoid"
+        if not node.name.startswith(POSITIONS_PREFIX)
+        for name in node.output
+        if types.get(name, float32) == float32
+    ]
+
+
+def _all_scales(body: onnx.ModelProto, measured: Mapping[str, float]) -> dict[str, float]:
+    """Scales of all float activations in the order of the graph, inputs first, rounded to float32."""
+    scales = {i.name: measured[i.name] for i in body.graph.input if i.name in measured}
+    for node in body.graph.node:
+        for name in node.output:
+            if node.op_type == "Sigmoid":
+                scales[name] = 1 / LEVELS
+            elif name in measured:
+                scales[name] = measured[name]
+            elif node.op_type in SAME_RANGE_OPS and node.input[0] in scales:
+                scales[name] = scales[node.input[0]]
+    return {name: float(np.float32(scale)) for name, scale in scales.items()}
+
+
+def _session(
+    body: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[Any], threads: int | None
+) -> Any:
+    import onnxruntime
+
+    watched = onnx.ModelProto()
+    watched.CopyFrom(deformable_attention.lower(body))
+    del watched.graph.output[:]
+    watched.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # As written: every tensor is looked at, so there is nothing to fuse.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if threads:
+        options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(
+        watched.SerializeToString(), options, providers=list(providers)
+    )

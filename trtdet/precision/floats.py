@@ -1,0 +1,661 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Precision as tensor types: an FP32 model in, the same model with an FP16 or BF16 body out. No TensorRT in here.
+
+input -> preprocessing -> Cast -> body, first to last convolution -> Cast -> box decoding, NMS -> outputs
+         float32                  float16                                   float32
+
+Preprocessing stays float32 because 0-255 minus a mean does not fit float16: at 255 its step is 1/8, as wide as a whole level of
+a dark image after normalisation. Box decoding stays because coordinates of 512 pixels have a step of 1/2 there. Both are element-wise
+and cost nothing beside the convolutions. Nothing is clamped: a weight or activation that the type cannot hold leaves its nodes in
+float32, and the report says so.
+
+Q/DQ pairs (`trtdet.precision.quantization`, or the model's own) need no Cast, because they end and begin types by themselves: a QuantizeLinear
+is of the type of what it reads, a DequantizeLinear of the type of the node that reads it, and what goes between is INT8 or FP8.
+That takes opset 19, the first with float16 scales.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from trtdet.errors import GraphError
+from trtdet.graph.builder import COMPUTE_OPS, POSITIONS_PREFIX
+
+#: Nodes that only move values: behind the last convolution they stay narrow, so that one Cast per head suffices.
+MOVE_OPS = frozenset(
+    [
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    ]
+)
+#: Where NMS begins: these operators, and every node with this prefix.
+NMS_OPS = frozenset(
+    ["BatchedNMSDynamic_TRT", "BatchedNMS_TRT", "EfficientNMS_TRT", "NonMaxSuppression"]
+)
+NMS_PREFIX = "nms/"
+#: Nodes that are left as they are: their float inputs have a type of their own.
+FIXED_OPS = frozenset(["If", "Loop", "Range", "Scan"])
+#: Nodes between a floating-point type and INT8 or FP8: they take the type of their neighbour.
+PAIR_OPS = frozenset(["DequantizeLinear", "QuantizeLinear"])
+#: The first opset whose QuantizeLinear takes float16, and float8.
+PAIR_OPSET = 19
+#: Inputs that ONNX defines as float32 whatever the data is: regions of interest and scales.
+FLOAT32_INPUTS: Mapping[str, frozenset[int]] = {
+    "Resize": frozenset([1, 2]),
+    "Upsample": frozenset([1]),
+}
+
+
+@dataclass(frozen=True)
+class FloatType:
+    """A narrow floating-point type.
+
+    Attributes:
+        name: "FP16"; in tensor names, lower case.
+        onnx_type: its `TensorProto.DataType`.
+        largest: its largest finite number.
+        tolerance: largest rounding error of a tensor, relative to its largest value; twice the error of a number in the type's
+            normal range, so that only overflow and underflow exceed it.
+        smallest_step: between numbers near zero, where the relative error grows.
+    """
+
+    name: str
+    onnx_type: int
+    largest: float
+    tolerance: float
+    smallest_step: float
+
+    @property
+    def smallest_amax(self) -> float:
+        """A tensor whose largest magnitude is smaller is rounded worse than `tolerance`."""
+        return self.smallest_step / 2 / self.tolerance
+
+
+FP16 = FloatType("FP16", TensorProto.FLOAT16, 65504.0, 2.0**-10, 2.0**-24)
+BF16 = FloatType("BF16", TensorProto.BFLOAT16, 3.3895313892515355e38, 2.0**-7, 2.0**-133)
+
+#: Activations beyond this share of the type's largest number stay float32: other images will go higher than the ones looked at.
+ACTIVATION_HEADROOM = 0.25
+
+
+@dataclass(frozen=True)
+class KeptNode:
+    """A node that stays float32, and why; `asked`: because its name was given."""
+
+    name: str
+    op_type: str
+    reason: str
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class PrecisionReport:
+    """What a conversion did.
+
+    Attributes:
+        precision: of the body, "FP16".
+        converted: number of nodes that compute in it.
+        by_design: nodes in float32 because of where they stand: preprocessing, box decoding, NMS.
+        kept: nodes in float32 for a reason of their own: a range, a name that was asked for.
+        flushed: weights other than zero that became zero (all below the rounding error of their tensor's largest).
+        casts: Cast nodes put in.
+    """
+
+    precision: str
+    converted: int
+    by_design: tuple[KeptNode, ...]
+    kept: tuple[KeptNode, ...]
+    flushed: int = 0
+    casts: int = 0
+
+    @property
+    def float32_names(self) -> frozenset[str]:
+        """Names of all nodes that stay float32, as far as they have any."""
+        return frozenset(node.name for node in (*self.by_design, *self.kept)) - {""}
+
+    def lines(self) -> list[str]:
+        """For the log: one line of counts, then one per pattern that was asked for."""
+        counts = ", ".join(
+            f"{n} {reason}" for reason, n in Counter(k.reason for k in self.by_design).items()
+        )
+        lines = [
+            f"{self.precision}: {self.converted} nodes, {self.casts} casts; float32: {counts or 'none'}"
+            + (f"; {self.flushed} weights round to zero" if self.flushed else "")
+        ]
+        asked = Counter(node.reason for node in self.kept if node.asked)
+        return lines + [f"stays float32: {n} nodes, {reason}" for reason, n in asked.items()]
+
+    def warnings(self) -> list[str]:
+        """One line per node that does not fit the type."""
+        return [
+            f"stays float32: {k.op_type} '{k.name}': {k.reason}" for k in self.kept if not k.asked
+        ]
+
+
+def narrow_types(model: onnx.ModelProto) -> set[str]:
+    """Which of "fp16" and "bf16" the model's weights and casts are in; empty for a float32 model."""
+    names = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    types |= {
+        a.i for n in model.graph.node if n.op_type == "Cast" for a in n.attribute if a.name == "to"
+    }
+    return {names[t] for t in types & names.keys()}
+
+
+def to_fp16(
+    model: onnx.ModelProto,
+    *,
+    keep_fp32: Sequence[str] = (),
+    ranges: Mapping[str, float] | None = None,
+) -> tuple[onnx.ModelProto, PrecisionReport]:
+    """A copy of the model with its body in float16; inputs and outputs keep their types.
+
+    Args:
+        model: float32; not touched.
+        keep_fp32: patterns (`*`, `?`) of node names that stay float32.
+        ranges: tensor -> largest magnitude, from `activation_ranges`; None: activations are taken to fit.
+
+    Raises:
+        GraphError: nothing to convert, or a model that is not float32.
+    """
+    return _Conversion(model, FP16, keep_fp32, ranges or {}).run()
+
+
+def raise_opset(model: onnx.ModelProto, opset: int = PAIR_OPSET) -> None:
+    """Make a model of opset 13 or later one of at least `opset`, at most 19, in place.
+
+    On the way reductions get their axes as an input and a Split in equal parts counts them. What else changed takes more types or
+    has new attributes with the old meaning as their default; only RoiAlign has a new default.
+
+    Raises:
+        GraphError: an older model, or a RoiAlign.
+    """
+    own = next(o for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    if own.version >= opset:
+        return
+    if own.version < 13:
+        raise GraphError(
+            f"model: expected opset 13 or later for Q/DQ, found {own.version}; convert it with create_onnx.py --opset 17"
+        )
+    graph = model.graph
+    for node in graph.node if own.version < 18 <= opset else ():
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type == "RoiAlign" and own.version < 16:
+            raise GraphError(
+                f"RoiAlign '{node.name}': expected opset 16 or later, found {own.version}, whose RoiAlign has another default; "
+                "convert the model with create_onnx.py --opset 17"
+            )
+        if node.op_type == "Split" and len(node.input) < 2:
+            node.attribute.append(helper.make_attribute("num_outputs", len(node.output)))
+        axes = next((a for a in node.attribute if a.name == "axes"), None)
+        if node.op_type.startswith("Reduce") and axes is not None:
+            name = f"{node.output[0]}/axes"
+            values = np.array(axes.ints, np.int64)
+            graph.initializer.append(numpy_helper.from_array(values, name))
+            node.input.append(name)
+            node.attribute.remove(axes)
+    own.version = opset
+    model.ir_version = max(model.ir_version, 9)  # of ONNX 1.14, which brought opset 19
+
+
+def to_bf16(
+    model: onnx.ModelProto, *, keep_fp32: Sequence[str] = ()
+) -> tuple[onnx.ModelProto, PrecisionReport]:
+    """As `to_fp16`, with a bfloat16 body: float32's range, so nothing can overflow, and 8 bits of precision.
+
+    TensorRT takes the result at any opset; by the letter of ONNX a bfloat16 Conv begins at opset 22, and ONNX Runtime's CPU
+    provider has none.
+    """
+    return _Conversion(model, BF16, keep_fp32, {}).run()
+
+
+def activation_ranges(
+    model: onnx.ModelProto, feeds: Iterable[Mapping[str, NDArray[Any]]]
+) -> dict[str, float]:
+    """Largest magnitude of every tensor of the body, over some inputs, by ONNX Runtime on the CPU.
+
+    Streaming: the session returns the minimum and maximum of each tensor, so memory does not grow with inputs or tensors.
+
+    Args:
+        model: float32, with or without plugins behind the body.
+        feeds: input name -> array.
+
+    Returns:
+        Tensor -> max |x|; infinity where anything was not finite.
+    """
+    import onnxruntime
+
+    from trtdet.graph import deformable_attention
+
+    conversion = _Conversion(model, FP16, (), {})
+    tensors = sorted(
+        name
+        for index in conversion.low | conversion.kept.keys()
+        if conversion.nodes[index].op_type not in PAIR_OPS
+        for name in conversion.nodes[index].output
+        if conversion.is_float(name)
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # As written: fusions would be broken up by the outputs, and cost more than the run.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        _range_model(deformable_attention.lower(model), tensors).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
+    ranges = dict.fromkeys(tensors, 0.0)
+    for feed in feeds:
+        extremes = np.abs(np.array(session.run(None, dict(feed)), np.float64)).reshape(-1, 2)
+        extremes = np.nan_to_num(extremes, nan=np.inf, posinf=np.inf)
+        for name, amax in zip(tensors, extremes.max(axis=1), strict=True):
+            ranges[name] = max(ranges[name], float(amax))
+    return ranges
+
+
+def _range_model(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """Only what makes `tensors`, with their minimum and maximum as the outputs, in pairs."""
+    measured = onnx.ModelProto()
+    measured.CopyFrom(model)
+    graph = measured.graph
+    needed = set(tensors)
+    nodes: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            nodes.append(node)
+            needed.update(_all_inputs(node))
+    nodes.reverse()
+    outputs = []
+    for name in tensors:
+        for op in ("ReduceMin", "ReduceMax"):
+            nodes.append(helper.make_node(op, [name], [f"{name}/{op}"], keepdims=0))
+            outputs.append(helper.make_tensor_value_info(f"{name}/{op}", TensorProto.FLOAT, []))
+    replace_nodes(graph, nodes)
+    del graph.output[:]
+    graph.output.extend(outputs)
+    return measured
+
+
+class _Conversion:
+    """One conversion: finds the body, leaves out what does not fit, rewrites the graph."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        target: FloatType,
+        keep_fp32: Sequence[str],
+        ranges: Mapping[str, float],
+    ) -> None:
+        self.target = target
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(model)
+        self.graph = self.model.graph
+        if any(node.op_type in PAIR_OPS for node in self.graph.node):
+            raise_opset(self.model)
+        self.types = element_types(self.model)
+        self.weights = _constants_to_initializers(self.graph)
+        self.nodes = list(self.graph.node)
+        self.taken = self.types.keys() | {name for n in self.nodes for name in n.output}
+        self.by_design: dict[int, str] = {}
+        self.kept: dict[int, str] = {}
+        self.asked: set[int] = set()
+        self.low = self._body()
+        self._leave_out(keep_fp32, ranges)
+        self._settle_pairs()
+
+    def is_float(self, tensor: str) -> bool:
+        return self.types.get(tensor) == TensorProto.FLOAT
+
+    def run(self) -> tuple[onnx.ModelProto, PrecisionReport]:
+        if not self.low:
+            found = sorted({node.op_type for node in self.nodes if node.op_type in FIXED_OPS})
+            raise GraphError(
+                f"{self.target.name}: expected a float32 model with convolutions to convert, found nothing that can be converted"
+                + (f" (it has {', '.join(found)})" if found else "")
+                + "; give the FP32 file that create_onnx.py wrote"
+            )
+        flushed = self._convert_weights()
+        casts = self._convert_tensors()
+        report = PrecisionReport(
+            self.target.name,
+            len(self.low),
+            self._report(self.by_design),
+            self._report(self.kept),
+            flushed,
+            casts,
+        )
+        return self.model, report
+
+    def _report(self, reasons: Mapping[int, str]) -> tuple[KeptNode, ...]:
+        return tuple(
+            KeptNode(self.nodes[i].name, self.nodes[i].op_type, reason, i in self.asked)
+            for i, reason in sorted(reasons.items())
+        )
+
+    # --- which nodes --------------------------------------------------------------------------------------------------------
+
+    def _body(self) -> set[int]:
+        """Indices of the nodes to convert; `by_design` gets those that stay float32 because of where they stand."""
+        in_nms = self._downstream({i for i, n in enumerate(self.nodes) if begins_nms(n)})
+        compute = {
+            i
+            for i, node in enumerate(self.nodes)
+            if node.op_type in COMPUTE_OPS and i not in in_nms and self._convertible(node)
+        }
+        leads_to_compute, follows_compute = self._upstream(compute), self._downstream(compute)
+        low: set[int] = set()
+        narrow: set[str] = set()  # tensors that nodes in `low` make
+        for i, node in enumerate(self.nodes):
+            if i in in_nms:
+                reason = "box decoding and NMS"
+            elif node.name.startswith(POSITIONS_PREFIX):
+                reason = "positions"
+            elif node.op_type in PAIR_OPS and i in leads_to_compute and self._convertible(node):
+                reason = ""  # for now: see `_settle_pairs`
+            elif i not in follows_compute:
+                reason = "preprocessing"
+            elif i in leads_to_compute or self._only_moves(node, narrow):
+                reason = "" if self._convertible(node) else "no narrow form"
+            else:
+                reason = "behind the last convolution"
+            if not reason:
+                low.add(i)
+                narrow.update(node.output)
+            elif any(self.is_float(name) for name in (*node.input, *node.output)):
+                self.by_design[i] = reason
+        return low
+
+    def _convertible(self, node: onnx.NodeProto) -> bool:
+        """Whether all its float tensors may become narrow together."""
+        if node.domain not in ("", "ai.onnx") or node.op_type in FIXED_OPS:
+            return False
+        tensors = [*self._data_inputs(node), *node.output]
+        known = all(name in self.types for name in tensors)
+        return known and any(self.is_float(name) for name in self._data_inputs(node))
+
+    def _only_moves(self, node: onnx.NodeProto, narrow: set[str]) -> bool:
+        data = [name for name in self._data_inputs(node) if self.is_float(name)]
+        return node.op_type in MOVE_OPS and bool(data) and narrow.issuperset(data)
+
+    def _leave_out(self, keep_fp32: Sequence[str], ranges: Mapping[str, float]) -> None:
+        """Move nodes from `low` to `kept`: asked for by name, weights or activations out of range."""
+        bad_weights = {
+            name: reason
+            for name, weight in self.weights.items()
+            if self.is_float(name)
+            and (reason := _weight_problem(numpy_helper.to_array(weight), self.target))
+        }
+        for i in sorted(self.low):
+            node = self.nodes[i]
+            pair = node.op_type in PAIR_OPS
+            patterns = [] if pair else [p for p in keep_fp32 if fnmatchcase(node.name, p)]
+            if patterns:
+                self.asked.add(i)
+            reasons = [f"asked for ('{p}')" for p in patterns]
+            for name in (*self._data_inputs(node), *node.output):
+                if name in bad_weights:
+                    reasons.append(f"weights '{name}': {bad_weights[name]}")
+                if pair:
+                    continue
+                if problem := _activation_problem(ranges.get(name, 0.0), self.target):
+                    reasons.append(f"activation '{name}': {problem}")
+            if reasons:
+                self.kept[i] = reasons[0]
+        self.low.difference_update(self.kept)
+
+    def _settle_pairs(self) -> None:
+        """Q and DQ that have float32 neighbours become float32 themselves, rather than have a Cast put beside them."""
+        readers: dict[str, set[int]] = {}
+        for i, node in enumerate(self.nodes):
+            for name in _all_inputs(node):
+                readers.setdefault(name, set()).add(i)
+        wide: set[int] = set()
+        for i in sorted(self.low, reverse=True):
+            node = self.nodes[i]
+            if node.op_type == "DequantizeLinear" and not readers.get(node.output[0], set()) & self.low - wide:  # fmt: skip
+                wide.add(i)
+        self.low -= wide
+        narrow: set[str] = {name for i in self.low for name in self.nodes[i].output}
+        wide |= {i for i in self.low if self.nodes[i].op_type == "QuantizeLinear" and self.nodes[i].input[0] not in narrow}  # fmt: skip
+        self.low -= wide
+        self.by_design |= dict.fromkeys(wide, "Q/DQ beside float32")
+
+    def _data_inputs(self, node: onnx.NodeProto) -> list[str]:
+        """Its inputs, less the absent ones and those that are float32 by definition."""
+        fixed = FLOAT32_INPUTS.get(node.op_type, frozenset())
+        return [name for k, name in enumerate(node.input) if name and k not in fixed]
+
+    def _downstream(self, start: set[int]) -> set[int]:
+        """`start` and all nodes that anything of it reaches."""
+        reached: set[str] = set()
+        found = set()
+        for i, node in enumerate(self.nodes):
+            if i in start or reached.intersection(_all_inputs(node)):
+                found.add(i)
+                reached.update(node.output)
+        return found
+
+    def _upstream(self, start: set[int]) -> set[int]:
+        """`start` and all nodes that reach anything of it."""
+        wanted: set[str] = set()
+        found = set()
+        for i in reversed(range(len(self.nodes))):
+            node = self.nodes[i]
+            if i in start or wanted.intersection(node.output):
+                found.add(i)
+                wanted.update(_all_inputs(node))
+        return found
+
+    # --- rewriting ----------------------------------------------------------------------------------------------------------
+
+    def _narrow_name(self, tensor: str) -> str:
+        name = f"{tensor}/{self.target.name.lower()}"
+        while name in self.taken:
+            name += "_"
+        return name
+
+    def _convert_weights(self) -> int:
+        """Give nodes of the body narrow weights; one that float32 nodes use too is kept in both types. Returns the flushed."""
+        users: dict[str, list[tuple[int, int]]] = {}  # weight -> (node, input) in the body
+        others = {output.name for output in self.graph.output}  # used as float32
+        for i, node in enumerate(self.nodes):
+            data = self._data_inputs(node) if i in self.low else []
+            for k, name in enumerate(node.input):
+                if name in data and name in self.weights and self.is_float(name):
+                    users.setdefault(name, []).append((i, k))
+                else:
+                    others.add(name)
+            others.update(_captured(node))
+        flushed = 0
+        for name, places in users.items():
+            wide = numpy_helper.to_array(self.weights[name])
+            narrow_name = self._narrow_name(name) if name in others else name
+            narrow = _narrow_tensor(wide, self.target, narrow_name)
+            flushed += int(np.count_nonzero((_round(wide, self.target) == 0) & (wide != 0)))
+            if name in others:
+                self.graph.initializer.append(narrow)
+                for i, k in places:
+                    self.nodes[i].input[k] = narrow_name
+            else:
+                self.weights[name].CopyFrom(narrow)
+            self.types[name if name not in others else narrow_name] = self.target.onnx_type
+        return flushed
+
+    def _convert_tensors(self) -> int:
+        """Retype the body's tensors and put a Cast where a tensor crosses its border. Returns the number of casts.
+
+        The float32 form of a tensor keeps its name, so outputs and float32 nodes find it unchanged.
+        """
+        reads_narrow: set[str] = set()
+        reads_wide = {output.name for output in self.graph.output}
+        for i, node in enumerate(self.nodes):
+            data = self._data_inputs(node) if i in self.low else []
+            reads_narrow.update(name for name in data if self.is_float(name))
+            reads_wide.update(n for n in _all_inputs(node) if n not in data)
+        made_narrow = {
+            name for i in self.low for name in self.nodes[i].output if name and self.is_float(name)
+        }
+        to_wide = made_narrow & reads_wide
+        to_narrow = reads_narrow - made_narrow
+        rename = {name: self._narrow_name(name) for name in to_wide | to_narrow}
+
+        rewritten = [
+            self._cast(info.name, rename[info.name], self.target.onnx_type)
+            for info in self.graph.input
+            if info.name in to_narrow
+        ]
+        for i, node in enumerate(self.nodes):
+            outputs = list(node.output)
+            if i in self.low:
+                data = self._data_inputs(node)
+                node.input[:] = [rename.get(n, n) if n in data else n for n in node.input]
+                node.output[:] = [rename.get(n, n) for n in outputs]
+                _retype_attributes(node, self.target)
+            rewritten.append(node)
+            for name in outputs:
+                if name in to_wide:
+                    rewritten.append(self._cast(rename[name], name, TensorProto.FLOAT))
+                elif name in to_narrow:
+                    rewritten.append(self._cast(name, rename[name], self.target.onnx_type))
+        for info in self.graph.value_info:
+            if info.name in made_narrow - to_wide:
+                info.type.tensor_type.elem_type = self.target.onnx_type
+        casts = len(rewritten) - len(self.nodes)
+        replace_nodes(self.graph, rewritten)
+        return casts
+
+    def _cast(self, source: str, result: str, to: int) -> onnx.NodeProto:
+        return helper.make_node("Cast", [source], [result], name=f"{result}/cast", to=to)
+
+
+def begins_nms(node: onnx.NodeProto) -> bool:
+    """Whether a node is, or is the first of, box decoding and suppression."""
+    return node.op_type in NMS_OPS or node.name.startswith(NMS_PREFIX)
+
+
+def _captured(node: onnx.NodeProto) -> set[str]:
+    """Every tensor that the subgraphs of a node mention: some are of the outer graph."""
+    names: set[str] = set()
+    for attribute in node.attribute:
+        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            names.update(output.name for output in graph.output)
+            for inner in graph.node:
+                names.update(_all_inputs(inner))
+    return names
+
+
+def _all_inputs(node: onnx.NodeProto) -> set[str]:
+    return ({*node.input} | _captured(node)) - {""}
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Tensor -> element type, as far as ONNX's inference knows it.
+
+    Raises:
+        GraphError: ONNX finds the graph invalid.
+    """
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except onnx.shape_inference.InferenceError as error:
+        raise GraphError(
+            f"model: expected a valid ONNX graph, ONNX says: {error}; write it again with create_onnx.py"
+        ) from error
+    types = {
+        info.name: info.type.tensor_type.elem_type
+        for info in [*graph.value_info, *graph.input, *graph.output]
+        if info.type.HasField("tensor_type") and info.type.tensor_type.elem_type
+    }
+    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def _constants_to_initializers(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Make Constant nodes of tensors initializers, so that there is one kind of weight. Returns all initializers by name."""
+    kept = []
+    for node in graph.node:
+        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        if node.op_type == "Constant" and value is not None:
+            tensor = graph.initializer.add()
+            tensor.CopyFrom(value)
+            tensor.name = node.output[0]
+        else:
+            kept.append(node)
+    replace_nodes(graph, kept)
+    return {tensor.name: tensor for tensor in graph.initializer}
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Put nodes, old ones among them, in place of all that a graph has."""
+    copies = onnx.GraphProto()  # emptying the old list would clear the nodes in it
+    copies.node.extend(nodes)
+    graph.ClearField("node")
+    graph.node.extend(copies.node)
+
+
+def _retype_attributes(node: onnx.NodeProto, target: FloatType) -> None:
+    """A Cast to float32 within the body is a cast to the body's type."""
+    if node.op_type == "Cast":
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = target.onnx_type
+
+
+def _weight_problem(weight: NDArray[np.float32], target: FloatType) -> str:
+    """Why a tensor of weights does not fit the type; empty where it does."""
+    largest = float(np.abs(weight).max(initial=0.0))
+    if largest == 0.0:
+        return ""
+    if not largest <= target.largest:
+        return f"largest magnitude {largest:.4g}, {target.name} ends at {target.largest:.4g}"
+    error = float(np.abs(_round(weight, target) - weight).max()) / largest
+    if error > target.tolerance:
+        return f"largest magnitude {largest:.4g}, too small for {target.name} (rounding error {error:.1%} of it)"
+    return ""
+
+
+def _activation_problem(amax: float, target: FloatType) -> str:
+    """Why an activation does not fit the type; empty where it does, or is always zero."""
+    limit = target.largest * ACTIVATION_HEADROOM
+    if amax > limit:
+        return f"largest magnitude {amax:.4g}, {target.name} is used up to {limit:.4g}"
+    if 0 < amax < target.smallest_amax:
+        return f"largest magnitude {amax:.4g}, too small for {target.name}"
+    return ""
+
+
+def _round(values: NDArray[np.float32], target: FloatType) -> NDArray[np.float32]:
+    """To the nearest number of the type, as float32."""
+    if target is FP16:
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    return (_bfloat16_bits(values).astype(np.uint32) << 16).view(np.float32)
+
+
+def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper half of a float32, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _narrow_tensor(values: NDArray[np.float32], target: FloatType, name: str) -> onnx.TensorProto:
+    if target is FP16:
+        return numpy_helper.from_array(values.astype(np.float16), name)
+    data = _bfloat16_bits(values).astype("<u2").tobytes()
+    return helper.make_tensor(name, target.onnx_type, values.shape, data, raw=True)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be asked of a precision. Standard library only: the command lines read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+Provider = Literal["auto", "cpu", "gpu"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+Method = Literal["entropy", "minmax", "percentile", "mse"]
+
+DEFAULT_METHOD: Method = "mse"
+DEFAULT_NUM_IMAGES = 500
+DEFAULT_SEED = 47  # of NVIDIA's sample
+
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+#: Those of 8 bits, which take scales.
+QUANTIZED_PRECISIONS: tuple[Precision, ...] = ("int8", "fp8")
+Rest = Literal["fp16", "fp32"]
+RESTS: tuple[Rest, ...] = get_args(Rest)
+METHODS: tuple[Method, ...] = get_args(Method)
+
+KeptType = Literal["fp16", "fp32"]
+#: Images that calibration runs at a time, where the model's batch is dynamic. On a CPU 8 take five times
+#: the memory (D0: 4.2 GiB) and twice the time per image.
+CALIBRATION_BATCH = 1
+
+
+#: FP8 has small numbers for small values: what reaches furthest need not be cut off to have them.
+FP8_METHOD: Method = "minmax"
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """Where the scales of INT8 and FP8 come from, and what stays out of them.
+
+    Attributes:
+        images: an image or a directory of them; None: the cache alone.
+        cache: read where it exists, else written; None: the scales are not kept.
+        num_images, fraction: at most so many images, and at most this share of all.
+        batch_size: None: `CALIBRATION_BATCH`, or one by one where the model's batch is fixed.
+        cache_version: of TensorRT, for whom the cache is written, and an existing one made over; None: the one that builds, or 8.6.1.
+        method: None: whatever an existing cache was made with; for a new one the default of the precision.
+        provider: what of ONNX Runtime calibrates.
+        keep_fp16, keep_fp32: patterns of node names, beside the model's own `sensitive_nodes`, which stay in FP16.
+        precision_file: more of them, from tune_precision.py.
+    """
+
+    images: Path | None = None
+    cache: Path | None = None
+    cache_version: tuple[int, ...] | None = None
+    num_images: int = DEFAULT_NUM_IMAGES
+    fraction: float = 1.0
+    batch_size: int | None = None
+    method: Method | None = None
+    seed: int = DEFAULT_SEED
+    provider: Provider = "auto"
+    keep_fp16: tuple[str, ...] = ()
+    keep_fp32: tuple[str, ...] = ()
+    precision_file: Path | None = None

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put a precision into a model, in memory: what stage 2 gives to TensorRT. FP16 and BF16 by types, INT8 and FP8 by Q/DQ pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from trtdet import about
+from trtdet.errors import EngineError, GraphError
+from trtdet.graph import builder, deformable_attention
+from trtdet.graph.map_op import custom_ops
+from trtdet.images.batcher import ImageBatcher
+from trtdet.images.files import find_images, load_image
+from trtdet.images.preprocess import preprocess
+from trtdet.nms import lowering
+from trtdet.precision import calibration, calibration_cache, floats
+from trtdet.precision.calibration_cache import CalibrationCache
+from trtdet.precision.file import read_precision_file
+from trtdet.precision.floats import PrecisionReport
+from trtdet.precision.options import (
+    CALIBRATION_BATCH,
+    DEFAULT_METHOD,
+    FP8_METHOD,
+    Int8Options,
+    KeptType,
+    Method,
+    Precision,
+    Rest,
+)
+from trtdet.precision.quantization import (
+    FP8,
+    INT8,
+    QuantizationOptions,
+    QuantizationReport,
+    insert_qdq,
+    own_type,
+    prepare_implicit,
+)
+from trtdet.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+# --- build ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be built.
+
+    Attributes:
+        float32: all its tensors float32, for weak typing: as it stands in the file, with Q/DQ, or with its channels rescaled.
+        typed: with the precision as tensor types or Q/DQ, the NMS plugin still in it; `float32` itself for fp32 and tf32.
+        report: what the conversion to a narrow floating-point type did.
+        quantization: what is in 8 bits.
+        scales: for a TensorRT that takes them through a calibrator.
+    """
+
+    float32: onnx.ModelProto
+    typed: onnx.ModelProto
+    report: PrecisionReport | None = None
+    quantization: QuantizationReport | None = None
+    scales: CalibrationCache | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the TensorRT that is to build a model asks of its preparation.
+
+    Attributes:
+        weak: precision is asked for by builder flags, not by the types of tensors.
+        calibrator: it takes the scales of INT8 through a calibrator, not as Q/DQ.
+        cache_version: of TensorRT, whose calibration cache is written where nobody asks for another.
+    """
+
+    weak: bool = False
+    calibrator: bool = False
+    cache_version: tuple[int, ...] = calibration_cache.DEFAULT_CACHE_VERSION
+
+
+#: Q/DQ in the graph, as every strongly typed TensorRT takes it.
+STRONGLY_TYPED = Target()
+
+#: A public-domain photograph (NASA, Eileen Collins), to see how far activations reach.
+CHECK_IMAGE = about.PHOTOGRAPH
+#: Images of --fp16_check_input that are run: on a CPU that is a minute for the largest models.
+MAX_CHECK_IMAGES = 32
+#: `QUANTIZED_PRECISIONS` -> what their Q/DQ is.
+QUANTIZED = {"int8": INT8, "fp8": FP8}
+
+
+def load_model(path: Path) -> tuple[onnx.ModelProto, ModelSpec]:
+    """The model with its weights, and what stage 1 says of it.
+
+    Raises:
+        FileNotFoundError, GraphError: nothing there, not an ONNX file, or one without a `ModelSpec`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--onnx: expected an ONNX file, found nothing at {path}")
+    try:
+        model = onnx.load(path)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf's DecodeError has no narrower base
+        raise GraphError(
+            f"{path}: expected an ONNX file, this is none ({error}); write it again with create_onnx.py"
+        ) from error
+    return model, ModelSpec.from_onnx(model, path)
+
+
+def prepare(
+    model: onnx.ModelProto,
+    spec: ModelSpec,
+    to: Precision,
+    check_input: Path | None = None,
+    int8: Int8Options = Int8Options(),
+) -> Prepared:
+    """Put the precision into the model's tensor types; fp32 and tf32 leave it as it is.
+
+    Args:
+        int8: what of it stays in FP32.
+
+    Raises:
+        GraphError: the model is in another narrow precision already.
+        ValueError: a pattern that fits no node, or a precision.json of another model.
+    """
+    found = floats.narrow_types(model)
+    if found == {to}:
+        logger.info("the model is in %s already", to.upper())
+        return Prepared(model, model)
+    if found:
+        raise GraphError(
+            f"--precision {to}: the ONNX file is in {' and '.join(sorted(found))} already; give the float32 file of create_onnx.py, "
+            f"or --precision {min(found)}"
+        )
+    if to in ("fp32", "tf32"):
+        return Prepared(model, model)
+    kept = kept_nodes(model, int8, to, [node.name for node in model.graph.node if node.name])
+    wide = [pattern for pattern, kind in kept.items() if kind == "fp32"]
+    if to == "bf16":
+        typed, report = floats.to_bf16(model, keep_fp32=wide)
+    else:
+        ranges = measure_ranges(model, spec, check_input)
+        typed, report = floats.to_fp16(model, keep_fp32=wide, ranges=ranges)
+    _log_report(report)
+    return Prepared(model, typed, report)
+
+
+def _log_report(report: floats.PrecisionReport) -> None:
+    for line in report.lines():
+        logger.info(line)
+    for line in report.warnings():
+        logger.warning(line)
+
+
+def prepare_quantized(
+    model: onnx.ModelProto,
+    spec: ModelSpec,
+    to: Precision,
+    rest: Rest,
+    int8: Int8Options,
+    target: Target = STRONGLY_TYPED,
+    check_input: Path | None = None,
+) -> Prepared:
+    """Put convolutions in INT8 or FP8 with the scales of a cache or a new calibration, and the rest in FP16.
+
+    A model with its own Q/DQ keeps it, whatever `int8` says.
+
+    Args:
+        rest: of what is not in 8 bits.
+        target: the scales do not depend on it.
+
+    Raises:
+        GraphError: the model is in a narrow precision already, or nothing of it can be quantized.
+        ValueError: a pattern that fits no convolution, a cache or a precision.json of something else.
+    """
+    own = own_type(model)
+    if own not in (None, QUANTIZED[to]):
+        raise GraphError(
+            f"--precision {to}: the ONNX file brings its own Q/DQ, in {own.name}; give --precision {own.name.lower()}, or the float32 "
+            "file of create_onnx.py"
+        )
+    narrow = floats.narrow_types(model)
+    if narrow and not (own and narrow == {rest}):
+        raise GraphError(
+            f"--precision {to}: the ONNX file is in {' and '.join(sorted(narrow))} already; give the float32 file of create_onnx.py"
+        )
+    if own and int8 != Int8Options():
+        logger.warning(
+            "the ONNX file brings its own Q/DQ: --calib_..., --keep_... and --precision_json are not used"
+        )
+        int8 = Int8Options()
+    convs = [node.name for node in model.graph.node if node.op_type == "Conv"]
+    kept = kept_nodes(model, int8, to, convs)
+    settings = QuantizationOptions(
+        keep=(*kept, *spec.sensitive_nodes),
+        to=QUANTIZED[to],
+        fp16_scales=rest == "fp16" and not target.weak,  # 8.6 reads opset 17, which has none
+    )
+    default = FP8_METHOD if to == "fp8" else DEFAULT_METHOD
+    cache = (
+        CalibrationCache({}) if own else scales_of(model, spec, int8, target.cache_version, default)
+    )
+    scales = None
+    if target.calibrator:
+        quantized, scales, report = prepare_implicit(model, cache, settings)
+    else:
+        quantized, report = insert_qdq(model, cache, settings)
+    for line in report.lines():
+        logger.info(line)
+    if rest == "fp32" or narrow:
+        return Prepared(quantized, quantized, None, report, scales)
+    wide = [pattern for pattern, kind in kept.items() if kind == "fp32"]
+    ranges = measure_ranges(quantized, spec, check_input)
+    typed, narrowed = floats.to_fp16(quantized, keep_fp32=wide, ranges=ranges)
+    _log_report(narrowed)
+    return Prepared(quantized, typed, narrowed, report, scales)
+
+
+def kept_nodes(
+    model: onnx.ModelProto,
+    options: Int8Options,
+    to: Precision,
+    names: Sequence[str],
+) -> dict[str, KeptType]:
+    """Patterns of nodes that are to stay out of `to`, and what in; the command line goes before the file.
+
+    Raises:
+        OSError, ValueError: a pattern that fits none of `names`, or a precision.json of another model or precision.
+    """
+    kept: dict[str, KeptType] = {}
+    sources: dict[str, str] = {}
+    asked: list[tuple[str, KeptType, Sequence[str]]] = [
+        ("--keep_fp32", "fp32", options.keep_fp32),
+        ("--keep_fp16", "fp16", options.keep_fp16),
+    ]
+    for option, kind, patterns in asked:
+        for pattern in patterns:
+            kept.setdefault(pattern, kind)
+            sources.setdefault(pattern, option)
+    if options.precision_file:
+        found = read_precision_file(
+            options.precision_file, model_sha256=calibration_cache.model_hash(model), precision=to
+        )
+        for pattern in found.keep:
+            kept.setdefault(pattern, found.keep[pattern])
+            sources.setdefault(pattern, f"--precision_json {options.precision_file}:")
+    what = "convolution" if to in QUANTIZED else "node"
+    for pattern, source in sources.items():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{source} {pattern!r}: no {what} has such a name; theirs are {', '.join(names[:3])}, ...")  # fmt: skip
+    return kept
+
+
+def scales_of(
+    model: onnx.ModelProto,
+    spec: ModelSpec,
+    options: Int8Options,
+    built_version: tuple[int, ...] = calibration_cache.DEFAULT_CACHE_VERSION,
+    default_method: Method = DEFAULT_METHOD,
+) -> CalibrationCache:
+    """The cache where there is one and it fits, else a new calibration, which is written there.
+
+    Args:
+        built_version: of the TensorRT for which a new cache is written, unless the options name another.
+
+    Raises:
+        ValueError: a cache of another model, preprocessing or other images, or of another method than is asked for; images that cannot be read.
+        EngineError: ONNX Runtime is not installed.
+    """
+    paths = None
+    if options.images:
+        paths = calibration.choose_images(
+            find_images(options.images, option="--calib_input"),
+            options.num_images,
+            fraction=options.fraction,
+            seed=options.seed,
+        )
+    method = options.method or default_method
+    origin = calibration_cache.origin(model, spec.preprocessing, paths, method, options.seed)
+    if options.cache and options.cache.is_file():
+        cache = calibration_cache.read_cache(
+            options.cache, origin, any_method=options.method is None
+        )
+        if cache.origin is None:
+            calibration_cache.check_tensors(options.cache, cache, model)
+        by = f", by {cache.origin.method}" if cache.origin else ""
+        logger.info("scales of %d tensors from %s%s", len(cache.scales), options.cache, by)
+        if options.cache_version and calibration_cache.write_header(
+            options.cache, options.cache_version
+        ):
+            logger.info("%s is now one for %s", options.cache, calibration_cache.header(options.cache_version))  # fmt: skip
+        return cache
+    if paths is None:
+        raise ValueError(f"calibration: expected images or a cache, found no cache at {options.cache}; give --calib_input")  # fmt: skip
+    if unknown := unknown_to_onnxruntime(model):
+        raise EngineError(
+            f"--calib_input: calibration runs the model in ONNX Runtime, which does not know {unknown}; give --calib_cache with scales made "
+            "elsewhere, or build with --precision fp16"
+        )
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        raise EngineError("--calib_input runs the model in ONNX Runtime: pip install onnxruntime") from None  # fmt: skip
+    seen: list[Path] = []
+    feeds = calibration_feeds(model, spec, paths, options.batch_size, seen)
+    # The images that were chosen are the manifest; those that can be read are counted.
+    providers = calibration.providers(options.provider)
+    cache = calibration.calibrate(model, feeds, method, origin=origin, providers=providers)
+    cache = dataclasses.replace(cache, origin=dataclasses.replace(origin, count=len(seen)))
+    if options.cache:
+        cache.write(options.cache, options.cache_version or built_version)
+        logger.info("wrote %s", options.cache)
+    return cache
+
+
+def calibration_feeds(
+    model: onnx.ModelProto,
+    spec: ModelSpec,
+    paths: Sequence[Path],
+    batch_size: int | None,
+    seen: list[Path],
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The images, preprocessed as for inference; in a model of a fixed batch, one at a time fills every row.
+
+    An image that cannot be read is logged by the batcher and left out, each time: the scales are the same again. `seen` gets the others.
+
+    Raises:
+        ValueError: a batch size that the model does not take, or no image can be read.
+    """
+    network_input = model.graph.input[0]
+    fixed = network_input.type.tensor_type.shape.dim[0].dim_value
+    if fixed and batch_size not in (None, fixed):
+        raise ValueError(f"--calib_batch_size {batch_size}: the ONNX file has a fixed batch of {fixed}; leave it out")  # fmt: skip
+    size, repeats = (1, fixed) if fixed else (batch_size or CALIBRATION_BATCH, 1)
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=len(paths), desc="calibrating", unit="image", disable=None) as bar,
+        ImageBatcher(paths, spec.preprocessing, size) as batches,
+    ):
+        for batch in batches:
+            yield {network_input.name: np.repeat(batch.images, repeats, axis=0)}
+            seen.extend(batch.paths)
+            bar.update(len(batch.images))
+        skipped = len(batches.failures)
+    if skipped == len(paths):
+        raise ValueError(f"--calib_input: expected images that can be read, found {skipped} that cannot, the first of them {batches.failures[0][0]}")  # fmt: skip
+    if skipped:
+        logger.warning("calibrated on %d of %d images: the others cannot be read", len(paths) - skipped, len(paths))  # fmt: skip
+
+
+def measure_ranges(
+    model: onnx.ModelProto, spec: ModelSpec, check_input: Path | None
+) -> dict[str, float] | None:
+    """Largest magnitude of each activation over some images; None where ONNX Runtime is not installed.
+
+    Args:
+        check_input: an image or a directory of them; None: a photograph that comes with this project.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        if check_input:
+            raise EngineError("--fp16_check_input runs the model in ONNX Runtime: pip install onnxruntime") from None  # fmt: skip
+        logger.warning(
+            "ONNX Runtime is not installed: not checked whether FP16 holds the activations; weights are checked"
+        )
+        return None
+    if unknown := unknown_to_onnxruntime(model):
+        logger.warning(
+            "ONNX Runtime does not know %s: not checked whether FP16 holds the activations", unknown
+        )
+        return None
+    paths = find_images(check_input, option="--fp16_check_input") if check_input else [CHECK_IMAGE]
+    if len(paths) > MAX_CHECK_IMAGES:
+        spread = np.linspace(0, len(paths) - 1, MAX_CHECK_IMAGES).astype(int)
+        logger.info("activation ranges: %d of %d images, evenly spread", len(spread), len(paths))
+        paths = [paths[i] for i in spread]
+    read: list[Path] = []
+    ranges = floats.activation_ranges(model, _feeds(model, spec, paths, read))
+    if not read:
+        raise ValueError(f"--fp16_check_input: expected images that can be read, found none in {check_input}")  # fmt: skip
+    tensor = max(ranges, key=ranges.__getitem__)
+    logger.info("largest activation on %d image(s): %.4g in '%s'", len(read), ranges[tensor], tensor)  # fmt: skip
+    return ranges
+
+
+def unknown_to_onnxruntime(model: onnx.ModelProto) -> str:
+    """The custom operators, plugins of TensorRT's own left out that are replaced for ONNX Runtime; "" if there are none."""
+    replaced = {
+        f"{builder.PLUGIN_DOMAIN}::{op}"
+        for op in (lowering.PLUGIN_OP, deformable_attention.PLUGIN_OP)
+    }
+    return ", ".join(op for op in custom_ops(model) if op not in replaced)
+
+
+def _feeds(
+    model: onnx.ModelProto, spec: ModelSpec, paths: Sequence[Path], read: list[Path]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """One image at a time; a model of a fixed batch gets it in every row. `read` gets those that can be read."""
+    network_input = model.graph.input[0]
+    batch = network_input.type.tensor_type.shape.dim[0].dim_value or 1
+    for path in paths:
+        try:
+            image, _ = preprocess(load_image(path), spec.preprocessing)
+        except (OSError, ValueError) as error:
+            logger.warning("--fp16_check_input: %s is left out: %s", path, error)
+            continue
+        read.append(path)
+        yield {network_input.name: np.repeat(image[None], batch, axis=0)}

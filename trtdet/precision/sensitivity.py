@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which convolutions INT8 hurts, and the smallest set that has to stay in FP16.
+
+Two measures. The noise that one quantized convolution puts on the heads is cheap and without scatter, so it ranks the convolutions; AP is
+what counts and takes a run over all annotated images, so it is asked only where a decision hangs on it. Errors of different
+convolutions are all but independent: their powers add up, and the noisiest few are most of the total.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from trtdet import files
+from trtdet.errors import GraphError
+from trtdet.graph import deformable_attention
+from trtdet.precision import quantization
+from trtdet.precision.body import ConvLayer, conv_layers, cut_to_body
+from trtdet.precision.calibration_cache import CalibrationCache
+from trtdet.precision.floats import NMS_OPS
+from trtdet.precision.quantization import QuantizationOptions, QuantizationReport
+from trtdet.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+#: Anchors of each image whose error counts: those that may become detections. The others are background, and their boxes mean nothing.
+BEST_ANCHORS = 100
+
+Feed = Mapping[str, NDArray[Any]]
+
+
+# ---- what may be quantized
+
+
+def candidates(model: onnx.ModelProto, cache: CalibrationCache) -> list[ConvLayer]:
+    """The convolutions that INT8 takes when nothing is asked for, in the order of the graph; not those that `ModelSpec.sensitive_nodes` names.
+
+    Raises:
+        GraphError: there is none, or the model brings its own Q/DQ.
+    """
+    if quantization.own_type(model) is not None:
+        raise GraphError(
+            "the model brings its own Q/DQ, from training: there is nothing to choose; build it as it is"
+        )
+    _, report = quantize_but(model, cache, ())
+    return [layer for layer in conv_layers(model) if layer.name not in report.kept]
+
+
+def quantize_but(
+    model: onnx.ModelProto, cache: CalibrationCache, kept: Iterable[str]
+) -> tuple[onnx.ModelProto, QuantizationReport]:
+    """What build_engine.py makes of a model with these convolutions kept, but that the rest stays float32: FP16 is that to within far less than INT8's error."""
+    spec = ModelSpec.maybe_from_onnx(model)
+    sensitive = spec.sensitive_nodes if spec else ()
+    options = QuantizationOptions(keep=(*patterns(kept), *sensitive), fp16_scales=True)
+    return quantization.insert_qdq(model, cache, options)
+
+
+def patterns(names: Iterable[str]) -> list[str]:
+    """Patterns that match these names alone: `a[1]` is a name, and a pattern for `a1`."""
+    return [escape(name) for name in names]
+
+
+# ---- noise on the heads
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """What one quantized convolution does to the heads.
+
+    Attributes:
+        noise: head -> power of the error over the variance of the values; "raw_boxes" -> 1e-3 is an SQNR of 30 dB.
+    """
+
+    layer: ConvLayer
+    noise: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.noise.values())
+
+
+class NoiseMeter:
+    """Compares a quantized model's heads with those of the float32 model, on a few images.
+
+    Where the NMS shows which head is boxes and which scores, the anchors that the float32 model rates best are compared, their scores in their best class;
+    elsewhere everything is.
+
+    Args:
+        feeds: kept in memory.
+        threads: of ONNX Runtime; None: its choice.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, feeds: Sequence[Feed], *, threads: int | None = None
+    ) -> None:
+        self._feeds, self._threads = feeds, threads
+        self._heads = [output.name for output in cut_to_body(model).graph.output]
+        self._boxes_scores = _nms_inputs(model, self._heads)
+        self._anchors: list[
+            tuple[NDArray[np.intp], NDArray[np.intp]]
+        ] = []  # per feed: anchor, class
+        self._reference = self._run(model)
+
+    def noise(self, quantized: onnx.ModelProto) -> dict[str, float]:
+        """Head -> power of the error over the variance of the float32 values."""
+        noise = {}
+        for head, found in self._run(quantized).items():
+            expected = self._reference[head]
+            power = float(np.square(found - expected, dtype=np.float64).mean())
+            noise[head] = power / max(float(expected.var(dtype=np.float64)), 1e-30)
+        return noise
+
+    def _run(self, model: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
+        session = _session(cut_to_body(model), self._threads)
+        rows = []
+        for i, feed in enumerate(self._feeds):
+            values = dict(zip(self._heads, session.run(self._heads, dict(feed)), strict=True))
+            rows.append(self._best(i, values))
+        return {head: np.concatenate([row[head].ravel() for row in rows]) for head in self._heads}
+
+    def _best(self, feed: int, values: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+        if self._boxes_scores is None:
+            return values
+        boxes, scores = (values[name] for name in self._boxes_scores)
+        if scores.ndim != 3 or boxes.shape[:2] != scores.shape[:2]:
+            return values
+        if feed == len(self._anchors):  # the float32 model, which is the first to run
+            highest = scores.max(2)
+            anchors = np.argsort(-highest, axis=1, kind="stable")[:, :BEST_ANCHORS]
+            classes = np.take_along_axis(scores.argmax(2), anchors, 1)
+            self._anchors.append((anchors, classes))
+        anchors, classes = self._anchors[feed]
+        rows = np.arange(len(anchors))[:, None]
+        chosen = (boxes[rows, anchors], scores[rows, anchors, classes])
+        return {**values, **dict(zip(self._boxes_scores, chosen, strict=True))}
+
+
+def _nms_inputs(model: onnx.ModelProto, heads: Sequence[str]) -> tuple[str, str] | None:
+    """The heads that are the boxes and the scores of the NMS; None where something stands between."""
+    for node in model.graph.node:
+        if node.op_type in NMS_OPS and set(node.input[:2]) <= set(heads):
+            return node.input[0], node.input[1]
+    return None
+
+
+def _session(body: onnx.ModelProto, threads: int | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # as in OnnxRuntime
+    if threads:
+        options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(
+        deformable_attention.lower(body).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
+
+
+# ---- the smallest set
+
+
+def smallest_set(
+    ranked: Sequence[ConvLayer], fits: Callable[[Collection[str]], bool]
+) -> list[str] | None:
+    """Names of as few convolutions as possible that, left out of INT8, make a model fit that else does not; None where all but one are not enough.
+
+    The noisiest are left out first, 1, 2, 4, ... of them, then as many as bisection finds are needed. Of those, what the model
+    can do without goes back into INT8: the greatest multiply-accumulates first, in halves, quarters, ..., one by one.
+
+    Args:
+        ranked: noisiest first.
+        fits: whether a model with these names left out is good enough. Asked about 2 log2(n) times, and for k names up to 2 k more.
+    """
+    names = [layer.name for layer in ranked]
+    failed, count = 0, 1
+    while count < len(names) and not fits(names[:count]):
+        failed, count = count, count * 2
+    if count >= len(names):
+        count = len(names) - 1
+        if count <= failed or not fits(names[:count]):
+            return None
+    while count - failed > 1:
+        middle = (failed + count) // 2
+        if fits(names[:middle]):
+            count = middle
+        else:
+            failed = middle
+    if count > 1:
+        logger.info("the %d noisiest are enough; which of them can go back into INT8?", count)
+    macs = {layer.name: layer.macs for layer in ranked}
+    return _put_back(sorted(names[:count], key=lambda name: -macs[name]), fits)
+
+
+def _put_back(kept: list[str], fits: Callable[[Collection[str]], bool]) -> list[str]:
+    """Leave out of `kept` what `fits` does not need: runs of half of it, of a quarter, ..., of one."""
+    size = len(kept) // 2
+    while size:
+        start = 0
+        while start < len(kept):
+            fewer = kept[:start] + kept[start + size :]
+            if fewer and fits(fewer):
+                kept = fewer
+            else:
+                start += size
+        size //= 2
+    return kept
+
+
+# ---- the journal
+
+
+class Journal:
+    """What was measured, one line of JSON each, so that an interrupted run goes on where it stopped.
+
+    A result is found again only under the same context: model, scales, images, versions. Lines of another context stay and do no harm.
+    """
+
+    def __init__(self, path: Path, context: Mapping[str, Any]) -> None:
+        self.path = path
+        self._context = dict(context)
+        self._known: dict[str, dict[str, float]] = {}
+        if path.is_file():
+            self._read()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def measure(
+        self, kind: str, layers: Iterable[str], measure: Callable[[], Mapping[str, float]]
+    ) -> dict[str, float]:
+        """What is known of this configuration, or else what `measure` returns, which is written down."""
+        names = sorted(layers)
+        key = fingerprint(self._context, kind, names)
+        if key in self._known:
+            return self._known[key]
+        values = dict(measure())
+        line = json.dumps({"key": key, "kind": kind, "layers": names, "values": values})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._known[key] = values
+        return values
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                self._known[entry["key"]] = dict(entry["values"])
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s: left out a line that is not whole: %.60s", self.path, line)
+        if text and not text.endswith("\n"):  # cut off while it was written
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n")
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 of anything that JSON holds."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def cache_fingerprint(cache: CalibrationCache) -> str:
+    """Of the scales and the statistics per channel."""
+    channels = {name: c.to_dict() for name, c in cache.channels.items()}
+    return fingerprint(dict(cache.scales), channels)
+
+
+# ---- table and plot
+
+
+def decibels(noise: float) -> float:
+    """Signal to noise."""
+    return float(-10 * np.log10(max(noise, 1e-30)))
+
+
+def table(found: Sequence[LayerNoise], kept: Collection[str]) -> str:
+    """TSV, noisiest first: how much of all the noise each convolution makes, its SQNR at each head, and its precision."""
+    heads = list(found[0].noise) if found else []
+    total = sum(entry.total for entry in found) or 1.0
+    macs = sum(entry.layer.macs for entry in found) or 1
+    columns = ["layer", "block", "kind", "macs_percent", "noise_percent"]
+    rows = [[*columns, *(f"sqnr_db_{head}" for head in heads), "precision"]]
+    for entry in sorted(found, key=lambda entry: -entry.total):
+        layer = entry.layer
+        rows.append(
+            [
+                layer.name,
+                layer.block,
+                "depthwise" if layer.depthwise else "convolution",
+                f"{100 * layer.macs / macs:.3f}",
+                f"{100 * entry.total / total:.3f}",
+                *(f"{decibels(entry.noise[head]):.1f}" for head in heads),
+                "fp16" if layer.name in kept else "int8",
+            ]
+        )
+    return "".join("\t".join(row) + "\n" for row in rows)
+
+
+def plot(path: Path, found: Sequence[LayerNoise], kept: Collection[str], *, title: str) -> None:
+    """Draw the noise of every convolution, in the order of the network, to a picture file.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure  # no pyplot: no display, no global state
+    except ImportError as error:
+        raise ValueError("--plot: needs matplotlib; pip install matplotlib") from error
+
+    ordered = sorted(found, key=_block_order(found))
+    figure = Figure(figsize=(max(8.0, 0.07 * len(ordered)), 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(ordered))
+    noise = np.array([entry.total for entry in ordered])
+    out = np.array([entry.layer.name in kept for entry in ordered], bool)
+    depthwise = np.array([entry.layer.depthwise for entry in ordered], bool)
+    for chosen, color, label in (
+        (~out & ~depthwise, "tab:blue", "INT8"),
+        (~out & depthwise, "tab:cyan", "INT8, depthwise"),
+        (out, "tab:red", "stays FP16"),
+    ):
+        if chosen.any():
+            axes.bar(places[chosen], noise[chosen], color=color, label=label)
+    blocks = [entry.layer.block for entry in ordered]
+    middles = [places[[b == block for b in blocks]].mean() for block in dict.fromkeys(blocks)]
+    axes.set_xticks(middles, list(dict.fromkeys(blocks)), rotation=90, fontsize=8)
+    highest = max(noise.max(), 1e-12)
+    axes.set(yscale="log", ylim=(highest / 1e5, highest * 2), xlim=(-1, len(ordered)))
+    axes.set_ylabel("noise on the heads / signal")
+    axes.set_title(title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    with files.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def _block_order(found: Sequence[LayerNoise]) -> Callable[[LayerNoise], int]:
+    """Blocks in the order in which they begin: the two heads run side by side and alternate in the graph."""
+    first: dict[str, int] = {}
+    for entry in found:
+        first.setdefault(entry.layer.block, len(first))
+    return lambda entry: first[entry.layer.block]

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw detections into images."""
+
+import colorsys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from trtdet.detections import Detections
+from trtdet.images.files import ImageArray
+from trtdet.labels import label_of
+
+Color = tuple[int, int, int]
+Rect = tuple[int, int, int, int]  # left, top, right, bottom; the last two are outside
+AnyFont = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+_BACKGROUND: Color = (24, 24, 24)
+_MIN_LUMINANCE = 0.22  # of class colours; 0 black, 1 white
+_MIN_FONT = 10  # pixels; below, letters run together
+
+
+# ---- drawing
+
+
+def draw(
+    image: ImageArray,
+    detections: Detections,
+    labels: Sequence[str] = (),
+    *,
+    score_threshold: float = 0.0,
+    show_scores: bool = True,
+    font_path: Path | None = None,
+) -> ImageArray:
+    """Draw boxes and labels into a copy of an image.
+
+    Lines and letters grow with the image, so a picture of 100 pixels and one of 4000 look alike on a screen. Labels stay inside the image and
+    out of each other's way where there is room; the best detections choose first and lie on top.
+
+    Args:
+        image: (h, w, 3) uint8 RGB.
+        detections: boxes in pixels of `image`, in any order.
+        labels: [class_id] -> text; a class beyond them is written "class 7".
+        score_threshold: detections below are left out.
+        show_scores: write the score behind the label, in per cent.
+        font_path: a TrueType font; None is Pillow's own, which has Latin letters only.
+    """
+    picture = Image.fromarray(image)
+    canvas = ImageDraw.Draw(picture)
+    width, height = picture.size
+    line, font = _line_width(width, height), _font(_font_size(width, height), font_path)
+    shown = detections.above(score_threshold)
+    best_first = np.argsort(-shown.scores, kind="stable")
+    # A turned box has its label at the upright one around it.
+    outlines = shown.boxes_xyxy if shown.angles is None else _around(shown.corners)
+    placed: list[tuple[Rect, str, Color]] = []
+    for i in best_first:
+        text = label_of(labels, int(shown.class_ids[i]))
+        text += f" {shown.scores[i]:.0%}" if show_scores else ""
+        text = _shorten(text, font, width - 2 * line)
+        taken = [rect for rect, _, _ in placed]
+        rect = _place_label(outlines[i], _text_size(text, font, line), (width, height), taken)
+        placed.append((rect, text, class_color(int(shown.class_ids[i]))))
+    for i in reversed(best_first):
+        color = class_color(int(shown.class_ids[i]))
+        if shown.angles is None:
+            _draw_box(canvas, shown.boxes_xyxy[i], color, line, (width, height))
+        else:
+            _draw_turned_box(canvas, shown.corners[i], color, line)
+    for rect, text, color in reversed(placed):
+        _draw_label(canvas, rect, text, color, font)
+    return np.asarray(picture)
+
+
+@lru_cache(maxsize=1024)
+def class_color(class_id: int) -> Color:
+    """A bright colour that is always the same for a class, and far from those of the classes beside it."""
+    # The golden ratio spreads hues evenly however many classes there are; three strengths tell near hues apart.
+    hue = (0.02 + class_id * 0.61803398875) % 1.0
+    saturation, value = ((0.85, 1.0), (0.35, 1.0), (0.70, 0.75))[class_id % 3]
+    light = [_to_light(x) for x in colorsys.hsv_to_rgb(hue, saturation, value)]
+    # Blues are dark: towards white, until a thin line shows on a dark photograph.
+    missing = max(0.0, (_MIN_LUMINANCE - _luminance(light)) / (1 - _luminance(light)))
+    red, green, blue = (round(255 * _from_light(x + (1 - x) * missing)) for x in light)
+    return red, green, blue
+
+
+def text_color(background: Color) -> Color:
+    """Black or white, whichever stands out more; the contrast ratio is at least 4.5 to 1 on any background."""
+    luminance = _luminance([_to_light(x / 255) for x in background])
+    # Equal contrast with both: (L + 0.05) / 0.05 = 1.05 / (L + 0.05).
+    return (0, 0, 0) if luminance > 0.1791 else (255, 255, 255)
+
+
+def _to_light(encoded: float) -> float:
+    """sRGB value 0..1 to linear light. Source: WCAG 2.1, "relative luminance"."""
+    return encoded / 12.92 if encoded <= 0.04045 else ((encoded + 0.055) / 1.055) ** 2.4
+
+
+def _from_light(light: float) -> float:
+    """The inverse of `_to_light`."""
+    return light * 12.92 if light <= 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055
+
+
+def _luminance(light: Sequence[float]) -> float:
+    return 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2]
+
+
+def side_by_side(
+    left: ImageArray, right: ImageArray, titles: tuple[str, str], *, font_path: Path | None = None
+) -> ImageArray:
+    """Two pictures next to each other, each under its title."""
+    height = max(len(left), len(right))
+    font = _font(_font_size(left.shape[1], left.shape[0]), font_path)
+    bar = round(1.6 * font.size) if isinstance(font, ImageFont.FreeTypeFont) else 16
+    gap = max(2, bar // 4)
+    size = (left.shape[1] + gap + right.shape[1], bar + height)
+    sheet = Image.new("RGB", size, _BACKGROUND)
+    canvas = ImageDraw.Draw(sheet)
+    for picture, title, x in ((left, titles[0], 0), (right, titles[1], left.shape[1] + gap)):
+        sheet.paste(Image.fromarray(picture), (x, bar))
+        title = _shorten(title, font, picture.shape[1] - 2 * gap)
+        canvas.text((x + gap, bar / 2), title, (255, 255, 255), font, anchor="lm")
+    return np.asarray(sheet)
+
+
+def _line_width(width: int, height: int) -> int:
+    return 1 + (width + height) // 900
+
+
+def _font_size(width: int, height: int) -> int:
+    return max(_MIN_FONT, 6 + (width + height) // 110)
+
+
+@lru_cache(maxsize=64)
+def _font(size: int, path: Path | None) -> AnyFont:
+    return ImageFont.truetype(str(path), size) if path else ImageFont.load_default(size)
+
+
+def _shorten(text: str, font: AnyFont, width: float) -> str:
+    """`text`, or as much of it as fits into `width` pixels, at least one letter."""
+    if font.getlength(text) <= width:
+        return text
+    while len(text) > 1 and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _text_size(text: str, font: AnyFont, line: int) -> tuple[int, int]:
+    """Width and height of a label with its margins; the height is the same for every text."""
+    _, top, _, bottom = font.getbbox("Åg")
+    margin = max(2, line)
+    return round(font.getlength(text)) + 2 * margin, round(bottom - top) + margin
+
+
+def _place_label(
+    box: NDArray[np.float32],
+    size_wh: tuple[int, int],
+    image_wh: tuple[int, int],
+    taken: Sequence[Rect],
+) -> Rect:
+    """Where a label goes: on top of its box, else inside at the top, below, inside at the bottom, where no other label is.
+
+    All places are pushed into the image. Where all are taken it is the first, which then lies under the better detection's label.
+    """
+    width, height = size_wh
+    x1, y1, x2, y2 = (round(float(x)) for x in box)
+    places = []
+    for x, y in (
+        (x1, y1 - height),
+        (x1, y1),
+        (x2 - width, y1 - height),
+        (x1, y2),
+        (x1, y2 - height),
+        (x2 - width, y2),
+    ):
+        x = max(0, min(x, image_wh[0] - width))
+        y = max(0, min(y, image_wh[1] - height))
+        places.append((x, y, x + width, y + height))
+    return next((p for p in places if not any(_overlap(p, t) for t in taken)), places[0])
+
+
+def _overlap(a: Rect, b: Rect) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _draw_box(
+    canvas: ImageDraw.ImageDraw,
+    box: NDArray[np.float32],
+    color: Color,
+    line: int,
+    image_wh: tuple[int, int],
+) -> None:
+    """One rectangle, cut to the image so that all four sides show."""
+    limit = np.array([*image_wh, *image_wh]) - 1
+    x1, y1, x2, y2 = (int(x) for x in np.clip(np.rint(box), 0, limit))
+    canvas.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line)
+
+
+def _around(corners: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The upright boxes (n, 4) around corners (n, 4, 2)."""
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def _draw_turned_box(
+    canvas: ImageDraw.ImageDraw, corners: NDArray[np.float32], color: Color, line: int
+) -> None:
+    """Four sides, joined at the corners; what lies outside the image is not seen."""
+    points = [(float(x), float(y)) for x, y in corners]
+    canvas.line([*points, *points[:2]], fill=color, width=line, joint="curve")
+
+
+def _draw_label(
+    canvas: ImageDraw.ImageDraw, rect: Rect, text: str, color: Color, font: AnyFont
+) -> None:
+    left, top, right, bottom = rect
+    canvas.rectangle((left, top, right - 1, bottom - 1), fill=color)
+    center = ((left + right) / 2, (top + bottom) / 2)
+    canvas.text(center, text, text_color(color), font, anchor="mm")

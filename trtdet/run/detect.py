@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open a model, make its batches, run it, decode: what every stage that runs a model shares."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from trtdet.detections import decode
+from trtdet.images.batcher import Allocate, ImageBatcher
+from trtdet.images.preprocess import choose_input
+from trtdet.labels import COCO_LABELS, read_labels
+from trtdet.results.writer import ImageResult, ImageResults
+from trtdet.run.options import RunOptions
+from trtdet.runtimes.base import Runtime, default_batch_size, run_batches
+from trtdet.runtimes.open import open_runtime
+from trtdet.runtimes.options import TritonUrl
+from trtdet.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+def open_model(engine: Path | TritonUrl, options: RunOptions) -> Runtime:
+    """Open an engine, an ONNX file, or a model on a server.
+
+    Raises:
+        ValueError: an option that its runtime does not have.
+    """
+    runtime = open_runtime(engine, **options.for_runtime(engine))
+    logger.info("%s: %s", engine, runtime.description)
+    return runtime
+
+
+def open_batcher(
+    runtime: Runtime, paths: Sequence[Path], options: RunOptions, *, keep_sources: bool = False
+) -> ImageBatcher:
+    """An `ImageBatcher` that makes what `runtime` takes.
+
+    Raises:
+        ValueError: the model does not take batches of `options.batch_size`.
+    """
+    batch_size = pick_batch_size(runtime, options)
+    preprocessing, resize = choose_input(
+        runtime.spec.preprocessing,
+        size=options.size,
+        resize=options.resize,
+        max_size=options.max_size,
+    )
+    return ImageBatcher(
+        paths,
+        preprocessing,
+        batch_size,
+        resample=options.resample,
+        resize=resize,
+        workers=options.workers,
+        keep_sources=keep_sources,
+        pad_to_batch=runtime.batch_range[0] > 1,  # the last batch may be short
+        allocate=allocator(runtime),
+    )
+
+
+def pick_batch_size(runtime: Runtime, options: RunOptions) -> int:
+    """Images per batch: those asked for, or what suits the runtime.
+
+    Raises:
+        ValueError: the model does not take so many.
+    """
+    smallest, largest = runtime.batch_range
+    batch_size = options.batch_size or default_batch_size(runtime)
+    if batch_size < smallest or batch_size > (largest or batch_size):
+        raise ValueError(
+            f"--batch_size: the model takes {smallest} to {largest or 'any number of'} images, "
+            f"got {batch_size}; leave it out, or build the engine for it"
+        )
+    return batch_size
+
+
+def allocator(runtime: Runtime) -> Allocate:
+    """What makes the batches for `runtime`: its own pinned memory, where it has that."""
+    allocate: Allocate = getattr(runtime, "allocate", np.empty)
+    return allocate
+
+
+def detect(
+    runtime: Runtime, batcher: ImageBatcher, *, score_threshold: float = 0.0
+) -> ImageResults:
+    """Run every batch of `batcher`; one result per image that could be read, in order."""
+    for batch, found in run_batches(runtime, batcher):
+        size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
+        images = decode(found, runtime.spec, batch.transforms, size_hw=size_hw)
+        sources = batch.sources or (None,) * len(batch)
+        for path, detections, source in zip(batch.paths, images, sources, strict=True):
+            yield ImageResult(path, detections.above(score_threshold), source)
+        batch.release()
+
+
+def check_score_threshold(score_threshold: float | None, spec: ModelSpec) -> float:
+    """The threshold to filter with; warns where it lies below what the model itself keeps."""
+    kept = spec.nms.score_threshold
+    if score_threshold is not None and score_threshold < kept:
+        logger.warning(
+            "--score_threshold %g: the model keeps nothing below %g; convert it again with create_onnx.py "
+            "--score_threshold %g to see more",
+            score_threshold,
+            kept,
+            score_threshold,
+        )
+    return score_threshold or 0.0
+
+
+def progress(results: ImageResults, total: int) -> ImageResults:
+    """`results` behind a progress bar on stderr, where that is a terminal; log lines stay above it."""
+    with logging_redirect_tqdm(), tqdm(total=total, unit="image", disable=None) as bar:
+        for result in results:
+            yield result
+            bar.update()
+
+
+def check_read(batcher: ImageBatcher, count: int) -> None:
+    """Raise ValueError where not one image could be read. (The batcher logs each one it skips.)"""
+    if not count:
+        raise ValueError(
+            f"--input: none of {len(batcher.failures)} images could be read; {batcher.failures[0][1]}"
+        )
+
+
+def pick_labels(labels: str | None, spec: ModelSpec) -> Sequence[str]:
+    """Class names from the option, the model, or COCO where the model has its 90 classes."""
+    if labels is not None:
+        return read_labels(labels, num_classes=spec.num_classes)
+    if spec.labels or spec.num_classes != len(COCO_LABELS):
+        return spec.labels
+    return COCO_LABELS

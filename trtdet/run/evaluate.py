@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detections to evaluate with COCO's metric, of a model or of a file."""
+
+import importlib
+import logging
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtdet.detections import to_coco_results
+from trtdet.images.files import find_images
+from trtdet.results import coco
+from trtdet.run.detect import (
+    check_read,
+    check_score_threshold,
+    detect,
+    open_batcher,
+    open_model,
+    progress,
+)
+from trtdet.run.options import RunOptions
+from trtdet.runtimes.options import TritonUrl
+from trtdet.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+#: Above this, a model leaves out detections that the metric would have counted.
+HIGH_SCORE_THRESHOLD = 0.01
+
+AUTOML_CAVEAT = (
+    "AutoML's metric looks only at images that have detections: objects in the other images are not "
+    "counted as missed, so it can be higher than COCO's"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Detections to evaluate, and where they come from.
+
+    Attributes:
+        image_ids: the images that were looked at.
+        skipped: how many of them could not be read.
+        report: what metrics.json says besides the metrics.
+    """
+
+    results: list[coco.Result]
+    image_ids: Collection[int]
+    skipped: int
+    report: dict[str, Any]
+
+
+def run_model(
+    engine: Path | TritonUrl, source: Path, annotations: coco.Annotations, options: RunOptions
+) -> Run:
+    """Detect in every annotated image of `source`."""
+    image_ids = annotated_images(source, annotations, recursive=options.recursive)
+    with open_model(engine, options) as runtime:
+        spec = runtime.spec
+        check_categories(spec, annotations)
+        threshold = check_score_threshold(options.score_threshold, spec)
+        kept = max(threshold, spec.nms.score_threshold)
+        if kept > HIGH_SCORE_THRESHOLD:
+            logger.warning(
+                "detections below a score of %g are missing, so AP comes out too low; "
+                "convert with create_onnx.py --score_threshold 0.001",
+                kept,
+            )
+        results: list[coco.Result] = []
+        start = time.perf_counter()
+        with (
+            open_batcher(runtime, list(image_ids), options) as batcher,
+            closing(detect(runtime, batcher, score_threshold=threshold)) as found,
+            closing(progress(found, len(image_ids))) as images,
+        ):
+            for image in images:
+                image_id = image_ids[image.path]
+                results += to_coco_results(
+                    image.detections,
+                    image_id,
+                    spec.category_ids,
+                    inclusive_corners=spec.inclusive_corners,
+                )
+            skipped = len(batcher.failures)
+            check_read(batcher, len(image_ids) - skipped)
+        seconds = time.perf_counter() - start
+        report = {
+            "engine": engine.name,
+            "runtime": runtime.description,
+            "score_threshold": kept,
+            "seconds": seconds,
+        }
+    return Run(results, image_ids.values(), skipped, report)
+
+
+def read_detections(
+    path: Path, source: Path | None, annotations: coco.Annotations, options: RunOptions
+) -> Run:
+    """Detections from a file, of the images in `source` or else of all that are annotated."""
+    image_ids: Collection[int] = annotations.image_ids.values()
+    if source is not None:
+        image_ids = annotated_images(source, annotations, recursive=options.recursive).values()
+    results = coco.read_results(path, annotations)
+    wanted = set(image_ids)
+    strangers = {result["image_id"] for result in results} - wanted
+    kept = [result for result in results if result["image_id"] in wanted]
+    if results and not kept:
+        raise ValueError(
+            f"--detections: none of the image ids in {path} ({some(strangers)}) is among those evaluated ({some(wanted)}); "
+            "give the detections of these images, or run infer.py with --annotations"
+        )
+    if strangers:
+        logger.warning(
+            "%s: left out %d images that are not evaluated (%s)",
+            path,
+            len(strangers),
+            some(strangers),
+        )
+    if coco.ids_differ_from_names(annotations):
+        logger.warning(
+            "the annotated files are named by numbers that are not their image ids; if infer.py wrote %s without --annotations, "
+            "its ids are the names: run it again with --annotations",
+            path,
+        )
+    return Run(kept, image_ids, 0, {"detections": path.name})
+
+
+def annotated_images(
+    source: Path, annotations: coco.Annotations, *, recursive: bool
+) -> dict[Path, int]:
+    """The images of `source` that are annotated, with their ids.
+
+    Raises:
+        ValueError: there is none.
+    """
+    paths = find_images(source, recursive=recursive)
+    image_ids = coco.match_images(annotations, paths, source)
+    if not image_ids:
+        raise ValueError(
+            f"--annotations: {annotations.path} names none of the {len(paths)} images in {source} (first: {paths[0].name}; "
+            f"annotated: {some(annotations.image_ids)}); give the images it was made for"
+        )
+    missing = len(annotations.image_ids) - len(image_ids)
+    if missing:
+        logger.warning("%d annotated images are not in %s: not evaluated", missing, source)
+    if len(paths) > len(image_ids):
+        logger.warning("%d images have no annotations: not run", len(paths) - len(image_ids))
+    return image_ids
+
+
+def check_categories(spec: ModelSpec, annotations: coco.Annotations) -> None:
+    """Warn of annotated categories that the model cannot find.
+
+    Raises:
+        ValueError: it can find none of them.
+    """
+    unknown = annotations.categories.keys() - set(spec.category_ids)
+    if not unknown:
+        return
+    if len(unknown) == len(annotations.categories):
+        raise ValueError(
+            f"--annotations: expected categories of the model ({some(spec.category_ids)}), "
+            f"{annotations.path} has {some(unknown)}; give the annotations that the model was trained for"
+        )
+    names = some(f"{id_} ({annotations.categories[id_]})" for id_ in sorted(unknown))
+    logger.warning("categories that the model does not know, all objects missed: %s", names)
+
+
+def some(values: Any, limit: int = 10) -> str:
+    """The first few of many, for a message."""
+    texts = [str(value) for value in values]
+    return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
+
+
+def automl_metrics(
+    checkout: Path, annotations: coco.Annotations, results: Sequence[coco.Result]
+) -> dict[str, float]:
+    """What google/automl's efficientdet/coco_metric.py says, called as NVIDIA's sample called it.
+
+    Raises:
+        ValueError: it is not there, something it needs is missing, or there are no detections, on which it fails.
+    """
+    if not results:
+        raise ValueError(
+            "--automl_path: AutoML's metric fails where there are no detections at all"
+        )
+    by_image: dict[int, list[list[float]]] = {}
+    for r in results:
+        row = [r["image_id"], *r["bbox"], r["score"], r["category_id"]]
+        by_image.setdefault(r["image_id"], []).append(row)
+    with _importable(checkout / "efficientdet"), redirect_stdout(StringIO()) as chatter:
+        try:
+            metric = importlib.import_module("coco_metric")
+        except ImportError as error:
+            raise ValueError(
+                f"--automl_path: {checkout}/efficientdet/coco_metric.py does not import ({error}); "
+                "it needs tensorflow and pycocotools"
+            ) from error
+        evaluation = metric.EvaluationMetric(filename=str(annotations.path))
+        for rows in by_image.values():
+            evaluation.update_state(None, np.array([rows], np.float64))
+        values = evaluation.result(100)
+    logger.debug("%s", chatter.getvalue())
+    return dict(zip(coco.METRICS, map(float, values), strict=True))
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Python looks for modules in `folder` too, first."""
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder.resolve()))

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detect in many images on a Ray cluster: as a run on one machine, without pictures."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from trtdet import files
+from trtdet.engine.sidecar import read_spec
+from trtdet.images.files import find_images
+from trtdet.results import naming
+from trtdet.results.coco import ANNOTATIONS
+from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
+from trtdet.run import ray_cluster
+from trtdet.run.detect import check_score_threshold, detect, open_batcher, open_model, pick_labels
+from trtdet.run.options import RunOptions
+
+logger = logging.getLogger(__name__)
+
+#: Where --ray keeps what is done so far, in the output directory.
+PARTIAL = "detections.partial"
+#: --ray hands out images by multiples of --batch_size, or of this.
+RAY_BATCH = 8
+
+
+class PathDetector:
+    """Detects in some image files at a time, with a model that stays open: what a worker of a Ray cluster does."""
+
+    def __init__(self, engine: Path, options: RunOptions) -> None:
+        self._runtime = open_model(engine, options)
+        self._options = options
+
+    def __call__(self, paths: Sequence[Path]) -> Sequence[ray_cluster.Found]:
+        threshold = self._options.score_threshold or 0.0
+        with (
+            open_batcher(self._runtime, paths, self._options) as batcher,
+            closing(detect(self._runtime, batcher, score_threshold=threshold)) as results,
+        ):
+            found = [(result.path, result.detections) for result in results]
+        return [*found, *batcher.failures]
+
+
+def run_on_ray(
+    engine: Path,
+    source: Path,
+    output: Path,
+    options: RunOptions,
+    *,
+    address: str,
+    workers: int | None = None,
+    labels: str | None = None,
+    annotations: Path | None = None,
+    tsv_header: bool = False,
+) -> int:
+    """As infer.py without pictures, by the workers of a Ray cluster; detections.parquet too.
+
+    Returns:
+        How many images could not be read.
+    """
+    ray_cluster.check_installed()
+    if annotations:
+        files.check_input(annotations, *ANNOTATIONS)
+    spec = read_spec(engine)
+    paths = find_images(source, recursive=options.recursive)
+    image_ids = pick_image_ids(paths, source, annotations)
+    texts = pick_labels(labels, spec)
+    options = dataclasses.replace(options, score_threshold=check_score_threshold(options.score_threshold, spec))  # fmt: skip
+    by_absolute = {path.absolute(): path for path in paths}
+    start = time.perf_counter()
+    detect_on_ray(engine.absolute(), list(by_absolute), output, options, address, workers)
+    count = boxes = skipped = 0
+    with (
+        ray_cluster.Results(output / PARTIAL, ray_identity(engine, options)) as done,
+        result_writer(
+            output,
+            spec,
+            names=dict(zip(paths, naming.output_names(paths, source), strict=True)),
+            image_ids=image_ids,
+            labels=texts,
+            tsv_header=tsv_header,
+        ) as writer,
+    ):
+        for path, found in done.write_in_order(list(by_absolute), output / "detections.parquet", spec):  # fmt: skip
+            if isinstance(found, str):
+                logger.warning("skipped: %s", found)
+                skipped += 1
+                continue
+            writer.write(ImageResult(by_absolute[path], found, None))
+            count += 1
+            boxes += len(found)
+        if not count:
+            raise ValueError(f"--input: none of {skipped} images could be read")
+    done.remove()
+    seconds = time.perf_counter() - start
+    logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {seconds:.1f} s")
+    print(output / "detections.json")
+    return skipped
+
+
+def ray_identity(engine: Path, options: RunOptions) -> dict[str, Any]:
+    """What must not change between a run that was broken off and the one that goes on."""
+    kept = ("score_threshold", "batch_size", "resample", "size", "resize", "max_size")
+    return {"engine_sha256": files.sha256(engine), **{name: getattr(options, name) for name in kept}}  # fmt: skip
+
+
+def detect_on_ray(
+    engine: Path,
+    paths: Sequence[Path],
+    output: Path,
+    options: RunOptions,
+    address: str,
+    wanted: int | None,
+) -> None:
+    """Detect in the images whose results are not in `output` / `PARTIAL` yet, and put them there."""
+    is_onnx = engine.suffix.lower() == ".onnx"
+    on_gpu = not is_onnx or options.provider in ("cuda", "tensorrt")
+    threads = 1 if on_gpu else options.threads or 1
+    with ray_cluster.Results(output / PARTIAL, ray_identity(engine, options)) as done:
+        todo = [path for path in paths if str(path) not in done.done]
+        if len(todo) < len(paths):
+            logger.info("%d of %d images are done already", len(paths) - len(todo), len(paths))
+        if not todo:
+            return
+        with ray_cluster.connect(address) as resources:
+            workers = ray_cluster.plan_workers(
+                resources, wanted=wanted, threads=threads, on_gpu=on_gpu
+            )
+            logger.info("%d workers, each with %d CPU cores and %d GPUs", workers.count, workers.cpus, workers.gpus)  # fmt: skip
+            own: dict[str, Any] = {"workers": options.workers or workers.cpus}
+            if is_onnx and not on_gpu:
+                own |= {"provider": "cpu", "threads": threads}
+            make = partial(PathDetector, engine, dataclasses.replace(options, **own))
+            batch_size = options.batch_size or RAY_BATCH
+            start = time.perf_counter()
+            with tqdm(total=len(todo), unit="image", disable=None) as bar:
+                for table in ray_cluster.detect(todo, make, workers, batch_size=batch_size):
+                    done.add(table)
+                    bar.update(len(table))
+            seconds = time.perf_counter() - start
+        logger.info(f"workers: {len(todo)} images in {seconds:.1f} s, {len(todo) / seconds:.1f} images/s")  # fmt: skip

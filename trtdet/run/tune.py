@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Search for the fewest convolutions that must stay in FP16 for an AP."""
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from trtdet import about, files
+from trtdet.detections import to_coco_results
+from trtdet.images.batcher import ImageBatcher
+from trtdet.images.files import load_image
+from trtdet.images.preprocess import preprocess
+from trtdet.precision import calibration, calibration_cache, sensitivity
+from trtdet.precision.body import ConvLayer
+from trtdet.precision.calibration_cache import CalibrationCache
+from trtdet.precision.file import PrecisionFile
+from trtdet.precision.sensitivity import Journal, LayerNoise, NoiseMeter
+from trtdet.results import coco
+from trtdet.run.detect import detect
+from trtdet.run.options import FEW_IMAGES, METRICS, VIEWS_OF_FEW, TuneOptions
+from trtdet.runtimes.base import Outputs, default_batch_size
+from trtdet.runtimes.ort import OnnxRuntime
+from trtdet.spec import ModelSpec, Preprocessing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class View:
+    """One of several ways to show the network the same image.
+
+    On few images AP is a poor judge of INT8: rounding moves every box a little, which carries some over an IoU threshold and others
+    back. On 50 photographs D0's AP differs by up to 0.010 between two orders of the same arithmetic. Each view
+    draws from that lottery anew, for float32 and INT8 alike, and the mean of the differences scatters less.
+    """
+
+    mirrored: bool = False
+    gain: float = 1.0
+
+    @classmethod
+    def number(cls, index: int) -> "View":
+        """0 is the image as it is; every other one is mirrored; every two are a little darker."""
+        return cls(mirrored=index % 2 == 1, gain=1 - 0.03 * (index // 2))
+
+    def show(self, images: NDArray[Any], preprocessing: Preprocessing) -> NDArray[Any]:
+        """The batch as the network is to see it."""
+        if self.mirrored:
+            images = np.flip(images, 2 if preprocessing.layout == "NHWC" else 3)
+        if self.gain != 1:
+            images = (images * np.float32(self.gain)).astype(images.dtype)
+        return np.ascontiguousarray(images)
+
+    def undo(self, boxes: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.float32]:
+        """Boxes found in this view, in the image as it is."""
+        if not self.mirrored:
+            return boxes
+        width = 1 if spec.boxes_normalized else spec.preprocessing.size_hw[1]
+        left, right = (1, 3) if spec.box_order == "yxyx" else (0, 2)
+        found = boxes.copy()
+        found[..., left], found[..., right] = width - boxes[..., right], width - boxes[..., left]
+        return found
+
+
+class ViewingRuntime(OnnxRuntime):
+    """ONNX Runtime behind a `View`."""
+
+    view = View()
+
+    def infer(self, images: NDArray[Any]) -> Outputs:
+        found = super().infer(self.view.show(images, self.spec.preprocessing))
+        boxes = self.view.undo(found["detection_boxes"], self.spec)
+        return {**found, "detection_boxes": boxes}
+
+
+def context_of(
+    model: onnx.ModelProto,
+    spec: ModelSpec,
+    cache: CalibrationCache,
+    annotations: Path,
+    images: Sequence[Path],
+) -> dict[str, Any]:
+    """Everything that a measurement depends on: what the journal's lines are valid for."""
+    import onnxruntime
+
+    return {
+        "model": calibration_cache.model_hash(model),
+        "spec": spec.to_dict(),
+        "cache": sensitivity.cache_fingerprint(cache),
+        "annotations": files.sha256(annotations),
+        "images": calibration_cache.image_hash(images),
+        "versions": [about.__version__, onnxruntime.__version__, onnx.__version__],
+    }
+
+
+class Tuner:
+    """One search: measures, each configuration once, and decides."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        spec: ModelSpec,
+        cache: CalibrationCache,
+        layers: Sequence[ConvLayer],
+        annotations: coco.Annotations,
+        images: Mapping[Path, int],
+        journal: Journal,
+        options: TuneOptions,
+    ) -> None:
+        self.model, self.spec, self.cache, self.layers = model, spec, cache, layers
+        self.annotations, self.images = annotations, images
+        self.journal, self.options = journal, options
+        self.views = options.views or (VIEWS_OF_FEW if len(images) < FEW_IMAGES else 1)
+        self.seconds = 0.0  # of the latest evaluation
+
+    def tune(self, *, rank: bool) -> tuple[list[str] | None, list[LayerNoise]]:
+        """The convolutions to leave in FP16, None where no set is good enough; and the noise of each, if that was asked for or needed."""
+        views = f", {self.views} views of each" if self.views > 1 else ""
+        logger.info("float32: %s %.4f on %d images%s", self.options.metric, self.mean(None), len(self.images), views)  # fmt: skip
+        good = self.fits(())
+        error = self.drop(())[1]
+        if error > self.options.max_drop / 2:
+            logger.warning(
+                "the drop is known to +- %.4f only, the limit is %g: what is found may not hold on other images; give more of them, or more --views",
+                error,
+                self.options.max_drop,
+            )
+        if good:
+            return [], self.noises() if rank else []
+        found = self.noises()
+        ranked = [entry.layer for entry in sorted(found, key=lambda entry: -entry.total)]
+        if self.seconds:
+            most = 2 * math.ceil(math.log2(len(ranked) + 1))
+            logger.info("search: up to %d evaluations of %.0f s, and two for each convolution that may go back", most, self.seconds)  # fmt: skip
+        return sensitivity.smallest_set(ranked, self.fits), found
+
+    def fits(self, kept: Collection[str]) -> bool:
+        """Whether the metric is within the limit with these convolutions left out of INT8."""
+        drop, error = self.drop(kept)
+        fits = drop <= self.options.max_drop + 1e-9
+        logger.info(
+            "%s: %.4f (+- %.4f) below float32, %s",
+            f"{len(kept)} in FP16" if kept else "all in INT8",
+            drop,
+            error,
+            "good" if fits else "not enough",
+        )
+        return fits
+
+    def drop(self, kept: Collection[str]) -> tuple[float, float]:
+        """How far the metric falls below float32's, the mean over the views, and its standard error (nan for one view)."""
+        drops = self.metric(None) - self.metric(kept)
+        error = float(drops.std(ddof=1)) / math.sqrt(self.views) if self.views > 1 else math.nan
+        return float(drops.mean()), error
+
+    def mean(self, kept: Collection[str] | None, metric: str | None = None) -> float:
+        return float(self.metric(kept, metric).mean())
+
+    def metric(self, kept: Collection[str] | None, metric: str | None = None) -> NDArray[Any]:
+        """One of COCO's metrics in each view, with these convolutions left out of INT8; None: in float32."""
+        kind = f"{'float32' if kept is None else 'int8'}, {self.views} views"
+        values = self.journal.measure(kind, kept or (), lambda: self._evaluate(kept))
+        metric = metric or self.options.metric
+        return np.array([values[f"{metric}/{view}"] for view in range(self.views)])
+
+    def _evaluate(self, kept: Collection[str] | None) -> dict[str, float]:
+        """Metric/view -> value."""
+        start = time.monotonic()
+        model = self.model
+        if kept is not None:
+            model, _ = sensitivity.quantize_but(model, self.cache, kept)
+        values: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            onnx.save(model, path)
+            with ViewingRuntime(
+                path, provider="cpu", threads=self.options.threads, integer_kernels=False
+            ) as runtime:
+                for number in range(self.views):
+                    runtime.view = View.number(number)
+                    results = self._detect(runtime, f"view {number + 1} of {self.views}")
+                    metrics = coco.evaluate(self.annotations, results, self.images.values()).metrics  # fmt: skip
+                    values |= {f"{name}/{number}": metrics[name] for name in METRICS}
+        self.seconds = time.monotonic() - start
+        return values
+
+    def _detect(self, runtime: ViewingRuntime, title: str) -> list[coco.Result]:
+        results: list[coco.Result] = []
+        with (
+            logging_redirect_tqdm(),
+            ImageBatcher(
+                list(self.images),
+                self.spec.preprocessing,
+                default_batch_size(runtime),
+                pad_to_batch=runtime.batch_range[0] > 1,
+            ) as batcher,
+            closing(detect(runtime, batcher)) as found,
+            tqdm(total=len(self.images), desc=title, leave=False, unit="image", disable=None) as bar,
+        ):  # fmt: skip
+            for image in found:
+                results += to_coco_results(
+                    image.detections,
+                    self.images[image.path],
+                    self.spec.category_ids,
+                    inclusive_corners=self.spec.inclusive_corners,
+                )
+                bar.update()
+        if batcher.failures:
+            path, message = batcher.failures[0]
+            raise ValueError(f"--input: expected images that can be read, found {path}: {message}; take it out")  # fmt: skip
+        return results
+
+    def noises(self) -> list[LayerNoise]:
+        """Every convolution alone in INT8."""
+        paths = calibration.choose_images(list(self.images), self.options.noise_images)
+        kind = f"noise on {calibration_cache.image_hash(paths)}"
+        names = {layer.name for layer in self.layers}
+        meter: NoiseMeter | None = None
+        found = []
+
+        def measure(name: str) -> dict[str, float]:
+            nonlocal meter
+            if meter is None:
+                feeds = [self._feed(path) for path in paths]
+                meter = NoiseMeter(self.model, feeds, threads=self.options.threads)
+            return meter.noise(sensitivity.quantize_but(self.model, self.cache, names - {name})[0])
+
+        with logging_redirect_tqdm():
+            for layer in tqdm(self.layers, "sensitivity", unit="layer", disable=None):
+                noise = self.journal.measure(kind, [layer.name], partial(measure, layer.name))
+                found.append(LayerNoise(layer, noise))
+        return found
+
+    def _feed(self, path: Path) -> dict[str, NDArray[Any]]:
+        network_input = self.model.graph.input[0]
+        batch = network_input.type.tensor_type.shape.dim[0].dim_value or 1
+        image, _ = preprocess(load_image(path), self.spec.preprocessing)
+        return {network_input.name: np.repeat(image[None], batch, axis=0)}
+
+    def precision(self, kept: Sequence[str]) -> PrecisionFile:
+        """What build_engine.py reads."""
+        chosen = set(kept)
+        order = [layer.name for layer in self.layers if layer.name in chosen]
+        return PrecisionFile(
+            calibration_cache.model_hash(self.model),
+            "int8",
+            dict.fromkeys(sensitivity.patterns(order), "fp16"),
+            f"trtdet {about.__version__}, tune_precision.py: {self.loss(kept)}, calibration by {self.method}",
+        )
+
+    @property
+    def method(self) -> str:
+        return self.cache.origin.method if self.cache.origin else "another program"
+
+    def loss(self, kept: Sequence[str]) -> str:
+        """What INT8 costs, in words."""
+        drop, error = self.drop(kept)
+        margin = f" (+- {error:.4f})" if self.views > 1 else ""
+        share = sensitivity.quantize_but(self.model, self.cache, kept)[1].mac_share
+        return (
+            f"{self.options.metric} {abs(drop):.4f}{margin} {'below' if drop >= 0 else 'above'} float32's {self.mean(None):.4f} "
+            f"on {len(self.images)} images, {share:.1%} of the multiply-accumulates in INT8"
+        )
+
+    def summary(self, kept: Sequence[str]) -> str:
+        """For the reader: the metrics, what is left out, what it costs."""
+        rows: list[tuple[str, Sequence[str] | None]] = [("float32", None), ("all in INT8", ())]
+        if kept:
+            rows.append((f"{len(kept)} in FP16", kept))
+        lines = ["".join([" " * 14, *(f"{name:>8}" for name in METRICS)])]
+        for name, configuration in rows:
+            values = (f"{self.mean(configuration, metric):>8.4f}" for metric in METRICS)
+            lines.append("".join([f"{name:<14}", *values]))
+        lines += [f"FP16: {layer.name}" for layer in self.layers if layer.name in set(kept)]
+        return "\n".join([*lines, self.loss(kept)])

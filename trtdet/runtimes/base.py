@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runtimes: what turns a batch of images into the four outputs.
+
+Every backend honours one contract, `Runtime`; `open_runtime` picks it by the file's suffix, or by the URL.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtdet.cuda import CudaError
+from trtdet.errors import EngineError
+from trtdet.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class BatchTimes:
+    """One batch on the device's own clock, milliseconds. A runtime that can tell has `infer_timed(images) -> BatchTimes`.
+
+    Attributes:
+        enqueue_ms: host time to hand the batch to the device.
+        h2d_ms, compute_ms, d2h_ms: input copy, kernels, output copy.
+    """
+
+    enqueue_ms: float
+    h2d_ms: float
+    compute_ms: float
+    d2h_ms: float
+
+    @property
+    def latency_ms(self) -> float:
+        """With both transfers: trtexec's "Latency"."""
+        return self.h2d_ms + self.compute_ms + self.d2h_ms
+
+
+#: Output name -> array, `trtdet.spec.OUTPUT_NAMES`. Row i of every array belongs to image i.
+Outputs = dict[str, NDArray[Any]]
+
+
+class Runtime(Protocol):
+    """One loaded model. Use as a context manager: leaving it frees what it holds."""
+
+    spec: ModelSpec
+    #: Batch sizes the model takes: smallest and largest. The largest is None where nothing bounds it.
+    batch_range: tuple[int, int | None]
+    #: One line for the log and for reports: backend, version, device.
+    description: str
+
+    def infer(self, images: NDArray[Any]) -> Outputs:
+        """Run one batch.
+
+        Args:
+            images: (n, *spec.preprocessing.image_shape), or another size that `spec.preprocessing` allows, of its dtype, n within
+                `batch_range`, C-contiguous.
+
+        Returns:
+            The four outputs, n rows each, owned by the caller (never overwritten by a later call).
+
+        Raises:
+            EngineError: the backend failed, or the batch does not fit the model.
+        """
+        ...
+
+    def __enter__(self) -> "Runtime": ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class ImageBatch(Protocol):
+    """What a runtime needs of a batch: the images, and their files for its messages."""
+
+    @property
+    def images(self) -> NDArray[Any]: ...
+
+    @property
+    def paths(self) -> Sequence[Path]: ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=ImageBatch)
+
+
+def run_batches(
+    runtime: Runtime, batches: Iterable[AnyBatch]
+) -> Iterator[tuple[AnyBatch, Outputs]]:
+    """Run batches in order: each with its outputs.
+
+    A runtime that overlaps copies with compute has a method `map` of this signature (less `runtime`), and it is used;
+    the others run one batch after the other.
+
+    Raises:
+        EngineError, ValueError: a batch failed; names its number and its images.
+    """
+    pipelined = getattr(runtime, "map", None)
+    if pipelined is not None:
+        yield from pipelined(batches)
+        return
+    for index, batch in enumerate(batches):
+        with naming_batch(index, batch):
+            outputs = runtime.infer(batch.images)
+        yield batch, outputs
+
+
+@contextmanager
+def naming_batch(
+    index: int, batch: ImageBatch, *, before: int = 0, after: int = 0
+) -> Iterator[None]:
+    """Add the number of the batch, counted from 0, and its images to the errors of the block.
+
+    Args:
+        before, after: batches that are in flight on the same GPU, older and younger. A kernel that faults does so for all of them:
+            whose it was, CUDA does not say.
+    """
+    try:
+        yield
+    except (EngineError, ValueError) as error:
+        names = ", ".join(str(path) for path in batch.paths)
+        which = f"batch {index}"
+        if isinstance(error, CudaError) and error.is_fault:
+            for count, where in ((before, "before"), (after, "after")):
+                if count:
+                    batches = "the batch" if count == 1 else f"one of the {count} batches"
+                    which += f", or {batches} {where} it on its GPU"
+        kind = EngineError if isinstance(error, EngineError) else ValueError
+        raise kind(f"{which}: {error} (images: {names})") from error
+
+
+def default_batch_size(runtime: Runtime) -> int:
+    """The batch size where nobody names one: what the runtime prefers, else 8, within what the model takes."""
+    smallest, largest = runtime.batch_range
+    preferred: int = getattr(runtime, "preferred_batch", 8)
+    return max(smallest, min(preferred, largest or preferred))
+
+
+def check_batch(images: NDArray[Any], spec: ModelSpec, batch_range: tuple[int, int | None]) -> None:
+    """Check one batch at the border of a runtime.
+
+    Raises:
+        ValueError: shape, dtype or batch size differ from what the model takes; names both.
+    """
+    expected = spec.preprocessing.image_shape
+    takes = spec.preprocessing.takes(images.shape[1:])
+    if not takes or images.dtype != np.dtype(spec.preprocessing.dtype):
+        raise ValueError(
+            f"input: expected images of shape {expected} and type {spec.preprocessing.dtype}, "
+            f"got {images.shape[1:]} {images.dtype}"
+        )
+    smallest, largest = batch_range
+    if len(images) < smallest or (largest is not None and len(images) > largest):
+        raise ValueError(
+            f"input: expected a batch of {smallest} to {largest or 'any'}, got {len(images)}"
+        )

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model in an ONNX file."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.version_converter
+from numpy.typing import NDArray
+
+from trtdet.closing import Closing
+from trtdet.errors import GraphError
+from trtdet.sources.base import CANONICAL_OPS, Shape, SourceGraph, SourceNode, cut_onnx, run_onnx
+from trtdet.spec import ModelSpec
+
+#: INT8 weights with a scale per channel take opset 13. TensorRT 8.6 reads up to 17.
+OLDEST_OPSET, NEWEST_OPSET = 13, 17
+
+
+class OnnxSource(Closing):
+    """A model in an ONNX file, run with ONNX Runtime on the CPU, graph optimisations off."""
+
+    def __init__(
+        self,
+        path: Path,
+        edit: Callable[[onnx.ModelProto], object] | None = None,
+        lower: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None,
+    ) -> None:
+        """Load.
+
+        Args:
+            edit: changes the model before it is looked at.
+            lower: replaces plugins by what ONNX Runtime knows; what it returns is run.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"--source_onnx: expected an ONNX file, found nothing at {path}"
+            )
+        self.path = path
+        self.model = load_onnx(path)
+        if edit:
+            edit(self.model)
+        self._lower = lower
+        self.graph = _read_onnx_graph(self.model)
+        self.spec = ModelSpec.maybe_from_onnx(self.model)
+        self._dtypes = {
+            info.name: onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
+            for info in self.model.graph.input
+        }
+
+    def run(self, fetches: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        cast = {name: x.astype(self._dtypes.get(name, x.dtype)) for name, x in feeds.items()}
+        return run_onnx(self._lower(self.model) if self._lower else self.model, fetches, cast)
+
+    def extract(
+        self, inputs: Mapping[str, Shape], outputs: Sequence[str], *, opset: int | None
+    ) -> onnx.ModelProto:
+        found = next(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
+        model = cut_onnx(self.model, inputs, outputs)
+        if any(_frees_size(info, inputs[info.name]) for info in model.graph.input):
+            del model.graph.value_info[:]  # what it says of shapes is of the size that was
+            for output in model.graph.output:
+                output.type.tensor_type.ClearField("shape")
+        for info in model.graph.input:
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(
+                self._dtypes.get(info.name, np.dtype(np.float32))
+            )
+            info.CopyFrom(
+                onnx.helper.make_tensor_value_info(info.name, dtype, list(inputs[info.name]))
+            )
+        _resize_to_sizes(model, inputs)
+        if opset is None:
+            opset = found if found >= OLDEST_OPSET else NEWEST_OPSET
+        if opset == found:
+            return model
+        if opset < found:
+            raise GraphError(
+                f"--opset {opset}: {self.path} has opset {found}, which cannot be lowered; convert from the SavedModel"
+            )
+        try:
+            return onnx.version_converter.convert_version(model, opset)
+        except (RuntimeError, onnx.version_converter.ConvertError) as error:
+            raise GraphError(
+                f"--opset {opset}: {self.path} cannot be raised from {found}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _frees_size(info: onnx.ValueInfoProto, shape: Shape) -> bool:
+    """Whether a size beside the batch is fixed in the model and free in `shape`."""
+    declared = info.type.tensor_type.shape.dim[1:]
+    return any(dim.dim_value and n is None for dim, n in zip(declared, shape[1:], strict=False))
+
+
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file.
+
+    Raises:
+        GraphError: the file is not ONNX.
+    """
+    try:
+        model = onnx.load(path)
+    except (
+        Exception
+    ) as error:  # protobuf raises its own DecodeError, external data OSError or ValueError
+        raise GraphError(f"{path}: expected an ONNX file, could not read it ({error})") from error
+    if not model.graph.output or not model.opset_import:
+        raise GraphError(f"{path}: expected an ONNX model, found a file without outputs")
+    return model
+
+
+def _read_onnx_graph(model: onnx.ModelProto) -> SourceGraph:
+    nodes = {
+        tensor.name: SourceNode(
+            tensor.name, "Const", (), (tensor.name,), onnx.numpy_helper.to_array(tensor)
+        )
+        for tensor in model.graph.initializer
+    }
+    for number, proto in enumerate(model.graph.node):
+        value = None
+        if proto.op_type == "Constant":
+            value = next(
+                (onnx.numpy_helper.to_array(a.t) for a in proto.attribute if a.name == "value"),
+                None,
+            )
+        node = SourceNode(
+            proto.name or f"{proto.op_type}_{number}",
+            CANONICAL_OPS.get(proto.op_type, proto.op_type),
+            tuple(tensor for tensor in proto.input if tensor),
+            tuple(proto.output),
+            value,
+        )
+        nodes.update(dict.fromkeys(proto.output, node))
+    inputs = tuple(i.name for i in model.graph.input if i.name not in nodes)
+    dimensions = model.graph.output[0].type.tensor_type.shape.dim
+    batch = dimensions[0].dim_value if dimensions else 0
+    declared = next(
+        (i.type.tensor_type.shape.dim for i in model.graph.input if i.name in inputs), ()
+    )
+    shape = tuple(d.dim_value or None for d in declared)
+    outputs = {output.name: output.name for output in model.graph.output}
+    return SourceGraph(nodes, inputs, batch or None, shape, outputs)
+
+
+def _resize_to_sizes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> None:
+    """Give every Resize with fractional scales the size that it has when the model runs, in place of the scales.
+
+    5/3 is floored differently by every runtime, and by shape inference.
+    """
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    constants |= {
+        n.output[0]: onnx.numpy_helper.to_array(a.t)
+        for n in model.graph.node
+        if n.op_type == "Constant"
+        for a in n.attribute
+        if a.name == "value"
+    }
+    resizes = []
+    for node in model.graph.node:
+        scales = (
+            constants.get(node.input[2])
+            if node.op_type == "Resize" and len(node.input) == 3
+            else None
+        )
+        if scales is not None and scales.size == 4 and (scales != scales.round()).any():
+            resizes.append(node)
+    if not resizes:
+        return
+    zeros = {
+        name: np.zeros([1 if size is None else size for size in shape], np.float32)
+        for name, shape in inputs.items()
+    }
+    values = run_onnx(model, [node.output[0] for node in resizes], zeros)
+    for node, value in zip(resizes, values, strict=True):
+        name = node.output[0]
+        constant = {f"{name}/start": [0], f"{name}/end": [2], f"{name}/size_hw": value.shape[2:]}
+        model.graph.initializer.extend(
+            onnx.numpy_helper.from_array(np.array(x, np.int64), key) for key, x in constant.items()
+        )
+        make = onnx.helper.make_node
+        arithmetic = [
+            make("Shape", [node.input[0]], [f"{name}/shape"]),
+            make("Slice", [f"{name}/shape", f"{name}/start", f"{name}/end"], [f"{name}/kept"]),
+            make("Concat", [f"{name}/kept", f"{name}/size_hw"], [f"{name}/sizes"], axis=0),
+        ]
+        position = next(
+            i for i, n in enumerate(model.graph.node) if n is node or n.output[0] == name
+        )
+        for offset, extra in enumerate(arithmetic):
+            model.graph.node.insert(position + offset, extra)
+        target = model.graph.node[position + len(arithmetic)]
+        target.input[2] = ""
+        target.input.append(f"{name}/sizes")
