@@ -17,7 +17,7 @@ from conftest import ROOT
 ORDER = (
     "about", "errors", "files", "closing", "machine", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
     "sources", "detections", "graph", "nms", "images", "precision", "engine", "runtimes", "results", "run", "deploy",
-    "families", "convert", "parity", "commands",
+    "families", "conversion", "parity", "commands",
 )  # fmt: skip
 SCRIPTS = ("create_onnx", "build_engine", "infer", "eval_coco", "compare", "tune_precision", "deploy", "image_batcher", "visualize")  # fmt: skip
 

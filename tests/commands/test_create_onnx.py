@@ -12,7 +12,8 @@ import pytest
 from conftest import EXAMPLES
 
 from trtdet.commands import create_onnx
-from trtdet.convert import conversion, verification
+from trtdet.conversion import convert as conversion
+from trtdet.conversion import verification
 from trtdet.nms import lowering, reference
 from trtdet.sources.base import run_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec

@@ -14,7 +14,7 @@ from onnx import numpy_helper, parser
 
 from trtdet import families
 from trtdet.commands import create_onnx
-from trtdet.convert import conversion
+from trtdet.conversion import convert as conversion
 from trtdet.geometry import box_iou
 from trtdet.nms import lowering
 from trtdet.sources.base import run_onnx

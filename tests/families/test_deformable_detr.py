@@ -6,8 +6,8 @@ import onnx
 import pytest
 from detr_data import assert_detections, detect, load
 
-from trtdet.convert import conversion
-from trtdet.convert.verification import verify
+from trtdet.conversion import convert as conversion
+from trtdet.conversion.verification import verify
 from trtdet.errors import GraphError
 from trtdet.families import deformable_detr, detr
 from trtdet.families.base import Hints, pick_family

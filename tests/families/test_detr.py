@@ -9,8 +9,8 @@ import pytest
 from detr_data import HEIGHT, WIDTH, assert_detections, detect, load
 from onnx import helper, numpy_helper
 
-from trtdet.convert import conversion
-from trtdet.convert.verification import verify
+from trtdet.conversion import convert as conversion
+from trtdet.conversion.verification import verify
 from trtdet.errors import GraphError
 from trtdet.families import deformable_detr, detr
 from trtdet.families.base import Hints

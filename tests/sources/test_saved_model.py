@@ -9,7 +9,7 @@ import onnx
 import pytest
 from conftest import EXAMPLES
 
-from trtdet.convert import verification
+from trtdet.conversion import verification
 from trtdet.errors import GraphError
 from trtdet.families import automl
 from trtdet.nms.reference import decode_boxes

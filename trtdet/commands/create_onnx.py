@@ -23,7 +23,7 @@ from trtdet.labels import read_labels
 from trtdet.spec import PREPROCESSORS, Layout, ModelSpec
 
 if TYPE_CHECKING:
-    from trtdet.convert.conversion import Options
+    from trtdet.conversion.convert import Options
     from trtdet.graph.map_op import OpMapping
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 def run(source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool) -> None:
     """Convert, verify, write; on stdout the differences and the path of the file."""
-    from trtdet.convert.conversion import convert, open_source, provenance, size_text
-    from trtdet.convert.verification import verify
+    from trtdet.conversion.convert import convert, open_source, provenance, size_text
+    from trtdet.conversion.verification import verify
 
     files.check_outputs([onnx_path, options.raw_path], [source_path] if is_onnx else [])
     with open_source(source_path, is_onnx=is_onnx, mappings=options.map_ops) as source:
@@ -155,7 +155,7 @@ def options_from(args: argparse.Namespace) -> Options:
     Raises:
         ValueError, OSError: the label file cannot be read.
     """
-    from trtdet.convert.conversion import Options
+    from trtdet.conversion.convert import Options
     from trtdet.families.base import Hints
 
     batch: int | None = None

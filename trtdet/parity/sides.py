@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trtdet import about
 from trtdet.closing import Closing
-from trtdet.convert import conversion
+from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError, GraphError
