@@ -118,11 +118,16 @@ def _to_source(
 def write_tsv(
     path: Path, detections: Detections, *, labels: Sequence[str] = (), header: bool = False
 ) -> None:
-    """Write one line per detection: xmin ymin xmax ymax score class, tab separated, as NVIDIA's sample did; turned boxes have an angle too.
+    """Write `tsv_text` to a file, whole or not at all."""
+    files.write_text(path, tsv_text(detections, labels=labels, header=header))
+
+
+def tsv_text(detections: Detections, *, labels: Sequence[str] = (), header: bool = False) -> str:
+    """One line per detection: xmin ymin xmax ymax score class, tab separated, as NVIDIA's sample wrote them; rotated boxes have an angle too.
 
     Args:
         labels: [class_id] -> text; where given, a last column holds the label.
-        header: write a first line with the column names.
+        header: begin with a line of column names.
 
     Coordinates have three decimals (a thousandth of a pixel); scores six, finer than float16 at 1.0; angles, in radians, six.
     """
@@ -135,7 +140,7 @@ def write_tsv(
         if detections.angles is not None:
             fields.append(f"{detections.angles[i]:.6f}")
         lines.append("\t".join([*fields, labels[class_id]] if labels else fields))
-    files.write_text(path, "".join(line + "\n" for line in lines))
+    return "".join(line + "\n" for line in lines)
 
 
 def read_tsv(path: Path) -> Detections:

@@ -14,7 +14,7 @@ from PIL import Image
 from trtdet.commands import create_onnx
 from trtdet.detections import decode
 from trtdet.errors import GraphError
-from trtdet.families import FAMILIES, tfod
+from trtdet.families import load_families, tfod
 from trtdet.families.base import pick_family
 from trtdet.images.preprocess import preprocess
 from trtdet.nms.reference import reference
@@ -113,7 +113,7 @@ def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 def test_what_is_read(tmp_path: Path) -> None:
     source = OnnxSource(save(tmp_path, toy()))
-    assert pick_family(source, FAMILIES) is tfod
+    assert pick_family(source, load_families()) is tfod
     reading = tfod.read(source)
     preprocessing = reading.spec.preprocessing
     assert preprocessing.size_hw == (HEIGHT, WIDTH)

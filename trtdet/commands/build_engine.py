@@ -19,19 +19,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtdet import files
 from trtdet.commands import cli
 from trtdet.commands.options import (
     add_calibration_options,
     calibration_from,
     check_calibration_usage,
 )
-from trtdet.engine.flavor import FLAVORS, Flavor, find_flavor
+from trtdet.engine.flavor import FLAVORS
 from trtdet.engine.options import (
     BuildOptions,
     parse_batch,
@@ -43,8 +41,7 @@ from trtdet.errors import GraphError
 from trtdet.precision.options import PRECISIONS, QUANTIZED_PRECISIONS, RESTS, Int8Options
 
 if TYPE_CHECKING:
-    from trtdet.engine.build import Built
-    from trtdet.engine.sidecar import EngineInfo
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -59,77 +56,25 @@ def run(
     check_input: Path | None = None,
     int8: Int8Options = Int8Options(),
 ) -> None:
-    """Build `onnx_path` into `engine_path`, or only prepare it, and print what came out.
+    """Build `onnx_path` into `engine_path`, or only prepare it as `save_onnx`, and print what came out."""
+    from trtdet.engine.stage import build_file, prepare_file
 
-    Raises:
-        OSError, GraphError: the ONNX file is missing or not what stage 1 writes.
-        EngineError: no TensorRT, or it cannot do what is asked, or failed.
-        ValueError: a calibration cache of something else, or images that cannot be read.
-    """
-    from trtdet.engine import build, support
-    from trtdet.engine.sidecar import write_engine
-    from trtdet.precision.prepare import (
-        STRONGLY_TYPED,
-        load_model,
-        prepare,
-        prepare_quantized,
-    )
-
-    start = time.monotonic()
-    sidecar = engine_path.with_name(engine_path.name + ".json") if engine_path else None
-    files.check_outputs([engine_path, sidecar, save_onnx], [onnx_path])
-    if options.timing_cache:
-        files.check_writable(options.timing_cache)
-    flavor = None
     if engine_path:
-        flavor = find_flavor(flavor_name)
-        support.check_options(flavor, options)
-        logger.info("%s", flavor)
-    model, spec = load_model(onnx_path)
-    if engine_path:
-        size = build.choose_size(spec.preprocessing, options.size)
-        spec = spec.replace(preprocessing=size)
-    if options.precision in QUANTIZED_PRECISIONS:
-        target = support.target_of(flavor, options) if flavor else STRONGLY_TYPED
-        prepared = prepare_quantized(
-            model, spec, options.precision, options.rest, int8, target, check_input
+        print(
+            build_file(
+                onnx_path,
+                engine_path,
+                options,
+                int8,
+                save_onnx=save_onnx,
+                flavor_name=flavor_name,
+                check_input=check_input,
+            )
         )
-    else:
-        prepared = prepare(model, spec, options.precision, check_input, int8)
-    if save_onnx:
-        files.write_bytes(save_onnx, prepared.typed.SerializeToString())
-    if flavor and engine_path:
-        built = build.build(flavor, prepared, options, spec.preprocessing)
-        info = build.describe(
-            flavor,
-            built,
-            options,
-            spec=spec,
-            onnx_path=onnx_path,
-            quantization=prepared.quantization,
-        )
-        info = write_engine(engine_path, built.plan, info)
-        print(summary(flavor, built, info, time.monotonic() - start))
         print(engine_path)
-    else:
+    elif save_onnx:
+        prepare_file(onnx_path, save_onnx, options, int8, check_input)
         print(save_onnx)
-
-
-def summary(flavor: Flavor, built: Built, info: EngineInfo, seconds: float) -> str:
-    """A few lines for the reader: what was built and what it took."""
-    target = ", ".join(info.compute_capabilities)
-    sizes = ", input " + "x".join(map(str, info.spec.preprocessing.size_hw))
-    if size_range := info.spec.preprocessing.size_range:
-        sizes += " of {}x{} to {}x{}".format(*size_range[0], *size_range[1])
-    if not target:
-        target = "8.0 and later" if flavor.is_rtx else "this GPU"
-    rows = {
-        "engine": f"{flavor}, compute capability {target}, batch {info.batch}{sizes}",
-        "precision": str(built.shares),
-        "size": f"{len(built.plan) / 2**20:.1f} MiB",
-        "time": f"{seconds:.1f} s, of which {built.seconds:.1f} s in the builder",
-    }
-    return "\n".join(f"{name:<10}{value}" for name, value in rows.items())
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

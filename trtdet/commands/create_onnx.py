@@ -10,52 +10,29 @@ source, on a photograph, before it is written: the exit status is 1 when it diff
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtdet import files
 from trtdet.commands import cli
 from trtdet.families import FAMILIES
 from trtdet.labels import read_labels
-from trtdet.spec import PREPROCESSORS, Layout, ModelSpec
+from trtdet.spec import PREPROCESSORS, Layout
 
 if TYPE_CHECKING:
     from trtdet.conversion.convert import Options
     from trtdet.graph.map_op import OpMapping
 
-logger = logging.getLogger(__name__)
-
 
 def run(source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool) -> None:
     """Convert, verify, write; on stdout the differences and the path of the file."""
-    from trtdet.conversion.convert import convert, open_source, provenance, size_text
-    from trtdet.conversion.verification import verify
+    from trtdet.conversion.stage import convert_file
 
-    files.check_outputs([onnx_path, options.raw_path], [source_path] if is_onnx else [])
-    with open_source(source_path, is_onnx=is_onnx, mappings=options.map_ops) as source:
-        logger.info("read %s", source_path)
-        model, reading = convert(source, options)
-        if options.verify:
-            for difference in verify(source, reading, model):
-                sys.stdout.write(
-                    f"{difference.name}: max abs difference {difference.maximum:.3g}, mean {difference.mean:.3g}\n"
-                )
-        else:
-            logger.warning("not verified (--no_verify)")
-    spec = ModelSpec.from_onnx(model)
-    spec.replace(source=provenance(source_path)).attach(model)
-    files.write_bytes(onnx_path, model.SerializeToString())
-    logger.info(
-        "%s %s, batch %s, %d classes, mean %s, std %s",
-        spec.family, size_text(spec.preprocessing.size_hw), options.batch or "free", spec.num_classes,
-        spec.preprocessing.mean, spec.preprocessing.std,
-    )  # fmt: skip
-    form = options.nms_form if spec.selection == "nms" else spec.selection
-    logger.info("NMS (%s): %s", form, spec.nms)
-    sys.stdout.write(f"{onnx_path}\n")
+    done = convert_file(source_path, onnx_path, options, is_onnx=is_onnx)
+    for difference in done.differences:
+        print(f"{difference.name}: max abs difference {difference.maximum:.3g}, mean {difference.mean:.3g}")  # fmt: skip
+    print(done.path)
 
 
 def parse_input_shape(text: str) -> tuple[int | None, tuple[int, int] | None, Layout]:

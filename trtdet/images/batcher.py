@@ -176,6 +176,7 @@ class ImageBatcher(Closing):
         keep_sources: bool = False,
         pad_to_batch: bool = False,
         allocate: Allocate = np.empty,
+        load: Callable[[Path], ImageArray] | None = None,
     ) -> None:
         """
         Args:
@@ -188,6 +189,7 @@ class ImageBatcher(Closing):
             allocate: makes the batch buffers, (batch_size, *image_shape) each; for example of pinned memory, into which the workers then
                 write directly. Where the consumer calls `Batch.release`, as many are made as hold the images ahead and the batches in use.
                 Their memory must outlive the batches.
+            load: what makes an image of a path; None: `load_image`. Not with `resize`, which reads sizes from files.
         """
         if batch_size < 1 or prefetch < 1 or (workers is not None and workers < 1):
             raise ValueError(
@@ -206,6 +208,7 @@ class ImageBatcher(Closing):
         self._keep_sources = keep_sources
         self._pad_to_batch = pad_to_batch
         self._resize = resize
+        self._load = load
         if resize:
             largest = preprocessing.at(resize.largest_canvas(preprocessing))
             shape = (batch_size, *largest.image_shape)
@@ -260,7 +263,7 @@ class ImageBatcher(Closing):
     def _prepare(self, path: Path, out: NDArray[Any]) -> _Prepared | str:
         """Decode and resize one image; a text says why it cannot be used."""
         try:
-            image = load_image(path)
+            image = (self._load or load_image)(path)
         except (OSError, ValueError) as error:
             return " ".join(str(error).split())
         preprocessing, scale = self.preprocessing, None

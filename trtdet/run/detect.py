@@ -2,7 +2,7 @@
 """Open a model, make its batches, run it, decode: what every stage that runs a model shares."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet.detections import decode
 from trtdet.images.batcher import Allocate, ImageBatcher
+from trtdet.images.files import ImageArray
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import COCO_LABELS, read_labels
 from trtdet.results.writer import ImageResult, ImageResults
@@ -35,9 +36,17 @@ def open_model(engine: Path | TritonUrl, options: RunOptions) -> Runtime:
 
 
 def open_batcher(
-    runtime: Runtime, paths: Sequence[Path], options: RunOptions, *, keep_sources: bool = False
+    runtime: Runtime,
+    paths: Sequence[Path],
+    options: RunOptions,
+    *,
+    keep_sources: bool = False,
+    load: Callable[[Path], ImageArray] | None = None,
 ) -> ImageBatcher:
     """An `ImageBatcher` that makes what `runtime` takes.
+
+    Args:
+        load: what makes an image of a path; None: it is a file.
 
     Raises:
         ValueError: the model does not take batches of `options.batch_size`.
@@ -59,6 +68,7 @@ def open_batcher(
         keep_sources=keep_sources,
         pad_to_batch=runtime.batch_range[0] > 1,  # the last batch may be short
         allocate=allocator(runtime),
+        load=load,
     )
 
 

@@ -59,6 +59,11 @@ class TritonUrl:
         return f"{self.scheme}://{'/'.join(filter(None, parts))}"
 
 
+def is_url(text: object) -> bool:
+    """Whether this names a model on a server, not a file."""
+    return isinstance(text, str) and text.partition("://")[0] in PORTS
+
+
 def parse_url(text: str) -> TritonUrl:
     """argparse type: grpc://HOST:PORT/MODEL, http://HOST:PORT/MODEL, and either with /VERSION behind it."""
     try:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1 from file to file: read, convert, verify, write."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtdet import files
+from trtdet.conversion.convert import Options, convert, open_source, provenance, size_text
+from trtdet.conversion.verification import Difference, verify
+from trtdet.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What stage 1 wrote.
+
+    Attributes:
+        path: the ONNX file.
+        spec: what stands in its metadata.
+        differences: each head against the source's; none where that was not asked for.
+    """
+
+    path: Path
+    spec: ModelSpec
+    differences: tuple[Difference, ...]
+
+
+def convert_file(
+    source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool
+) -> Conversion:
+    """Convert, verify, write.
+
+    Raises:
+        GraphError: the source is not what a family expects, an option contradicts it, or the result differs from it.
+        OSError, ValueError: a file that cannot be read or written.
+    """
+    files.check_outputs([onnx_path, options.raw_path], [source_path] if is_onnx else [])
+    with open_source(source_path, is_onnx=is_onnx, mappings=options.map_ops) as source:
+        logger.info("read %s", source_path)
+        model, reading = convert(source, options)
+        differences = tuple(verify(source, reading, model)) if options.verify else ()
+    if not options.verify:
+        logger.warning("not verified (--no_verify)")
+    spec = ModelSpec.from_onnx(model).replace(source=provenance(source_path))
+    spec.attach(model)
+    files.write_bytes(onnx_path, model.SerializeToString())
+    logger.info(
+        "%s %s, batch %s, %d classes, mean %s, std %s",
+        spec.family, size_text(spec.preprocessing.size_hw), options.batch or "free", spec.num_classes,
+        spec.preprocessing.mean, spec.preprocessing.std,
+    )  # fmt: skip
+    form = options.nms_form if spec.selection == "nms" else spec.selection
+    logger.info("NMS (%s): %s", form, spec.nms)
+    return Conversion(onnx_path, spec, differences)

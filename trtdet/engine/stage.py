@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2 from file to file: prepare a model in its precision, build it, write engine and sidecar."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from trtdet import files
+from trtdet.engine import build, support
+from trtdet.engine.build import Built
+from trtdet.engine.flavor import Flavor, find_flavor
+from trtdet.engine.options import BuildOptions
+from trtdet.engine.sidecar import EngineInfo, sidecar_path, write_engine
+from trtdet.precision.options import QUANTIZED_PRECISIONS, Int8Options
+from trtdet.precision.prepare import (
+    STRONGLY_TYPED,
+    Prepared,
+    load_model,
+    prepare,
+    prepare_quantized,
+)
+from trtdet.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """What stage 2 wrote.
+
+    Attributes:
+        path: the engine.
+        info: what stands in its sidecar.
+        seconds: from the ONNX file to both.
+    """
+
+    path: Path
+    flavor: Flavor
+    built: Built
+    info: EngineInfo
+    seconds: float
+
+    def __str__(self) -> str:
+        """A few lines for the reader: what was built and what it took."""
+        target = ", ".join(self.info.compute_capabilities)
+        sizes = ", input " + "x".join(map(str, self.info.spec.preprocessing.size_hw))
+        if size_range := self.info.spec.preprocessing.size_range:
+            sizes += " of {}x{} to {}x{}".format(*size_range[0], *size_range[1])
+        if not target:
+            target = "8.0 and later" if self.flavor.is_rtx else "this GPU"
+        rows = {
+            "engine": f"{self.flavor}, compute capability {target}, batch {self.info.batch}{sizes}",
+            "precision": str(self.built.shares),
+            "size": f"{len(self.built.plan) / 2**20:.1f} MiB",
+            "time": f"{self.seconds:.1f} s, of which {self.built.seconds:.1f} s in the builder",
+        }
+        return "\n".join(f"{name:<10}{value}" for name, value in rows.items())
+
+
+def prepare_file(
+    onnx_path: Path,
+    save_onnx: Path,
+    options: BuildOptions,
+    int8: Int8Options = Int8Options(),
+    check_input: Path | None = None,
+) -> None:
+    """Write the model with its precision applied, as a strongly typed TensorRT takes it. Needs no TensorRT.
+
+    Raises:
+        OSError, GraphError: the ONNX file is missing or not what stage 1 writes.
+        ValueError: a calibration cache of something else, or images that cannot be read.
+    """
+    files.check_outputs([save_onnx], [onnx_path])
+    model, spec = load_model(onnx_path)
+    prepared = _prepare(model, spec, options, int8, None, check_input)
+    files.write_bytes(save_onnx, prepared.typed.SerializeToString())
+
+
+def build_file(
+    onnx_path: Path,
+    engine_path: Path,
+    options: BuildOptions,
+    int8: Int8Options = Int8Options(),
+    *,
+    save_onnx: Path | None = None,
+    flavor_name: str | None = None,
+    check_input: Path | None = None,
+) -> EngineBuild:
+    """Build an engine, with its sidecar beside it.
+
+    Args:
+        save_onnx: write what TensorRT is given here too.
+        flavor_name: of `trtdet.engine.flavor.FLAVORS`; None: the first that is installed.
+        check_input: images on which FP16's range is checked; None: a photograph that comes with the package.
+
+    Raises:
+        OSError, GraphError: the ONNX file is missing or not what stage 1 writes.
+        EngineError: no TensorRT, or it cannot do what is asked, or failed.
+        ValueError: a calibration cache of something else, or images that cannot be read.
+    """
+    start = time.monotonic()
+    files.check_outputs([engine_path, sidecar_path(engine_path), save_onnx], [onnx_path])
+    if options.timing_cache:
+        files.check_writable(options.timing_cache)
+    flavor = find_flavor(flavor_name)
+    support.check_options(flavor, options)
+    logger.info("%s", flavor)
+    model, spec = load_model(onnx_path)
+    size = build.choose_size(spec.preprocessing, options.size)
+    spec = spec.replace(preprocessing=size)
+    prepared = _prepare(model, spec, options, int8, flavor, check_input)
+    if save_onnx:
+        files.write_bytes(save_onnx, prepared.typed.SerializeToString())
+    built = build.build(flavor, prepared, options, spec.preprocessing)
+    info = build.describe(
+        flavor,
+        built,
+        options,
+        spec=spec,
+        onnx_path=onnx_path,
+        quantization=prepared.quantization,
+    )
+    info = write_engine(engine_path, built.plan, info)
+    return EngineBuild(engine_path, flavor, built, info, time.monotonic() - start)
+
+
+def _prepare(
+    model: onnx.ModelProto,
+    spec: ModelSpec,
+    options: BuildOptions,
+    int8: Int8Options,
+    flavor: Flavor | None,
+    check_input: Path | None,
+) -> Prepared:
+    if options.precision not in QUANTIZED_PRECISIONS:
+        return prepare(model, spec, options.precision, check_input, int8)
+    target = support.target_of(flavor, options) if flavor else STRONGLY_TYPED
+    return prepare_quantized(
+        model, spec, options.precision, options.rest, int8, target, check_input
+    )
