@@ -1,35 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that appear whole or not at all, and their hashes."""
 
+import errno
+import glob
 import hashlib
 import os
+import platform
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+#: Bytes of a temporary name that come from the file's own: with the rest it stays below the 255 that file systems take.
+_STEM_BYTES = 80
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place if the block succeeds, else delete it.
 
-    Parent folders are made. The temporary name keeps the suffix, for writers that look at it.
+    Parent folders are made. The temporary name keeps the suffix, for writers that look at it, and holds host and process, so that what a
+    killed process left is found and removed by the next one that writes the same file. A symbolic link is followed: the file that
+    it names is replaced, the link stays. A device or a FIFO is never replaced: it is written into when the block has succeeded.
+
+    Raises:
+        OSError: the file cannot be written; names it, also where the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    target = path.resolve() if path.is_symlink() else path
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file() and not target.is_dir():
+            with tempfile.TemporaryDirectory() as folder:
+                temporary = Path(folder, f"content{target.suffix}")
+                yield temporary
+                with open(temporary, "rb") as source, open(target, "wb", buffering=0) as special:
+                    shutil.copyfileobj(source, special)
+            return
+        temporary = _temporary_beside(target)
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+            raise OSError(error.errno, f"{error.strerror}; make room, or choose another folder", str(path)) from error  # fmt: skip
+        raise
+
+
+def _temporary_beside(target: Path) -> Path:
+    """An empty file of a name of its own; those of processes that are gone are removed."""
+    stem = os.fsencode(target.stem)[:_STEM_BYTES].decode(errors="ignore")
+    mine = f".{stem}.{platform.node() or 'host'}-"
+    for left in target.parent.glob(f"{glob.escape(mine)}*"):
+        process = left.name.removeprefix(mine).partition("-")[0]
+        if process.isdecimal() and not _is_running(int(process)):
+            left.unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.stem[:80]}.", suffix=path.suffix
+        dir=target.parent, prefix=f"{mine}{os.getpid()}-", suffix=target.suffix
     )
     os.close(handle)
-    temporary = Path(name)
+    return Path(name)
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this machine is alive; where that cannot be told, it is taken to be."""
     try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def printable(text: object) -> str:
+    """A name as it may go to a terminal: control characters and bytes that are no text are escaped.
+
+    A file name may hold any byte but / and NUL, and a terminal obeys some.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in str(text)
+    )
 
 
 def check_input(path: Path, option: str, what: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from trtdet import files
-from trtdet.commands import eval_coco, infer, visualize
+from trtdet.commands import cli, eval_coco, infer, visualize
 from trtdet.commands.cli import run_main
 from trtdet.errors import EngineError
 
@@ -125,3 +125,16 @@ def test_files_that_are_missing_are_named(
     assert script.main(arguments.split()) == 1
     (line,) = capsys.readouterr().err.splitlines()  # one error, whatever the number of images
     assert line.startswith(f"error: {message}")
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(capsys: Any) -> None:
+    def fail() -> None:
+        cli.logger.warning("skipped: %s", "a\x1b[2Jb\nE c.jpg")
+        raise ValueError("\x1b]0;title\x07.png: no image")
+
+    cli.setup_logging()
+    assert run_main(fail) == 1
+    assert (
+        capsys.readouterr().err
+        == "W skipped: a\\x1b[2Jb\\nE c.jpg\nerror: \\x1b]0;title\\x07.png: no image\n"
+    )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from trtdet.errors import EngineError, GraphError
+from trtdet.files import printable
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +23,19 @@ USER_ERRORS = (GraphError, EngineError, ValueError, OSError)
 SOME_SKIPPED = 3
 
 
+class _PrintableFormatter(logging.Formatter):
+    """One line for each message, whatever file names are in it; a terminal gets no control characters from them."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 def setup_logging(verbose: bool = False) -> None:
     """Send this project's log to stderr; results alone go to stdout."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(levelname).1s %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(levelname).1s %(message)s"))
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     # Third-party chatter is of interest only with -v.
     for name in ("tf2onnx", "tensorflow", "absl", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
@@ -47,7 +53,7 @@ def run_main(run: Callable[[], int | None]) -> int:
             return run() or 0
         except USER_ERRORS as error:
             logger.debug("traceback", exc_info=True)
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = printable(" ".join(str(error).split())) or type(error).__name__
             sys.stderr.write(f"error: {message}\n")
             return 1
         except KeyboardInterrupt:

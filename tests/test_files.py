@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trtdet.files`: files appear whole or not at all, and nothing special is replaced by a file."""
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from trtdet import files
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    files.write_text(path, "first")
+    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
+        assert temporary.suffix == ".txt" and temporary.parent == path.parent
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "first"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_a_link(tmp_path: Path, exists: bool) -> None:
+    target, link = tmp_path / "real" / "a.bin", tmp_path / "a.bin"
+    target.parent.mkdir()
+    if exists:
+        target.write_bytes(b"old")
+    link.symlink_to(target)
+    files.write_bytes(link, b"new")
+    assert link.is_symlink() and not target.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+def test_a_device_stays_a_device() -> None:
+    files.write_bytes(Path(os.devnull), b"x" * 1000)
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+def test_a_fifo_is_written_into(tmp_path: Path) -> None:
+    path = tmp_path / "pipe.json"
+    os.mkfifo(path)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(path.read_bytes()))
+    reader.start()
+    files.write_text(path, "{}" * 100_000)
+    reader.join(timeout=30)
+    assert read == [b"{}" * 100_000]
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe.json"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from trtdet import files\n"
+        "with files.atomic_path(Path(sys.argv[1])) as t: t.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    path = tmp_path / "a.json"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=Path(files.__file__).parents[1]
+    )
+    assert done.returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".a.")
+    with files.atomic_path(path) as mine:  # that of a process which is alive stays
+        files.write_text(path, "whole")
+        assert mine.exists() and not left.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_long_names_of_any_alphabet_can_be_written(tmp_path: Path) -> None:
+    for name in ("x" * 250 + ".txt", "\N{GRINNING FACE}" * 62 + ".tsv"):
+        assert len(name.encode()) in (252, 254)
+        files.write_text(tmp_path / name, "1")
+        assert (tmp_path / name).read_text() == "1"
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"make room.*a\.txt"), files.atomic_path(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("plain name.jpg", "plain name.jpg"),
+        ("Größe 图.jpg", "Größe 图.jpg"),
+        ("a\x1b[31mred.jpg", "a\\x1b[31mred.jpg"),
+        ("two\nlines", "two\\nlines"),
+        (os.fsdecode(b"\xff.jpg"), "\\udcff.jpg"),
+        ("right-to-left \u202e", "right-to-left \\u202e"),
+    ],
+)
+def test_control_characters_are_escaped(name: str, shown: str) -> None:
+    assert files.printable(name) == shown
