@@ -2,13 +2,18 @@
 """What the scripts share at the border, `trtdet.commands.cli` and `trtdet.files`; and their options for files that are not there."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
+from PIL import Image
 
 from trtdet import files
 from trtdet.commands import cli, eval_coco, infer, visualize
@@ -138,3 +143,30 @@ def test_control_characters_of_names_do_not_reach_the_terminal(capsys: Any) -> N
         capsys.readouterr().err
         == "W skipped: a\\x1b[2Jb\\nE c.jpg\nerror: \\x1b]0;title\\x07.png: no image\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "package"),
+    [
+        ("infer", ["--engine", "a.onnx", "--input", "photos", "--output", "found"], "cv2|numpy"),
+        ("create_onnx", ["--source_onnx", "a.onnx", "--onnx", "b.onnx"], "numpy|onnx"),
+        ("eval_coco", ["--detections", "d.json", "--annotations", "a.json"], "numpy"),
+    ],
+)
+def test_a_missing_package_is_one_line(script: str, arguments: list[str], package: str) -> None:
+    """-S leaves site-packages out, as before anything is installed."""
+    command = [sys.executable, "-S", "-E", str(ROOT / f"{script}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    line = rf"error: the Python package ({package}) is not installed here; activate .*\.venv/bin/activate.*requirements\.txt\n"
+    assert re.fullmatch(line, done.stderr), done.stderr
+
+
+def test_a_closed_stderr_is_no_error(tmp_path: Path) -> None:
+    """Nothing that is opened later gets its number, and the status says what happened."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    script = f"exec '{sys.executable}' '{ROOT / 'image_batcher.py'}' --size 8,8 --input '{tmp_path / 'a.png'}' --output '{tmp_path / 'seen'}' 2>&- 0<&-"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "seen")
+    assert (tmp_path / "seen" / "a.png").is_file()

@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -19,6 +20,17 @@ logger = logging.getLogger(__name__)
 #: Errors that are the user's to fix: one line on stderr, exit status 1.
 USER_ERRORS = (GraphError, EngineError, ValueError, OSError)
 
+#: Top-level package -> the file that installs it; all others are in requirements.txt.
+REQUIREMENTS = {
+    "tensorflow": "requirements-tensorflow.txt",
+    "tf2onnx": "requirements-tensorflow.txt",
+    "cuda": "requirements-tensorrt.txt",
+    "tensorrt": "requirements-tensorrt.txt",
+    "tensorrt_rtx": "requirements-rtx.txt",
+    "tritonclient": "requirements-triton.txt",
+    "ray": "requirements-ray.txt",
+}
+
 #: Exit status of a run that is done but for some images that could not be read.
 SOME_SKIPPED = 3
 
@@ -32,6 +44,7 @@ class _PrintableFormatter(logging.Formatter):
 
 def setup_logging(verbose: bool = False) -> None:
     """Send this project's log to stderr; results alone go to stdout."""
+    _open_closed_streams()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PrintableFormatter("%(levelname).1s %(message)s"))
     level = logging.DEBUG if verbose else logging.INFO
@@ -51,6 +64,13 @@ def run_main(run: Callable[[], int | None]) -> int:
     with _terminate_as_interrupt() as terminated:
         try:
             return run() or 0
+        except ModuleNotFoundError as error:
+            message = _missing(error)
+            if message is None:
+                raise
+            logger.debug("traceback", exc_info=True)
+            sys.stderr.write(f"error: {printable(message)}\n")
+            return 1
         except USER_ERRORS as error:
             logger.debug("traceback", exc_info=True)
             message = printable(" ".join(str(error).split())) or type(error).__name__
@@ -59,6 +79,29 @@ def run_main(run: Callable[[], int | None]) -> int:
         except KeyboardInterrupt:
             sys.stderr.write("terminated\n" if terminated.is_set() else "interrupted\n")
             return 143 if terminated.is_set() else 130
+
+
+def _open_closed_streams() -> None:
+    """Open what the caller closed, `2>&-`, onto nothing: else the next file that is opened gets its number, and messages with it."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _missing(error: ModuleNotFoundError) -> str | None:
+    """What to install for a package that is not there; None for one of our own modules, whose absence is a fault of ours."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package == "trtdet":
+        return None
+    file = REQUIREMENTS.get(package, "requirements.txt")
+    return (
+        f"the Python package {package} is not installed here; activate the environment that has it (. .venv/bin/activate), "
+        f"or pip install -r {file}"
+    )
 
 
 @contextmanager
