@@ -25,7 +25,7 @@ from trtdet.engine.options import BatchRange, BuildOptions
 from trtdet.engine.sidecar import EngineInfo, read_sidecar, sidecar_path, write_engine
 from trtdet.errors import EngineError
 from trtdet.nms import lowering
-from trtdet.precision import prepare
+from trtdet.precision import floats, prepare
 from trtdet.spec import ModelSpec
 
 TensorRT = Callable[..., Any]
@@ -449,7 +449,7 @@ def test_own_images_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def engine_ranges(model: Path, value: float) -> dict[str, float]:
     image = np.full((2, toy.SIZE, toy.SIZE, 3), value, np.float32)
-    return build_engine.precision.activation_ranges(onnx.load(model), [{"input": image}])
+    return floats.activation_ranges(onnx.load(model), [{"input": image}])
 
 
 def test_own_images_that_cannot_be_read_are_left_out(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip

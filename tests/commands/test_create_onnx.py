@@ -340,6 +340,7 @@ def test_a_plain_tf2onnx_conversion_needs_no_tensorflow(
     "options", [["--opset", "11"], ["--opset", "13"], ["--opset", "18"], ["--legacy_plugins"]]
 )
 def test_opsets_from_a_saved_model(options: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow", reason="needs requirements-tensorflow.txt")
     status, model = convert(TINY, tmp_path / "m.onnx", *options)
     assert status == 0 and model is not None
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
@@ -366,6 +367,7 @@ def test_an_opset_below_the_sources_is_refused(
 def test_warnings_are_settled_by_the_option_they_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("tensorflow", reason="needs requirements-tensorflow.txt")
     assert convert(TINY, tmp_path / "m.onnx")[0] == 0
     assert "gaussian soft NMS" in capsys.readouterr().err
     assert convert(TINY, tmp_path / "m.onnx", "--iou_threshold", "0.5")[0] == 0

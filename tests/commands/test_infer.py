@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import toy_detector
+from conftest import ROOT
 from toy_detector import image
 
 from trtdet import machine
@@ -426,7 +427,7 @@ def test_ctrl_c(toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [
         sys.executable,
-        infer.__file__,
+        str(ROOT / "infer.py"),
         "-e",
         str(toy),
         "-i",

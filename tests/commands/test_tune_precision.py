@@ -178,7 +178,7 @@ def test_calibration_options_are_those_of_build_engine(monkeypatch: pytest.Monke
     asked: list[Int8Options] = []
     output = tmp_path / "new" / "folder" / "precision.json"
 
-    def stop(model: object, spec: object, int8: Int8Options, flavor: object) -> None:
+    def stop(model: object, spec: object, int8: Int8Options) -> None:
         assert output.parent.is_dir()
         asked.append(int8)
         raise ValueError("enough")

@@ -9,8 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
+
+pytest.importorskip("ray.data", reason="needs requirements-ray.txt")
+
+import pyarrow.parquet
 import toy_detector
 
 from trtdet.commands import cli, infer
@@ -20,8 +23,6 @@ from trtdet.run import ray, ray_cluster
 from trtdet.run.options import RunOptions
 from trtdet.run.ray_cluster import Results, Workers, plan_workers
 from trtdet.spec import METADATA_KEY, ModelSpec
-
-pytest.importorskip("ray.data", reason="needs requirements-ray.txt")
 
 IMAGES = 60
 

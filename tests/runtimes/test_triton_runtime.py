@@ -17,8 +17,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import protocol_triton_server
 import pytest
+
+pytest.importorskip("tritonclient", reason="needs requirements-triton.txt")
+pytest.importorskip("grpc", reason="needs requirements-triton.txt")
+pytest.importorskip("aiohttp", reason="needs requirements-triton.txt")
+
+import protocol_triton_server
 import standin_detector
 from google.protobuf import text_format
 from protocol_triton_server import Refusal, Server, serve_grpc, serve_http
@@ -34,10 +39,6 @@ from trtdet.runtimes.open import open_runtime
 from trtdet.runtimes.options import TritonUrl, parse_url
 from trtdet.runtimes.triton import TritonRuntime
 from trtdet.spec import METADATA_KEY, ModelSpec, Nms, Preprocessing
-
-pytest.importorskip("tritonclient", reason="needs requirements-triton.txt")
-pytest.importorskip("grpc", reason="needs requirements-triton.txt")
-pytest.importorskip("aiohttp", reason="needs requirements-triton.txt")
 
 grpc = protocol_triton_server.grpc
 ModelConfig = protocol_triton_server.model_config_pb2.ModelConfig
