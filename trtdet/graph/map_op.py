@@ -18,6 +18,7 @@ from trtdet.graph.builder import PLUGIN_DOMAIN, forget_domain, import_domain
 from trtdet.graph.deformable_attention import PLUGIN_OP
 from trtdet.sources.base import Source, cut_onnx
 from trtdet.sources.onnx_file import OnnxSource
+from trtdet.sources.subgraphs import subgraphs
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +115,8 @@ def _all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     nodes = []
     for node in graph.node:
         nodes.append(node)
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                nodes.extend(_all_nodes(inner))
+        for inner in subgraphs(node):
+            nodes.extend(_all_nodes(inner))
     return nodes
 
 

@@ -11,6 +11,7 @@ import onnx
 from trtdet.errors import GraphError
 from trtdet.graph.builder import fix_size
 from trtdet.precision.floats import begins_nms
+from trtdet.sources.subgraphs import captured, reads
 from trtdet.spec import ModelSpec
 
 #: Names of blocks in google/automl's graphs, in the order of the network; the first group is the block's name.
@@ -74,20 +75,25 @@ def cut_to_body(model: onnx.ModelProto) -> onnx.ModelProto:
     heads: dict[str, None] = {}
     body = []
     for node in nodes:
-        if begins_nms(node) or behind.intersection(node.input):
+        if begins_nms(node) or behind & reads(node):
             behind.update(node.output)
         else:
             body.append(node)
     made = {output for node in body for output in node.output}
     for node in nodes:
         if behind.intersection(node.output):
-            heads.update((name, None) for name in node.input if name in made)
+            heads.update((name, None) for name in _in_order(node) if name in made)
     heads.update((output.name, None) for output in model.graph.output if output.name in made)
     if not heads:
         raise GraphError(
             "model: expected a network before the NMS, found none; write it again with create_onnx.py"
         )
     return _cut(model, list(heads))
+
+
+def _in_order(node: onnx.NodeProto) -> list[str]:
+    """What a node reads: its inputs, then what its subgraphs capture."""
+    return [*node.input, *sorted(captured(node))]
 
 
 def _cut(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
@@ -97,7 +103,7 @@ def _cut(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
             nodes.append(node)
-            needed.update(node.input)
+            needed.update(reads(node))
     weights = [w for w in model.graph.initializer if w.name in needed]
     inputs = [i for i in model.graph.input if i.name in needed]
     infos = {i.name: i for i in [*model.graph.value_info, *model.graph.output]}
@@ -183,7 +189,7 @@ def _pooled_tensors(body: onnx.ModelProto, weights: Iterable[str]) -> set[str]:
     constants = set(weights)
     pooled: set[str] = set()
     for node in body.graph.node:
-        data = [name for name in node.input if name and name not in constants]
-        if node.op_type == "GlobalAveragePool" or (data and pooled.issuperset(data)):
+        data = reads(node) - constants
+        if node.op_type == "GlobalAveragePool" or (data and data <= pooled):
             pooled.update(node.output)
     return pooled

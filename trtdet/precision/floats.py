@@ -27,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trtdet.errors import GraphError
 from trtdet.graph.builder import COMPUTE_OPS, POSITIONS_PREFIX
+from trtdet.sources.subgraphs import captured, reads
 
 #: Nodes that only move values: behind the last convolution they stay narrow, so that one Cast per head suffices.
 MOVE_OPS = frozenset(
@@ -281,7 +282,7 @@ def _range_model(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
     for node in reversed(graph.node):
         if needed.intersection(node.output):
             nodes.append(node)
-            needed.update(_all_inputs(node))
+            needed.update(reads(node))
     nodes.reverse()
     outputs = []
     for name in tensors:
@@ -425,7 +426,7 @@ class _Conversion:
         """Q and DQ that have float32 neighbours become float32 themselves, rather than have a Cast put beside them."""
         readers: dict[str, set[int]] = {}
         for i, node in enumerate(self.nodes):
-            for name in _all_inputs(node):
+            for name in reads(node):
                 readers.setdefault(name, set()).add(i)
         wide: set[int] = set()
         for i in sorted(self.low, reverse=True):
@@ -448,7 +449,7 @@ class _Conversion:
         reached: set[str] = set()
         found = set()
         for i, node in enumerate(self.nodes):
-            if i in start or reached.intersection(_all_inputs(node)):
+            if i in start or reached.intersection(reads(node)):
                 found.add(i)
                 reached.update(node.output)
         return found
@@ -461,7 +462,7 @@ class _Conversion:
             node = self.nodes[i]
             if i in start or wanted.intersection(node.output):
                 found.add(i)
-                wanted.update(_all_inputs(node))
+                wanted.update(reads(node))
         return found
 
     # --- rewriting ----------------------------------------------------------------------------------------------------------
@@ -483,7 +484,7 @@ class _Conversion:
                     users.setdefault(name, []).append((i, k))
                 else:
                     others.add(name)
-            others.update(_captured(node))
+            others.update(captured(node))
         flushed = 0
         for name, places in users.items():
             wide = numpy_helper.to_array(self.weights[name])
@@ -509,7 +510,7 @@ class _Conversion:
         for i, node in enumerate(self.nodes):
             data = self._data_inputs(node) if i in self.low else []
             reads_narrow.update(name for name in data if self.is_float(name))
-            reads_wide.update(n for n in _all_inputs(node) if n not in data)
+            reads_wide.update(n for n in reads(node) if n not in data)
         made_narrow = {
             name for i in self.low for name in self.nodes[i].output if name and self.is_float(name)
         }
@@ -549,21 +550,6 @@ class _Conversion:
 def begins_nms(node: onnx.NodeProto) -> bool:
     """Whether a node is, or is the first of, box decoding and suppression."""
     return node.op_type in NMS_OPS or node.name.startswith(NMS_PREFIX)
-
-
-def _captured(node: onnx.NodeProto) -> set[str]:
-    """Every tensor that the subgraphs of a node mention: some are of the outer graph."""
-    names: set[str] = set()
-    for attribute in node.attribute:
-        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            names.update(output.name for output in graph.output)
-            for inner in graph.node:
-                names.update(_all_inputs(inner))
-    return names
-
-
-def _all_inputs(node: onnx.NodeProto) -> set[str]:
-    return ({*node.input} | _captured(node)) - {""}
 
 
 def element_types(model: onnx.ModelProto) -> dict[str, int]:

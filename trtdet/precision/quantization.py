@@ -39,6 +39,7 @@ from trtdet.precision.body import ConvLayer, conv_layers
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.floats import raise_opset, replace_nodes
 from trtdet.precision.histograms import LEVELS, ChannelStatistics
+from trtdet.sources.subgraphs import captured, reads
 from trtdet.spec import ModelSpec
 
 Equalize = Literal["none", "depthwise", "all"]
@@ -459,7 +460,7 @@ class _Quantization:
 
     def _only_producer(self, layer: ConvLayer) -> ConvLayer | None:
         """The convolution that makes this one's input for nobody else."""
-        readers = sum(list(node.input).count(layer.input) for node in self.graph.node)
+        readers = sum([*node.input, *captured(node)].count(layer.input) for node in self.graph.node)
         if readers != 1 or any(output.name == layer.input for output in self.graph.output):
             return None
         return next(
@@ -611,7 +612,7 @@ def _floored(values: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def _drop_unread_weights(graph: onnx.GraphProto) -> None:
-    read = {name for node in graph.node for name in node.input}
+    read = {name for node in graph.node for name in reads(node)}
     read |= {output.name for output in graph.output}
     kept = [w for w in graph.initializer if w.name in read]
     copies_of_weights = [onnx.TensorProto.FromString(w.SerializeToString()) for w in kept]

@@ -11,6 +11,7 @@ import onnx.version_converter
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
+from trtdet.sources.subgraphs import reads
 from trtdet.spec import ModelSpec
 
 #: A tensor's shape; None where it is free.
@@ -176,7 +177,7 @@ def cut_onnx(
             )
         if id(node) not in needed:
             needed.add(id(node))
-            pending.extend([*node.input, *_captured(node)])
+            pending.extend(sorted(reads(node)))
     graph = onnx.helper.make_graph(
         [node for node in model.graph.node if id(node) in needed],
         model.graph.name or "trtdet",
@@ -194,17 +195,6 @@ def cut_onnx(
     )
     cut.metadata_props.extend(model.metadata_props)
     return cut
-
-
-def _captured(node: onnx.NodeProto) -> Iterator[str]:
-    """Tensors that the sub-graphs of If, Loop and Scan take from outside."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            inner = {t for n in attribute.g.node for t in n.output}
-            inner |= {t.name for t in [*attribute.g.input, *attribute.g.initializer]}
-            for child in attribute.g.node:
-                yield from (t for t in [*child.input, *_captured(child)] if t not in inner)
-            yield from (t.name for t in attribute.g.output if t.name not in inner)
 
 
 def run_onnx(
