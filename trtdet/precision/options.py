@@ -7,31 +7,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-Provider = Literal["auto", "cpu", "gpu"]
-PROVIDERS: tuple[Provider, ...] = get_args(Provider)
-
-Method = Literal["entropy", "minmax", "percentile", "mse"]
-
-DEFAULT_METHOD: Method = "mse"
-DEFAULT_NUM_IMAGES = 500
-DEFAULT_SEED = 47  # of NVIDIA's sample
+# ---- the precision
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 #: Those of 8 bits, which take scales.
 QUANTIZED_PRECISIONS: tuple[Precision, ...] = ("int8", "fp8")
+
+#: Of what is not in 8 bits.
 Rest = Literal["fp16", "fp32"]
 RESTS: tuple[Rest, ...] = get_args(Rest)
-METHODS: tuple[Method, ...] = get_args(Method)
 
+#: Of nodes that are named.
 KeptType = Literal["fp16", "fp32"]
+
+# ---- where scales come from
+
+Method = Literal["entropy", "minmax", "percentile", "mse"]
+METHODS: tuple[Method, ...] = get_args(Method)
+DEFAULT_METHOD: Method = "mse"
+#: FP8 has small numbers for small values: what reaches furthest need not be cut off to have them.
+FP8_METHOD: Method = "minmax"
+
+Provider = Literal["auto", "cpu", "gpu"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+DEFAULT_NUM_IMAGES = 500
+DEFAULT_SEED = 47  # of NVIDIA's sample
 #: Images that calibration runs at a time, where the model's batch is dynamic. On a CPU 8 take five times
 #: the memory (D0: 4.2 GiB) and twice the time per image.
 CALIBRATION_BATCH = 1
-
-
-#: FP8 has small numbers for small values: what reaches furthest need not be cut off to have them.
-FP8_METHOD: Method = "minmax"
 
 
 @dataclass(frozen=True)
