@@ -25,10 +25,10 @@ from trtdet.precision.histograms import ChannelStatistics
 from trtdet.precision.quantization import (
     Equalization,
     QuantizationOptions,
-    QuantizedType,
     insert_qdq,
     predicted_noise,
 )
+from trtdet.precision.scales import FP8, INT8, QuantizedType, weight_scales
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 CHANNELS = 8
@@ -227,7 +227,7 @@ def test_residual_additions_stay_in_floating_point(cache: CalibrationCache) -> N
     assert "x0" in nodes(plain, "Add")[0].input
 
 
-@pytest.mark.parametrize("to", [quantization.INT8, quantization.FP8])
+@pytest.mark.parametrize("to", [INT8, FP8])
 def test_type_of_pairs_is_read_from_the_model(to: QuantizedType, cache: CalibrationCache) -> None:
     model, report = insert_qdq(mobile_block(), cache, QuantizationOptions(to=to))
     assert quantization.own_type(model) is to
@@ -341,7 +341,7 @@ def test_predicted_noise_is_what_rounding_does() -> None:
     rows = weights[:, :, 0, 0]
     for factors in (None, 1 / np.sqrt(np.abs(x).max(1))):
         f = np.ones(32) if factors is None else factors * scale * 127 / (factors * np.abs(x).max(1)).max()  # fmt: skip
-        steps = quantization.weight_scales((rows / f).astype(np.float32))[:, None]
+        steps = weight_scales((rows / f).astype(np.float32))[:, None]
         got = (np.rint(rows / f / steps) * steps) @ (np.rint(x * f[:, None] / scale) * scale)
         measured = float(np.square(got - rows @ x).mean(1).sum())
         equalization = None if factors is None else Equalization(f, np.zeros(32))
@@ -352,31 +352,8 @@ def test_predicted_noise_is_what_rounding_does() -> None:
 # ---- FP8, float16 scales, and no pairs at all
 
 
-def test_fp8_rounds_as_onnx_does() -> None:
-    rng = np.random.default_rng(0)
-    values = np.concatenate([rng.normal(size=4000) * 10.0 ** rng.uniform(-4, 2.6, 4000), [0, 2**-10, 3 * 2**-10, 2**-9, 447, 449, 1e4, -17, -0.0173]])  # fmt: skip
-    rounded = quantization.round_to(values, quantization.FP8)
-    model = onnx.parser.parse_model("""
-        <ir_version: 9, opset_import: ["": 19]>
-        g (float[N] x, float[M] narrow) => (float[N] y, float8e4m3fn[M] bits)
-          <float one = {1}>
-        { q = QuantizeLinear<saturate = 1>(x, one, zero) y = DequantizeLinear(q, one) bits = QuantizeLinear<saturate = 1>(narrow, one, zero) }
-    """)  # fmt: skip
-    zero = onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
-    model.graph.initializer.append(zero)
-    exact, bits = rounded[np.abs(rounded) > 0], quantization._fp8_bits(rounded[np.abs(rounded) > 0])
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])  # fmt: skip
-    feed = {"x": values.astype(np.float32), "narrow": exact.astype(np.float32)}
-    expected = session.run(["y"], feed)[0]
-    np.testing.assert_array_equal(rounded, expected)
-    assert rounded.max() == 448 and len(np.unique(np.abs(rounded))) > 100
-    # The bits say the same: ONNX reads them back.
-    stored = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT8E4M3FN, bits.shape, bits.tobytes(), raw=True)  # fmt: skip
-    np.testing.assert_array_equal(numpy_helper.to_array(stored).astype(np.float64), exact)
-
-
 def test_fp8_pairs(cache: CalibrationCache) -> None:
-    options = QuantizationOptions(to=quantization.FP8)
+    options = QuantizationOptions(to=FP8)
     model, report = insert_qdq(mobile_block(), cache, options)
     onnx.checker.check_model(model, full_check=True)
     assert report.type_name == "FP8" and report.lines()[0].startswith("FP8: ")
@@ -389,16 +366,11 @@ def test_fp8_pairs(cache: CalibrationCache) -> None:
     again = quantization.report_of(model)
     assert again.already and again.type_name == "FP8" and again.blocks == report.blocks
     # An exponent of its own: the outlier channel costs nothing, as it does where INT8 has no help.
-    assert sqnr(mobile_block(), cache, to=quantization.FP8) > 22
+    assert sqnr(mobile_block(), cache, to=FP8) > 22
     assert sqnr(mobile_block(), cache, equalize="none") < 15
 
 
-def test_scales_of_fp16_are_numbers_of_fp16_and_cut_nothing_off(cache: CalibrationCache) -> None:
-    scales = np.array([1e-9, 3e-8, 1e-6, 0.1, 0.5, 1000.1, 65504, 1e6], np.float32)
-    got = quantization.fp16_at_least(scales)
-    assert (got[:-1] == got[:-1].astype(np.float16)).all() and (got >= scales).all()
-    assert got[0] == 2**-24 and got[4] == 0.5 and got[-1] == 1e6  # nothing there: as it was
-    np.testing.assert_allclose(got[3:-1], scales[3:-1], rtol=2**-10)
+def test_scales_of_fp16_are_numbers_of_fp16(cache: CalibrationCache) -> None:
     model, _ = insert_qdq(mobile_block(), cache, QuantizationOptions(fp16_scales=True))
     weights = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
     for node in nodes(model, "DequantizeLinear"):

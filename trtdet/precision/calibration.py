@@ -27,7 +27,7 @@ from trtdet.graph import deformable_attention
 from trtdet.graph.builder import POSITIONS_PREFIX
 from trtdet.precision.body import conv_layers, cut_to_body
 from trtdet.precision.calibration_cache import CalibrationCache, Origin
-from trtdet.precision.histograms import LEVELS, ChannelMoments, TensorHistogram
+from trtdet.precision.histograms import ChannelMoments, TensorHistogram
 from trtdet.precision.options import (
     DEFAULT_METHOD,
     DEFAULT_NUM_IMAGES,
@@ -36,6 +36,7 @@ from trtdet.precision.options import (
     Method,
     Provider,
 )
+from trtdet.precision.scales import INT8
 
 GPU_PROVIDER = "CUDAExecutionProvider"
 
@@ -139,7 +140,7 @@ def calibrate(
         raise ValueError(
             "calibration: expected images, got none; check --calib_input and --calib_num_images"
         )
-    scales = _all_scales(body, {n: h.clip(method) / LEVELS for n, h in histograms.items()})
+    scales = _all_scales(body, {n: INT8.scale(h.clip(method)) for n, h in histograms.items()})
     statistics = {
         name: c.statistics(histograms[name].noise(scales[name])) for name, c in channels.items()
     }
@@ -167,7 +168,7 @@ def _all_scales(body: onnx.ModelProto, measured: Mapping[str, float]) -> dict[st
     for node in body.graph.node:
         for name in node.output:
             if node.op_type == "Sigmoid":
-                scales[name] = 1 / LEVELS
+                scales[name] = INT8.scale(1.0)
             elif name in measured:
                 scales[name] = measured[name]
             elif node.op_type in SAME_RANGE_OPS and node.input[0] in scales:

@@ -19,6 +19,7 @@ from trtdet import about, files
 from trtdet.precision.body import conv_layers, cut_to_body
 from trtdet.precision.histograms import ChannelStatistics
 from trtdet.precision.options import DEFAULT_SEED, Method
+from trtdet.precision.scales import INT8
 from trtdet.spec import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,10 @@ class CalibrationCache:
     scales: dict[str, float]
     channels: dict[str, ChannelStatistics] = field(default_factory=dict, repr=False)
     origin: Origin | None = None
+
+    def amax(self, tensor: str) -> float:
+        """The largest magnitude of a tensor that its scale represents; 0 where there is none."""
+        return INT8.amax(self.scales.get(tensor, 0.0))
 
     @classmethod
     def from_text(cls, text: str) -> "CalibrationCache":

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet.precision.options import Method
+from trtdet.precision.scales import INT8, LEVELS
 
 PERCENTILE = 99.99
 
-LEVELS = 127  # magnitudes of symmetric INT8, zero aside
 TENSOR_BINS = 4096  # more than half of them are in use
 
 
@@ -125,7 +125,8 @@ def squared_error(magnitudes: NDArray[Any], scale: float) -> NDArray[Any]:
     """Expected squared error of symmetric INT8: nothing below half a step, s^2 / 12 between, what is cut off beyond 127 steps."""
     step = max(scale, 1e-30)
     inner = np.where(magnitudes < step / 2, magnitudes**2, step**2 / 12)
-    return np.where(magnitudes > LEVELS * step, (magnitudes - LEVELS * step) ** 2, inner)
+    amax = INT8.amax(step)
+    return np.where(magnitudes > amax, (magnitudes - amax) ** 2, inner)
 
 
 # ---- choosing where to clip
@@ -148,7 +149,7 @@ def _mse(counts: NDArray[np.int64], width: float) -> float:
     centers = (np.arange(used) + 0.5) * width
     weights: NDArray[np.float64] = counts[:used].astype(np.float64)
     clips = largest * np.arange(1, 101) / 100
-    errors = [(weights * squared_error(centers, float(clip) / LEVELS)).sum() for clip in clips]
+    errors = [(weights * squared_error(centers, INT8.scale(float(clip)))).sum() for clip in clips]
     return float(clips[int(np.argmin(errors))])
 
 

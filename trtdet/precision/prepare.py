@@ -40,14 +40,13 @@ from trtdet.precision.options import (
     Rest,
 )
 from trtdet.precision.quantization import (
-    FP8,
-    INT8,
     QuantizationOptions,
     QuantizationReport,
     insert_qdq,
     own_type,
     prepare_implicit,
 )
+from trtdet.precision.scales import FP8, INT8
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)

@@ -32,36 +32,27 @@ from typing import Literal
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from trtdet.errors import GraphError
 from trtdet.precision.body import ConvLayer, conv_layers
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.floats import raise_opset, replace_nodes
-from trtdet.precision.histograms import LEVELS, ChannelStatistics
+from trtdet.precision.histograms import ChannelStatistics
+from trtdet.precision.scales import (
+    FP8,
+    INT8,
+    QuantizedType,
+    activation_scale,
+    round_to,
+    stored,
+    weight_scales,
+)
 from trtdet.sources.subgraphs import captured, reads
 from trtdet.spec import ModelSpec
 
 Equalize = Literal["none", "depthwise", "all"]
 
-
-@dataclass(frozen=True)
-class QuantizedType:
-    """A type of 8 bits.
-
-    Attributes:
-        name: "INT8".
-        onnx_type: its `TensorProto.DataType`.
-        largest: the number that the largest magnitude becomes.
-    """
-
-    name: str
-    onnx_type: int
-    largest: float
-
-
-INT8 = QuantizedType("INT8", TensorProto.INT8, LEVELS)
-FP8 = QuantizedType("FP8", TensorProto.FLOAT8E4M3FN, 448.0)
 
 #: Factors stay within this ratio of each other: channels that are all but dead need no resolution, and FP16 holds the products.
 LARGEST_FACTOR_RATIO = 2.0**10
@@ -216,41 +207,6 @@ def _shares(layers: Iterable[ConvLayer], quantized: Collection[str]) -> tuple[Bl
     return tuple(shares)
 
 
-def weight_scales(
-    weights: NDArray[np.float32], to: QuantizedType = INT8, *, fp16: bool = False
-) -> NDArray[np.float32]:
-    """Of each output channel, what its largest magnitude takes; 1 for a channel of zeros, which any scale represents."""
-    largest = np.abs(weights.reshape(len(weights), -1)).max(1)
-    scales = np.where(largest > 0, largest / to.largest, 1.0).astype(np.float32)
-    return fp16_at_least(scales) if fp16 else scales
-
-
-def fp16_at_least(scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The next number that float16 holds: upwards, so that nothing is cut off. Left as it is where there is none."""
-    with np.errstate(over="ignore"):
-        rounded = scales.astype(np.float16)
-        rounded = np.where(rounded < scales, np.nextafter(rounded, np.float16(np.inf)), rounded)
-    return np.where(np.isfinite(rounded), rounded, scales).astype(np.float32)
-
-
-def round_to(values: NDArray[np.float64], to: QuantizedType) -> NDArray[np.float64]:
-    """The nearest numbers of the type, ties to even, what is beyond cut off."""
-    if to is INT8:
-        return np.clip(np.rint(values), -to.largest, to.largest)
-    exponents = np.floor(np.log2(np.maximum(np.abs(values), 2.0**-6)))  # 2^-6: the least normal
-    steps = 2.0 ** (exponents - 3)  # three bits of mantissa
-    return np.clip(np.rint(values / steps) * steps, -to.largest, to.largest)
-
-
-def _fp8_bits(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Sign, four bits of exponent (bias 7), three of mantissa, of numbers that FP8 holds."""
-    magnitudes = np.abs(values)
-    exponents = np.floor(np.log2(np.maximum(magnitudes, 2.0**-6)))
-    mantissas = magnitudes / 2.0 ** (exponents - 3)  # 8 to 15; below 8 for subnormals
-    codes = np.where(mantissas < 8, mantissas, (exponents + 7) * 8 + mantissas - 8)
-    return (codes + 128 * (values < 0)).astype(np.uint8)
-
-
 @dataclass(frozen=True)
 class Equalization:
     """x' = (x - shift) * factors, per input channel; what the convolution's weights and bias undo."""
@@ -279,7 +235,7 @@ def predicted_noise(
         factors, shift = equalization.factors, equalization.shift
         activation = scale**2 / 12 / factors**2
         power = power - 2 * shift * statistics.mean + shift**2
-    steps = (rows / factors[None, :, None]).max((1, 2)) / LEVELS
+    steps = INT8.scale((rows / factors[None, :, None]).max((1, 2)))
     from_activations = float((activation * (rows**2).sum((0, 2))).sum())
     from_weights = float((steps**2).sum() / 12 * (power * factors**2).sum() * rows.shape[2])
     return from_activations + from_weights
@@ -297,7 +253,7 @@ def best_equalization(
         clip = _floored(np.maximum(highest - offset, offset - lowest))
         for exponent in EXPONENTS:
             factors = reach ** (1 - exponent) / clip**exponent
-            factors = factors * (scale * LEVELS / (factors * clip).max())
+            factors = factors * (INT8.amax(scale) / (factors * clip).max())
             candidate = Equalization(factors, offset)
             candidates.append((candidate, predicted_noise(weights, statistics, candidate, scale)))
     return min(candidates, key=lambda found: found[1])
@@ -407,7 +363,7 @@ class _Quantization:
         statistics = self._statistics(layer)
         if statistics is None:
             return
-        factors = self.cache.scales[layer.input] * LEVELS / _floored(statistics.largest)
+        factors = self.cache.amax(layer.input) / _floored(statistics.largest)
         self._equalize(layer, Equalization(factors, np.zeros_like(factors)), None)
         self.equalized[layer.name] = "depthwise"
 
@@ -548,11 +504,9 @@ class _Quantization:
         if tensor not in self.pairs:
             quantized = self._unused(f"{tensor}/quantized")
             self.pairs[tensor] = self._unused(f"{tensor}/dequantized")
-            exact = np.array(scale * LEVELS / self.to.largest, np.float32)
+            values = activation_scale(INT8.amax(scale), self.to, fp16=self.options.fp16_scales)
             operands = [
-                self._constant(
-                    f"{tensor}/scale", fp16_at_least(exact) if self.options.fp16_scales else exact
-                ),
+                self._constant(f"{tensor}/scale", values),
                 self._narrow_constant(f"{tensor}/zero_point", np.zeros(())),
             ]
             self.new_nodes += [
@@ -592,7 +546,7 @@ class _Quantization:
     def _narrow_constant(self, name: str, values: NDArray[np.float64]) -> str:
         """Of numbers that the type of 8 bits holds."""
         name = self._unused(name)
-        data = values.astype(np.int8) if self.to is INT8 else _fp8_bits(values)
+        data = stored(values, self.to)
         weight = helper.make_tensor(name, self.to.onnx_type, data.shape, data.tobytes(), raw=True)
         self.graph.initializer.append(weight)
         self.initializers[name] = weight
