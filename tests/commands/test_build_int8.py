@@ -24,8 +24,9 @@ from trtdet.engine.sidecar import read_sidecar
 from trtdet.errors import EngineError
 from trtdet.nms import lowering
 from trtdet.precision import calibration, calibration_cache
-from trtdet.precision.body import block_of
+from trtdet.precision.body import Body, block_of
 from trtdet.precision.file import PrecisionFile
+from trtdet.precision.prepare import load_model
 
 IMAGES = EXAMPLES / "images"
 #: AP of the FP32 model on the example's 12 images (test_chain.py).
@@ -134,7 +135,7 @@ def test_rest_in_fp16_takes_two_casts(calibrated: Path) -> None:
 
 def test_precision_json_is_obeyed_and_belongs_to_a_model(tiny_onnx: Path, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     path, output = tmp_path / "precision.json", tmp_path / "m.onnx"
-    own = calibration_cache.model_hash(onnx.load(tiny_onnx))
+    own = Body(*load_model(tiny_onnx)).sha256
     stem = next(node.name for node in onnx.load(tiny_onnx).graph.node if node.op_type == "Conv")
     options = ["--save_onnx", output, "--calib_cache", calibrated / "tiny.cache", "--precision_json", path]  # fmt: skip
     PrecisionFile(own, "int8", {stem: "fp32", "*/blocks_1/*": "fp16"}).write(path)

@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from trtdet.commands import build_engine, cli, tune_precision
 from trtdet.precision import prepare
-from trtdet.precision.body import ConvLayer, conv_layers
+from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.options import Int8Options
 from trtdet.precision.sensitivity import Journal, LayerNoise, patterns, smallest_set
 from trtdet.run import tune as run_tune
@@ -72,7 +72,11 @@ def planted(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with planted.onnx, the small detector with the two convolutions in front of blocks_1, and what tuning it wrote."""
     folder = tmp_path_factory.mktemp("planted")
     model = onnx.load(tiny_onnx)
-    first = next(layer for layer in conv_layers(model) if layer.block == "blocks_1")
+    first = next(
+        layer
+        for layer in Body(model, ModelSpec.from_onnx(model)).layers
+        if layer.block == "blocks_1"
+    )
     plant(model, first.input)
     onnx.save(model, folder / "planted.onnx")
     options = ["--calib_cache", folder / "planted.cache", "--max_drop", 0.02]
@@ -178,7 +182,7 @@ def test_calibration_options_are_those_of_build_engine(monkeypatch: pytest.Monke
     asked: list[Int8Options] = []
     output = tmp_path / "new" / "folder" / "precision.json"
 
-    def stop(model: object, spec: object, int8: Int8Options) -> None:
+    def stop(body: object, int8: Int8Options) -> None:
         assert output.parent.is_dir()
         asked.append(int8)
         raise ValueError("enough")

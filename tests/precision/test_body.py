@@ -6,7 +6,10 @@ import onnx.parser
 import onnxruntime
 from onnx import numpy_helper
 
-from trtdet.precision.body import conv_layers, cut_to_body
+from trtdet.precision.body import Body, cut_to_body
+from trtdet.spec import ModelSpec, Nms, Preprocessing
+
+SPEC = ModelSpec("toy", Preprocessing((4, 4), layout="NCHW"), Nms(), (1,))
 
 
 def branching_model() -> onnx.ModelProto:
@@ -68,5 +71,5 @@ def test_the_cut_keeps_what_the_body_of_an_if_or_loop_captures() -> None:
 
 
 def test_layers_of_a_model_with_branches() -> None:
-    layers = {layer.name: layer.macs for layer in conv_layers(branching_model())}
+    layers = {layer.name: layer.macs for layer in Body(branching_model(), SPEC).layers}
     assert layers == {"net/first": 64, "net/side": 64, "net/head": 128, "net/tail": 64}

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from trtdet import files
 from trtdet.errors import GraphError
 from trtdet.precision import calibration_cache
+from trtdet.precision.body import Body
 from trtdet.precision.calibration import calibrate, choose_images
 from trtdet.precision.calibration_cache import CalibrationCache, read_cache
 from trtdet.precision.histograms import ChannelMoments, TensorHistogram
 from trtdet.precision.options import METHODS
-from trtdet.spec import Preprocessing
+from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 PREPROCESSING = Preprocessing((8, 8), layout="NCHW", mean=(127.0,) * 3, std=(128.0,) * 3)
+SPEC = ModelSpec("toy", PREPROCESSING, Nms(), (1,))
 
 
 def small_model(
@@ -50,6 +52,10 @@ def small_model(
     return model
 
 
+def small_body(model: onnx.ModelProto | None = None, **changes: Any) -> Body:
+    return Body(model or small_model(**changes), SPEC)
+
+
 def feeds(count: int, *, batch: int = 1, seed: int = 0) -> Iterator[dict[str, NDArray[np.float32]]]:
     rng = np.random.default_rng(seed)
     for _ in range(count):
@@ -69,8 +75,8 @@ def write_example(
     folder: Path, images: list[Path], **changes: Any
 ) -> tuple[Path, CalibrationCache]:
     model = small_model()
-    of = calibration_cache.origin(model, PREPROCESSING, images, "mse", **changes)
-    cache = calibrate(model, feeds(3), "mse", origin=of)
+    of = calibration_cache.origin(small_body(model).sha256, PREPROCESSING, images, "mse", **changes)
+    cache = calibrate(small_body(model), feeds(3), "mse", origin=of)
     path = folder / "small.cache"
     cache.write(path)
     return path, cache
@@ -192,7 +198,7 @@ def test_channel_moments() -> None:
 
 def test_minmax_scales_are_the_largest_magnitudes() -> None:
     model = small_model()
-    cache = calibrate(model, feeds(4), "minmax")
+    cache = calibrate(small_body(model), feeds(4), "minmax")
     x = np.concatenate([feed["images"] for feed in feeds(4)])
     features = np.einsum("oc,nchw->nohw", np.array([[0.5, 0, 0], [0, -2, 0]]), x) + np.array([0, 1]).reshape(2, 1, 1)  # fmt: skip
     swish = features / (1 + np.exp(-features))
@@ -213,22 +219,22 @@ def test_channel_statistics_are_kept_for_inputs_of_convolutions() -> None:
         node for node in model.graph.node if node.op_type == "Conv" and node.name == "head"
     )
     swish.input[0] = "swish"
-    assert set(calibrate(model, feeds(2)).channels) == {"images", "swish"}
+    assert set(calibrate(small_body(model), feeds(2)).channels) == {"images", "swish"}
 
 
 def test_batch_size_and_a_last_partial_batch_change_nothing() -> None:
     x = np.random.default_rng(5).normal(size=(7, 3, 8, 8)).astype(np.float32)
-    single = calibrate(small_model(), ({"images": x[i : i + 1]} for i in range(7)))
-    batches = calibrate(small_model(), ({"images": x[i : i + 4]} for i in range(0, 7, 4)))
+    single = calibrate(small_body(), ({"images": x[i : i + 1]} for i in range(7)))
+    batches = calibrate(small_body(), ({"images": x[i : i + 4]} for i in range(0, 7, 4)))
     assert single.to_text() == batches.to_text()
-    without_last = calibrate(small_model(), [{"images": x[:4]}])
+    without_last = calibrate(small_body(), [{"images": x[:4]}])
     assert without_last.to_text() != single.to_text()
 
 
 def test_memory_does_not_grow_with_the_number_of_images() -> None:
     def peak(count: int) -> int:
         tracemalloc.start()
-        calibrate(small_model(), feeds(count, batch=64))
+        calibrate(small_body(), feeds(count, batch=64))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -239,11 +245,11 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
 
 def test_nothing_to_measure_and_broken_activations_are_errors() -> None:
     with pytest.raises(ValueError, match="expected images, got none"):
-        calibrate(small_model(), [])
+        calibrate(small_body(), [])
     with pytest.raises(ValueError, match="expected one of entropy, minmax"):
-        calibrate(small_model(), feeds(1), "max")  # type: ignore[arg-type]
+        calibrate(small_body(), feeds(1), "max")  # type: ignore[arg-type]
     with pytest.raises(GraphError, match="'images' is not finite"):
-        calibrate(small_model(), [{"images": np.full((1, 3, 8, 8), np.nan, np.float32)}])
+        calibrate(small_body(), [{"images": np.full((1, 3, 8, 8), np.nan, np.float32)}])
 
 
 # ---- whose it is
@@ -339,7 +345,7 @@ def test_a_cache_of_something_else_is_refused(
 ) -> None:
     path, _ = write_example(tmp_path, images)
     of = calibration_cache.origin(
-        wanted.get("model", small_model()),
+        small_body(wanted.get("model")).sha256,
         wanted.get("preprocessing", PREPROCESSING),
         images[: wanted.get("images", 20)],
         wanted.get("method", "mse"),
@@ -357,26 +363,27 @@ def test_a_cache_of_any_method_fits_where_none_is_asked_for(
     tmp_path: Path, images: list[Path]
 ) -> None:
     path, cache = write_example(tmp_path, images)
-    of = calibration_cache.origin(small_model(), PREPROCESSING, None, "entropy")
+    of = calibration_cache.origin(small_body().sha256, PREPROCESSING, None, "entropy")
     assert read_cache(path, of, any_method=True).scales == cache.scales
     with pytest.raises(ValueError, match="method is mse, not entropy"):
         read_cache(path, of)
 
 
 def test_a_bare_cache_is_of_a_model_that_has_its_tensors() -> None:
-    path, model = Path("some.cache"), small_model()  # reads images and pooled
-    calibration_cache.check_tensors(path, CalibrationCache({"images": 1.0, "pooled": 0.5}), model)
+    path, inputs = Path("some.cache"), small_body().quantizable_inputs
+    assert inputs == {"images", "pooled"}
+    calibration_cache.check_tensors(path, CalibrationCache({"images": 1.0, "pooled": 0.5}), inputs)
     with pytest.raises(ValueError, match=r"1 of 2 inputs of convolutions are not in it \(pooled\); it belongs to another model"):  # fmt: skip
         calibration_cache.check_tensors(
-            path, CalibrationCache({"images": 1.0, "swish": 0.5}), model
+            path, CalibrationCache({"images": 1.0, "swish": 0.5}), inputs
         )
     with pytest.raises(ValueError, match="2 of 2 inputs of convolutions are not in it"):
-        calibration_cache.check_tensors(path, CalibrationCache({"x": 1.0}), model)
+        calibration_cache.check_tensors(path, CalibrationCache({"x": 1.0}), inputs)
 
 
 def test_a_cache_fits_without_the_images(tmp_path: Path, images: list[Path]) -> None:
     path, cache = write_example(tmp_path, images)
-    of = calibration_cache.origin(small_model(), PREPROCESSING, None, "mse")
+    of = calibration_cache.origin(small_body().sha256, PREPROCESSING, None, "mse")
     assert read_cache(path, of).scales == cache.scales
 
 
@@ -390,7 +397,7 @@ def test_a_cache_older_than_a_field_of_the_preprocessing_fits_its_default(
     sidecar.write_text(json.dumps(data))
     assert read_cache(path, cache.origin).scales == cache.scales
     grey = dataclasses.replace(PREPROCESSING, pad_rgb=(114.0,) * 3)
-    of = calibration_cache.origin(small_model(), grey, images, "mse")
+    of = calibration_cache.origin(small_body().sha256, grey, images, "mse")
     with pytest.raises(ValueError, match=r"\(pad_rgb \[0.0, 0.0, 0.0\] instead of \[114.0, 114.0, 114.0\]\)"):  # fmt: skip
         read_cache(path, of)
 
@@ -412,18 +419,18 @@ def test_a_cache_of_tensorrt_itself_is_taken_with_a_warning(
     path.write_text("TRT-8510-EntropyCalibration2\nx: 4000890a\n(Unnamed Layer* 8) [Constant]_output: 3f6fc9d8\n")  # fmt: skip
     with caplog.at_level(logging.WARNING):
         cache = read_cache(
-            path, calibration_cache.origin(small_model(), PREPROCESSING, None, "mse")
+            path, calibration_cache.origin(small_body().sha256, PREPROCESSING, None, "mse")
         )
     assert cache.scales["x"] == pytest.approx(2.008364, abs=1e-6)
     assert cache.origin is None
     assert "nvidia.cache.json" in caplog.text
 
 
-def test_model_hash_is_about_the_network_alone() -> None:
-    own = calibration_cache.model_hash(small_model())
-    assert own == calibration_cache.model_hash(small_model(batch=4))
-    assert own == calibration_cache.model_hash(small_model(iou=0.7))
-    assert own != calibration_cache.model_hash(small_model(weight=0.25))
+def test_the_hash_of_a_body_is_about_the_network_alone() -> None:
+    own = small_body().sha256
+    assert own == small_body(batch=4).sha256
+    assert own == small_body(iou=0.7).sha256
+    assert own != small_body(weight=0.25).sha256
 
 
 def test_images_are_chosen_from_all_with_a_fixed_seed(images: list[Path]) -> None:

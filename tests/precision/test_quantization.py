@@ -17,7 +17,7 @@ from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import find_images
 from trtdet.nms import lowering
 from trtdet.precision import quantization
-from trtdet.precision.body import block_of, conv_layers
+from trtdet.precision.body import Body, block_of
 from trtdet.precision.calibration import calibrate
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.floats import to_fp16
@@ -32,6 +32,7 @@ from trtdet.precision.scales import FP8, INT8, QuantizedType, weight_scales
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 CHANNELS = 8
+SPEC = ModelSpec("toy", Preprocessing((16, 16), layout="NCHW"), Nms(), (1,))
 OUTLIER = 300.0  # the range of one channel over that of the others
 
 
@@ -80,6 +81,10 @@ def mobile_block(*, seed: int = 0, outlier: float = OUTLIER) -> onnx.ModelProto:
     return model
 
 
+def body(model: onnx.ModelProto | None = None) -> Body:
+    return Body(model or mobile_block(), SPEC)
+
+
 def images(count: int, seed: int = 1) -> list[dict[str, NDArray[np.float32]]]:
     rng = np.random.default_rng(seed)
     return [{"images": rng.normal(size=(1, 4, 16, 16)).astype(np.float32)} for _ in range(count)]
@@ -97,7 +102,7 @@ def run(model: onnx.ModelProto, feeds: Sequence[dict[str, Any]], *outputs: str) 
 
 def sqnr(model: onnx.ModelProto, cache: CalibrationCache, **options: Any) -> float:
     """Signal to quantization noise of the output, in decibels."""
-    quantized, _ = insert_qdq(model, cache, QuantizationOptions(**options))
+    quantized, _ = insert_qdq(body(model), cache, QuantizationOptions(**options))
     feeds = images(8, seed=2)
     (expected,), (found,) = run(model, feeds), run(quantized, feeds)
     return float(10 * np.log10(np.square(expected).sum() / np.square(found - expected).sum()))
@@ -105,7 +110,7 @@ def sqnr(model: onnx.ModelProto, cache: CalibrationCache, **options: Any) -> flo
 
 @pytest.fixture(scope="module")
 def cache() -> CalibrationCache:
-    return calibrate(mobile_block(), images(32), "minmax")
+    return calibrate(body(), images(32), "minmax")
 
 
 def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -120,7 +125,7 @@ def nodes(model: onnx.ModelProto, op: str) -> list[onnx.NodeProto]:
 
 
 def test_layers_know_their_place() -> None:
-    layers = {layer.name: layer for layer in conv_layers(mobile_block())}
+    layers = {layer.name: layer for layer in body().layers}
     assert [layer.block for layer in layers.values()] == [
         "stem",
         *["blocks_0"] * 4,
@@ -148,7 +153,7 @@ def test_blocks_by_name(name: str, block: str) -> None:
 
 
 def test_every_convolution_but_squeeze_and_excite_reads_int8(cache: CalibrationCache) -> None:
-    model, report = insert_qdq(mobile_block(), cache)
+    model, report = insert_qdq(body(), cache)
     onnx.checker.check_model(model, full_check=True)
     made_by = producers(model)
     weights = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
@@ -181,7 +186,7 @@ def test_a_tensor_is_quantized_once(cache: CalibrationCache) -> None:
     extra.name, extra.output[0] = "class_net/depthwise", "class_features"
     model.graph.node.append(extra)
     model.graph.output.append(onnx.helper.make_tensor_value_info("class_features", 1, ["N", 4, 16, 16]))  # fmt: skip
-    quantized, _ = insert_qdq(model, cache)
+    quantized, _ = insert_qdq(body(model), cache)
     made_by = producers(quantized)
     read = [
         node.input[0] for node in nodes(quantized, "Conv") if node.name.endswith("net/depthwise")
@@ -194,7 +199,7 @@ def test_a_tensor_is_quantized_once(cache: CalibrationCache) -> None:
 def test_patterns_and_missing_scales_keep_convolutions(cache: CalibrationCache) -> None:
     scales = {name: scale for name, scale in cache.scales.items() if name != "h"}
     without = CalibrationCache(scales, cache.channels)
-    _, report = insert_qdq(mobile_block(), without, QuantizationOptions(keep=("*stem*", "nothing")))
+    _, report = insert_qdq(body(), without, QuantizationOptions(keep=("*stem*", "nothing")))
     assert report.kept == {
         "net/stem/conv": "asked for ('*stem*')",
         "net/blocks_0/se/conv": "squeeze-and-excite",
@@ -202,36 +207,33 @@ def test_patterns_and_missing_scales_keep_convolutions(cache: CalibrationCache) 
     }
     assert any("asked for ('*stem*')" in line for line in report.lines())
     model = mobile_block()
-    spec = ModelSpec("toy", Preprocessing((16, 16)), Nms(), (1,), sensitive_nodes=("*project",))
-    spec.attach(model)
-    assert insert_qdq(model, cache)[1].kept["net/blocks_0/project"] == "sensitive ('*project')"
-    assert (
-        "net/blocks_0/project" not in insert_qdq(model, cache, QuantizationOptions(keep=()))[1].kept
-    )
+    named = Body(model, SPEC.replace(sensitive_nodes=("*project",)))
+    assert insert_qdq(named, cache)[1].kept["net/blocks_0/project"] == "sensitive ('*project')"
+    assert "net/blocks_0/project" not in insert_qdq(body(model), cache)[1].kept
     with pytest.raises(
         GraphError, match=r"no scale in the calibration cache.*calibrate this model"
     ):
-        insert_qdq(mobile_block(), CalibrationCache({"x": 1.0}))
+        insert_qdq(body(), CalibrationCache({"x": 1.0}))
 
 
 def test_a_model_with_its_own_pairs_passes_through(cache: CalibrationCache) -> None:
-    once, report = insert_qdq(mobile_block(), cache)
-    twice, report_again = insert_qdq(once, cache)
+    once, report = insert_qdq(body(), cache)
+    twice, report_again = insert_qdq(body(once), cache)
     assert twice is once
     assert report_again.already
     assert report_again.blocks == report.blocks
 
 
 def test_residual_additions_stay_in_floating_point(cache: CalibrationCache) -> None:
-    plain, _ = insert_qdq(mobile_block(), cache)
+    plain, _ = insert_qdq(body(), cache)
     assert "x0" in nodes(plain, "Add")[0].input
 
 
 @pytest.mark.parametrize("to", [INT8, FP8])
 def test_type_of_pairs_is_read_from_the_model(to: QuantizedType, cache: CalibrationCache) -> None:
-    model, report = insert_qdq(mobile_block(), cache, QuantizationOptions(to=to))
+    model, report = insert_qdq(body(), cache, QuantizationOptions(to=to))
     assert quantization.own_type(model) is to
-    assert quantization.report_of(model).type_name == report.type_name == to.name
+    assert quantization.report_of(body(model)).type_name == report.type_name == to.name
     for weight in list(model.graph.initializer):  # as other exporters have them
         if weight.data_type == to.onnx_type:
             constant = onnx.helper.make_node("Constant", [], [weight.name], value=weight)
@@ -244,7 +246,7 @@ def test_type_of_pairs_is_read_from_the_model(to: QuantizedType, cache: Calibrat
 def test_the_given_model_is_left_alone(cache: CalibrationCache) -> None:
     model = mobile_block()
     before = model.SerializeToString()
-    insert_qdq(model, cache)
+    insert_qdq(body(model), cache)
     assert model.SerializeToString() == before
 
 
@@ -269,7 +271,7 @@ def test_equalization_saves_channels_beside_an_outlier(cache: CalibrationCache) 
 def test_a_shift_gives_one_sided_activations_the_numbers_below_zero() -> None:
     model = mobile_block(outlier=1.0)
     feeds = [{"images": 4 * feed["images"]} for feed in images(32)]  # swish far from its dip
-    own = calibrate(model, feeds, "minmax")
+    own = calibrate(body(model), feeds, "minmax")
     statistics = own.channels["excited"]
     weights = numpy_helper.to_array(
         next(w for w in model.graph.initializer if w.name == "project_w")
@@ -279,12 +281,12 @@ def test_a_shift_gives_one_sided_activations_the_numbers_below_zero() -> None:
         for shift in (False, True)
     }  # fmt: skip
     assert noise[True] < 0.9 * noise[False]  # most of it is the weights' error, which stays
-    found, _ = insert_qdq(model, own)
+    found, _ = insert_qdq(body(model), own)
     assert any(node.name == "excited/shifted" for node in nodes(found, "Sub"))
 
 
 def test_factors_behind_a_convolution_cost_no_node(cache: CalibrationCache) -> None:
-    model, report = insert_qdq(mobile_block(), cache)
+    model, report = insert_qdq(body(), cache)
     assert "in 'box_net/depthwise'" in report.equalized["box_net/pointwise"]
     assert report.equalized["net/blocks_0/depthwise"] == "depthwise"
     multiplied = {node.input[0] for node in nodes(model, "Mul") if node.name.endswith("/scaled")}
@@ -294,7 +296,7 @@ def test_factors_behind_a_convolution_cost_no_node(cache: CalibrationCache) -> N
 
 def test_equalization_is_exact_in_floating_point(cache: CalibrationCache) -> None:
     """With the rounding taken out again, what is left is the model as it was."""
-    model, _ = insert_qdq(mobile_block(), cache, QuantizationOptions(correct_bias=False))
+    model, _ = insert_qdq(body(), cache, QuantizationOptions(correct_bias=False))
     feeds = images(2)
     (expected,) = run(mobile_block(), feeds)
     for node in nodes(
@@ -314,12 +316,14 @@ def test_equalization_is_exact_in_floating_point(cache: CalibrationCache) -> Non
 def test_bias_takes_up_the_mean_error(cache: CalibrationCache) -> None:
     model = mobile_block()
     feeds = [{"images": feed["images"] + 3} for feed in images(16, seed=3)]  # a mean far from zero
-    shifted = calibrate(model, feeds, "minmax")
+    shifted = calibrate(body(model), feeds, "minmax")
     (expected,) = run(_with_output(mobile_block(), "x0"), feeds, "x0")
     errors = {}
     for correct in (False, True):
         options = QuantizationOptions(correct_bias=correct, keep=("*blocks_0*", "box_net*"))
-        (found,) = run(_with_output(insert_qdq(model, shifted, options)[0], "x0"), feeds, "x0")
+        (found,) = run(
+            _with_output(insert_qdq(body(model), shifted, options)[0], "x0"), feeds, "x0"
+        )
         inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # padding is left aside
         errors[correct] = np.abs((found - expected)[inner].mean((0, 2, 3))).max()
     assert errors[True] < 0.2 * errors[False]
@@ -354,7 +358,7 @@ def test_predicted_noise_is_what_rounding_does() -> None:
 
 def test_fp8_pairs(cache: CalibrationCache) -> None:
     options = QuantizationOptions(to=FP8)
-    model, report = insert_qdq(mobile_block(), cache, options)
+    model, report = insert_qdq(body(), cache, options)
     onnx.checker.check_model(model, full_check=True)
     assert report.type_name == "FP8" and report.lines()[0].startswith("FP8: ")
     assert report.equalized == {} and report.mac_share > 0.99
@@ -363,7 +367,7 @@ def test_fp8_pairs(cache: CalibrationCache) -> None:
         scale = numpy_helper.to_array(weights[node.input[1]])
         assert scale == pytest.approx(cache.scales[node.input[0]] * 127 / 448)
         assert weights[node.input[2]].data_type == onnx.TensorProto.FLOAT8E4M3FN
-    again = quantization.report_of(model)
+    again = quantization.report_of(body(model))
     assert again.already and again.type_name == "FP8" and again.blocks == report.blocks
     # An exponent of its own: the outlier channel costs nothing, as it does where INT8 has no help.
     assert sqnr(mobile_block(), cache, to=FP8) > 22
@@ -371,7 +375,7 @@ def test_fp8_pairs(cache: CalibrationCache) -> None:
 
 
 def test_scales_of_fp16_are_numbers_of_fp16(cache: CalibrationCache) -> None:
-    model, _ = insert_qdq(mobile_block(), cache, QuantizationOptions(fp16_scales=True))
+    model, _ = insert_qdq(body(), cache, QuantizationOptions(fp16_scales=True))
     weights = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
     for node in nodes(model, "DequantizeLinear"):
         scale = weights[node.input[1]]
@@ -380,7 +384,7 @@ def test_scales_of_fp16_are_numbers_of_fp16(cache: CalibrationCache) -> None:
 
 
 def test_the_rest_becomes_fp16_without_casts_between(cache: CalibrationCache) -> None:
-    quantized, _ = insert_qdq(mobile_block(), cache, QuantizationOptions(fp16_scales=True))
+    quantized, _ = insert_qdq(body(), cache, QuantizationOptions(fp16_scales=True))
     narrow, report = to_fp16(quantized)
     onnx.checker.check_model(narrow, full_check=True)
     assert report.casts == 1 and report.kept == ()  # behind the last convolution
@@ -400,14 +404,14 @@ def test_the_rest_becomes_fp16_without_casts_between(cache: CalibrationCache) ->
 
 def test_convolutions_kept_in_float32_are_float32_beside_fp16(cache: CalibrationCache) -> None:
     options = QuantizationOptions(fp16_scales=True, keep=("net/blocks_0/*",))
-    narrow, report = to_fp16(insert_qdq(mobile_block(), cache, options)[0], keep_fp32=("net/blocks_0/*",))  # fmt: skip
+    narrow, report = to_fp16(insert_qdq(body(), cache, options)[0], keep_fp32=("net/blocks_0/*",))  # fmt: skip
     onnx.checker.check_model(narrow, full_check=True)
     kinds = {w.name: w.data_type for w in narrow.graph.initializer}
     wide = {n.name for n in nodes(narrow, "Conv") if kinds.get(n.input[1]) == onnx.TensorProto.FLOAT}  # fmt: skip
     assert wide == {f"net/blocks_0/{name}" for name in ("expand", "depthwise", "se/conv", "project")}  # fmt: skip
     assert {n.name for n in report.kept} == wide and all(n.asked for n in report.kept)
     # A convolution in INT8 whose output does not fit FP16 has its pairs in float32, too.
-    narrow, report = to_fp16(insert_qdq(mobile_block(), cache, QuantizationOptions(fp16_scales=True))[0], ranges={"e": 1e5})  # fmt: skip
+    narrow, report = to_fp16(insert_qdq(body(), cache, QuantizationOptions(fp16_scales=True))[0], ranges={"e": 1e5})  # fmt: skip
     onnx.checker.check_model(narrow, full_check=True)
     made_by = producers(narrow)
     (expand,) = (n for n in nodes(narrow, "Conv") if n.name == "net/blocks_0/expand")
@@ -418,9 +422,9 @@ def test_convolutions_kept_in_float32_are_float32_beside_fp16(cache: Calibration
 
 def test_without_pairs_the_rescaled_model_is_the_same_function(cache: CalibrationCache) -> None:
     options = QuantizationOptions(correct_bias=False)
-    rescaled, scales, report = quantization.prepare_implicit(mobile_block(), cache, options)
+    rescaled, scales, report = quantization.prepare_implicit(body(), cache, options)
     assert not nodes(rescaled, "QuantizeLinear") and not nodes(rescaled, "DequantizeLinear")
-    quantized, explicit = insert_qdq(mobile_block(), cache, options)
+    quantized, explicit = insert_qdq(body(), cache, options)
     assert (report.blocks, report.kept, report.equalized) == (explicit.blocks, explicit.kept, explicit.equalized)  # fmt: skip
     feeds = images(8, seed=2)
     (expected,), (found,) = run(mobile_block(), feeds), run(rescaled, feeds)
@@ -431,7 +435,7 @@ def test_without_pairs_the_rescaled_model_is_the_same_function(cache: Calibratio
         assert scales.scales[node.input[0]] == pytest.approx(float(weights[node.input[1]]), rel=1e-6)  # fmt: skip
     assert cache.scales.items() <= scales.scales.items()
     with pytest.raises(GraphError, match="brings its own Q/DQ, which needs no calibrator"):
-        quantization.prepare_implicit(quantized, cache)
+        quantization.prepare_implicit(body(quantized), cache)
 
 
 # ---- a real detector
@@ -443,14 +447,15 @@ def tiny_int8(tiny_onnx: Path) -> onnx.ModelProto:
     spec = ModelSpec.from_onnx(model)
     photos = find_images(Path(__file__).resolve().parents[2] / "examples" / "images")
     with ImageBatcher(photos, spec.preprocessing, 4) as batches:
-        cache = calibrate(model, ({model.graph.input[0].name: b.images} for b in batches))
-    return insert_qdq(model, cache)[0]
+        feeds = ({model.graph.input[0].name: b.images} for b in batches)
+        cache = calibrate(Body(model, spec), feeds)
+    return insert_qdq(Body(model, spec), cache)[0]
 
 
 def test_pairs_of_a_real_detector(tiny_int8: onnx.ModelProto) -> None:
     made_by = producers(tiny_int8)
-    layers = conv_layers(tiny_int8)
-    report = quantization.report_of(tiny_int8)
+    layers = Body(tiny_int8, ModelSpec.from_onnx(tiny_int8)).layers
+    report = quantization.report_of(Body(tiny_int8, ModelSpec.from_onnx(tiny_int8)))
     assert report.mac_share > 0.99
     for layer in layers:
         assert (made_by[layer.input].op_type == "DequantizeLinear") != layer.pooled, layer.name

@@ -58,6 +58,7 @@ def run(
         ValueError: a cache, images or annotations that do not fit; or no set of convolutions is good enough.
     """
     from trtdet.precision import sensitivity
+    from trtdet.precision.body import Body
     from trtdet.precision.prepare import load_model, scales_of
     from trtdet.precision.sensitivity import Journal
     from trtdet.results import coco
@@ -66,20 +67,20 @@ def run(
 
     journal_path = output.with_name(output.name + ".journal")
     files.check_outputs([output, journal_path, table, plot], [onnx_path, annotations_path, int8.cache])  # fmt: skip
-    model, spec = load_model(onnx_path)
+    body = Body(*load_model(onnx_path))
     annotations = coco.read_annotations(annotations_path)
-    check_categories(spec, annotations)
+    check_categories(body.spec, annotations)
     images = annotated_images(source, annotations, recursive=False)
     coco.check_objects(annotations, images.values())
     output.parent.mkdir(parents=True, exist_ok=True)  # for the journal
-    cache = scales_of(model, spec, int8)
-    layers = sensitivity.candidates(model, cache)
-    context = context_of(model, spec, cache, annotations_path, list(images))
+    cache = scales_of(body, int8)
+    layers = sensitivity.candidates(body, cache)
+    context = context_of(body, cache, annotations_path, list(images))
     journal = Journal(journal_path, context)
     if len(journal):
         logger.info("%s: %d measurements to go on from", journal_path, len(journal))
 
-    tuner = Tuner(model, spec, cache, layers, annotations, images, journal, options)
+    tuner = Tuner(body, cache, layers, annotations, images, journal, options)
     kept, found = tuner.tune(rank=bool(table or plot))
     if kept is None:
         raise ValueError(

@@ -6,23 +6,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-
 from trtdet import files
 from trtdet.engine import build, support
 from trtdet.engine.build import Built
 from trtdet.engine.flavor import Flavor, find_flavor
 from trtdet.engine.options import BuildOptions
 from trtdet.engine.sidecar import EngineInfo, sidecar_path, write_engine
-from trtdet.precision.options import QUANTIZED_PRECISIONS, Int8Options
-from trtdet.precision.prepare import (
-    STRONGLY_TYPED,
-    Prepared,
-    load_model,
-    prepare,
-    prepare_quantized,
-)
-from trtdet.spec import ModelSpec
+from trtdet.precision.options import Int8Options
+from trtdet.precision.prepare import load_model, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +66,9 @@ def prepare_file(
     """
     files.check_outputs([save_onnx], [onnx_path])
     model, spec = load_model(onnx_path)
-    prepared = _prepare(model, spec, options, int8, None, check_input)
+    prepared = prepare(
+        model, spec, options.precision, int8, rest=options.rest, check_input=check_input
+    )
     files.write_bytes(save_onnx, prepared.typed.SerializeToString())
 
 
@@ -111,7 +104,15 @@ def build_file(
     model, spec = load_model(onnx_path)
     size = build.choose_size(spec.preprocessing, options.size)
     spec = spec.replace(preprocessing=size)
-    prepared = _prepare(model, spec, options, int8, flavor, check_input)
+    prepared = prepare(
+        model,
+        spec,
+        options.precision,
+        int8,
+        rest=options.rest,
+        target=support.target_of(flavor, options),
+        check_input=check_input,
+    )
     if save_onnx:
         files.write_bytes(save_onnx, prepared.typed.SerializeToString())
     built = build.build(flavor, prepared, options, spec.preprocessing)
@@ -125,19 +126,3 @@ def build_file(
     )
     info = write_engine(engine_path, built.plan, info)
     return EngineBuild(engine_path, flavor, built, info, time.monotonic() - start)
-
-
-def _prepare(
-    model: onnx.ModelProto,
-    spec: ModelSpec,
-    options: BuildOptions,
-    int8: Int8Options,
-    flavor: Flavor | None,
-    check_input: Path | None,
-) -> Prepared:
-    if options.precision not in QUANTIZED_PRECISIONS:
-        return prepare(model, spec, options.precision, check_input, int8)
-    target = support.target_of(flavor, options) if flavor else STRONGLY_TYPED
-    return prepare_quantized(
-        model, spec, options.precision, options.rest, int8, target, check_input
-    )

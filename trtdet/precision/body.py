@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of a detector that INT8 is about: from the input to the heads, its convolutions, and which block each belongs to."""
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -53,6 +55,62 @@ class ConvLayer:
     def quantizable(self) -> bool:
         """Worth INT8, and possible: the averages' few MACs are not, and steer whole channels."""
         return self.constant and not self.pooled
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """A detector and the part of it that INT8 is about, which is worked out once, when it is first asked for, and handed on.
+
+    Attributes:
+        model: the whole; not to be changed from here on.
+        spec: what stage 1 says of it, with the size that is meant where the model takes several.
+    """
+
+    model: onnx.ModelProto
+    spec: ModelSpec
+
+    @cached_property
+    def network(self) -> onnx.ModelProto:
+        """What leads to the heads, which are its outputs.
+
+        Raises:
+            GraphError: nothing stands before the NMS.
+        """
+        return cut_to_body(self.model)
+
+    @cached_property
+    def layers(self) -> tuple[ConvLayer, ...]:
+        """All convolutions, in the order of the graph. Of a model of any size, as they are at the size of `spec`.
+
+        Raises:
+            GraphError: the size of a feature map is not known.
+        """
+        image_shape = self.spec.preprocessing.image_shape
+        return tuple(_conv_layers(fix_size(self.network, image_shape, batch=1)))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over the nodes and weights that lead to the heads: the same for any batch size, NMS and score threshold."""
+        digest = hashlib.sha256()
+        for node in self.network.graph.node:
+            kept = onnx.NodeProto()
+            kept.CopyFrom(node)
+            kept.doc_string = ""
+            digest.update(kept.SerializeToString(deterministic=True))
+        for weight in sorted(self.network.graph.initializer, key=lambda w: w.name):
+            values = onnx.numpy_helper.to_array(weight)
+            digest.update(f"{weight.name} {values.dtype} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def heads(self) -> list[str]:
+        return [output.name for output in self.network.graph.output]
+
+    @property
+    def quantizable_inputs(self) -> set[str]:
+        """Activations that 8 bits are about: the inputs of convolutions that can have them."""
+        return {layer.input for layer in self.layers if layer.quantizable}
 
 
 def block_of(name: str) -> str:
@@ -124,16 +182,7 @@ def _cut(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
     return cut
 
 
-def conv_layers(model: onnx.ModelProto) -> list[ConvLayer]:
-    """All convolutions of the body, in the order of the graph. Of a model of free size, as they are at the size that it names.
-
-    Raises:
-        GraphError: the size of a feature map is not known.
-    """
-    spec = ModelSpec.maybe_from_onnx(model)
-    if spec is not None:
-        model = fix_size(model, spec.preprocessing.image_shape, batch=1)
-    body = cut_to_body(model)
+def _conv_layers(body: onnx.ModelProto) -> list[ConvLayer]:
     inferred = onnx.shape_inference.infer_shapes(body).graph
     shapes = {
         info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph import deformable_attention
 from trtdet.graph.builder import POSITIONS_PREFIX
-from trtdet.precision.body import conv_layers, cut_to_body
+from trtdet.precision.body import Body
 from trtdet.precision.calibration_cache import CalibrationCache, Origin
 from trtdet.precision.histograms import ChannelMoments, TensorHistogram
 from trtdet.precision.options import (
@@ -90,7 +90,7 @@ def providers(choice: Provider = "auto") -> list[Any]:
 
 
 def calibrate(
-    model: onnx.ModelProto,
+    body: Body,
     feeds: Iterable[Mapping[str, NDArray[Any]]],
     method: Method = DEFAULT_METHOD,
     *,
@@ -115,13 +115,12 @@ def calibrate(
         raise ValueError(
             f"calibration method: expected one of {', '.join(METHODS)}, got {method!r}"
         )
-    body = cut_to_body(model)
-    layers = conv_layers(body)
-    tensors = _measured_tensors(body)
-    channelwise = {layer.input for layer in layers if layer.quantizable}
-    session = _session(body, tensors, providers, threads)
-    inputs = [i.name for i in body.graph.input]
+    network = body.network
+    tensors = _measured_tensors(network)
+    session = _session(network, tensors, providers, threads)
+    inputs = [i.name for i in network.graph.input]
     histograms = {name: TensorHistogram() for name in (*inputs, *tensors)}
+    channelwise = body.quantizable_inputs
     channels = {name: ChannelMoments() for name in histograms if name in channelwise}
     count = 0
     for feed in feeds:
@@ -140,21 +139,21 @@ def calibrate(
         raise ValueError(
             "calibration: expected images, got none; check --calib_input and --calib_num_images"
         )
-    scales = _all_scales(body, {n: INT8.scale(h.clip(method)) for n, h in histograms.items()})
+    scales = _all_scales(network, {n: INT8.scale(h.clip(method)) for n, h in histograms.items()})
     statistics = {
         name: c.statistics(histograms[name].noise(scales[name])) for name, c in channels.items()
     }
     return CalibrationCache(scales, statistics, origin)
 
 
-def _measured_tensors(body: onnx.ModelProto) -> list[str]:
+def _measured_tensors(network: onnx.ModelProto) -> list[str]:
     """Float activations that are neither another's values passed on nor a Sigmoid, whose range is known; nor positions, which stay float."""
     float32 = onnx.TensorProto.FLOAT
-    inferred = onnx.shape_inference.infer_shapes(body).graph
+    inferred = onnx.shape_inference.infer_shapes(network).graph
     types = {i.name: i.type.tensor_type.elem_type for i in inferred.value_info}
     return [
         name
-        for node in body.graph.node
+        for node in network.graph.node
         if node.op_type not in SAME_RANGE_OPS and node.op_type != "Sigmoid"
         if not node.name.startswith(POSITIONS_PREFIX)
         for name in node.output
@@ -162,10 +161,10 @@ def _measured_tensors(body: onnx.ModelProto) -> list[str]:
     ]
 
 
-def _all_scales(body: onnx.ModelProto, measured: Mapping[str, float]) -> dict[str, float]:
+def _all_scales(network: onnx.ModelProto, measured: Mapping[str, float]) -> dict[str, float]:
     """Scales of all float activations in the order of the graph, inputs first, rounded to float32."""
-    scales = {i.name: measured[i.name] for i in body.graph.input if i.name in measured}
-    for node in body.graph.node:
+    scales = {i.name: measured[i.name] for i in network.graph.input if i.name in measured}
+    for node in network.graph.node:
         for name in node.output:
             if node.op_type == "Sigmoid":
                 scales[name] = INT8.scale(1.0)
@@ -177,12 +176,12 @@ def _all_scales(body: onnx.ModelProto, measured: Mapping[str, float]) -> dict[st
 
 
 def _session(
-    body: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[Any], threads: int | None
+    network: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[Any], threads: int | None
 ) -> Any:
     import onnxruntime
 
     watched = onnx.ModelProto()
-    watched.CopyFrom(deformable_attention.lower(body))
+    watched.CopyFrom(deformable_attention.lower(network))
     del watched.graph.output[:]
     watched.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors

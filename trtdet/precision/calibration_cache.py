@@ -7,16 +7,14 @@ import json
 import logging
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from trtdet import about, files
-from trtdet.precision.body import conv_layers, cut_to_body
 from trtdet.precision.histograms import ChannelStatistics
 from trtdet.precision.options import DEFAULT_SEED, Method
 from trtdet.precision.scales import INT8
@@ -41,7 +39,7 @@ class Origin:
     """What a cache was measured on: the contents of `<cache>.json` but for the statistics.
 
     Attributes:
-        model: SHA-256 of the body's nodes and weights (`model_hash`); neither NMS nor the batch size is in it.
+        model: `trtdet.precision.body.Body.sha256`; neither NMS nor the batch size is in it.
         preprocessing: how images become the input; its hash is compared, its fields explain a difference.
         images: SHA-256 over the contents of the images, whatever their names and order; empty: not known.
         count: images seen.
@@ -113,7 +111,7 @@ class Origin:
 
 
 def origin(
-    model: onnx.ModelProto,
+    model_sha256: str,
     preprocessing: Preprocessing,
     images: Sequence[Path] | None,
     method: Method,
@@ -124,7 +122,7 @@ def origin(
     fields = json.loads(json.dumps(fixed.__dict__))  # tuples to lists, as read back
     paths = images or ()
     return Origin(
-        model_hash(model), fields, image_hash(paths) if paths else "", len(paths), method, seed
+        model_sha256, fields, image_hash(paths) if paths else "", len(paths), method, seed
     )
 
 
@@ -269,14 +267,16 @@ def read_cache(
     return cache
 
 
-def check_tensors(path: Path, cache: CalibrationCache, model: onnx.ModelProto) -> None:
+def check_tensors(path: Path, cache: CalibrationCache, inputs: Collection[str]) -> None:
     """Tell a cache without a sidecar of this model from one of another: by its tensors.
+
+    Args:
+        inputs: of the convolutions that can be quantized.
 
     Raises:
         ValueError: it lacks inputs of convolutions.
     """
-    inputs = {layer.input for layer in conv_layers(model) if layer.quantizable}
-    missing = sorted(inputs - cache.scales.keys())
+    missing = sorted({*inputs} - cache.scales.keys())
     if missing:
         raise ValueError(
             f"--calib_cache {path}: {len(missing)} of {len(inputs)} inputs of convolutions are not in it ({', '.join(missing[:2])}); it belongs to "
@@ -319,22 +319,6 @@ def _hash_text(text: str) -> str:
 
 def _hash_json(data: Any) -> str:
     return _hash_text(json.dumps(data, sort_keys=True, separators=(",", ":")))
-
-
-def model_hash(model: onnx.ModelProto) -> str:
-    """SHA-256 over the nodes and weights that lead to the heads: the same for any batch size, NMS and score threshold."""
-    body = cut_to_body(model)
-    digest = hashlib.sha256()
-    for node in body.graph.node:
-        kept = onnx.NodeProto()
-        kept.CopyFrom(node)
-        kept.doc_string = ""
-        digest.update(kept.SerializeToString(deterministic=True))
-    for weight in sorted(body.graph.initializer, key=lambda w: w.name):
-        values = onnx.numpy_helper.to_array(weight)
-        digest.update(f"{weight.name} {values.dtype} {values.shape}".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
 
 
 def image_hash(paths: Iterable[Path]) -> str:

@@ -25,7 +25,7 @@ class PrecisionFile:
     """The contents of a precision.json.
 
     Attributes:
-        model_sha256: `trtdet.precision.calibration_cache.model_hash` of the model it was made for.
+        model_sha256: `trtdet.precision.body.Body.sha256` of the model it was made for.
         precision: "int8", of what is not kept.
         keep: name or pattern -> the type it stays in.
         note: for the reader.

@@ -26,6 +26,7 @@ from trtdet.images.files import find_images, load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
 from trtdet.precision import calibration, calibration_cache, floats
+from trtdet.precision.body import Body
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.file import read_precision_file
 from trtdet.precision.floats import PrecisionReport
@@ -123,18 +124,36 @@ def prepare(
     model: onnx.ModelProto,
     spec: ModelSpec,
     to: Precision,
-    check_input: Path | None = None,
     int8: Int8Options = Int8Options(),
+    *,
+    rest: Rest = "fp16",
+    target: Target = STRONGLY_TYPED,
+    check_input: Path | None = None,
 ) -> Prepared:
-    """Put the precision into the model's tensor types; fp32 and tf32 leave it as it is.
+    """Put a precision into a model.
 
     Args:
-        int8: what of it stays in FP32.
+        spec: with the size to build for, where the model takes several.
+        int8: where the scales of 8 bits come from, and what stays out of the precision.
+        rest: of what is not in 8 bits.
+        target: what is to build it; scales do not depend on it.
+        check_input: images to see whether FP16 holds the activations.
 
     Raises:
-        GraphError: the model is in another narrow precision already.
-        ValueError: a pattern that fits no node, or a precision.json of another model.
+        GraphError: the model is in another narrow precision already, or nothing of it can be quantized.
+        ValueError: a pattern that fits no node, a cache or a precision.json of something else.
     """
+    body = Body(model, spec)
+    if to in QUANTIZED:
+        return _prepare_quantized(body, to, int8, rest, target, check_input)
+    return _prepare_float(body, to, int8, check_input)
+
+
+def _prepare_float(
+    body: Body, to: Precision, int8: Int8Options, check_input: Path | None
+) -> Prepared:
+    """The precision as the tensors' type; fp32 and tf32 leave the model as it is."""
+    model = body.model
     found = floats.narrow_types(model)
     if found == {to}:
         logger.info("the model is in %s already", to.upper())
@@ -146,12 +165,12 @@ def prepare(
         )
     if to in ("fp32", "tf32"):
         return Prepared(model, model)
-    kept = kept_nodes(model, int8, to, [node.name for node in model.graph.node if node.name])
+    kept = kept_nodes(body, int8, to, [node.name for node in model.graph.node if node.name])
     wide = [pattern for pattern, kind in kept.items() if kind == "fp32"]
     if to == "bf16":
         typed, report = floats.to_bf16(model, keep_fp32=wide)
     else:
-        ranges = measure_ranges(model, spec, check_input)
+        ranges = measure_ranges(model, body.spec, check_input)
         typed, report = floats.to_fp16(model, keep_fp32=wide, ranges=ranges)
     _log_report(report)
     return Prepared(model, typed, report)
@@ -164,27 +183,19 @@ def _log_report(report: floats.PrecisionReport) -> None:
         logger.warning(line)
 
 
-def prepare_quantized(
-    model: onnx.ModelProto,
-    spec: ModelSpec,
+def _prepare_quantized(
+    body: Body,
     to: Precision,
-    rest: Rest,
     int8: Int8Options,
-    target: Target = STRONGLY_TYPED,
-    check_input: Path | None = None,
+    rest: Rest,
+    target: Target,
+    check_input: Path | None,
 ) -> Prepared:
-    """Put convolutions in INT8 or FP8 with the scales of a cache or a new calibration, and the rest in FP16.
+    """Convolutions in INT8 or FP8 with the scales of a cache or a new calibration, and the rest in FP16.
 
     A model with its own Q/DQ keeps it, whatever `int8` says.
-
-    Args:
-        rest: of what is not in 8 bits.
-        target: the scales do not depend on it.
-
-    Raises:
-        GraphError: the model is in a narrow precision already, or nothing of it can be quantized.
-        ValueError: a pattern that fits no convolution, a cache or a precision.json of something else.
     """
+    model = body.model
     own = own_type(model)
     if own not in (None, QUANTIZED[to]):
         raise GraphError(
@@ -202,34 +213,32 @@ def prepare_quantized(
         )
         int8 = Int8Options()
     convs = [node.name for node in model.graph.node if node.op_type == "Conv"]
-    kept = kept_nodes(model, int8, to, convs)
+    kept = kept_nodes(body, int8, to, convs)
     settings = QuantizationOptions(
-        keep=(*kept, *spec.sensitive_nodes),
+        keep=tuple(kept),
         to=QUANTIZED[to],
         fp16_scales=rest == "fp16" and not target.weak,  # 8.6 reads opset 17, which has none
     )
     default = FP8_METHOD if to == "fp8" else DEFAULT_METHOD
-    cache = (
-        CalibrationCache({}) if own else scales_of(model, spec, int8, target.cache_version, default)
-    )
+    cache = CalibrationCache({}) if own else scales_of(body, int8, target.cache_version, default)
     scales = None
     if target.calibrator:
-        quantized, scales, report = prepare_implicit(model, cache, settings)
+        quantized, scales, report = prepare_implicit(body, cache, settings)
     else:
-        quantized, report = insert_qdq(model, cache, settings)
+        quantized, report = insert_qdq(body, cache, settings)
     for line in report.lines():
         logger.info(line)
     if rest == "fp32" or narrow:
         return Prepared(quantized, quantized, None, report, scales)
     wide = [pattern for pattern, kind in kept.items() if kind == "fp32"]
-    ranges = measure_ranges(quantized, spec, check_input)
+    ranges = measure_ranges(quantized, body.spec, check_input)
     typed, narrowed = floats.to_fp16(quantized, keep_fp32=wide, ranges=ranges)
     _log_report(narrowed)
     return Prepared(quantized, typed, narrowed, report, scales)
 
 
 def kept_nodes(
-    model: onnx.ModelProto,
+    body: Body,
     options: Int8Options,
     to: Precision,
     names: Sequence[str],
@@ -250,9 +259,7 @@ def kept_nodes(
             kept.setdefault(pattern, kind)
             sources.setdefault(pattern, option)
     if options.precision_file:
-        found = read_precision_file(
-            options.precision_file, model_sha256=calibration_cache.model_hash(model), precision=to
-        )
+        found = read_precision_file(options.precision_file, model_sha256=body.sha256, precision=to)
         for pattern in found.keep:
             kept.setdefault(pattern, found.keep[pattern])
             sources.setdefault(pattern, f"--precision_json {options.precision_file}:")
@@ -264,8 +271,7 @@ def kept_nodes(
 
 
 def scales_of(
-    model: onnx.ModelProto,
-    spec: ModelSpec,
+    body: Body,
     options: Int8Options,
     built_version: tuple[int, ...] = calibration_cache.DEFAULT_CACHE_VERSION,
     default_method: Method = DEFAULT_METHOD,
@@ -288,13 +294,15 @@ def scales_of(
             seed=options.seed,
         )
     method = options.method or default_method
-    origin = calibration_cache.origin(model, spec.preprocessing, paths, method, options.seed)
+    origin = calibration_cache.origin(
+        body.sha256, body.spec.preprocessing, paths, method, options.seed
+    )
     if options.cache and options.cache.is_file():
         cache = calibration_cache.read_cache(
             options.cache, origin, any_method=options.method is None
         )
         if cache.origin is None:
-            calibration_cache.check_tensors(options.cache, cache, model)
+            calibration_cache.check_tensors(options.cache, cache, body.quantizable_inputs)
         by = f", by {cache.origin.method}" if cache.origin else ""
         logger.info("scales of %d tensors from %s%s", len(cache.scales), options.cache, by)
         if options.cache_version and calibration_cache.write_header(
@@ -304,7 +312,7 @@ def scales_of(
         return cache
     if paths is None:
         raise ValueError(f"calibration: expected images or a cache, found no cache at {options.cache}; give --calib_input")  # fmt: skip
-    if unknown := unknown_to_onnxruntime(model):
+    if unknown := unknown_to_onnxruntime(body.model):
         raise EngineError(
             f"--calib_input: calibration runs the model in ONNX Runtime, which does not know {unknown}; give --calib_cache with scales made "
             "elsewhere, or build with --precision fp16"
@@ -314,10 +322,10 @@ def scales_of(
     except ImportError:
         raise EngineError("--calib_input runs the model in ONNX Runtime: pip install onnxruntime") from None  # fmt: skip
     seen: list[Path] = []
-    feeds = calibration_feeds(model, spec, paths, options.batch_size, seen)
+    feeds = calibration_feeds(body, paths, options.batch_size, seen)
     # The images that were chosen are the manifest; those that can be read are counted.
     providers = calibration.providers(options.provider)
-    cache = calibration.calibrate(model, feeds, method, origin=origin, providers=providers)
+    cache = calibration.calibrate(body, feeds, method, origin=origin, providers=providers)
     cache = dataclasses.replace(cache, origin=dataclasses.replace(origin, count=len(seen)))
     if options.cache:
         cache.write(options.cache, options.cache_version or built_version)
@@ -326,8 +334,7 @@ def scales_of(
 
 
 def calibration_feeds(
-    model: onnx.ModelProto,
-    spec: ModelSpec,
+    body: Body,
     paths: Sequence[Path],
     batch_size: int | None,
     seen: list[Path],
@@ -339,7 +346,7 @@ def calibration_feeds(
     Raises:
         ValueError: a batch size that the model does not take, or no image can be read.
     """
-    network_input = model.graph.input[0]
+    network_input = body.model.graph.input[0]
     fixed = network_input.type.tensor_type.shape.dim[0].dim_value
     if fixed and batch_size not in (None, fixed):
         raise ValueError(f"--calib_batch_size {batch_size}: the ONNX file has a fixed batch of {fixed}; leave it out")  # fmt: skip
@@ -347,7 +354,7 @@ def calibration_feeds(
     with (
         logging_redirect_tqdm(),
         tqdm(total=len(paths), desc="calibrating", unit="image", disable=None) as bar,
-        ImageBatcher(paths, spec.preprocessing, size) as batches,
+        ImageBatcher(paths, body.spec.preprocessing, size) as batches,
     ):
         for batch in batches:
             yield {network_input.name: np.repeat(batch.images, repeats, axis=0)}

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from trtdet.errors import GraphError
-from trtdet.precision.body import ConvLayer, conv_layers
+from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.floats import raise_opset, replace_nodes
 from trtdet.precision.histograms import ChannelStatistics
@@ -49,7 +49,6 @@ from trtdet.precision.scales import (
     weight_scales,
 )
 from trtdet.sources.subgraphs import captured, reads
-from trtdet.spec import ModelSpec
 
 Equalize = Literal["none", "depthwise", "all"]
 
@@ -67,14 +66,14 @@ class QuantizationOptions:
     """What to quantize and how.
 
     Attributes:
-        keep: patterns (`*`, `?`) of node names that stay in floating point; None: `ModelSpec.sensitive_nodes`.
+        keep: patterns (`*`, `?`) of node names that stay in floating point, beside `ModelSpec.sensitive_nodes`.
         to: the type of 8 bits.
         equalize: where to scale channels; takes a cache with statistics per channel.
         shift, correct_bias: as above.
         fp16_scales: choose scales that float16 holds, so that `trtdet.precision.floats.to_fp16` changes no number of the pairs.
     """
 
-    keep: Sequence[str] | None = None
+    keep: Sequence[str] = ()
     to: QuantizedType = INT8
     equalize: Equalize = "all"
     shift: bool = True
@@ -134,7 +133,7 @@ class QuantizationReport:
 
 
 def insert_qdq(
-    model: onnx.ModelProto,
+    body: Body,
     cache: CalibrationCache,
     options: QuantizationOptions = QuantizationOptions(),
 ) -> tuple[onnx.ModelProto, QuantizationReport]:
@@ -145,13 +144,13 @@ def insert_qdq(
     Raises:
         GraphError: no convolution can be quantized: the cache names none of the tensors.
     """
-    if own_type(model) is not None:
-        return model, report_of(model)
-    return _Quantization(model, cache, options, pairs=True).run()
+    if own_type(body.model) is not None:
+        return body.model, report_of(body)
+    return _Quantization(body, cache, options, pairs=True).run()
 
 
 def prepare_implicit(
-    model: onnx.ModelProto,
+    body: Body,
     cache: CalibrationCache,
     options: QuantizationOptions = QuantizationOptions(),
 ) -> tuple[onnx.ModelProto, CalibrationCache, QuantizationReport]:
@@ -163,11 +162,11 @@ def prepare_implicit(
     Raises:
         GraphError: no convolution can be quantized, or the model has Q/DQ, which is explicit.
     """
-    if own_type(model) is not None:
+    if own_type(body.model) is not None:
         raise GraphError(
             "INT8 with weak typing: the model brings its own Q/DQ, which needs no calibrator; leave out --weak_typing, or --dla_core"
         )
-    quantization = _Quantization(model, cache, options, pairs=False)
+    quantization = _Quantization(body, cache, options, pairs=False)
     rescaled, report = quantization.run()
     return rescaled, CalibrationCache(cache.scales | quantization.new_scales), report
 
@@ -181,10 +180,10 @@ def own_type(model: onnx.ModelProto) -> QuantizedType | None:
     return FP8 if FP8.onnx_type in kinds else INT8
 
 
-def report_of(model: onnx.ModelProto) -> QuantizationReport:
+def report_of(body: Body) -> QuantizationReport:
     """What of a model with its own Q/DQ is in 8 bits."""
-    shares = _shares(conv_layers(model), quantized_convs(model))
-    return QuantizationReport(shares, already=True, type_name=(own_type(model) or INT8).name)
+    shares = _shares(body.layers, quantized_convs(body.model))
+    return QuantizationReport(shares, already=True, type_name=(own_type(body.model) or INT8).name)
 
 
 def quantized_convs(model: onnx.ModelProto) -> frozenset[str]:
@@ -264,21 +263,20 @@ class _Quantization:
 
     def __init__(
         self,
-        model: onnx.ModelProto,
+        body: Body,
         cache: CalibrationCache,
         options: QuantizationOptions,
         *,
         pairs: bool,
     ) -> None:
         self.model = onnx.ModelProto()
-        self.model.CopyFrom(model)
+        self.model.CopyFrom(body.model)
         self.cache, self.options, self.explicit = cache, options, pairs
         self.to = options.to
-        spec = ModelSpec.maybe_from_onnx(model)
-        self.sensitive = spec.sensitive_nodes if spec else ()
-        self.keep = self.sensitive if options.keep is None else options.keep
+        self.sensitive = body.spec.sensitive_nodes
+        self.keep = (*options.keep, *self.sensitive)
         self.graph = self.model.graph
-        self.layers = {layer.name: layer for layer in conv_layers(self.model)}
+        self.layers = {layer.name: layer for layer in body.layers}
         self.nodes = {node.name: node for node in self.graph.node if node.op_type == "Conv"}
         if len(self.nodes) != sum(node.op_type == "Conv" for node in self.graph.node):
             raise GraphError(

@@ -24,11 +24,10 @@ from trtdet import files
 from trtdet.errors import GraphError
 from trtdet.graph import deformable_attention
 from trtdet.precision import quantization
-from trtdet.precision.body import ConvLayer, conv_layers, cut_to_body
+from trtdet.precision.body import Body, ConvLayer, cut_to_body
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.floats import NMS_OPS
 from trtdet.precision.quantization import QuantizationOptions, QuantizationReport
-from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -42,28 +41,26 @@ Feed = Mapping[str, NDArray[Any]]
 # ---- what may be quantized
 
 
-def candidates(model: onnx.ModelProto, cache: CalibrationCache) -> list[ConvLayer]:
+def candidates(body: Body, cache: CalibrationCache) -> list[ConvLayer]:
     """The convolutions that INT8 takes when nothing is asked for, in the order of the graph; not those that `ModelSpec.sensitive_nodes` names.
 
     Raises:
         GraphError: there is none, or the model brings its own Q/DQ.
     """
-    if quantization.own_type(model) is not None:
+    if quantization.own_type(body.model) is not None:
         raise GraphError(
             "the model brings its own Q/DQ, from training: there is nothing to choose; build it as it is"
         )
-    _, report = quantize_but(model, cache, ())
-    return [layer for layer in conv_layers(model) if layer.name not in report.kept]
+    _, report = quantize_but(body, cache, ())
+    return [layer for layer in body.layers if layer.name not in report.kept]
 
 
 def quantize_but(
-    model: onnx.ModelProto, cache: CalibrationCache, kept: Iterable[str]
+    body: Body, cache: CalibrationCache, kept: Iterable[str]
 ) -> tuple[onnx.ModelProto, QuantizationReport]:
     """What build_engine.py makes of a model with these convolutions kept, but that the rest stays float32: FP16 is that to within far less than INT8's error."""
-    spec = ModelSpec.maybe_from_onnx(model)
-    sensitive = spec.sensitive_nodes if spec else ()
-    options = QuantizationOptions(keep=(*patterns(kept), *sensitive), fp16_scales=True)
-    return quantization.insert_qdq(model, cache, options)
+    options = QuantizationOptions(keep=patterns(kept), fp16_scales=True)
+    return quantization.insert_qdq(body, cache, options)
 
 
 def patterns(names: Iterable[str]) -> list[str]:
@@ -101,28 +98,26 @@ class NoiseMeter:
         threads: of ONNX Runtime; None: its choice.
     """
 
-    def __init__(
-        self, model: onnx.ModelProto, feeds: Sequence[Feed], *, threads: int | None = None
-    ) -> None:
+    def __init__(self, body: Body, feeds: Sequence[Feed], *, threads: int | None = None) -> None:
         self._feeds, self._threads = feeds, threads
-        self._heads = [output.name for output in cut_to_body(model).graph.output]
-        self._boxes_scores = _nms_inputs(model, self._heads)
+        self._heads = body.heads
+        self._boxes_scores = _nms_inputs(body.model, self._heads)
         self._anchors: list[
             tuple[NDArray[np.intp], NDArray[np.intp]]
         ] = []  # per feed: anchor, class
-        self._reference = self._run(model)
+        self._reference = self._run(body.network)
 
     def noise(self, quantized: onnx.ModelProto) -> dict[str, float]:
         """Head -> power of the error over the variance of the float32 values."""
         noise = {}
-        for head, found in self._run(quantized).items():
+        for head, found in self._run(cut_to_body(quantized)).items():
             expected = self._reference[head]
             power = float(np.square(found - expected, dtype=np.float64).mean())
             noise[head] = power / max(float(expected.var(dtype=np.float64)), 1e-30)
         return noise
 
-    def _run(self, model: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
-        session = _session(cut_to_body(model), self._threads)
+    def _run(self, network: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
+        session = _session(network, self._threads)
         rows = []
         for i, feed in enumerate(self._feeds):
             values = dict(zip(self._heads, session.run(self._heads, dict(feed)), strict=True))
@@ -154,7 +149,7 @@ def _nms_inputs(model: onnx.ModelProto, heads: Sequence[str]) -> tuple[str, str]
     return None
 
 
-def _session(body: onnx.ModelProto, threads: int | None) -> Any:
+def _session(network: onnx.ModelProto, threads: int | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -163,7 +158,7 @@ def _session(body: onnx.ModelProto, threads: int | None) -> Any:
     if threads:
         options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(
-        deformable_attention.lower(body).SerializeToString(),
+        deformable_attention.lower(network).SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
     )

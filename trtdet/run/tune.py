@@ -24,7 +24,7 @@ from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.precision import calibration, calibration_cache, sensitivity
-from trtdet.precision.body import ConvLayer
+from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.file import PrecisionFile
 from trtdet.precision.sensitivity import Journal, LayerNoise, NoiseMeter
@@ -86,8 +86,7 @@ class ViewingRuntime(OnnxRuntime):
 
 
 def context_of(
-    model: onnx.ModelProto,
-    spec: ModelSpec,
+    body: Body,
     cache: CalibrationCache,
     annotations: Path,
     images: Sequence[Path],
@@ -96,8 +95,8 @@ def context_of(
     import onnxruntime
 
     return {
-        "model": calibration_cache.model_hash(model),
-        "spec": spec.to_dict(),
+        "model": body.sha256,
+        "spec": body.spec.to_dict(),
         "cache": sensitivity.cache_fingerprint(cache),
         "annotations": files.sha256(annotations),
         "images": calibration_cache.image_hash(images),
@@ -110,8 +109,7 @@ class Tuner:
 
     def __init__(
         self,
-        model: onnx.ModelProto,
-        spec: ModelSpec,
+        body: Body,
         cache: CalibrationCache,
         layers: Sequence[ConvLayer],
         annotations: coco.Annotations,
@@ -119,7 +117,7 @@ class Tuner:
         journal: Journal,
         options: TuneOptions,
     ) -> None:
-        self.model, self.spec, self.cache, self.layers = model, spec, cache, layers
+        self.body, self.spec, self.cache, self.layers = body, body.spec, cache, layers
         self.annotations, self.images = annotations, images
         self.journal, self.options = journal, options
         self.views = options.views or (VIEWS_OF_FEW if len(images) < FEW_IMAGES else 1)
@@ -178,9 +176,9 @@ class Tuner:
     def _evaluate(self, kept: Collection[str] | None) -> dict[str, float]:
         """Metric/view -> value."""
         start = time.monotonic()
-        model = self.model
+        model = self.body.model
         if kept is not None:
-            model, _ = sensitivity.quantize_but(model, self.cache, kept)
+            model, _ = sensitivity.quantize_but(self.body, self.cache, kept)
         values: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")
@@ -234,8 +232,8 @@ class Tuner:
             nonlocal meter
             if meter is None:
                 feeds = [self._feed(path) for path in paths]
-                meter = NoiseMeter(self.model, feeds, threads=self.options.threads)
-            return meter.noise(sensitivity.quantize_but(self.model, self.cache, names - {name})[0])
+                meter = NoiseMeter(self.body, feeds, threads=self.options.threads)
+            return meter.noise(sensitivity.quantize_but(self.body, self.cache, names - {name})[0])
 
         with logging_redirect_tqdm():
             for layer in tqdm(self.layers, "sensitivity", unit="layer", disable=None):
@@ -244,7 +242,7 @@ class Tuner:
         return found
 
     def _feed(self, path: Path) -> dict[str, NDArray[Any]]:
-        network_input = self.model.graph.input[0]
+        network_input = self.body.model.graph.input[0]
         batch = network_input.type.tensor_type.shape.dim[0].dim_value or 1
         image, _ = preprocess(load_image(path), self.spec.preprocessing)
         return {network_input.name: np.repeat(image[None], batch, axis=0)}
@@ -254,7 +252,7 @@ class Tuner:
         chosen = set(kept)
         order = [layer.name for layer in self.layers if layer.name in chosen]
         return PrecisionFile(
-            calibration_cache.model_hash(self.model),
+            self.body.sha256,
             "int8",
             dict.fromkeys(sensitivity.patterns(order), "fp16"),
             f"trtdet {about.__version__}, tune_precision.py: {self.loss(kept)}, calibration by {self.method}",
@@ -268,7 +266,7 @@ class Tuner:
         """What INT8 costs, in words."""
         drop, error = self.drop(kept)
         margin = f" (+- {error:.4f})" if self.views > 1 else ""
-        share = sensitivity.quantize_but(self.model, self.cache, kept)[1].mac_share
+        share = sensitivity.quantize_but(self.body, self.cache, kept)[1].mac_share
         return (
             f"{self.options.metric} {abs(drop):.4f}{margin} {'below' if drop >= 0 else 'above'} float32's {self.mean(None):.4f} "
             f"on {len(self.images)} images, {share:.1%} of the multiply-accumulates in INT8"
