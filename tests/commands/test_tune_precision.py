@@ -218,7 +218,19 @@ def layers(*macs: int) -> list[ConvLayer]:
     """Convolutions a, b, c, ..., noisiest first."""
     names = "abcdefghijklmnopqrst"[: len(macs)]
     return [
-        ConvLayer(n, "", "", "", "", "block", m, depthwise=False, pooled=False, constant=True)
+        ConvLayer(
+            n,
+            "",
+            "",
+            "",
+            "",
+            "block",
+            m,
+            depthwise=False,
+            pooled=False,
+            padded=False,
+            constant=True,
+        )
         for n, m in zip(names, macs, strict=True)
     ]
 

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Q/DQ: what is quantized, how exactly, and that TensorRT-RTX builds it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx.parser
-import onnxruntime
 import pytest
-from numpy.typing import NDArray
+from mobile_network import CHANNELS, SPEC, body, images, mobile_block, run
 from onnx import numpy_helper
 
 from trtdet.errors import GraphError
@@ -20,84 +18,14 @@ from trtdet.precision import quantization
 from trtdet.precision.body import Body, block_of
 from trtdet.precision.calibration import calibrate
 from trtdet.precision.calibration_cache import CalibrationCache
+from trtdet.precision.equalization import best_equalization
 from trtdet.precision.floats import to_fp16
-from trtdet.precision.histograms import ChannelStatistics
 from trtdet.precision.quantization import (
-    Equalization,
     QuantizationOptions,
     insert_qdq,
-    predicted_noise,
 )
-from trtdet.precision.scales import FP8, INT8, QuantizedType, weight_scales
-from trtdet.spec import ModelSpec, Nms, Preprocessing
-
-CHANNELS = 8
-SPEC = ModelSpec("toy", Preprocessing((16, 16), layout="NCHW"), Nms(), (1,))
-OUTLIER = 300.0  # the range of one channel over that of the others
-
-
-def mobile_block(*, seed: int = 0, outlier: float = OUTLIER) -> onnx.ModelProto:
-    """An MBConv block and a separable head, with one channel far larger than the rest, as trained EfficientNets have them."""
-    rng = np.random.default_rng(seed)
-    model = onnx.parser.parse_model(f"""
-        <ir_version: 8, opset_import: ["": 17]>
-        g (float[N, 4, 16, 16] images) => (float[N, 4, 16, 16] raw_boxes)
-          <float[4] none = {{0, 0, 0, 0}}>
-        {{
-          ["net/stem/conv"] x0 = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(images, stem_w, none)
-          ["net/blocks_0/expand"] e = Conv<kernel_shape = [1, 1]>(x0, expand_w)
-          e_gate = Sigmoid(e)
-          e_swish = Mul(e, e_gate)
-          ["net/blocks_0/depthwise"] d = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = {CHANNELS}>(e_swish, depthwise_w)
-          d_gate = Sigmoid(d)
-          d_swish = Mul(d, d_gate)
-          mean = GlobalAveragePool(d_swish)
-          ["net/blocks_0/se/conv"] squeezed = Conv<kernel_shape = [1, 1]>(mean, se_w)
-          se_gate = Sigmoid(squeezed)
-          excited = Mul(se_gate, d_swish)
-          ["net/blocks_0/project"] p = Conv<kernel_shape = [1, 1]>(excited, project_w)
-          x1 = Add(p, x0)
-          ["box_net/depthwise"] h = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = 4>(x1, head_depthwise_w)
-          ["box_net/pointwise"] raw_boxes = Conv<kernel_shape = [1, 1]>(h, head_w)
-        }}
-    """)
-    shapes = {
-        "stem_w": (4, 4, 3, 3),
-        "expand_w": (CHANNELS, 4, 1, 1),
-        "depthwise_w": (CHANNELS, 1, 3, 3),
-        "se_w": (CHANNELS, CHANNELS, 1, 1),
-        "project_w": (4, CHANNELS, 1, 1),
-        "head_depthwise_w": (4, 1, 3, 3),
-        "head_w": (4, 4, 1, 1),
-    }
-    weights = {name: rng.normal(size=shape) / np.sqrt(np.prod(shape[1:])) for name, shape in shapes.items()}  # fmt: skip
-    weights["expand_w"][0] *= outlier  # channel 0 is large, and what reads it makes up for that
-    weights["depthwise_w"][0] /= outlier
-    weights["head_depthwise_w"][0] *= outlier
-    weights["head_w"][:, 0] /= outlier
-    model.graph.initializer.extend(
-        numpy_helper.from_array(w.astype(np.float32), name) for name, w in weights.items()
-    )
-    return model
-
-
-def body(model: onnx.ModelProto | None = None) -> Body:
-    return Body(model or mobile_block(), SPEC)
-
-
-def images(count: int, seed: int = 1) -> list[dict[str, NDArray[np.float32]]]:
-    rng = np.random.default_rng(seed)
-    return [{"images": rng.normal(size=(1, 4, 16, 16)).astype(np.float32)} for _ in range(count)]
-
-
-def run(model: onnx.ModelProto, feeds: Sequence[dict[str, Any]], *outputs: str) -> list[NDArray[np.float32]]:  # fmt: skip
-    options = onnxruntime.SessionOptions()
-    # As written: every pair computes what it says.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])  # fmt: skip
-    names = list(outputs) or [session.get_outputs()[0].name]
-    found = [session.run(names, feed) for feed in feeds]
-    return [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
+from trtdet.precision.scales import FP8, INT8, QuantizedType
+from trtdet.spec import ModelSpec
 
 
 def sqnr(model: onnx.ModelProto, cache: CalibrationCache, **options: Any) -> float:
@@ -277,7 +205,7 @@ def test_a_shift_gives_one_sided_activations_the_numbers_below_zero() -> None:
         next(w for w in model.graph.initializer if w.name == "project_w")
     )
     noise = {
-        shift: quantization.best_equalization(weights.astype(np.float64), statistics, own.scales["excited"], shift=shift)[1]
+        shift: best_equalization(weights.astype(np.float64), statistics, own.scales["excited"], shift=shift)[1]
         for shift in (False, True)
     }  # fmt: skip
     assert noise[True] < 0.9 * noise[False]  # most of it is the weights' error, which stays
@@ -332,25 +260,6 @@ def test_bias_takes_up_the_mean_error(cache: CalibrationCache) -> None:
 def _with_output(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
     return model
-
-
-def test_predicted_noise_is_what_rounding_does() -> None:
-    rng = np.random.default_rng(5)
-    weights = rng.normal(size=(16, 32, 1, 1))
-    x = rng.normal(size=(32, 20_000)) * rng.exponential(size=(32, 1)) * 3
-    scale = np.abs(x).max() / 127
-    noise = float(np.mean((np.rint(x / scale) * scale - x) ** 2))
-    values = (x.min(1), x.max(1), x.mean(1), (x**2).mean(1))
-    statistics = ChannelStatistics(*(v.astype(np.float32) for v in values), noise=noise)
-    rows = weights[:, :, 0, 0]
-    for factors in (None, 1 / np.sqrt(np.abs(x).max(1))):
-        f = np.ones(32) if factors is None else factors * scale * 127 / (factors * np.abs(x).max(1)).max()  # fmt: skip
-        steps = weight_scales((rows / f).astype(np.float32))[:, None]
-        got = (np.rint(rows / f / steps) * steps) @ (np.rint(x * f[:, None] / scale) * scale)
-        measured = float(np.square(got - rows @ x).mean(1).sum())
-        equalization = None if factors is None else Equalization(f, np.zeros(32))
-        predicted = predicted_noise(weights, statistics, equalization, scale)
-        assert predicted == pytest.approx(measured, rel=0.3)
 
 
 # ---- FP8, float16 scales, and no pairs at all

@@ -73,19 +73,18 @@ def run(
     images = annotated_images(source, annotations, recursive=False)
     coco.check_objects(annotations, images.values())
     output.parent.mkdir(parents=True, exist_ok=True)  # for the journal
-    cache = scales_of(body, int8)
-    layers = sensitivity.candidates(body, cache)
-    context = context_of(body, cache, annotations_path, list(images))
+    plan = sensitivity.plan(body, scales_of(body, int8))
+    context = context_of(plan, annotations_path, list(images))
     journal = Journal(journal_path, context)
     if len(journal):
         logger.info("%s: %d measurements to go on from", journal_path, len(journal))
 
-    tuner = Tuner(body, cache, layers, annotations, images, journal, options)
+    tuner = Tuner(plan, annotations, images, journal, options)
     kept, found = tuner.tune(rank=bool(table or plot))
     if kept is None:
         raise ValueError(
             f"--max_drop {options.max_drop:g}: {options.metric} falls further below float32's {tuner.mean(None):.4f} even with all but the least "
-            f"noisy of {len(layers)} convolutions in FP16; allow more, give more --input images, or build with build_engine.py --precision fp16"
+            f"noisy of {len(plan.layers)} convolutions in FP16; allow more, give more --input images, or build with build_engine.py --precision fp16"
         )
     tuner.precision(kept).write(output)
     if table:

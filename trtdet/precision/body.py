@@ -37,7 +37,8 @@ class ConvLayer:
         macs: multiply-accumulates for one image.
         depthwise: one filter per channel.
         pooled: it works on 1x1 averages, as squeeze-and-excite does.
-        constant: its weights are an initializer.
+        padded: with zeros.
+        constant: its weights, and its bias where it has one, are initializers.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ConvLayer:
     macs: int
     depthwise: bool
     pooled: bool
+    padded: bool
     constant: bool
 
     @property
@@ -202,19 +204,22 @@ def _conv_layers(body: onnx.ModelProto) -> list[ConvLayer]:
                 f"Conv '{node.name}': expected constant weights and a feature map of known size, found "
                 f"weights {weight_shape}, size {size}; convert the model with a fixed size (create_onnx.py --input_shape)"
             )
-        group = next((a.i for a in node.attribute if a.name == "group"), 1)
+        attributes = {a.name: a for a in node.attribute}
+        group = attributes["group"].i if "group" in attributes else 1
+        bias = node.input[2] if len(node.input) > 2 else ""
         layers.append(
             ConvLayer(
                 node.name,
                 node.input[0],
                 node.input[1],
-                node.input[2] if len(node.input) > 2 else "",
+                bias,
                 node.output[0],
                 block_of(node.name),
                 int(np.prod(weight_shape, dtype=np.int64) * np.prod(size, dtype=np.int64)),
                 depthwise=group > 1 and weight_shape[1] == 1 and group == weight_shape[0],
                 pooled=node.input[0] in pooled,
-                constant=node.input[1] in weights,
+                padded="pads" in attributes and any(attributes["pads"].ints),
+                constant=node.input[1] in weights and (not bias or bias in weights),
             )
         )
     return layers

@@ -176,12 +176,12 @@ def _all_scales(network: onnx.ModelProto, measured: Mapping[str, float]) -> dict
 
 
 def _session(
-    network: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[Any], threads: int | None
+    body: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[Any], threads: int | None
 ) -> Any:
     import onnxruntime
 
     watched = onnx.ModelProto()
-    watched.CopyFrom(deformable_attention.lower(network))
+    watched.CopyFrom(deformable_attention.lower(body))
     del watched.graph.output[:]
     watched.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors

@@ -24,41 +24,23 @@ FP8 (E4M3) has an exponent of its own, so a small channel loses nothing beside a
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from trtdet.errors import GraphError
+from trtdet.precision import equalization
 from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
-from trtdet.precision.floats import raise_opset, replace_nodes
+from trtdet.precision.equalization import Equalization, Equalize, Placed, Weights
 from trtdet.precision.histograms import ChannelStatistics
-from trtdet.precision.scales import (
-    FP8,
-    INT8,
-    QuantizedType,
-    activation_scale,
-    round_to,
-    stored,
-    weight_scales,
-)
-from trtdet.sources.subgraphs import captured, reads
-
-Equalize = Literal["none", "depthwise", "all"]
-
-
-#: Factors stay within this ratio of each other: channels that are all but dead need no resolution, and FP16 holds the products.
-LARGEST_FACTOR_RATIO = 2.0**10
-#: Exponents of SmoothQuant that are tried: 0 spreads the error by the weights alone, 1 by the activations alone.
-EXPONENTS = tuple(i / 10 for i in range(11))
-#: A Mul of its own before a pointwise convolution must cut the predicted error power to this share.
-WORTH_A_NODE = 0.5
+from trtdet.precision.pairs import NewConv, round_weights, write_convs
+from trtdet.precision.scales import FP8, INT8, QuantizedType, activation_scale
 
 
 @dataclass(frozen=True)
@@ -132,6 +114,9 @@ class QuantizationReport:
         return lines
 
 
+# ---- the whole
+
+
 def insert_qdq(
     body: Body,
     cache: CalibrationCache,
@@ -146,7 +131,8 @@ def insert_qdq(
     """
     if own_type(body.model) is not None:
         return body.model, report_of(body)
-    return _Quantization(body, cache, options, pairs=True).run()
+    plan = plan_quantization(body, cache, options)
+    return plan.quantize(), plan.report()
 
 
 def prepare_implicit(
@@ -166,9 +152,195 @@ def prepare_implicit(
         raise GraphError(
             "INT8 with weak typing: the model brings its own Q/DQ, which needs no calibrator; leave out --weak_typing, or --dla_core"
         )
-    quantization = _Quantization(body, cache, options, pairs=False)
-    rescaled, report = quantization.run()
-    return rescaled, CalibrationCache(cache.scales | quantization.new_scales), report
+    plan = plan_quantization(body, cache, options)
+    rescaled, amax = write_convs(
+        body.model, plan.convolutions(), options.to, pairs=False, fp16_scales=options.fp16_scales
+    )
+    scales = {tensor: float(activation_scale(value, INT8)) for tensor, value in amax.items()}
+    return rescaled, CalibrationCache(cache.scales | scales), plan.report()
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizationPlan:
+    """What is known of a body's convolutions before it is settled which of them are quantized: many choices are tried from one plan.
+
+    Attributes:
+        kept: convolution -> why it stays in floating point, whatever is chosen.
+        weights: of all convolutions whose weights are known, as they are in the model.
+        equalized: convolution that may be quantized -> what becomes of its input's channels if it is. None depends on another.
+    """
+
+    body: Body
+    cache: CalibrationCache
+    options: QuantizationOptions
+    kept: Mapping[str, str]
+    weights: Mapping[str, Weights]
+    equalized: Mapping[str, Placed]
+
+    @property
+    def layers(self) -> list[ConvLayer]:
+        """Those that may be quantized, in the order of the graph."""
+        return [layer for layer in self.body.layers if layer.name not in self.kept]
+
+    def quantize(self, but: Collection[str] = (), *, network: bool = False) -> onnx.ModelProto:
+        """A copy with all of `layers` in 8 bits, less those of these names.
+
+        Args:
+            network: of the body's network alone, up to the heads, in place of the whole model.
+        """
+        model = self.body.network if network else self.body.model
+        fp16 = self.options.fp16_scales
+        convs = self.convolutions(but)
+        return write_convs(model, convs, self.options.to, pairs=True, fp16_scales=fp16)[0]
+
+    def convolutions(self, but: Collection[str] = ()) -> dict[str, NewConv]:
+        """What becomes of each convolution whose weights are known."""
+        quantized = {layer.name for layer in self.layers}.difference(but)
+        taken = {
+            placed.producer: placed.equalization
+            for name, placed in self.equalized.items()
+            if placed.producer and name in quantized
+        }
+        return {
+            layer.name: self._convolution(layer, layer.name in quantized, taken.get(layer.name))
+            for layer in self.body.layers
+            if layer.name in self.weights
+        }
+
+    def report(self, but: Collection[str] = ()) -> QuantizationReport:
+        """On `quantize(but)`."""
+        quantized = {layer.name for layer in self.layers}.difference(but)
+        notes = {name: p.note for name, p in self.equalized.items() if name in quantized}
+        kept = {**self.kept, **{name: "left out" for name in but if name not in self.kept}}
+        return QuantizationReport(
+            _shares(self.body.layers, quantized), kept, notes, type_name=self.options.to.name
+        )
+
+    def _convolution(
+        self, layer: ConvLayer, quantized: bool, taken: Equalization | None
+    ) -> NewConv:
+        """
+        Args:
+            taken: what its weights take of the convolution that reads its output.
+        """
+        weights = self.weights[layer.name]
+        placed = self.equalized.get(layer.name) if quantized else None
+        if placed:
+            weights = equalization.undo_in(weights, placed.equalization, depthwise=layer.depthwise)
+        if taken:
+            weights = equalization.apply_in(weights, taken)
+        if not quantized:
+            return NewConv(layer, weights)
+        to = self.options.to
+        rounded = round_weights(weights.values, to, fp16=self.options.fp16_scales)
+        if self.options.correct_bias:
+            error = mean_output(
+                weights.values - rounded.values,
+                self.cache.channels.get(layer.input),
+                placed.equalization if placed else None,
+            )
+            weights = Weights(weights.values, weights.bias + error)
+        own_nodes = placed.equalization if placed and not placed.producer else None
+        return NewConv(layer, weights, rounded, self.cache.amax(layer.input), own_nodes)
+
+
+# ---- its steps
+
+
+def plan_quantization(
+    body: Body,
+    cache: CalibrationCache,
+    options: QuantizationOptions = QuantizationOptions(),
+) -> QuantizationPlan:
+    """Choose the convolutions, and what becomes of the channels of each.
+
+    Raises:
+        GraphError: no convolution can be quantized, or two have one name.
+    """
+    names = [node.name for node in body.model.graph.node if node.op_type == "Conv"]
+    if len(set(names)) != len(names):
+        raise GraphError(
+            "INT8: expected convolutions with names of their own, found two of one name"
+        )
+    kept = reasons_to_keep(body, cache, options.keep)
+    chosen = [layer for layer in body.layers if layer.name not in kept]
+    if not chosen:
+        reasons = "; ".join(sorted(set(kept.values()))) or "it has none"
+        raise GraphError(
+            f"{options.to.name}: no convolution can be quantized ({reasons}); calibrate this model with --calib_input"
+        )
+    weights = read_weights(body)
+    equalized = equalization.choose_equalizations(
+        chosen,
+        weights,
+        equalization.only_producers(body.network, body.layers),
+        cache,
+        options.equalize if options.to is INT8 else "none",
+        shift=options.shift,
+    )
+    return QuantizationPlan(body, cache, options, kept, weights, equalized)
+
+
+def reasons_to_keep(body: Body, cache: CalibrationCache, keep: Sequence[str]) -> dict[str, str]:
+    """Convolution -> why it stays in floating point; what is not in it is to be quantized.
+
+    Args:
+        keep: patterns of names, beside `ModelSpec.sensitive_nodes`.
+    """
+    sensitive = body.spec.sensitive_nodes
+    kept: dict[str, str] = {}
+    for layer in body.layers:
+        pattern = next((p for p in (*keep, *sensitive) if fnmatchcase(layer.name, p)), None)
+        if pattern is not None:
+            why = "sensitive" if pattern in sensitive else "asked for"
+            kept[layer.name] = f"{why} ('{pattern}')"
+        elif layer.pooled:
+            kept[layer.name] = "squeeze-and-excite"
+        elif not layer.constant:
+            kept[layer.name] = "weights are not constant"
+        elif cache.amax(layer.input) <= 0.0:
+            kept[layer.name] = "no scale in the calibration cache"
+    return kept
+
+
+def read_weights(body: Body) -> dict[str, Weights]:
+    """Of the convolutions whose weights are constant; zeros for a bias that is not there."""
+    initializers = {w.name: w for w in body.network.graph.initializer}
+    found = {}
+    for layer in body.layers:
+        if layer.constant:
+            values = numpy_helper.to_array(initializers[layer.weight]).astype(np.float64)
+            bias = np.zeros(len(values))
+            if layer.bias:
+                bias = numpy_helper.to_array(initializers[layer.bias]).astype(np.float64)
+            found[layer.name] = Weights(values, bias)
+    return found
+
+
+def mean_output(
+    weights: NDArray[np.float64],
+    statistics: ChannelStatistics | None,
+    equalized: Equalization | None,
+) -> NDArray[np.float64] | float:
+    """What weights, of an error of rounding, make of the average input, per output channel; padding left aside. 0 where it is not known.
+
+    Args:
+        statistics: of the input before `equalized`.
+    """
+    if statistics is None:
+        return 0.0
+    mean = statistics.mean.astype(np.float64)
+    if equalized is not None:
+        mean = (mean - equalized.shift) * equalized.factors
+    per_input = weights.reshape(len(weights), weights.shape[1], -1).sum(2)
+    groups = len(mean) // per_input.shape[1]
+    if groups == 1:
+        return per_input @ mean
+    rows = np.repeat(mean.reshape(groups, -1), len(weights) // groups, axis=0)
+    return (per_input * rows).sum(1)
+
+
+# ---- what is quantized
 
 
 def own_type(model: onnx.ModelProto) -> QuantizedType | None:
@@ -204,369 +376,3 @@ def _shares(layers: Iterable[ConvLayer], quantized: Collection[str]) -> tuple[Bl
         macs, int8_macs = (sum(layer.macs for layer in chosen) for chosen in (members, int8))
         shares.append(BlockShare(name, macs, int8_macs, len(members), len(int8)))
     return tuple(shares)
-
-
-@dataclass(frozen=True)
-class Equalization:
-    """x' = (x - shift) * factors, per input channel; what the convolution's weights and bias undo."""
-
-    factors: NDArray[np.float64]
-    shift: NDArray[np.float64]
-
-
-def predicted_noise(
-    weights: NDArray[np.float64],
-    statistics: ChannelStatistics,
-    equalization: Equalization | None,
-    scale: float,
-) -> float:
-    """Error power that INT8 puts on the outputs of a pointwise convolution, errors taken as independent.
-
-    Activations: step^2 / 12 for every channel, weighted with the squared weights it meets; what the calibration measured where
-    nothing is equalized. Weights: their step^2 / 12, weighted with the mean square of the activation.
-    """
-    rows = np.abs(weights).reshape(len(weights), weights.shape[1], -1)
-    power = statistics.power.astype(np.float64)
-    if equalization is None:
-        factors = np.ones(weights.shape[1])
-        activation = np.full(len(factors), statistics.noise)
-    else:
-        factors, shift = equalization.factors, equalization.shift
-        activation = scale**2 / 12 / factors**2
-        power = power - 2 * shift * statistics.mean + shift**2
-    steps = INT8.scale((rows / factors[None, :, None]).max((1, 2)))
-    from_activations = float((activation * (rows**2).sum((0, 2))).sum())
-    from_weights = float((steps**2).sum() / 12 * (power * factors**2).sum() * rows.shape[2])
-    return from_activations + from_weights
-
-
-def best_equalization(
-    weights: NDArray[np.float64], statistics: ChannelStatistics, scale: float, *, shift: bool
-) -> tuple[Equalization, float]:
-    """Of SmoothQuant's exponents, with and without a shift to the middle of the range, what predicts the least noise; and that noise."""
-    reach = _floored(np.abs(weights).max((0, *range(2, weights.ndim))))
-    lowest, highest = statistics.lowest.astype(np.float64), statistics.highest.astype(np.float64)
-    middle = (lowest + highest) / 2
-    candidates = []
-    for offset in (np.zeros_like(middle), middle)[: 1 + shift]:
-        clip = _floored(np.maximum(highest - offset, offset - lowest))
-        for exponent in EXPONENTS:
-            factors = reach ** (1 - exponent) / clip**exponent
-            factors = factors * (INT8.amax(scale) / (factors * clip).max())
-            candidate = Equalization(factors, offset)
-            candidates.append((candidate, predicted_noise(weights, statistics, candidate, scale)))
-    return min(candidates, key=lambda found: found[1])
-
-
-class _Quantization:
-    """One run: decides per convolution, rescales channels, rounds weights, puts the pairs in."""
-
-    def __init__(
-        self,
-        body: Body,
-        cache: CalibrationCache,
-        options: QuantizationOptions,
-        *,
-        pairs: bool,
-    ) -> None:
-        self.model = onnx.ModelProto()
-        self.model.CopyFrom(body.model)
-        self.cache, self.options, self.explicit = cache, options, pairs
-        self.to = options.to
-        self.sensitive = body.spec.sensitive_nodes
-        self.keep = (*options.keep, *self.sensitive)
-        self.graph = self.model.graph
-        self.layers = {layer.name: layer for layer in body.layers}
-        self.nodes = {node.name: node for node in self.graph.node if node.op_type == "Conv"}
-        if len(self.nodes) != sum(node.op_type == "Conv" for node in self.graph.node):
-            raise GraphError(
-                "INT8: expected convolutions with names of their own, found two of one name"
-            )
-        self.initializers = {w.name: w for w in self.graph.initializer}
-        self.taken = set(self.initializers) | {o for n in self.graph.node for o in n.output}
-        self.weights: dict[str, NDArray[np.float64]] = {}  # by convolution
-        self.biases: dict[str, NDArray[np.float64]] = {}
-        self.equalizations: dict[str, Equalization] = {}  # by convolution: of its input
-        self.own_nodes: set[str] = set()  # convolutions whose equalization takes nodes of its own
-        self.equalized_tensors: dict[tuple[str, bytes, bytes], str] = {}
-        self.pairs: dict[str, str] = {}  # tensor -> what its DequantizeLinear makes
-        self.new_scales: dict[str, float] = {}  # of tensors that the model did not have
-        self.new_nodes: list[onnx.NodeProto] = []
-        self.kept: dict[str, str] = {}
-        self.equalized: dict[str, str] = {}
-
-    def run(self) -> tuple[onnx.ModelProto, QuantizationReport]:
-        chosen = [layer for layer in self.layers.values() if self._choose(layer)]
-        if not chosen:
-            reasons = "; ".join(sorted(set(self.kept.values()))) or "it has none"
-            raise GraphError(
-                f"{self.to.name}: no convolution can be quantized ({reasons}); calibrate this model with --calib_input"
-            )
-        for layer in self.layers.values():
-            if layer.constant:
-                self._load(layer)
-        if self.explicit and (self.options.fp16_scales or self.to is FP8):
-            raise_opset(self.model)
-        if self.options.equalize != "none" and self.cache.channels and self.to is INT8:
-            for layer in chosen:
-                if layer.depthwise:
-                    self._equalize_depthwise(layer)
-            if self.options.equalize == "all":
-                for layer in chosen:
-                    if not layer.depthwise:
-                        self._equalize_pointwise(layer)
-        self._rewrite(chosen)
-        shares = _shares(self.layers.values(), {layer.name for layer in chosen})
-        report = QuantizationReport(shares, self.kept, self.equalized, type_name=self.to.name)
-        return self.model, report
-
-    # --- which convolutions -------------------------------------------------------------------------------------------------
-
-    def _choose(self, layer: ConvLayer) -> bool:
-        reason = ""
-        pattern = next((p for p in self.keep if fnmatchcase(layer.name, p)), None)
-        if pattern is not None:
-            reason = (
-                f"sensitive ('{pattern}')"
-                if pattern in self.sensitive
-                else f"asked for ('{pattern}')"
-            )
-        elif layer.pooled:
-            reason = "squeeze-and-excite"
-        elif not layer.constant:
-            reason = "weights are not constant"
-        elif self.cache.scales.get(layer.input, 0.0) <= 0.0:
-            reason = "no scale in the calibration cache"
-        if reason:
-            self.kept[layer.name] = reason
-        return not reason
-
-    def _load(self, layer: ConvLayer) -> None:
-        weights = numpy_helper.to_array(self.initializers[layer.weight]).astype(np.float64)
-        self.weights[layer.name] = weights
-        if layer.bias:
-            bias = self.initializers.get(layer.bias)
-            self.biases[layer.name] = (
-                numpy_helper.to_array(bias).astype(np.float64)
-                if bias is not None
-                else np.zeros(len(weights))
-            )
-        else:
-            self.biases[layer.name] = np.zeros(len(weights))
-
-    # --- channels -----------------------------------------------------------------------------------------------------------
-
-    def _equalize_depthwise(self, layer: ConvLayer) -> None:
-        """Every channel gets the full range. No shift: padding with zeros would no longer be padding with zeros."""
-        statistics = self._statistics(layer)
-        if statistics is None:
-            return
-        factors = self.cache.amax(layer.input) / _floored(statistics.largest)
-        self._equalize(layer, Equalization(factors, np.zeros_like(factors)), None)
-        self.equalized[layer.name] = "depthwise"
-
-    def _equalize_pointwise(self, layer: ConvLayer) -> None:
-        """What predicts the least error; put into the convolution before, or into nodes of its own where they pay for it."""
-        statistics = self._statistics(layer)
-        if statistics is None:
-            return
-        weights, scale = self.weights[layer.name], self.cache.scales[layer.input]
-        before = predicted_noise(weights, statistics, None, scale)
-        pointwise = weights.shape[2:] == (1, 1) and not self._padded(layer)
-        best, after = best_equalization(
-            weights, statistics, scale, shift=pointwise and self.options.shift
-        )
-        producer = self._only_producer(layer)
-        if after >= before * (1 if producer else WORTH_A_NODE):
-            return
-        self._equalize(layer, best, producer)
-        where = f"in '{producer.name}'" if producer else "own nodes"
-        self.equalized[layer.name] = f"{where}, error x{after / before:.2f}"
-
-    def _statistics(self, layer: ConvLayer) -> ChannelStatistics | None:
-        statistics = self.cache.channels.get(layer.input)
-        channels = self.weights[layer.name].shape[0 if layer.depthwise else 1]
-        return statistics if statistics and len(statistics.mean) == channels else None
-
-    def _padded(self, layer: ConvLayer) -> bool:
-        attributes = {a.name: a for a in self.nodes[layer.name].attribute}
-        padding = list(attributes["pads"].ints) if "pads" in attributes else []
-        return any(padding)
-
-    def _equalize(
-        self, layer: ConvLayer, equalization: Equalization, producer: ConvLayer | None
-    ) -> None:
-        """Change the input's channels, in the convolution that makes it or in nodes of their own, and the weights to fit."""
-        factors, shift = equalization.factors, equalization.shift
-        weights = self.weights[layer.name]
-        if shift.any():
-            self.biases[layer.name] += weights.reshape(len(weights), -1) @ shift
-        per_input = (-1, 1) if layer.depthwise else (1, -1)
-        weights /= factors.reshape(*per_input, *[1] * (weights.ndim - 2))
-        self.equalizations[layer.name] = equalization
-        if producer is None:
-            self.own_nodes.add(layer.name)
-        else:
-            rows = self.weights[producer.name]
-            rows *= factors.reshape(-1, *[1] * (rows.ndim - 1))
-            self.biases[producer.name] -= shift
-            self.biases[producer.name] *= factors
-
-    def _only_producer(self, layer: ConvLayer) -> ConvLayer | None:
-        """The convolution that makes this one's input for nobody else."""
-        readers = sum([*node.input, *captured(node)].count(layer.input) for node in self.graph.node)
-        if readers != 1 or any(output.name == layer.input for output in self.graph.output):
-            return None
-        return next(
-            (p for p in self.layers.values() if p.output == layer.input and p.constant), None
-        )
-
-    # --- the new graph ------------------------------------------------------------------------------------------------------
-
-    def _rewrite(self, chosen: Sequence[ConvLayer]) -> None:
-        quantized = {layer.name for layer in chosen}
-        for node in list(self.graph.node):
-            layer = self.layers.get(node.name) if node.op_type == "Conv" else None
-            if layer is not None and layer.constant:
-                self._rewrite_conv(node, layer, layer.name in quantized)
-            else:
-                self.new_nodes.append(node)
-        replace_nodes(self.graph, self.new_nodes)
-        _drop_unread_weights(self.graph)
-
-    def _rewrite_conv(self, node: onnx.NodeProto, layer: ConvLayer, quantized: bool) -> None:
-        weights, bias = self.weights[layer.name], self.biases[layer.name]
-        inputs = [layer.input, layer.weight]
-        if quantized:
-            source, scale = layer.input, self.cache.scales[layer.input]
-            if layer.name in self.own_nodes:
-                source = self._insert_equalization(source, self.equalizations[layer.name])
-            fp16 = self.options.fp16_scales
-            scales = weight_scales(weights.astype(np.float32), self.to, fp16=fp16)
-            columns = scales.reshape(-1, *[1] * (weights.ndim - 1))
-            rounded = round_to(weights / columns, self.to)
-            if self.options.correct_bias:
-                bias = bias + self._mean_output(layer, weights - rounded * columns)
-            if self.explicit:
-                inputs = [
-                    self._pair(source, scale),
-                    self._dequantized_weights(layer, rounded, scales),
-                ]
-            else:
-                self.new_scales[source] = scale
-                inputs[0] = source
-        if not (quantized and self.explicit):
-            inputs[1] = self._constant(f"{layer.name}/weight", weights.astype(np.float32))
-        if layer.bias or bias.any():
-            inputs.append(self._constant(f"{layer.name}/bias", bias.astype(np.float32)))
-        new = onnx.NodeProto()
-        new.CopyFrom(node)
-        del new.input[:]
-        new.input.extend(inputs)
-        self.new_nodes.append(new)
-
-    def _mean_output(
-        self, layer: ConvLayer, weights: NDArray[np.float64]
-    ) -> NDArray[np.float64] | float:
-        """What these weights make of the average input; padding left aside."""
-        statistics = self.cache.channels.get(layer.input)
-        if statistics is None:
-            return 0.0
-        mean = statistics.mean.astype(np.float64)
-        equalization = self.equalizations.get(layer.name)
-        if equalization is not None:
-            mean = (mean - equalization.shift) * equalization.factors
-        per_input = weights.reshape(len(weights), weights.shape[1], -1).sum(2)
-        return per_input[:, 0] * mean if layer.depthwise else per_input @ mean
-
-    def _insert_equalization(self, tensor: str, equalization: Equalization) -> str:
-        """Once for all depthwise convolutions that read the tensor: theirs are the same."""
-        factors = equalization.factors.astype(np.float32).reshape(1, -1, 1, 1)
-        offset = (equalization.factors * equalization.shift).astype(np.float32).reshape(1, -1, 1, 1)
-        key = (tensor, factors.tobytes(), offset.tobytes())
-        if key in self.equalized_tensors:
-            return self.equalized_tensors[key]
-        steps = [("Mul", "scaled", factors)]
-        if offset.any():
-            steps.append(("Sub", "shifted", offset))
-        result = tensor
-        for op, suffix, values in steps:
-            name = self._unused(f"{tensor}/{suffix}")
-            constant = self._constant(f"{name}/constant", values)
-            self.new_nodes.append(helper.make_node(op, [result, constant], [name], name=name))
-            result = name
-        self.equalized_tensors[key] = result
-        return result
-
-    def _pair(self, tensor: str, scale: float) -> str:
-        if tensor not in self.pairs:
-            quantized = self._unused(f"{tensor}/quantized")
-            self.pairs[tensor] = self._unused(f"{tensor}/dequantized")
-            values = activation_scale(INT8.amax(scale), self.to, fp16=self.options.fp16_scales)
-            operands = [
-                self._constant(f"{tensor}/scale", values),
-                self._narrow_constant(f"{tensor}/zero_point", np.zeros(())),
-            ]
-            self.new_nodes += [
-                helper.make_node(
-                    "QuantizeLinear", [tensor, *operands], [quantized], name=quantized
-                ),
-                helper.make_node(
-                    "DequantizeLinear",
-                    [quantized, *operands],
-                    [self.pairs[tensor]],
-                    name=self.pairs[tensor],
-                ),
-            ]
-        return self.pairs[tensor]
-
-    def _dequantized_weights(
-        self, layer: ConvLayer, rounded: NDArray[np.float64], scales: NDArray[np.float32]
-    ) -> str:
-        name = self._unused(f"{layer.name}/weight/dequantized")
-        operands = [
-            self._narrow_constant(f"{layer.name}/weight/{self.to.name.lower()}", rounded),
-            self._constant(f"{layer.name}/weight/scale", scales),
-            self._narrow_constant(f"{layer.name}/weight/zero_point", np.zeros(len(rounded))),
-        ]
-        self.new_nodes.append(
-            helper.make_node("DequantizeLinear", operands, [name], name=name, axis=0)
-        )
-        return name
-
-    def _constant(self, name: str, values: NDArray[np.generic] | np.generic) -> str:
-        name = self._unused(name)
-        weight = numpy_helper.from_array(np.asarray(values), name)
-        self.graph.initializer.append(weight)
-        self.initializers[name] = weight
-        return name
-
-    def _narrow_constant(self, name: str, values: NDArray[np.float64]) -> str:
-        """Of numbers that the type of 8 bits holds."""
-        name = self._unused(name)
-        data = stored(values, self.to)
-        weight = helper.make_tensor(name, self.to.onnx_type, data.shape, data.tobytes(), raw=True)
-        self.graph.initializer.append(weight)
-        self.initializers[name] = weight
-        return name
-
-    def _unused(self, name: str) -> str:
-        while name in self.taken:
-            name += "_"
-        self.taken.add(name)
-        return name
-
-
-def _floored(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """At least 1 / LARGEST_FACTOR_RATIO of the largest."""
-    wide = values.astype(np.float64)
-    return np.maximum(wide, max(float(wide.max()), 1e-20) / LARGEST_FACTOR_RATIO)
-
-
-def _drop_unread_weights(graph: onnx.GraphProto) -> None:
-    read = {name for node in graph.node for name in reads(node)}
-    read |= {output.name for output in graph.output}
-    kept = [w for w in graph.initializer if w.name in read]
-    copies_of_weights = [onnx.TensorProto.FromString(w.SerializeToString()) for w in kept]
-    del graph.initializer[:]
-    graph.initializer.extend(copies_of_weights)

@@ -24,10 +24,10 @@ from trtdet import files
 from trtdet.errors import GraphError
 from trtdet.graph import deformable_attention
 from trtdet.precision import quantization
-from trtdet.precision.body import Body, ConvLayer, cut_to_body
+from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.floats import NMS_OPS
-from trtdet.precision.quantization import QuantizationOptions, QuantizationReport
+from trtdet.precision.quantization import QuantizationOptions, QuantizationPlan
 
 logger = logging.getLogger(__name__)
 
@@ -41,26 +41,17 @@ Feed = Mapping[str, NDArray[Any]]
 # ---- what may be quantized
 
 
-def candidates(body: Body, cache: CalibrationCache) -> list[ConvLayer]:
-    """The convolutions that INT8 takes when nothing is asked for, in the order of the graph; not those that `ModelSpec.sensitive_nodes` names.
+def plan(body: Body, cache: CalibrationCache) -> QuantizationPlan:
+    """What build_engine.py does when nothing is asked for, but that the rest stays float32: FP16 is that to within far less than INT8's error.
 
     Raises:
-        GraphError: there is none, or the model brings its own Q/DQ.
+        GraphError: no convolution can be quantized, or the model brings its own Q/DQ.
     """
     if quantization.own_type(body.model) is not None:
         raise GraphError(
             "the model brings its own Q/DQ, from training: there is nothing to choose; build it as it is"
         )
-    _, report = quantize_but(body, cache, ())
-    return [layer for layer in body.layers if layer.name not in report.kept]
-
-
-def quantize_but(
-    body: Body, cache: CalibrationCache, kept: Iterable[str]
-) -> tuple[onnx.ModelProto, QuantizationReport]:
-    """What build_engine.py makes of a model with these convolutions kept, but that the rest stays float32: FP16 is that to within far less than INT8's error."""
-    options = QuantizationOptions(keep=patterns(kept), fp16_scales=True)
-    return quantization.insert_qdq(body, cache, options)
+    return quantization.plan_quantization(body, cache, QuantizationOptions(fp16_scales=True))
 
 
 def patterns(names: Iterable[str]) -> list[str]:
@@ -88,7 +79,7 @@ class LayerNoise:
 
 
 class NoiseMeter:
-    """Compares a quantized model's heads with those of the float32 model, on a few images.
+    """Compares the heads of a quantized network with those of the float32 one, on a few images.
 
     Where the NMS shows which head is boxes and which scores, the anchors that the float32 model rates best are compared, their scores in their best class;
     elsewhere everything is.
@@ -107,10 +98,14 @@ class NoiseMeter:
         ] = []  # per feed: anchor, class
         self._reference = self._run(body.network)
 
-    def noise(self, quantized: onnx.ModelProto) -> dict[str, float]:
-        """Head -> power of the error over the variance of the float32 values."""
+    def noise(self, network: onnx.ModelProto) -> dict[str, float]:
+        """Head -> power of the error over the variance of the float32 values.
+
+        Args:
+            network: quantized, up to the heads: `QuantizationPlan.quantize(..., network=True)`.
+        """
         noise = {}
-        for head, found in self._run(cut_to_body(quantized)).items():
+        for head, found in self._run(network).items():
             expected = self._reference[head]
             power = float(np.square(found - expected, dtype=np.float64).mean())
             noise[head] = power / max(float(expected.var(dtype=np.float64)), 1e-30)
@@ -149,7 +144,7 @@ def _nms_inputs(model: onnx.ModelProto, heads: Sequence[str]) -> tuple[str, str]
     return None
 
 
-def _session(network: onnx.ModelProto, threads: int | None) -> Any:
+def _session(body: onnx.ModelProto, threads: int | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -158,7 +153,7 @@ def _session(network: onnx.ModelProto, threads: int | None) -> Any:
     if threads:
         options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(
-        deformable_attention.lower(network).SerializeToString(),
+        deformable_attention.lower(body).SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
     )

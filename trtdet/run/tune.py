@@ -24,9 +24,8 @@ from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.precision import calibration, calibration_cache, sensitivity
-from trtdet.precision.body import Body, ConvLayer
-from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.file import PrecisionFile
+from trtdet.precision.quantization import QuantizationPlan
 from trtdet.precision.sensitivity import Journal, LayerNoise, NoiseMeter
 from trtdet.results import coco
 from trtdet.run.detect import detect
@@ -86,8 +85,7 @@ class ViewingRuntime(OnnxRuntime):
 
 
 def context_of(
-    body: Body,
-    cache: CalibrationCache,
+    plan: QuantizationPlan,
     annotations: Path,
     images: Sequence[Path],
 ) -> dict[str, Any]:
@@ -95,9 +93,9 @@ def context_of(
     import onnxruntime
 
     return {
-        "model": body.sha256,
-        "spec": body.spec.to_dict(),
-        "cache": sensitivity.cache_fingerprint(cache),
+        "model": plan.body.sha256,
+        "spec": plan.body.spec.to_dict(),
+        "cache": sensitivity.cache_fingerprint(plan.cache),
         "annotations": files.sha256(annotations),
         "images": calibration_cache.image_hash(images),
         "versions": [about.__version__, onnxruntime.__version__, onnx.__version__],
@@ -109,15 +107,13 @@ class Tuner:
 
     def __init__(
         self,
-        body: Body,
-        cache: CalibrationCache,
-        layers: Sequence[ConvLayer],
+        plan: QuantizationPlan,
         annotations: coco.Annotations,
         images: Mapping[Path, int],
         journal: Journal,
         options: TuneOptions,
     ) -> None:
-        self.body, self.spec, self.cache, self.layers = body, body.spec, cache, layers
+        self.plan, self.body, self.spec, self.layers = plan, plan.body, plan.body.spec, plan.layers
         self.annotations, self.images = annotations, images
         self.journal, self.options = journal, options
         self.views = options.views or (VIEWS_OF_FEW if len(images) < FEW_IMAGES else 1)
@@ -178,7 +174,7 @@ class Tuner:
         start = time.monotonic()
         model = self.body.model
         if kept is not None:
-            model, _ = sensitivity.quantize_but(self.body, self.cache, kept)
+            model = self.plan.quantize(kept)
         values: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")
@@ -233,7 +229,7 @@ class Tuner:
             if meter is None:
                 feeds = [self._feed(path) for path in paths]
                 meter = NoiseMeter(self.body, feeds, threads=self.options.threads)
-            return meter.noise(sensitivity.quantize_but(self.body, self.cache, names - {name})[0])
+            return meter.noise(self.plan.quantize(names - {name}, network=True))
 
         with logging_redirect_tqdm():
             for layer in tqdm(self.layers, "sensitivity", unit="layer", disable=None):
@@ -260,13 +256,14 @@ class Tuner:
 
     @property
     def method(self) -> str:
-        return self.cache.origin.method if self.cache.origin else "another program"
+        origin = self.plan.cache.origin
+        return origin.method if origin else "another program"
 
     def loss(self, kept: Sequence[str]) -> str:
         """What INT8 costs, in words."""
         drop, error = self.drop(kept)
         margin = f" (+- {error:.4f})" if self.views > 1 else ""
-        share = sensitivity.quantize_but(self.body, self.cache, kept)[1].mac_share
+        share = self.plan.report(kept).mac_share
         return (
             f"{self.options.metric} {abs(drop):.4f}{margin} {'below' if drop >= 0 else 'above'} float32's {self.mean(None):.4f} "
             f"on {len(self.images)} images, {share:.1%} of the multiply-accumulates in INT8"
