@@ -23,6 +23,7 @@ SCRIPTS = ("create_onnx", "build_engine", "infer", "eval_coco", "compare", "tune
 
 #: Heavy packages -> where they may be imported.
 HOMES = {
+    "onnxruntime": ("trtdet.sessions",),
     "tensorflow": ("trtdet.sources.saved_model",),
     "tf2onnx": ("trtdet.sources.saved_model",),
     "tensorrt": ("trtdet.engine", "trtdet.runtimes"),
@@ -31,7 +32,7 @@ HOMES = {
     "cv2": ("trtdet.images", "trtdet.results"),
 }
 #: Imported inside the functions that need them, never with a module.
-AT_THE_POINT_OF_USE = frozenset((*HOMES.keys() - {"cv2"}, "onnxruntime", "matplotlib", "ray", "pyarrow", "tritonclient", "pycocotools", "aiohttp"))  # fmt: skip
+AT_THE_POINT_OF_USE = frozenset((*HOMES.keys() - {"cv2"}, "matplotlib", "ray", "pyarrow", "tritonclient", "pycocotools", "aiohttp"))  # fmt: skip
 
 
 def imports_of(source: str) -> Iterator[tuple[str, bool]]:

@@ -91,7 +91,7 @@ def deploy_triton(args: argparse.Namespace) -> None:
     for folder in written:
         logger.info("%s", folder)
     check_written(args.repository, [folder.parent.name for folder in written])
-    print(triton.serve_command(args.repository, engines))
+    print(triton.serve_command(args.repository, engines, onnx_model))
 
 
 def deploy_deepstream(args: argparse.Namespace) -> None:

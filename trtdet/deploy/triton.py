@@ -30,6 +30,7 @@ from trtdet.deploy.text_format import Word
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
 from trtdet.nms import lowering
+from trtdet.sessions import TELEMETRY_SWITCH
 from trtdet.spec import METADATA_KEY
 
 logger = logging.getLogger(__name__)
@@ -512,8 +513,10 @@ def _add_version(folder: Path, model: _Planned) -> Path:
     return version
 
 
-def serve_command(repository: Path, engines: Sequence[Deployable]) -> str:
-    """The command that serves a repository, with the plugins and settings that these engines need.
+def serve_command(
+    repository: Path, engines: Sequence[Deployable], onnx_model: Deployable | None = None
+) -> str:
+    """The command that serves a repository, with the plugins and settings that these models need.
 
     EfficientNMS and TensorRT's other plugins need none: Triton's backend registers them.
     """
@@ -524,4 +527,5 @@ def serve_command(repository: Path, engines: Sequence[Deployable]) -> str:
         command.append(f"--backend-config=tensorrt,plugins={';'.join(plugins)}")
     if any(info.version_compatible for info in infos):
         command.append("--backend-config=tensorrt,version-compatible=true")
-    return shlex.join(command)
+    telemetry_off = f"{TELEMETRY_SWITCH}=1 " if onnx_model else ""  # of the server's ONNX Runtime
+    return telemetry_off + shlex.join(command)

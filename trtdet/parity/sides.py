@@ -20,7 +20,7 @@ from trtdet.closing import Closing
 from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
 from trtdet.engine.sidecar import sidecar_path
-from trtdet.errors import EngineError, GraphError
+from trtdet.errors import GraphError
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
 from trtdet.families.detr import BOXES
 from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
@@ -33,6 +33,7 @@ from trtdet.run.detect import open_batcher, open_model
 from trtdet.run.options import ENGINE_OPTIONS, ONNX_OPTIONS, RunOptions
 from trtdet.runtimes.base import Runtime, run_batches
 from trtdet.runtimes.open import open_runtime
+from trtdet.sessions import FATAL_ERRORS, open_session
 from trtdet.sources.base import Source, cut_onnx
 from trtdet.sources.onnx_file import load_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
@@ -102,10 +103,6 @@ class GraphPart:
         Raises:
             EngineError: ONNX Runtime is not installed, or cannot load it.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise EngineError("comparing tensors takes ONNX Runtime: pip install onnxruntime") from error  # fmt: skip
         part = cut_onnx(model, list(inputs), outputs)
         part.ir_version = min(part.ir_version, 10)  # the newest that ONNX Runtime 1.22 reads
         for info in part.graph.input:
@@ -114,22 +111,12 @@ class GraphPart:
                 info.CopyFrom(
                     onnx.helper.make_tensor_value_info(info.name, inputs[info.name], None)
                 )
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4  # what it has to say is in the exception
-        try:
-            self._session = onnxruntime.InferenceSession(
-                part.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            raise EngineError(f"ONNX Runtime cannot load the graph up to {list(outputs)[:3]}: {error}") from error  # fmt: skip
+        name = f"the graph up to {list(outputs)[:3]}"
+        # What ONNX Runtime has to say is in the exception.
+        self._session = open_session(part, name, optimize=False, log_level=FATAL_ERRORS)
 
     def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        try:
-            values: list[NDArray[Any]] = self._session.run(list(names), dict(feeds))
-        except Exception as error:  # as above
-            raise EngineError(f"ONNX Runtime failed on the graph up to {list(names)[:3]}: {error}") from error  # fmt: skip
-        return values
+        return self._session.run(names, feeds)
 
 
 class ConvertedSide(Closing):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trtdet import about
+from trtdet import about, sessions
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph import builder, deformable_attention
 from trtdet.graph.map_op import custom_ops
@@ -310,10 +310,8 @@ def scales_of(
             f"--calib_input: calibration runs the model in ONNX Runtime, which does not know {unknown}; give --calib_cache with scales made "
             "elsewhere, or build with --precision fp16"
         )
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        raise EngineError("--calib_input runs the model in ONNX Runtime: pip install onnxruntime") from None  # fmt: skip
+    if not sessions.is_installed():
+        raise EngineError(f"--calib_input runs the model in ONNX Runtime: {sessions.INSTALL}")
     seen: list[Path] = []
     feeds = calibration_feeds(model, spec, paths, options.batch_size, seen)
     # The images that were chosen are the manifest; those that can be read are counted.
@@ -369,11 +367,9 @@ def measure_ranges(
     Args:
         check_input: an image or a directory of them; None: a photograph that comes with this project.
     """
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError:
+    if not sessions.is_installed():
         if check_input:
-            raise EngineError("--fp16_check_input runs the model in ONNX Runtime: pip install onnxruntime") from None  # fmt: skip
+            raise EngineError(f"--fp16_check_input runs the model in ONNX Runtime: {sessions.INSTALL}")  # fmt: skip
         logger.warning(
             "ONNX Runtime is not installed: not checked whether FP16 holds the activations; weights are checked"
         )

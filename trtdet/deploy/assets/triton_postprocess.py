@@ -5,7 +5,10 @@ Stands alone: it needs numpy. Slots beyond `num_detections` are zero.
 """
 
 import json
+import os
 from typing import Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before anything here imports ONNX Runtime
 
 import numpy as np
 import triton_python_backend_utils as pb_utils

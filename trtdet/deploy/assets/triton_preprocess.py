@@ -6,7 +6,10 @@ Stands alone: it needs numpy, pillow and opencv-python-headless in the server. A
 
 import io
 import json
+import os
 from typing import Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before anything here imports ONNX Runtime
 
 import cv2
 import numpy as np
