@@ -192,13 +192,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def pad_color(args: argparse.Namespace) -> None:
-    import onnx
-
     from trtdet.deploy.model import open_onnx
     from trtdet.deploy.pad_color import insert_pad_color
+    from trtdet.onnx_files import read_onnx
 
     files.check_outputs([args.output], [args.onnx])
-    model = onnx.load(open_onnx(args.onnx).path)
+    model = read_onnx(open_onnx(args.onnx).path)
     insert_pad_color(model)
     files.write_bytes(args.output, model.SerializeToString())
     print(args.output)

@@ -19,7 +19,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import onnx
 from google.protobuf import text_format as google_text_format
 
 from trtdet import files
@@ -30,6 +29,7 @@ from trtdet.deploy.text_format import Word
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
 from trtdet.nms import lowering
+from trtdet.onnx_files import read_onnx
 from trtdet.sessions import TELEMETRY_SWITCH
 from trtdet.spec import METADATA_KEY
 
@@ -331,7 +331,7 @@ def write_repository(
     if onnx_model is not None:
         onnx_name = f"{name}_onnx" if engines else name
         config = model_config(onnx_name, "onnxruntime_onnx", onnx_model, options)
-        lowered = lowering.lower(onnx.load(onnx_model.path), "onnx").SerializeToString()
+        lowered = lowering.lower(read_onnx(onnx_model.path), "onnx").SerializeToString()
         planned.append(_Planned(config, onnx_model, {"model.onnx": lowered}))
     if not planned:
         raise ValueError("expected an engine or an ONNX file, got neither")

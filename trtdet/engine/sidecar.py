@@ -11,6 +11,7 @@ from typing import Any
 from trtdet import about, files
 from trtdet.engine.options import BatchRange
 from trtdet.errors import EngineError, GraphError
+from trtdet.onnx_files import read_onnx
 from trtdet.spec import ModelSpec
 
 SIDECAR_SCHEMA = 1
@@ -149,17 +150,7 @@ def read_spec(path: Path) -> ModelSpec:
         GraphError, EngineError: nothing in it that says so.
     """
     if path.suffix.lower() == ".onnx":
-        import onnx
-
-        try:
-            model = onnx.load(path, load_external_data=False)
-        except OSError:
-            raise
-        except Exception as error:  # protobuf's DecodeError has no narrower base
-            raise GraphError(
-                f"{path}: expected an ONNX file of create_onnx.py, this is none ({error})"
-            ) from error
-        return ModelSpec.from_onnx(model, path)
+        return ModelSpec.from_onnx(read_onnx(path, weights=False), path)
     if path.suffix.lower() == ".json":
         try:
             return EngineInfo.from_dict(json.loads(path.read_text(encoding="utf-8"))).spec

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trtdet import about
+from trtdet import about, files
 from trtdet.closing import Closing
 from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
@@ -27,6 +27,7 @@ from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
 from trtdet.images.files import ImageArray, load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
+from trtdet.onnx_files import EXPORT_AGAIN, read_onnx
 from trtdet.parity.numbers import SideInfo
 from trtdet.precision.emulation import emulate
 from trtdet.run.detect import open_batcher, open_model
@@ -35,24 +36,12 @@ from trtdet.runtimes.base import Runtime, run_batches
 from trtdet.runtimes.open import open_runtime
 from trtdet.sessions import FATAL_ERRORS, open_session
 from trtdet.sources.base import Source, cut_onnx
-from trtdet.sources.onnx_file import load_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
 
 logger = logging.getLogger(__name__)
 
 #: Protobuf ends at 2 GiB; beyond this, weights go into a file beside the model.
 EXTERNAL_DATA_BYTES = 1 << 30
-
-#: First bytes of files that are mistaken for models.
-OTHER_FILES = {
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"PK\x03\x04": "a ZIP archive, as PyTorch's .pt and Keras' .keras are",
-    b"\x89HDF": "an HDF5 file",
-    b"\x1f\x8b": "a gzip archive",
-}
-#: What text consists of: printable ASCII, tabs and ends of lines.
-TEXT_BYTES = frozenset((*range(0x20, 0x7F), *b"\t\n\r"))
 
 #: One image's detections (class_ids are category ids), and the way from its pixels to the network's.
 Found = tuple[Detections, ResizeTransform]
@@ -124,7 +113,7 @@ class ConvertedSide(Closing):
 
     def __init__(self, path: Path, options: RunOptions) -> None:
         self._options = options
-        model = load_onnx(path) if path.suffix.lower() == ".onnx" else None
+        model = read_onnx(path) if path.suffix.lower() == ".onnx" else None
         self._model = emulate(model) if model and on_cpu(options) else model
         if self._model is None or self._model is model:
             self._runtime = open_model(path, options)
@@ -350,7 +339,9 @@ def is_as_trained(path: Path) -> bool:
         raise FileNotFoundError(f"expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
     as_trained = path.is_dir()
     if path.suffix.lower() == ".onnx" and not as_trained:
-        as_trained = ModelSpec.maybe_from_onnx(load_onnx(path)) is None
+        as_trained = (
+            ModelSpec.maybe_from_onnx(read_onnx(path, remedy=EXPORT_AGAIN, weights=False)) is None
+        )
     elif path.is_file():
         check_engine(path)
     return as_trained
@@ -372,13 +363,7 @@ def check_engine(path: Path) -> None:
     if sidecar_path(path).is_file():
         return
     with open(path, "rb") as file:
-        start = file.read(512)
-    what = "an empty file" if not start else ""
-    for magic, kind in OTHER_FILES.items():
-        if start.startswith(magic):
-            what = kind
-    if start and not what and all(byte in TEXT_BYTES for byte in start):
-        what = "a text file"
+        what = files.kind_of(file.read(512))
     if what:
         raise GraphError(
             f"{path}: expected a SavedModel (a directory), an ONNX file (.onnx) or an engine of build_engine.py, found {what}"

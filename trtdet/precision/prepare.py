@@ -25,6 +25,7 @@ from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import find_images, load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
+from trtdet.onnx_files import read_onnx
 from trtdet.precision import calibration, calibration_cache, floats
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.file import read_precision_file
@@ -107,16 +108,7 @@ def load_model(path: Path) -> tuple[onnx.ModelProto, ModelSpec]:
     Raises:
         FileNotFoundError, GraphError: nothing there, not an ONNX file, or one without a `ModelSpec`.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--onnx: expected an ONNX file, found nothing at {path}")
-    try:
-        model = onnx.load(path)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf's DecodeError has no narrower base
-        raise GraphError(
-            f"{path}: expected an ONNX file, this is none ({error}); write it again with create_onnx.py"
-        ) from error
+    model = read_onnx(path, option="--onnx")
     return model, ModelSpec.from_onnx(model, path)
 
 

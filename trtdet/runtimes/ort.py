@@ -18,6 +18,7 @@ from trtdet.closing import Closing
 from trtdet.errors import EngineError, GraphError
 from trtdet.machine import available_cores
 from trtdet.nms import lowering
+from trtdet.onnx_files import check_external_data, read_onnx
 from trtdet.runtimes.base import Outputs, check_batch
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
@@ -68,7 +69,8 @@ class OnnxRuntime(Closing):
         integer_kernels: bool = True,
     ) -> None:
         path = Path(path)
-        model = _load(path)
+        model = read_onnx(path, weights=False)  # ONNX Runtime reads them itself
+        check_external_data(model, path)
         self.spec = ModelSpec.from_onnx(model, path)
         self._input, self.batch_range = _check_interface(model, self.spec, path)
         threads = threads or available_cores()
@@ -159,16 +161,6 @@ def _check_provider(got: str, wanted: str, provider: Provider) -> None:
             f"--provider {provider}: {message}; install its libraries or choose another"
         )
     logger.warning("%s; running on %s", message, got)
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    """The model without its external data, which ONNX Runtime reads itself."""
-    try:
-        return onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has no narrower base
-        raise GraphError(
-            f"{path}: expected an ONNX file, this is none ({error}); write it again with create_onnx.py"
-        ) from error
 
 
 def _check_interface(
