@@ -2,6 +2,7 @@
 """What stands beside an engine: `<engine>.json`, an `EngineInfo`. A header inside the engine would break trtexec and Triton."""
 
 import dataclasses
+import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -112,8 +113,11 @@ def write_engine(path: Path, plan: bytes, info: EngineInfo) -> EngineInfo:
     return info
 
 
-def read_sidecar(engine_path: Path) -> EngineInfo | None:
+def read_sidecar(engine_path: Path, plan: bytes | None = None) -> EngineInfo | None:
     """What stands beside an engine; None where nothing does.
+
+    Args:
+        plan: the engine's bytes, of who has read them; else the file is read to be compared with the hash in the sidecar.
 
     Raises:
         EngineError: not readable, or of another engine than the one it stands beside.
@@ -134,7 +138,10 @@ def read_sidecar(engine_path: Path) -> EngineInfo | None:
         ) from error
     except EngineError as error:
         raise EngineError(f"{path}: {error}") from error
-    if info.engine_sha256 and info.engine_sha256 != files.sha256(engine_path):
+    if not info.engine_sha256:
+        return info
+    found = files.sha256(engine_path) if plan is None else hashlib.sha256(plan).hexdigest()
+    if info.engine_sha256 != found:
         raise EngineError(
             f"{path} was written for another engine than {engine_path.name} is now; "
             "build the engine again with build_engine.py, or delete the .json"
