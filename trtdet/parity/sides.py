@@ -32,7 +32,7 @@ from trtdet.parity.numbers import SideInfo
 from trtdet.precision.emulation import emulate
 from trtdet.run.detect import open_batcher, open_model
 from trtdet.run.options import ENGINE_OPTIONS, ONNX_OPTIONS, RunOptions
-from trtdet.runtimes.base import Runtime, run_batches
+from trtdet.runtimes.base import Runtime
 from trtdet.runtimes.open import open_runtime
 from trtdet.sessions import FATAL_ERRORS, open_session
 from trtdet.sources.base import Source, cut_onnx
@@ -128,7 +128,7 @@ class ConvertedSide(Closing):
     def detect(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Found]]:
         spec = self.info.spec
         with open_batcher(self._runtime, paths, self._options) as batcher:
-            for batch, outputs in run_batches(self._runtime, batcher):
+            for batch, outputs in self._runtime.map(batcher):
                 found = decode(outputs, spec, batch.transforms)
                 for path, one, transform in zip(batch.paths, found, batch.transforms, strict=True):
                     yield path, (by_category(one, spec), transform)
@@ -150,7 +150,7 @@ class ConvertedSide(Closing):
         return read
 
     def close(self) -> None:
-        self._runtime.__exit__(None, None, None)
+        self._runtime.close()
 
 
 class TrainedSide(Closing):

@@ -14,12 +14,11 @@ import onnx
 from numpy.typing import NDArray
 
 from trtdet import sessions
-from trtdet.closing import Closing
 from trtdet.errors import EngineError, GraphError
 from trtdet.machine import available_cores
 from trtdet.nms import lowering
 from trtdet.onnx_files import check_external_data, read_onnx
-from trtdet.runtimes.base import Outputs, check_batch
+from trtdet.runtimes.base import Outputs, Runtime, check_batch
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -43,8 +42,8 @@ KEPT_INPUTS = 4
 SPIN_US = 20
 
 
-class OnnxRuntime(Closing):
-    """`trtdet.runtimes.Runtime` on ONNX Runtime.
+class OnnxRuntime(Runtime):
+    """`trtdet.runtimes.base.Runtime` on ONNX Runtime.
 
     Args:
         path: an ONNX file written by create_onnx.py; external data is found beside it.
@@ -101,7 +100,7 @@ class OnnxRuntime(Closing):
         return 1 if self._device == "cpu" else 8
 
     def infer(self, images: NDArray[Any]) -> Outputs:
-        """Run one batch. See `trtdet.runtimes.Runtime.infer`."""
+        """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
         check_batch(images, self.spec, self.batch_range)
         if self._device == "cpu":  # reads the array in place: nothing to bind
             values = self._open.run(OUTPUT_NAMES, {self._input: images})
