@@ -25,6 +25,7 @@ from trtdet import files
 from trtdet.deploy import text_format
 from trtdet.deploy.model import Deployable, Tensor, check_servable, label_lines
 from trtdet.deploy.options import DEFAULT_MAX_BATCH
+from trtdet.deploy.server_code import python_model
 from trtdet.deploy.text_format import Word
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
@@ -371,8 +372,8 @@ def _planned_engines(name: str, engines: Sequence[Deployable], options: TritonOp
 def _planned_ensemble(name: str, detector: _Planned, options: TritonOptions) -> list[_Planned]:
     before, after, ensemble = ensemble_configs(name, detector.config, detector.source, options)
     return [
-        _Planned(before, detector.source, {"model.py": asset("triton_preprocess.py")}),
-        _Planned(after, detector.source, {"model.py": asset("triton_postprocess.py")}),
+        _Planned(before, detector.source, python_model("triton_preprocess.py")),
+        _Planned(after, detector.source, python_model("triton_postprocess.py")),
         _Planned(ensemble, detector.source, {}),  # its version folder stays empty
     ]
 
@@ -498,6 +499,7 @@ def _add_version(folder: Path, model: _Planned) -> Path:
         unfinished = Path(temporary, "version")
         unfinished.mkdir()
         for name, content in model.contents.items():
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
                 shutil.copyfile(content, unfinished / name)
             else:
