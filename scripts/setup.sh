@@ -31,4 +31,6 @@ if [ ! -e ".venv/.installed-$stamp" ]; then
   .venv/bin/pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@")
   touch ".venv/.installed-$stamp"
 fi
+# ONNX Runtime sends telemetry by default; a value that is set stays.
+export ORT_DISABLE_TELEMETRY="${ORT_DISABLE_TELEMETRY-1}"
 export PATH="$PWD/.venv/bin:$PATH"

@@ -10,6 +10,8 @@ from trt_rig import engine, rig  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Read when ONNX Runtime is first imported: trtdet.sessions says why.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Read when TensorFlow is first imported, which may be in a test module: trtdet.sources.saved_model says why.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -8,6 +8,8 @@ python -c 'import importlib.metadata as m; m.version("tensorrt-stubs")' 2>/dev/n
 
 # The report of compare.py is looked at in a browser, the DeepStream parser is compiled; without them those tests are skipped and say so.
 command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null || install_package chromium-headless-shell || true
+# strace traces a run for network calls, see tests/test_sessions.py.
+command -v strace >/dev/null || install_package strace || true
 command -v g++ >/dev/null && command -v make >/dev/null || install_package build-essential || true
 
 ruff format --check .

@@ -23,6 +23,7 @@ SCRIPTS = ("create_onnx", "build_engine", "infer", "eval_coco", "compare", "tune
 
 #: Heavy packages -> where they may be imported.
 HOMES = {
+    "onnxruntime": ("trtdet.sessions",),
     "tensorflow": ("trtdet.sources.saved_model",),
     "tf2onnx": ("trtdet.sources.saved_model",),
     "tensorrt": ("trtdet.engine", "trtdet.runtimes"),
@@ -31,7 +32,7 @@ HOMES = {
     "cv2": ("trtdet.images", "trtdet.results"),
 }
 #: Imported inside the functions that need them, never with a module.
-AT_THE_POINT_OF_USE = frozenset((*HOMES.keys() - {"cv2"}, "onnxruntime", "matplotlib", "ray", "pyarrow", "tritonclient", "pycocotools", "aiohttp"))  # fmt: skip
+AT_THE_POINT_OF_USE = frozenset((*HOMES.keys() - {"cv2"}, "matplotlib", "ray", "pyarrow", "tritonclient", "pycocotools", "aiohttp"))  # fmt: skip
 
 
 def imports_of(source: str) -> Iterator[tuple[str, bool]]:
@@ -121,6 +122,24 @@ def misplaced(known: dict[str, str]) -> list[str]:
     return found
 
 
+def onnx_readers(known: dict[str, str]) -> list[str]:
+    """Calls that read ONNX files, outside of their one home."""
+    found = []
+    for module, source in known.items():
+        if module == "trtdet.onnx_files":
+            continue
+        for node in ast.walk(ast.parse(source)):
+            names = []
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[0] == "onnx":
+                names = [node.attr]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "onnx":
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute) and node.attr == "ParseFromString":
+                names = [node.attr]
+            found += [f"{module}:{node.lineno} {name}" for name in names if name.startswith("load") or name == "ParseFromString"]  # fmt: skip
+    return found
+
+
 def beyond_the_standard_library(entry: str, known: dict[str, str]) -> set[str]:
     """What importing a module brings in, besides this package and the standard library."""
     seen: set[str] = set()
@@ -161,6 +180,11 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
     assert misplaced(modules(ROOT)) == []
 
 
+def test_onnx_files_are_read_in_one_place() -> None:
+    assert onnx_readers(modules(ROOT)) == []
+    assert len(onnx_readers({"a": modules(ROOT)["trtdet.onnx_files"]})) == 2
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_doors(script: str) -> None:
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
@@ -197,6 +221,8 @@ def test_the_rules_see_what_breaks_them() -> None:
     known["trtdet.engine"] = "import tensorrt"
     known["trtdet.images"] = "def f():\n    import cuda.bindings"
     known["trtdet.commands"] = "from trtdet.spec import x"
+    known["trtdet.files"] = "import onnx\nfrom onnx import load_model\nonnx.load(p)\nonnx.ModelProto().ParseFromString(b)\nonnx.save(m)"  # fmt: skip
+    assert onnx_readers(known) == ["trtdet.files:2 load_model", "trtdet.files:3 load", "trtdet.files:4 ParseFromString"]  # fmt: skip
     assert upward(known) == ["trtdet.nms -> trtdet.run.a"]
     assert circles(known) == [["trtdet.run.a", "trtdet.run.b"]]
     assert misplaced(known) == ["trtdet.engine imports tensorrt", "trtdet.images imports cuda.bindings"]  # fmt: skip

@@ -14,6 +14,17 @@ from pathlib import Path
 
 #: Bytes of a temporary name that come from the file's own: with the rest it stays below the 255 that file systems take.
 _STEM_BYTES = 80
+#: How files of other kinds begin.
+OTHER_FILES = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"PK\x03\x04": "a ZIP archive, as PyTorch's .pt and Keras' .keras are",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip archive",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file)",
+}
+#: What text consists of: printable ASCII, tabs and ends of lines.
+TEXT_BYTES = frozenset((*range(0x20, 0x7F), *b"\t\n\r"))
 
 
 @contextmanager
@@ -99,6 +110,16 @@ def check_input(path: Path, option: str, what: str) -> None:
     if not Path(path).is_file():
         found = "a directory" if Path(path).is_dir() else "nothing"
         raise FileNotFoundError(f"{option}: expected {what}, found {found} at {path}")
+
+
+def kind_of(start: bytes) -> str:
+    """What a file is, by its first bytes: one that can be neither a model nor an engine; "" for others."""
+    if not start:
+        return "an empty file"
+    for magic, kind in OTHER_FILES.items():
+        if start.startswith(magic):
+            return kind
+    return "a text file" if all(byte in TEXT_BYTES for byte in start) else ""
 
 
 def check_writable(path: Path) -> None:

@@ -372,7 +372,7 @@ def test_files_that_are_no_models(tensorrt: TensorRT, tmp_path: Path, capsys: py
     assert f"--onnx: expected an ONNX file, found nothing at {path}" in capsys.readouterr().err
     path.write_text("no model")
     assert build(path, tmp_path / "x.engine") == 1
-    assert "x.onnx: expected an ONNX file, this is none" in capsys.readouterr().err
+    assert "x.onnx: expected an ONNX file, found a text file" in capsys.readouterr().err
     foreign = toy.network()
     del foreign.metadata_props[:]
     onnx.save(foreign, path)

@@ -242,7 +242,7 @@ def test_bad_sources_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for option, path, message in (
         ("--saved_model", tmp_path / "nowhere", "expected a SavedModel directory"),
         ("--source_onnx", tmp_path / "nowhere.onnx", "expected an ONNX file, found nothing"),
-        ("--source_onnx", tmp_path / "broken.onnx", "expected an ONNX file, could not read it"),
+        ("--source_onnx", tmp_path / "broken.onnx", "expected an ONNX file, found a text file"),
     ):
         assert create_onnx.main([option, str(path), "--onnx", str(tmp_path / "out.onnx")]) == 1
         error = capsys.readouterr().err

@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Python models of an ensemble, as deployed: the same numbers as image_batcher.py and trtdet.detections.decode."""
 
+import dataclasses
 import io
+import itertools
+import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from deploy_models import D0, DETR, YOLO, make_engine, with_input
 from PIL import Image
 from standin_triton_python_backend import StandInServer
+from test_imports import imports_of
 
 from trtdet.commands import deploy
 from trtdet.detections import decode
 from trtdet.images.files import load_image
 from trtdet.images.preprocess import preprocess
+from trtdet.spec import InputDtype, Layout, Placement, Preprocessing, ResizeMode, Rounding, Sampling
 
 pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs tritonclient[grpc]")
 
@@ -27,6 +36,8 @@ SPECS = {
     "inclusive": D0.replace(inclusive_corners=True),
     "turned": D0.replace(selection="rotated_nms", box_order="xyxy", inclusive_corners=True),
     "centred_floor": with_input(D0, placement="center"),
+    "odtk": with_input(D0, rounding="floor64", layout="NCHW"),
+    "tfod_1": with_input(D0, resize="stretch", sampling="corner"),
 }
 
 
@@ -73,7 +84,7 @@ def test_preprocessing_equals_the_host_pipeline(tmp_path, encoded, name):
         path = tmp_path / file
         path.write_bytes(data)
         expected, transform = preprocess(load_image(path), spec.preprocessing)
-        np.testing.assert_allclose(response.outputs["input"][row], expected, atol=1e-4, rtol=0)
+        np.testing.assert_array_equal(response.outputs["input"][row], expected)
         numbers = (*transform.scale_xy, *transform.offset_xy, *transform.source_wh)
         np.testing.assert_array_equal(
             response.outputs["transform"][row], np.array(numbers, np.float32)
@@ -136,4 +147,91 @@ def test_a_damaged_image_fails_its_own_request_only(tmp_path, encoded):
     bad = np.array([[encoded["3x2.jpg"]], [b"no image"]], object)
     answers = server.infer({"image": good}, {"image": bad}, {"image": good})
     assert [answer.error is None for answer in answers] == [True, False, True]
-    assert answers[1].error.message.startswith("image 1 cannot be decoded: UnidentifiedImageError")
+    assert answers[1].error.message.startswith("image 1: cannot be decoded: not an image")
+
+
+# ---- every preprocessing
+
+#: Width and height of 52 pictures: powers of two and their neighbours, common formats small, extremes.
+SIZES = [
+    *((w, h) for w in (1, 2, 47, 63, 64, 65, 97, 128) for h in (1, 3, 48, 49, 96, 131)),
+    (300, 2), (2, 300), (320, 240), (213, 160),
+]  # fmt: skip
+
+#: Every value that a family, or an option of create_onnx.py, can give a field; a free size changes nothing for one picture.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "layout": get_args(Layout),
+    "dtype": get_args(InputDtype),
+    "resize": get_args(ResizeMode),
+    "placement": get_args(Placement),
+    "rounding": get_args(Rounding),
+    "sampling": get_args(Sampling),
+    "antialias": (False, True),
+    "pad_rgb": ((0.0, 0.0, 0.0), (123.675, 116.28, 103.53)),
+}
+
+
+def combinations() -> Iterator[Preprocessing]:
+    for values in itertools.product(*CHOICES.values()):
+        yield Preprocessing((48, 64), **dict(zip(CHOICES, values, strict=True)))
+
+
+def test_every_field_is_varied() -> None:
+    """A new field of `Preprocessing` has to be put into CHOICES, or here, with the reason."""
+    in_the_graph = {"mean", "std", "bgr"}
+    of_the_size = {"size_hw", "size_range", "size_multiple"}
+    assert {f.name for f in dataclasses.fields(Preprocessing)} == CHOICES.keys() | in_the_graph | of_the_size  # fmt: skip
+    assert len(set(SIZES)) == 52
+
+
+def test_every_preprocessing_equals_the_host_pipeline(tmp_path: Path) -> None:
+    server = StandInServer(deployed(tmp_path, with_input(D0, size_hw=(48, 64))) / "x_preprocess")
+    rng = np.random.default_rng(3)
+    pictures = [rng.integers(0, 256, (h, w, 3), np.uint8) for w, h in SIZES]
+    encoded = np.array([_file(Image.fromarray(picture), "BMP") for picture in pictures], object)
+    compared = 0
+    for preprocessing in combinations():
+        text = json.dumps({"preprocessing": dataclasses.asdict(preprocessing)})
+        server.initialize({**server.config, "parameters": {"trtdet": {"string_value": text}}})
+        response = server.infer_unchecked({"image": encoded[:, None]})
+        assert response.error is None
+        for row, picture in enumerate(pictures):
+            expected, transform = preprocess(picture, preprocessing)
+            numbers = (*transform.scale_xy, *transform.offset_xy, *transform.source_wh)
+            assert np.array_equal(response.outputs["input"][row], expected), (preprocessing, SIZES[row])  # fmt: skip
+            assert response.outputs["input"].dtype == expected.dtype
+            assert response.outputs["transform"][row].tolist() == np.float32(numbers).tolist()
+            compared += 1
+    assert compared == 384 * 52
+
+
+# ---- the code in the repository
+
+
+def test_the_repository_holds_the_same_code(tmp_path: Path) -> None:
+    models = deployed(tmp_path, D0)
+    for name, needed in (("preprocess", "images/preprocess.py"), ("postprocess", "detections.py")):
+        version = models / f"x_{name}" / "1"
+        copies = [path for path in version.glob("trtdet/**/*.py") if path.name != "__init__.py"]
+        assert version / "trtdet" / needed in copies
+        for path in copies:
+            assert path.read_bytes() == (ROOT / path.relative_to(version)).read_bytes(), path
+        server = StandInServer(models / f"x_{name}")
+        files = {Path(str(module.__file__)) for module in server.loaded.values()}
+        assert files == set(version.glob("trtdet/**/*.py"))
+
+
+def test_a_server_needs_numpy_opencv_and_pillow_alone(tmp_path: Path) -> None:
+    models = deployed(tmp_path, D0)
+    outside: dict[str, set[str]] = {}
+    for name in ("preprocess", "postprocess"):
+        files = list((models / f"x_{name}" / "1").rglob("*.py"))
+        at_once = {
+            imported.split(".")[0]
+            for path in files
+            for imported, early in imports_of(path.read_text(encoding="utf-8"))
+            if early
+        }
+        outside[name] = at_once - sys.stdlib_module_names - {"trtdet", "triton_python_backend_utils"}  # fmt: skip
+        assert len(files) < 12
+    assert outside == {"preprocess": {"numpy", "cv2", "PIL"}, "postprocess": {"numpy"}}

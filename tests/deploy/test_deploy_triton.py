@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import toy_detector
 from deploy_models import D0, DETR, YOLO, make_engine, with_input
 
 from trtdet.commands import deploy
@@ -234,6 +235,14 @@ def test_serve_command_names_plugins_and_version_compatibility(tmp_path, capsys)
         f"tritonserver --model-repository={tmp_path / 'models'} '--backend-config=tensorrt,plugins=liba.so;libb.so' "
         "--backend-config=tensorrt,version-compatible=true"
     )
+
+
+def test_serve_command_turns_the_telemetry_of_onnx_runtime_off(tmp_path, capsys):
+    engine = make_engine(tmp_path / "x.engine")
+    assert write(tmp_path / "models", engine) == 0
+    assert capsys.readouterr().out.startswith("tritonserver ")
+    assert write(tmp_path / "both", engine, "--onnx", str(toy_detector.save(tmp_path / "a.onnx"))) == 0  # fmt: skip
+    assert capsys.readouterr().out.startswith("ORT_DISABLE_TELEMETRY=1 tritonserver ")
 
 
 def test_dla_gpus_and_instances(tmp_path):

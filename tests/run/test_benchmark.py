@@ -3,7 +3,6 @@
 
 import json
 import platform
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from trtdet.machine import available_cores, describe_machine
 from trtdet.run import benchmark
 from trtdet.run.benchmark import Sample, Summary, measure, noise
-from trtdet.runtimes.base import BatchTimes, Outputs
+from trtdet.runtimes.base import BatchTimes, Outputs, Runtime
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 
@@ -52,7 +51,7 @@ def test_names_are_trtexecs() -> None:
     )
 
 
-class StandInRuntime:
+class StandInRuntime(Runtime):
     """Counts its batches and lets each take 10 ms of the stand-in clock."""
 
     spec = ModelSpec("toy", Preprocessing((2, 3), dtype="uint8"), Nms(), (1,))
@@ -69,15 +68,7 @@ class StandInRuntime:
     def clock(self) -> float:
         return self.calls * 0.010
 
-    def __enter__(self) -> "StandInRuntime":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def close(self) -> None: ...
 
 
 def test_measure_on_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +89,8 @@ def test_measure_on_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class StandInDevice(StandInRuntime):
     """Tells its transfers from its compute; `map` overlaps them: 6 ms a batch instead of 10."""
+
+    overlaps = True
 
     def infer_timed(self, images: NDArray[Any]) -> BatchTimes:
         return BatchTimes(enqueue_ms=0.5, h2d_ms=2, compute_ms=6, d2h_ms=1)

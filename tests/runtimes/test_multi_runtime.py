@@ -3,9 +3,11 @@
 
 import argparse
 import gc
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ import pytest
 from standin_cudart import cudaError_t
 from trt_rig import SHAPE, Batch, Rig, assert_same, batches, noise
 
-from trtdet import files
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
 from trtdet.runtimes.multi import MultiRuntime, open_devices
@@ -158,34 +159,47 @@ def test_a_gpu_that_is_not_there_is_named(
     assert machine.cudart.calls["cudaStreamCreateWithFlags"] == 0  # nothing was opened before
 
 
+_listeners: list[list[str]] = []
+
+
+@lru_cache(maxsize=1)
+def note_opened_files() -> None:
+    """Tell `_listeners` from now on. A hook cannot be taken away."""
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            for listener in _listeners:
+                listener.append(str(arguments[0]))
+
+    sys.addaudithook(note)
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """Names of the files that are opened, in order."""
+    note_opened_files()
+    listener: list[str] = []
+    _listeners.append(listener)
+    yield listener
+    _listeners.remove(listener)
+
+
 @pytest.mark.parametrize("sidecar", [True, False])
 def test_the_engine_is_read_once_for_all_gpus(
     rig: Callable[..., Rig],
     engine: Path,
     sidecar: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    opened: list[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     rig(devices=8)
     if not sidecar:
         sidecar_path(engine).unlink()
-    read, hashed = [], []
-    original_read, original_hash = Path.read_bytes, files.sha256
-
-    def read_bytes(path: Path) -> bytes:
-        read.append(path)
-        return original_read(path)
-
-    def sha256(path: Path) -> str:
-        hashed.append(path)
-        return original_hash(path)
-
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    monkeypatch.setattr(files, "sha256", sha256)
     with open_devices(engine, "all") as runtime:
         for batch, outputs in runtime.map(batches([4] * 12)):
             assert_same(outputs, batch.images)
-    assert (read, hashed) == ([engine], [engine] * sidecar)
+    counts = [opened.count(str(path)) for path in (engine, sidecar_path(engine))]
+    assert counts == [1, int(sidecar)]
     assert caplog.text.count("beside it: taken for AutoML's EfficientDet") == (not sidecar)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import onnx.parser
 import onnxruntime
 import pytest
 import toy_detector
+from conftest import ROOT
 from numpy.typing import NDArray
 
 from trtdet.errors import EngineError, GraphError
 from trtdet.files import sha256
-from trtdet.runtimes.base import Outputs, default_batch_size, run_batches
+from trtdet.runtimes.base import Outputs, Runtime, default_batch_size
 from trtdet.runtimes.open import open_runtime
 from trtdet.runtimes.ort import OnnxRuntime, pick_providers
 from trtdet.spec import ModelSpec, Nms, Preprocessing
@@ -247,7 +248,7 @@ def test_description_names_version_and_provider(tmp_path: Path) -> None:
         assert runtime.description == f"ONNX Runtime {onnxruntime.__version__}, {CPU}, 1 threads"
 
 
-# ---- run_batches, which every runtime shares
+# ---- what every runtime has
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ class NamedBatch:
     paths: tuple[Path, ...]
 
 
-class StandInRuntime:
+class StandInRuntime(Runtime):
     """Answers with the batch's first pixel; fails at pixel 13."""
 
     spec = ModelSpec("toy", Preprocessing((1, 1)), Nms(), (1,))
@@ -268,20 +269,12 @@ class StandInRuntime:
             raise EngineError("out of memory")
         return {"num_detections": images[:1]}
 
-    def __enter__(self) -> "StandInRuntime":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def close(self) -> None: ...
 
 
-def test_run_batches_keeps_order_and_names_the_images_of_a_failure() -> None:
+def test_batches_keep_their_order_and_a_failure_names_its_images() -> None:
     batches = [NamedBatch(np.array([x]), (Path(f"{x}.jpg"), Path("b.jpg"))) for x in (3, 1, 13, 2)]
-    results = run_batches(StandInRuntime(), batches)
+    results = StandInRuntime().map(batches)
     assert [
         (batch, found["num_detections"][0]) for batch, found in (next(results), next(results))
     ] == [
@@ -295,20 +288,38 @@ def test_run_batches_keeps_order_and_names_the_images_of_a_failure() -> None:
 def test_a_batch_that_onnx_runtime_does_not_take_is_named(tmp_path: Path) -> None:
     batches = [NamedBatch(images((1, 1, 0), dtype=dtype), (Path(f"{dtype}.jpg"),)) for dtype in ("float32", "uint8")]  # fmt: skip
     with OnnxRuntime(toy_detector.save(tmp_path / "toy.onnx"), threads=1) as runtime:
-        results = run_batches(runtime, batches)
+        results = runtime.map(batches)
         next(results)
         with pytest.raises(ValueError, match=r"^batch 1: input: expected images of .* \(images: uint8\.jpg\)$"):  # fmt: skip
             next(results)
 
 
-def test_run_batches_uses_a_runtimes_own_pipeline() -> None:
-    class Pipelined(StandInRuntime):
-        def map(self, batches: Any) -> Any:
-            for batch in batches:
-                yield batch, {"num_detections": np.array([7])}
+def test_a_runtime_needs_no_more_than_the_contract_says() -> None:
+    with StandInRuntime() as runtime:
+        assert (runtime.preferred_batch, runtime.overlaps, runtime.timed_on) == (8, False, "")
+        assert runtime.infer_timed(np.zeros(1)) is None
+        memory = runtime.allocate((2, 3), np.dtype("uint8"))
+        assert (memory.shape, memory.dtype) == ((2, 3), np.uint8)
 
-    batch = NamedBatch(np.array([13]), ())
-    assert [found["num_detections"][0] for _, found in run_batches(Pipelined(), [batch])] == [7]
+    class WithoutInfer(Runtime):
+        def close(self) -> None: ...
+
+    with pytest.raises(TypeError, match="abstract"):
+        WithoutInfer()  # type: ignore[abstract]
+
+
+def test_runtimes_are_asked_for_nothing_by_name() -> None:
+    """What a runtime has is in its contract: no getattr and no hasattr."""
+    asked = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted((ROOT / "trtdet").rglob("*.py"))
+        if path.name != "cuda.py"  # its `runtime` is CUDA's
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr")
+        if ast.unparse(node.args[0]).rpartition(".")[2].strip("_") == "runtime"
+        or (ast.unparse(node.args[0]) == "self" and path.parent.name == "runtimes")
+    ]  # fmt: skip
+    assert asked == []
 
 
 @pytest.mark.parametrize(
@@ -323,10 +334,11 @@ def test_run_batches_uses_a_runtimes_own_pipeline() -> None:
 def test_default_batch_size(
     preferred: int | None, batch_range: tuple[int, int | None], expected: int
 ) -> None:
-    runtime = StandInRuntime()
+    class Preferring(StandInRuntime):
+        preferred_batch = property(lambda self: preferred)
+
+    runtime = StandInRuntime() if preferred is None else Preferring()
     runtime.batch_range = batch_range
-    if preferred is not None:
-        runtime.preferred_batch = preferred  # type: ignore[attr-defined]
     assert default_batch_size(runtime) == expected
 
 

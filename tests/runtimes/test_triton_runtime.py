@@ -7,7 +7,6 @@ That environment needs nvidia-pytriton, whose wheel has the server, onnxruntime,
 import argparse
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -33,7 +32,10 @@ from trtdet.commands import deploy, eval_coco, infer
 from trtdet.deploy import text_format as pbtxt
 from trtdet.deploy.model import Deployable
 from trtdet.deploy.triton import TritonOptions, model_config
+from trtdet.detections import decode
 from trtdet.errors import EngineError, GraphError
+from trtdet.images.files import load_image
+from trtdet.images.preprocess import preprocess
 from trtdet.runtimes import triton
 from trtdet.runtimes.open import open_runtime
 from trtdet.runtimes.options import TritonUrl, parse_url
@@ -402,14 +404,14 @@ def test_infer_and_eval_through_a_server(serve, repository, tiny_onnx, reference
 
 
 @pytest.fixture(scope="module")
-def real_server(repository, tmp_path_factory):
-    """(grpc address, http address) of a Triton server that serves `repository` in its Python backend."""
+def real_server(tiny_onnx, tmp_path_factory):
+    """(grpc address, http address) of a Triton server that serves a model and its ensemble in its Python backend."""
     venv = os.environ.get("TRTDET_TRITON_VENV", "")
     homes = list(Path(venv).glob("lib/python3.*/site-packages/pytriton/tritonserver")) if venv else []  # fmt: skip
     if not homes:
-        pytest.skip("needs TRTDET_TRITON_VENV, a virtual environment with nvidia-pytriton, onnxruntime and numpy<2")  # fmt: skip
+        pytest.skip("needs TRTDET_TRITON_VENV, a virtual environment with nvidia-pytriton, onnxruntime, pillow, opencv-python-headless<4.12 and numpy<2")  # fmt: skip
     folder = tmp_path_factory.mktemp("real")
-    shutil.copytree(repository, folder / "models")
+    assert deploy.main(["triton", "--onnx", str(tiny_onnx), "--repository", str(folder / "models"), "--name", "toy", "--ensemble"]) == 0  # fmt: skip
     serve_in_python(folder / "models")
     backend = folder / "backends" / "python"
     backend.mkdir(parents=True)
@@ -458,5 +460,29 @@ def test_infer_and_eval_through_a_real_server(scheme, real_server, reference, tm
         one, other = shared.infer(images), sent.infer(images)
     for name, value in one.items():
         np.testing.assert_allclose(other[name], value, atol=1e-5, err_msg=name)
-    with pytest.raises(EngineError, match=r"expected a model 'other' that is ready.*found toy;"):
+    with pytest.raises(
+        EngineError, match=r"expected a model 'other' that is ready.*found toy, toy_ensemble, "
+    ):
         TritonRuntime(parse_url(f"{scheme}://{address}/other"))
+
+
+def test_an_ensemble_of_a_real_server_finds_what_infer_finds(real_server, tiny_onnx):
+    from tritonclient import grpc as client_grpc
+
+    found = 0
+    with (
+        client_grpc.InferenceServerClient(real_server[0]) as client,
+        open_runtime(tiny_onnx) as runtime,
+    ):
+        for path in sorted(tiny_images().iterdir()):
+            image = client_grpc.InferInput("image", [1, 1], "BYTES")
+            image.set_data_from_numpy(np.array([[path.read_bytes()]], object))
+            answer = client.infer("toy_ensemble", [image])
+            placed, transform = preprocess(load_image(path), runtime.spec.preprocessing)
+            (expected,) = decode(runtime.infer(placed[None]), runtime.spec, [transform])
+            n = int(answer.as_numpy("num_detections")[0, 0])
+            assert n == len(expected)
+            for name, atol in (("boxes_xyxy", 1e-3), ("scores", 1e-5), ("class_ids", 0)):
+                np.testing.assert_allclose(answer.as_numpy(name)[0, :n], getattr(expected, name), atol=atol)  # fmt: skip
+            found += n
+    assert found > 100

@@ -17,7 +17,7 @@ from trtdet import cuda
 from trtdet.cuda import CudaError
 from trtdet.errors import EngineError
 from trtdet.run import benchmark
-from trtdet.runtimes.base import default_batch_size, run_batches
+from trtdet.runtimes.base import default_batch_size
 from trtdet.runtimes.open import open_runtime
 from trtdet.runtimes.trt import TensorRTRuntime
 from trtdet.runtimes.trt_load import Profile, pick_profile
@@ -331,11 +331,11 @@ def test_submit_fetch_and_their_limits(rig: Callable[..., Rig], engine: Path) ->
         assert_same(runtime.infer(noise(3)), noise(3))
 
 
-def test_run_batches_uses_map(rig: Callable[..., Rig], engine: Path) -> None:
+def test_map_replays_graphs(rig: Callable[..., Rig], engine: Path) -> None:
     machine = rig()
     with open_runtime(engine) as runtime:
         source = batches([4, 4, 4, 4, 1])
-        for (batch, outputs), expected in zip(run_batches(runtime, source), source, strict=True):
+        for (batch, outputs), expected in zip(runtime.map(source), source, strict=True):
             assert batch is expected
             assert_same(outputs, batch.images)
         assert runtime.description == "TensorRT 10.13.3.9, GPU 0 (CPU stand-in, compute capability 9.0)"  # fmt: skip

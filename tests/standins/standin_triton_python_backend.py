@@ -43,25 +43,53 @@ def _config_as_json(path: Path) -> str:
     return json_format.MessageToJson(config, preserving_proto_field_name=True)
 
 
+def _take_ours() -> dict[str, ModuleType]:
+    """Take the modules of `trtdet` out of those that are loaded."""
+    names = [name for name in sys.modules if name.split(".")[0] == "trtdet"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
 class StandInServer:
-    """Loads `<model>/<version>/model.py` as Triton's Python backend does, and checks what it answers against config.pbtxt."""
+    """Loads `<model>/<version>/model.py` as Triton's Python backend does, and checks what it answers against config.pbtxt.
+
+    As in a process of its own, where `trtdet` is not loaded yet: what the model imports of it is what lies beside it.
+
+    Attributes:
+        loaded: the modules of `trtdet` that the model imported.
+    """
 
     def __init__(self, model: Path, version: int = 1) -> None:
         utils = ModuleType("triton_python_backend_utils")
         for item in (Tensor, TritonError, InferenceResponse, get_input_tensor_by_name):
             setattr(utils, item.__name__, item)
+        ours, path = _take_ours(), list(sys.path)
         sys.modules["triton_python_backend_utils"] = utils
         spec = importlib.util.spec_from_file_location(
             f"triton_{model.name}", model / str(version) / "model.py"
         )
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        del sys.modules["triton_python_backend_utils"]
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules["triton_python_backend_utils"]
+            self.loaded = _take_ours()
+            sys.modules.update(ours)
+            sys.path[:] = path
         text = _config_as_json(model / "config.pbtxt")
         self.config = json.loads(text)
         self._model = module.TritonPythonModel()
-        self._model.initialize({"model_config": text, "model_name": model.name})
+        self.initialize(self.config)
+
+    def initialize(self, config: dict[str, Any]) -> None:
+        """Load the model with another configuration."""
+        self.config = config
+        self._model.initialize({"model_config": json.dumps(config), "model_name": config["name"]})
+
+    def infer_unchecked(self, request: dict[str, np.ndarray]) -> InferenceResponse:
+        """Answer one request, of whatever shapes."""
+        response: InferenceResponse = self._model.execute([request])[0]
+        return response
 
     def infer(self, *requests: dict[str, np.ndarray]) -> list[InferenceResponse]:
         """Answer several requests at once, each with its batch dimension where the configuration batches."""

@@ -91,7 +91,7 @@ def deploy_triton(args: argparse.Namespace) -> None:
     for folder in written:
         logger.info("%s", folder)
     check_written(args.repository, [folder.parent.name for folder in written])
-    print(triton.serve_command(args.repository, engines))
+    print(triton.serve_command(args.repository, engines, onnx_model))
 
 
 def deploy_deepstream(args: argparse.Namespace) -> None:
@@ -192,13 +192,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def pad_color(args: argparse.Namespace) -> None:
-    import onnx
-
     from trtdet.deploy.model import open_onnx
     from trtdet.deploy.pad_color import insert_pad_color
+    from trtdet.onnx_files import read_onnx
 
     files.check_outputs([args.output], [args.onnx])
-    model = onnx.load(open_onnx(args.onnx).path)
+    model = read_onnx(open_onnx(args.onnx).path)
     insert_pad_color(model)
     files.write_bytes(args.output, model.SerializeToString())
     print(args.output)

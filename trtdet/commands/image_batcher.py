@@ -38,11 +38,10 @@ def read_preprocessing(model: Path) -> Preprocessing:
         FileNotFoundError, GraphError, EngineError: no such file, or nothing in it that says so.
     """
     from trtdet.engine.sidecar import read_sidecar, sidecar_path
+    from trtdet.onnx_files import read_onnx
 
     if model.suffix.lower() == ".onnx":
-        import onnx
-
-        return ModelSpec.from_onnx(onnx.load(model, load_external_data=False), model).preprocessing
+        return ModelSpec.from_onnx(read_onnx(model, option="--model", weights=False), model).preprocessing  # fmt: skip
     info = read_sidecar(model)
     if info is None:
         raise FileNotFoundError(

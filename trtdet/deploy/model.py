@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-
 from trtdet.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph import tidy
 from trtdet.labels import label_of, read_labels
+from trtdet.onnx_files import read_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -124,14 +123,7 @@ def open_onnx(path: Path) -> Deployable:
     Raises:
         FileNotFoundError, GraphError: no such file, or not one of create_onnx.py.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--onnx: expected an ONNX file, found nothing at {path}")
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has no narrower base
-        raise GraphError(
-            f"{path}: expected an ONNX file of create_onnx.py, this is none ({error})"
-        ) from error
+    model = read_onnx(path, option="--onnx", weights=False)
     spec = ModelSpec.from_onnx(model, path)
     names = {output.name for output in model.graph.output}
     if names != set(OUTPUT_NAMES):

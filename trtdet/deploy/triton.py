@@ -19,17 +19,19 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import onnx
 from google.protobuf import text_format as google_text_format
 
 from trtdet import files
 from trtdet.deploy import text_format
 from trtdet.deploy.model import Deployable, Tensor, check_servable, label_lines
 from trtdet.deploy.options import DEFAULT_MAX_BATCH
+from trtdet.deploy.server_code import python_model
 from trtdet.deploy.text_format import Word
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
 from trtdet.nms import lowering
+from trtdet.onnx_files import read_onnx
+from trtdet.sessions import TELEMETRY_SWITCH
 from trtdet.spec import METADATA_KEY
 
 logger = logging.getLogger(__name__)
@@ -330,7 +332,7 @@ def write_repository(
     if onnx_model is not None:
         onnx_name = f"{name}_onnx" if engines else name
         config = model_config(onnx_name, "onnxruntime_onnx", onnx_model, options)
-        lowered = lowering.lower(onnx.load(onnx_model.path), "onnx").SerializeToString()
+        lowered = lowering.lower(read_onnx(onnx_model.path), "onnx").SerializeToString()
         planned.append(_Planned(config, onnx_model, {"model.onnx": lowered}))
     if not planned:
         raise ValueError("expected an engine or an ONNX file, got neither")
@@ -370,8 +372,8 @@ def _planned_engines(name: str, engines: Sequence[Deployable], options: TritonOp
 def _planned_ensemble(name: str, detector: _Planned, options: TritonOptions) -> list[_Planned]:
     before, after, ensemble = ensemble_configs(name, detector.config, detector.source, options)
     return [
-        _Planned(before, detector.source, {"model.py": asset("triton_preprocess.py")}),
-        _Planned(after, detector.source, {"model.py": asset("triton_postprocess.py")}),
+        _Planned(before, detector.source, python_model("triton_preprocess.py")),
+        _Planned(after, detector.source, python_model("triton_postprocess.py")),
         _Planned(ensemble, detector.source, {}),  # its version folder stays empty
     ]
 
@@ -497,6 +499,7 @@ def _add_version(folder: Path, model: _Planned) -> Path:
         unfinished = Path(temporary, "version")
         unfinished.mkdir()
         for name, content in model.contents.items():
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
                 shutil.copyfile(content, unfinished / name)
             else:
@@ -512,8 +515,10 @@ def _add_version(folder: Path, model: _Planned) -> Path:
     return version
 
 
-def serve_command(repository: Path, engines: Sequence[Deployable]) -> str:
-    """The command that serves a repository, with the plugins and settings that these engines need.
+def serve_command(
+    repository: Path, engines: Sequence[Deployable], onnx_model: Deployable | None = None
+) -> str:
+    """The command that serves a repository, with the plugins and settings that these models need.
 
     EfficientNMS and TensorRT's other plugins need none: Triton's backend registers them.
     """
@@ -524,4 +529,5 @@ def serve_command(repository: Path, engines: Sequence[Deployable]) -> str:
         command.append(f"--backend-config=tensorrt,plugins={';'.join(plugins)}")
     if any(info.version_compatible for info in infos):
         command.append("--backend-config=tensorrt,version-compatible=true")
-    return shlex.join(command)
+    telemetry_off = f"{TELEMETRY_SWITCH}=1 " if onnx_model else ""  # of the server's ONNX Runtime
+    return telemetry_off + shlex.join(command)

@@ -2,6 +2,7 @@
 """What stands beside an engine: `<engine>.json`, an `EngineInfo`. A header inside the engine would break trtexec and Triton."""
 
 import dataclasses
+import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from trtdet import about, files
 from trtdet.engine.options import BatchRange
 from trtdet.errors import EngineError, GraphError
+from trtdet.onnx_files import read_onnx
 from trtdet.spec import ModelSpec
 
 SIDECAR_SCHEMA = 1
@@ -111,8 +113,11 @@ def write_engine(path: Path, plan: bytes, info: EngineInfo) -> EngineInfo:
     return info
 
 
-def read_sidecar(engine_path: Path) -> EngineInfo | None:
+def read_sidecar(engine_path: Path, plan: bytes | None = None) -> EngineInfo | None:
     """What stands beside an engine; None where nothing does.
+
+    Args:
+        plan: the engine's bytes, of who has read them; else the file is read to be compared with the hash in the sidecar.
 
     Raises:
         EngineError: not readable, or of another engine than the one it stands beside.
@@ -133,7 +138,10 @@ def read_sidecar(engine_path: Path) -> EngineInfo | None:
         ) from error
     except EngineError as error:
         raise EngineError(f"{path}: {error}") from error
-    if info.engine_sha256 and info.engine_sha256 != files.sha256(engine_path):
+    if not info.engine_sha256:
+        return info
+    found = files.sha256(engine_path) if plan is None else hashlib.sha256(plan).hexdigest()
+    if info.engine_sha256 != found:
         raise EngineError(
             f"{path} was written for another engine than {engine_path.name} is now; "
             "build the engine again with build_engine.py, or delete the .json"
@@ -149,17 +157,7 @@ def read_spec(path: Path) -> ModelSpec:
         GraphError, EngineError: nothing in it that says so.
     """
     if path.suffix.lower() == ".onnx":
-        import onnx
-
-        try:
-            model = onnx.load(path, load_external_data=False)
-        except OSError:
-            raise
-        except Exception as error:  # protobuf's DecodeError has no narrower base
-            raise GraphError(
-                f"{path}: expected an ONNX file of create_onnx.py, this is none ({error})"
-            ) from error
-        return ModelSpec.from_onnx(model, path)
+        return ModelSpec.from_onnx(read_onnx(path, weights=False), path)
     if path.suffix.lower() == ".json":
         try:
             return EngineInfo.from_dict(json.loads(path.read_text(encoding="utf-8"))).spec

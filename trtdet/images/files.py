@@ -60,24 +60,35 @@ def find_images(path: Path, *, recursive: bool = False, option: str = "--input")
 
 
 def load_image(path: Path) -> ImageArray:
-    """Decode an image file the way it is meant to be seen.
+    """Decode an image file the way it is meant to be seen: `decode_image` of its bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as in `decode_image`; names the file.
+    """
+    return decode_image(Path(path).read_bytes(), str(path))
+
+
+def decode_image(data: bytes, name: str) -> ImageArray:
+    """Decode the bytes of an image file the way it is meant to be seen.
 
     The EXIF orientation is applied; 16 bits are scaled to 8; grey, palette and CMYK become RGB; alpha is dropped.
     A JPEG that is damaged in the middle comes out with wrong pixels: libjpeg goes on, and writes its warning to stderr by itself.
     JPEGs go through OpenCV, with the same pixels as Pillow's (both are libjpeg-turbo with its default, exact settings) in 0.8 of the
     time, and less where several threads decode, as Pillow's way into NumPy holds the GIL. CMYK and all other kinds go through Pillow.
 
+    Args:
+        name: of the image, for messages.
+
     Returns:
         (h, w, 3) uint8 RGB, not necessarily writable.
 
     Raises:
-        OSError: the file cannot be read.
         ValueError: it is not an image, is damaged, or has more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million); one line that
-            names the file.
+            begins with `name`.
     """
-    data = Path(path).read_bytes()
     if not data:
-        raise ValueError(f"{path}: expected an image, found an empty file")
+        raise ValueError(f"{name}: expected an image, found an empty file")
     try:
         if _plain_jpeg(data):
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -86,10 +97,10 @@ def load_image(path: Path) -> ImageArray:
         with Image.open(io.BytesIO(data)) as image:
             return _to_rgb(image)
     except Exception as error:  # on a damaged file Pillow's readers raise errors of many kinds
-        reason = " ".join(str(error).replace(str(path), "").split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not an image, or of an unknown kind (first bytes: {data[:8]!r})"
-        raise ValueError(f"{path}: cannot be decoded: {reason}") from error
+        raise ValueError(f"{name}: cannot be decoded: {reason}") from error
 
 
 def _plain_jpeg(data: bytes) -> bool:

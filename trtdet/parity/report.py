@@ -29,7 +29,7 @@ from trtdet.parity.numbers import (
     worst_first,
 )
 
-TEMPLATE = Path(__file__).parent / "data" / "report.html"
+TEMPLATE = Path(__file__).parents[1] / "data" / "report.html"
 
 #: Longest side of a picture in the page, pixels; two for each of the worst images.
 PICTURE_SIDE = 640

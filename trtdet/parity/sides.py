@@ -15,43 +15,33 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trtdet import about
+from trtdet import about, files
 from trtdet.closing import Closing
 from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
 from trtdet.engine.sidecar import sidecar_path
-from trtdet.errors import EngineError, GraphError
+from trtdet.errors import GraphError
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
 from trtdet.families.detr import BOXES
 from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
 from trtdet.images.files import ImageArray, load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
+from trtdet.onnx_files import EXPORT_AGAIN, read_onnx
 from trtdet.parity.numbers import SideInfo
 from trtdet.precision.emulation import emulate
 from trtdet.run.detect import open_batcher, open_model
 from trtdet.run.options import ENGINE_OPTIONS, ONNX_OPTIONS, RunOptions
-from trtdet.runtimes.base import Runtime, run_batches
+from trtdet.runtimes.base import Runtime
 from trtdet.runtimes.open import open_runtime
+from trtdet.sessions import FATAL_ERRORS, open_session
 from trtdet.sources.base import Source, cut_onnx
-from trtdet.sources.onnx_file import load_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
 
 logger = logging.getLogger(__name__)
 
 #: Protobuf ends at 2 GiB; beyond this, weights go into a file beside the model.
 EXTERNAL_DATA_BYTES = 1 << 30
-
-#: First bytes of files that are mistaken for models.
-OTHER_FILES = {
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"PK\x03\x04": "a ZIP archive, as PyTorch's .pt and Keras' .keras are",
-    b"\x89HDF": "an HDF5 file",
-    b"\x1f\x8b": "a gzip archive",
-}
-#: What text consists of: printable ASCII, tabs and ends of lines.
-TEXT_BYTES = frozenset((*range(0x20, 0x7F), *b"\t\n\r"))
 
 #: One image's detections (class_ids are category ids), and the way from its pixels to the network's.
 Found = tuple[Detections, ResizeTransform]
@@ -102,10 +92,6 @@ class GraphPart:
         Raises:
             EngineError: ONNX Runtime is not installed, or cannot load it.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise EngineError("comparing tensors takes ONNX Runtime: pip install onnxruntime") from error  # fmt: skip
         part = cut_onnx(model, list(inputs), outputs)
         part.ir_version = min(part.ir_version, 10)  # the newest that ONNX Runtime 1.22 reads
         for info in part.graph.input:
@@ -114,22 +100,12 @@ class GraphPart:
                 info.CopyFrom(
                     onnx.helper.make_tensor_value_info(info.name, inputs[info.name], None)
                 )
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4  # what it has to say is in the exception
-        try:
-            self._session = onnxruntime.InferenceSession(
-                part.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            raise EngineError(f"ONNX Runtime cannot load the graph up to {list(outputs)[:3]}: {error}") from error  # fmt: skip
+        name = f"the graph up to {list(outputs)[:3]}"
+        # What ONNX Runtime has to say is in the exception.
+        self._session = open_session(part, name, optimize=False, log_level=FATAL_ERRORS)
 
     def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        try:
-            values: list[NDArray[Any]] = self._session.run(list(names), dict(feeds))
-        except Exception as error:  # as above
-            raise EngineError(f"ONNX Runtime failed on the graph up to {list(names)[:3]}: {error}") from error  # fmt: skip
-        return values
+        return self._session.run(names, feeds)
 
 
 class ConvertedSide(Closing):
@@ -137,7 +113,7 @@ class ConvertedSide(Closing):
 
     def __init__(self, path: Path, options: RunOptions) -> None:
         self._options = options
-        model = load_onnx(path) if path.suffix.lower() == ".onnx" else None
+        model = read_onnx(path) if path.suffix.lower() == ".onnx" else None
         self._model = emulate(model) if model and on_cpu(options) else model
         if self._model is None or self._model is model:
             self._runtime = open_model(path, options)
@@ -152,7 +128,7 @@ class ConvertedSide(Closing):
     def detect(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Found]]:
         spec = self.info.spec
         with open_batcher(self._runtime, paths, self._options) as batcher:
-            for batch, outputs in run_batches(self._runtime, batcher):
+            for batch, outputs in self._runtime.map(batcher):
                 found = decode(outputs, spec, batch.transforms)
                 for path, one, transform in zip(batch.paths, found, batch.transforms, strict=True):
                     yield path, (by_category(one, spec), transform)
@@ -174,7 +150,7 @@ class ConvertedSide(Closing):
         return read
 
     def close(self) -> None:
-        self._runtime.__exit__(None, None, None)
+        self._runtime.close()
 
 
 class TrainedSide(Closing):
@@ -363,7 +339,9 @@ def is_as_trained(path: Path) -> bool:
         raise FileNotFoundError(f"expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
     as_trained = path.is_dir()
     if path.suffix.lower() == ".onnx" and not as_trained:
-        as_trained = ModelSpec.maybe_from_onnx(load_onnx(path)) is None
+        as_trained = (
+            ModelSpec.maybe_from_onnx(read_onnx(path, remedy=EXPORT_AGAIN, weights=False)) is None
+        )
     elif path.is_file():
         check_engine(path)
     return as_trained
@@ -385,13 +363,7 @@ def check_engine(path: Path) -> None:
     if sidecar_path(path).is_file():
         return
     with open(path, "rb") as file:
-        start = file.read(512)
-    what = "an empty file" if not start else ""
-    for magic, kind in OTHER_FILES.items():
-        if start.startswith(magic):
-            what = kind
-    if start and not what and all(byte in TEXT_BYTES for byte in start):
-        what = "a text file"
+        what = files.kind_of(file.read(512))
     if what:
         raise GraphError(
             f"{path}: expected a SavedModel (a directory), an ONNX file (.onnx) or an engine of build_engine.py, found {what}"

@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from trtdet import sessions
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph import deformable_attention
 from trtdet.graph.builder import POSITIONS_PREFIX
@@ -74,10 +75,8 @@ def providers(choice: Provider = "auto") -> list[Any]:
     Raises:
         EngineError: a GPU is asked for, and this ONNX Runtime has none.
     """
-    import onnxruntime
-
-    cpu = "CPUExecutionProvider"
-    available = onnxruntime.get_available_providers()
+    cpu = sessions.CPU
+    available = sessions.available_providers()
     if choice == "gpu" and GPU_PROVIDER not in available:
         raise EngineError(
             f"--calib_provider gpu: this ONNX Runtime has {', '.join(available)}, not {GPU_PROVIDER}; pip install onnxruntime-gpu, or "
@@ -95,7 +94,7 @@ def calibrate(
     method: Method = DEFAULT_METHOD,
     *,
     origin: Origin | None = None,
-    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    providers: Sequence[Any] = (sessions.CPU,),
     threads: int | None = None,
 ) -> CalibrationCache:
     """Run the FP32 model up to its heads over all feeds, once, and choose a scale for every activation.
@@ -177,21 +176,14 @@ def _all_scales(network: onnx.ModelProto, measured: Mapping[str, float]) -> dict
 
 def _session(
     body: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[Any], threads: int | None
-) -> Any:
-    import onnxruntime
-
+) -> sessions.Session:
     watched = onnx.ModelProto()
     watched.CopyFrom(deformable_attention.lower(body))
     del watched.graph.output[:]
     watched.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     # As written: every tensor is looked at, so there is nothing to fuse.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if threads:
-        options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(
-        watched.SerializeToString(), options, providers=list(providers)
+    return sessions.open_session(
+        watched, "the model", providers=providers, threads=threads, optimize=False
     )

@@ -27,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trtdet.errors import GraphError
 from trtdet.graph.builder import COMPUTE_OPS, POSITIONS_PREFIX
+from trtdet.sessions import open_session
 from trtdet.sources.subgraphs import captured, reads
 
 #: Nodes that only move values: behind the last convolution they stay narrow, so that one Cast per head suffices.
@@ -242,8 +243,6 @@ def activation_ranges(
     Returns:
         Tensor -> max |x|; infinity where anything was not finite.
     """
-    import onnxruntime
-
     from trtdet.graph import deformable_attention
 
     conversion = _Conversion(model, FP16, (), {})
@@ -254,15 +253,9 @@ def activation_ranges(
         for name in conversion.nodes[index].output
         if conversion.is_float(name)
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    measured = _range_model(deformable_attention.lower(model), tensors)
     # As written: fusions would be broken up by the outputs, and cost more than the run.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        _range_model(deformable_attention.lower(model), tensors).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+    session = open_session(measured, "the model", optimize=False)
     ranges = dict.fromkeys(tensors, 0.0)
     for feed in feeds:
         extremes = np.abs(np.array(session.run(None, dict(feed)), np.float64)).reshape(-1, 2)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trtdet import about
+from trtdet import about, sessions
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph import builder, deformable_attention
 from trtdet.graph.map_op import custom_ops
@@ -25,6 +25,7 @@ from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import find_images, load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
+from trtdet.onnx_files import read_onnx
 from trtdet.precision import calibration, calibration_cache, floats
 from trtdet.precision.body import Body
 from trtdet.precision.calibration_cache import CalibrationCache
@@ -107,16 +108,7 @@ def load_model(path: Path) -> tuple[onnx.ModelProto, ModelSpec]:
     Raises:
         FileNotFoundError, GraphError: nothing there, not an ONNX file, or one without a `ModelSpec`.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--onnx: expected an ONNX file, found nothing at {path}")
-    try:
-        model = onnx.load(path)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf's DecodeError has no narrower base
-        raise GraphError(
-            f"{path}: expected an ONNX file, this is none ({error}); write it again with create_onnx.py"
-        ) from error
+    model = read_onnx(path, option="--onnx")
     return model, ModelSpec.from_onnx(model, path)
 
 
@@ -317,10 +309,8 @@ def scales_of(
             f"--calib_input: calibration runs the model in ONNX Runtime, which does not know {unknown}; give --calib_cache with scales made "
             "elsewhere, or build with --precision fp16"
         )
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        raise EngineError("--calib_input runs the model in ONNX Runtime: pip install onnxruntime") from None  # fmt: skip
+    if not sessions.is_installed():
+        raise EngineError(f"--calib_input runs the model in ONNX Runtime: {sessions.INSTALL}")
     seen: list[Path] = []
     feeds = calibration_feeds(body, paths, options.batch_size, seen)
     # The images that were chosen are the manifest; those that can be read are counted.
@@ -375,11 +365,9 @@ def measure_ranges(
     Args:
         check_input: an image or a directory of them; None: a photograph that comes with this project.
     """
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError:
+    if not sessions.is_installed():
         if check_input:
-            raise EngineError("--fp16_check_input runs the model in ONNX Runtime: pip install onnxruntime") from None  # fmt: skip
+            raise EngineError(f"--fp16_check_input runs the model in ONNX Runtime: {sessions.INSTALL}")  # fmt: skip
         logger.warning(
             "ONNX Runtime is not installed: not checked whether FP16 holds the activations; weights are checked"
         )

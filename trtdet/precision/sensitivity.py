@@ -28,6 +28,7 @@ from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.floats import NMS_OPS
 from trtdet.precision.quantization import QuantizationOptions, QuantizationPlan
+from trtdet.sessions import Session, open_session
 
 logger = logging.getLogger(__name__)
 
@@ -144,19 +145,9 @@ def _nms_inputs(model: onnx.ModelProto, heads: Sequence[str]) -> tuple[str, str]
     return None
 
 
-def _session(body: onnx.ModelProto, threads: int | None) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # as in OnnxRuntime
-    if threads:
-        options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(
-        deformable_attention.lower(body).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+def _session(body: onnx.ModelProto, threads: int | None) -> Session:
+    lowered = deformable_attention.lower(body)
+    return open_session(lowered, "the model", threads=threads, integer_kernels=False)
 
 
 # ---- the smallest set

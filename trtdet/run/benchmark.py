@@ -22,7 +22,6 @@ from trtdet.images.preprocess import choose_input
 from trtdet.machine import describe_machine
 from trtdet.results.writer import ImageResult
 from trtdet.run.detect import (
-    allocator,
     check_read,
     detect,
     open_batcher,
@@ -30,7 +29,7 @@ from trtdet.run.detect import (
     pick_batch_size,
 )
 from trtdet.run.options import RunOptions
-from trtdet.runtimes.base import BatchTimes, ImageBatch, Runtime, run_batches
+from trtdet.runtimes.base import BatchTimes, ImageBatch, Runtime
 from trtdet.runtimes.options import TritonUrl
 from trtdet.spec import ModelSpec
 
@@ -84,7 +83,7 @@ class Measurement:
 
     Attributes:
         summaries: trtexec's line -> its summary. "Latency" always; the others where the runtime can tell.
-        walltime_s: of `iterations` batches one after the other through `run_batches`, warm.
+        walltime_s: of `iterations` batches one after the other through the runtime's `map`, warm.
         timed_on: of several devices, the one that `summaries` are of; throughput is that of all.
     """
 
@@ -165,26 +164,28 @@ def measure(runtime: Runtime, batch: ImageBatch, *, iterations: int, warmup: int
     """
     for _ in repeat(None, warmup):
         runtime.infer(batch.images)
-    timed = getattr(runtime, "infer_timed", None)
-    if timed is not None or hasattr(runtime, "map"):
-        if timed is not None:
-            summaries = _summaries([timed(batch.images) for _ in repeat(None, iterations)])
+    tried = [runtime.infer_timed(batch.images) for _ in repeat(None, iterations)]
+    times = [one for one in tried if one is not None]
+    if times or runtime.overlaps:
+        if times:
+            summaries = _summaries(times)
         else:  # a server: the host's clock is all there is
             summaries = {"Latency": Summary.of([_seconds(runtime, batch) * 1000 for _ in repeat(None, iterations)])}  # fmt: skip
-        for _ in run_batches(runtime, repeat(batch, warmup)):  # `infer` warms one GPU of several
+        for _ in runtime.map(repeat(batch, warmup)):  # `infer` warms one GPU of several
             pass
         start = time.perf_counter()
-        for _ in run_batches(runtime, repeat(batch, iterations)):
+        for _ in runtime.map(repeat(batch, iterations)):
             pass
         walltime_s = time.perf_counter() - start
     else:  # one pass tells both: nothing overlaps, and the host's clock is all there is
         stamps = [time.perf_counter()]
-        for _ in run_batches(runtime, repeat(batch, iterations)):
+        for _ in runtime.map(repeat(batch, iterations)):
             stamps.append(time.perf_counter())
         walltime_s = stamps[-1] - stamps[0]
         summaries = {"Latency": Summary.of([float(x) for x in np.diff(stamps) * 1000])}
-    timed_on = getattr(runtime, "timed_on", "")
-    return Measurement(len(batch.images), iterations, warmup, walltime_s, summaries, timed_on)
+    return Measurement(
+        len(batch.images), iterations, warmup, walltime_s, summaries, runtime.timed_on
+    )
 
 
 def _seconds(runtime: Runtime, batch: ImageBatch) -> float:
@@ -238,7 +239,7 @@ def run_benchmark(
         if source is None:
             preprocessing, _ = choose_input(runtime.spec.preprocessing, size=options.size)
             spec = runtime.spec.replace(preprocessing=preprocessing)
-            sample = noise(spec, batch_size, allocator(runtime))
+            sample = noise(spec, batch_size, runtime.allocate)
         else:
             paths = find_images(source, recursive=options.recursive)
             with batches_of(1) as batcher:

@@ -5,18 +5,17 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet.detections import decode
-from trtdet.images.batcher import Allocate, ImageBatcher
+from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import ImageArray
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import COCO_LABELS, read_labels
 from trtdet.results.writer import ImageResult, ImageResults
 from trtdet.run.options import RunOptions
-from trtdet.runtimes.base import Runtime, default_batch_size, run_batches
+from trtdet.runtimes.base import Runtime, default_batch_size
 from trtdet.runtimes.open import open_runtime
 from trtdet.runtimes.options import TritonUrl
 from trtdet.spec import ModelSpec
@@ -67,7 +66,7 @@ def open_batcher(
         workers=options.workers,
         keep_sources=keep_sources,
         pad_to_batch=runtime.batch_range[0] > 1,  # the last batch may be short
-        allocate=allocator(runtime),
+        allocate=runtime.allocate,
         load=load,
     )
 
@@ -88,17 +87,11 @@ def pick_batch_size(runtime: Runtime, options: RunOptions) -> int:
     return batch_size
 
 
-def allocator(runtime: Runtime) -> Allocate:
-    """What makes the batches for `runtime`: its own pinned memory, where it has that."""
-    allocate: Allocate = getattr(runtime, "allocate", np.empty)
-    return allocate
-
-
 def detect(
     runtime: Runtime, batcher: ImageBatcher, *, score_threshold: float = 0.0
 ) -> ImageResults:
     """Run every batch of `batcher`; one result per image that could be read, in order."""
-    for batch, found in run_batches(runtime, batcher):
+    for batch, found in runtime.map(batcher):
         size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
         images = decode(found, runtime.spec, batch.transforms, size_hw=size_hw)
         sources = batch.sources or (None,) * len(batch)

@@ -74,10 +74,11 @@ def run_on_ray(
     options = dataclasses.replace(options, score_threshold=check_score_threshold(options.score_threshold, spec))  # fmt: skip
     by_absolute = {path.absolute(): path for path in paths}
     start = time.perf_counter()
-    detect_on_ray(engine.absolute(), list(by_absolute), output, options, address, workers)
+    identity = ray_identity(engine, options)
+    detect_on_ray(engine.absolute(), list(by_absolute), output, options, address, workers, identity)
     count = boxes = skipped = 0
     with (
-        ray_cluster.Results(output / PARTIAL, ray_identity(engine, options)) as done,
+        ray_cluster.Results(output / PARTIAL, identity) as done,
         result_writer(
             output,
             spec,
@@ -117,12 +118,13 @@ def detect_on_ray(
     options: RunOptions,
     address: str,
     wanted: int | None,
+    identity: dict[str, Any],
 ) -> None:
     """Detect in the images whose results are not in `output` / `PARTIAL` yet, and put them there."""
     is_onnx = engine.suffix.lower() == ".onnx"
     on_gpu = not is_onnx or options.provider in ("cuda", "tensorrt")
     threads = 1 if on_gpu else options.threads or 1
-    with ray_cluster.Results(output / PARTIAL, ray_identity(engine, options)) as done:
+    with ray_cluster.Results(output / PARTIAL, identity) as done:
         todo = [path for path in paths if str(path) not in done.done]
         if len(todo) < len(paths):
             logger.info("%d of %d images are done already", len(paths) - len(todo), len(paths))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trtdet import about, files
+from trtdet import about, files, sessions
 from trtdet.detections import to_coco_results
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import load_image
@@ -90,15 +90,13 @@ def context_of(
     images: Sequence[Path],
 ) -> dict[str, Any]:
     """Everything that a measurement depends on: what the journal's lines are valid for."""
-    import onnxruntime
-
     return {
         "model": plan.body.sha256,
         "spec": plan.body.spec.to_dict(),
         "cache": sensitivity.cache_fingerprint(plan.cache),
         "annotations": files.sha256(annotations),
         "images": calibration_cache.image_hash(images),
-        "versions": [about.__version__, onnxruntime.__version__, onnx.__version__],
+        "versions": [about.__version__, sessions.version(), onnx.__version__],
     }
 
 

@@ -4,16 +4,17 @@
 Every backend honours one contract, `Runtime`; `open_runtime` picks it by the file's suffix, or by the URL.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from trtdet.closing import Closing
 from trtdet.cuda import CudaError
 from trtdet.errors import EngineError
 from trtdet.spec import ModelSpec
@@ -21,7 +22,7 @@ from trtdet.spec import ModelSpec
 
 @dataclass(frozen=True)
 class BatchTimes:
-    """One batch on the device's own clock, milliseconds. A runtime that can tell has `infer_timed(images) -> BatchTimes`.
+    """One batch on the device's own clock, milliseconds.
 
     Attributes:
         enqueue_ms: host time to hand the batch to the device.
@@ -43,40 +44,6 @@ class BatchTimes:
 Outputs = dict[str, NDArray[Any]]
 
 
-class Runtime(Protocol):
-    """One loaded model. Use as a context manager: leaving it frees what it holds."""
-
-    spec: ModelSpec
-    #: Batch sizes the model takes: smallest and largest. The largest is None where nothing bounds it.
-    batch_range: tuple[int, int | None]
-    #: One line for the log and for reports: backend, version, device.
-    description: str
-
-    def infer(self, images: NDArray[Any]) -> Outputs:
-        """Run one batch.
-
-        Args:
-            images: (n, *spec.preprocessing.image_shape), or another size that `spec.preprocessing` allows, of its dtype, n within
-                `batch_range`, C-contiguous.
-
-        Returns:
-            The four outputs, n rows each, owned by the caller (never overwritten by a later call).
-
-        Raises:
-            EngineError: the backend failed, or the batch does not fit the model.
-        """
-        ...
-
-    def __enter__(self) -> "Runtime": ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
 class ImageBatch(Protocol):
     """What a runtime needs of a batch: the images, and their files for its messages."""
 
@@ -90,25 +57,64 @@ class ImageBatch(Protocol):
 AnyBatch = TypeVar("AnyBatch", bound=ImageBatch)
 
 
-def run_batches(
-    runtime: Runtime, batches: Iterable[AnyBatch]
-) -> Iterator[tuple[AnyBatch, Outputs]]:
-    """Run batches in order: each with its outputs.
+class Runtime(Closing):
+    """One loaded model: the contract of every backend. Use as a context manager: leaving it frees what it holds.
 
-    A runtime that overlaps copies with compute has a method `map` of this signature (less `runtime`), and it is used;
-    the others run one batch after the other.
+    A backend has to have the three attributes, `infer` and `close`. The rest has defaults, for a backend that runs one batch after the
+    other out of ordinary memory.
 
-    Raises:
-        EngineError, ValueError: a batch failed; names its number and its images.
+    Attributes:
+        spec: what the model is.
+        batch_range: batch sizes the model takes: smallest and largest. The largest is None where nothing bounds it.
+        description: one line for the log and for reports: backend, version, device.
+        overlaps: whether `map` has several batches in flight. The time from one result to the next then is not that of a batch.
+        timed_on: of several devices, the one that `infer_timed` runs on; "": there is one.
     """
-    pipelined = getattr(runtime, "map", None)
-    if pipelined is not None:
-        yield from pipelined(batches)
-        return
-    for index, batch in enumerate(batches):
-        with naming_batch(index, batch):
-            outputs = runtime.infer(batch.images)
-        yield batch, outputs
+
+    spec: ModelSpec
+    batch_range: tuple[int, int | None]
+    description: str
+    overlaps: bool = False
+    timed_on: str = ""
+
+    @abstractmethod
+    def infer(self, images: NDArray[Any]) -> Outputs:
+        """Run one batch.
+
+        Args:
+            images: (n, *spec.preprocessing.image_shape), or another size that `spec.preprocessing` allows, of its dtype, n within
+                `batch_range`, C-contiguous.
+
+        Returns:
+            The four outputs, n rows each, owned by the caller (never overwritten by a later call).
+
+        Raises:
+            EngineError: the backend failed, or the batch does not fit the model.
+        """
+
+    def map(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Outputs]]:
+        """Run batches: each with its outputs, in order. Default: one after the other.
+
+        Raises:
+            EngineError, ValueError: a batch failed; names its number and its images.
+        """
+        for index, batch in enumerate(batches):
+            with naming_batch(index, batch):
+                outputs = self.infer(batch.images)
+            yield batch, outputs
+
+    @property
+    def preferred_batch(self) -> int:
+        """The batch size to use where nobody names one, if the model takes it. Default: 8."""
+        return 8
+
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Memory for batches that the backend can read without a copy. Default: ordinary memory."""
+        return np.empty(shape, dtype)
+
+    def infer_timed(self, images: NDArray[Any]) -> BatchTimes | None:
+        """Run one batch; how long its parts took on the device's own clock. Default: None, there is no such clock, and nothing is run."""
+        return None
 
 
 @contextmanager
@@ -136,9 +142,9 @@ def naming_batch(
 
 
 def default_batch_size(runtime: Runtime) -> int:
-    """The batch size where nobody names one: what the runtime prefers, else 8, within what the model takes."""
+    """The batch size where nobody names one: what the runtime prefers, within what the model takes."""
     smallest, largest = runtime.batch_range
-    preferred: int = getattr(runtime, "preferred_batch", 8)
+    preferred = runtime.preferred_batch
     return max(smallest, min(preferred, largest or preferred))
 
 

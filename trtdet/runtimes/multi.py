@@ -22,7 +22,6 @@ from typing import Any, Generic, Literal
 from numpy.typing import DTypeLike, NDArray
 
 from trtdet import cuda
-from trtdet.closing import Closing
 from trtdet.errors import EngineError
 from trtdet.runtimes.base import AnyBatch, BatchTimes, Outputs, Runtime, naming_batch
 from trtdet.runtimes.trt import TensorRTRuntime
@@ -59,8 +58,10 @@ def open_devices(
     return opened[0] if len(opened) == 1 else MultiRuntime(opened)
 
 
-class MultiRuntime(Closing):
-    """`trtdet.runtimes.Runtime` on several GPUs. Owns the runtimes it is given."""
+class MultiRuntime(Runtime):
+    """`trtdet.runtimes.base.Runtime` on several GPUs. Owns the runtimes it is given."""
+
+    overlaps = True
 
     def __init__(self, runtimes: Sequence[TensorRTRuntime]) -> None:
         self._runtimes = tuple(runtimes)

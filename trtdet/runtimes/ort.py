@@ -13,11 +13,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trtdet.closing import Closing
+from trtdet import sessions
 from trtdet.errors import EngineError, GraphError
 from trtdet.machine import available_cores
 from trtdet.nms import lowering
-from trtdet.runtimes.base import Outputs, check_batch
+from trtdet.onnx_files import check_external_data, read_onnx
+from trtdet.runtimes.base import Outputs, Runtime, check_batch
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -29,15 +30,20 @@ Provider = Literal["auto", "tensorrt", "cuda", "cpu"]
 PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
     "cuda": "CUDAExecutionProvider",
-    "cpu": "CPUExecutionProvider",
+    "cpu": sessions.CPU,
 }
 
 #: Shapes of batches whose buffers are kept on the device: those of free size come in any number.
 KEPT_INPUTS = 4
 
+#: Threads that spin while they wait for work take the cores from those that decode and draw. With 20 us of it D0 keeps its speed
+#: on 2 cores (25.6 against 26.5 images/s; 23.0 against 22.6 with pictures), and where other programs want the cores too it is
+#: 2.5 times as fast.
+SPIN_US = 20
 
-class OnnxRuntime(Closing):
-    """`trtdet.runtimes.Runtime` on ONNX Runtime.
+
+class OnnxRuntime(Runtime):
+    """`trtdet.runtimes.base.Runtime` on ONNX Runtime.
 
     Args:
         path: an ONNX file written by create_onnx.py; external data is found beside it.
@@ -61,29 +67,32 @@ class OnnxRuntime(Closing):
         optimize: bool = True,
         integer_kernels: bool = True,
     ) -> None:
-        import onnxruntime
-
         path = Path(path)
-        model = _load(path)
+        model = read_onnx(path, weights=False)  # ONNX Runtime reads them itself
+        check_external_data(model, path)
         self.spec = ModelSpec.from_onnx(model, path)
         self._input, self.batch_range = _check_interface(model, self.spec, path)
         threads = threads or available_cores()
         # Weights in files of their own (all of those over protobuf's 2 GB) stay there: the bytes refer to them.
         lowered = lowering.lower(model, form="onnx").SerializeToString()
-        self._session: Any = _open_session(
+        wanted = pick_providers(provider, sessions.available_providers())
+        self._session: sessions.Session | None = sessions.open_session(
             lowered,
             path,
-            provider,
+            providers=wanted,
             threads=threads,
             optimize=optimize,
             integer_kernels=integer_kernels,
+            external_data=path.resolve().parent,
+            spin_us=SPIN_US,
         )
-        self.provider: str = self._session.get_providers()[0]
+        self.provider = self._session.provider
+        _check_provider(self.provider, wanted[0], provider)
         self._device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
         # Shape -> buffer on the device, the one used last at the end.
         self._device_inputs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         where = f"{threads} threads" if self._device == "cpu" else "GPU 0"
-        self.description = f"ONNX Runtime {onnxruntime.__version__}, {self.provider}, {where}"
+        self.description = f"ONNX Runtime {sessions.version()}, {self.provider}, {where}"
 
     @property
     def preferred_batch(self) -> int:
@@ -91,38 +100,28 @@ class OnnxRuntime(Closing):
         return 1 if self._device == "cpu" else 8
 
     def infer(self, images: NDArray[Any]) -> Outputs:
-        """Run one batch. See `trtdet.runtimes.Runtime.infer`."""
+        """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
         check_batch(images, self.spec, self.batch_range)
-        try:
-            if self._device == "cpu":  # reads the array in place: nothing to bind
-                values = self._session.run(OUTPUT_NAMES, {self._input: images})
-            else:
-                values = self._run_bound(images)
-        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            raise EngineError(
-                f"ONNX Runtime failed on a batch of {len(images)}: {error}"
-            ) from error
+        if self._device == "cpu":  # reads the array in place: nothing to bind
+            values = self._open.run(OUTPUT_NAMES, {self._input: images})
+        else:
+            values = self._run_bound(images)
         return dict(zip(OUTPUT_NAMES, values, strict=True))
 
     def _run_bound(self, images: NDArray[Any]) -> list[NDArray[Any]]:
         """Run with the input copied into a device buffer, kept for the shapes used last."""
-        import onnxruntime
+        kept = self._device_inputs.pop(images.shape, None)
+        buffer = self._open.on_device(images, self._device, buffer=kept)
+        self._device_inputs[images.shape] = buffer
+        if len(self._device_inputs) > KEPT_INPUTS:
+            self._device_inputs.popitem(last=False)
+        return self._open.run_on_device(OUTPUT_NAMES, {self._input: buffer})
 
-        buffer = self._device_inputs.get(images.shape)
-        if buffer is None:
-            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(images, self._device, 0)
-            self._device_inputs[images.shape] = buffer
-            if len(self._device_inputs) > KEPT_INPUTS:
-                self._device_inputs.popitem(last=False)
-        else:
-            self._device_inputs.move_to_end(images.shape)
-            buffer.update_inplace(images)
-        binding = self._session.io_binding()
-        binding.bind_ortvalue_input(self._input, buffer)
-        for name in OUTPUT_NAMES:
-            binding.bind_output(name)  # in host memory: 100 boxes an image
-        self._session.run_with_iobinding(binding)
-        return [value.numpy() for value in binding.get_outputs()]
+    @property
+    def _open(self) -> sessions.Session:
+        if self._session is None:
+            raise EngineError("infer: the model is closed")
+        return self._session
 
     def close(self) -> None:
         self._device_inputs.clear()
@@ -147,62 +146,20 @@ def pick_providers(provider: Provider, available: list[str]) -> list[str]:
     return there[there.index(wanted) :]
 
 
-def _open_session(
-    model: bytes,
-    path: Path,
-    provider: Provider,
-    *,
-    threads: int,
-    optimize: bool,
-    integer_kernels: bool,
-) -> Any:
-    """An `onnxruntime.InferenceSession` of `model`, whose external data lies beside `path`.
+def _check_provider(got: str, wanted: str, provider: Provider) -> None:
+    """Warn of a provider that did not start.
 
     Raises:
-        EngineError: ONNX Runtime cannot load the model, or a provider that was named does not start.
+        EngineError: it was asked for by name.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; a CPU build warns about GPUs it cannot see
-    options.intra_op_num_threads = threads
-    # Threads that spin while they wait for work take the cores from those that decode and draw. With 20 us of it D0 keeps its speed
-    # on 2 cores (25.6 against 26.5 images/s; 23.0 against 22.6 with pictures), and where other programs want the cores too it is
-    # 2.5 times as fast. Versions that do not know the entry ignore it.
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
-    )
-    if not integer_kernels:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    wanted = pick_providers(provider, onnxruntime.get_available_providers())
-    if wanted != [PROVIDERS["cpu"]] and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=wanted)
-    except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-        raise EngineError(f"{path}: ONNX Runtime cannot load it: {error}") from error
-    got = session.get_providers()[0]
-    if got != wanted[0]:
-        message = f"{wanted[0]} does not start here (its own message is above)"
-        if provider != "auto":
-            raise EngineError(
-                f"--provider {provider}: {message}; install its libraries or choose another"
-            )
-        logger.warning("%s; running on %s", message, got)
-    return session
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    """The model without its external data, which ONNX Runtime reads itself."""
-    try:
-        return onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has no narrower base
-        raise GraphError(
-            f"{path}: expected an ONNX file, this is none ({error}); write it again with create_onnx.py"
-        ) from error
+    if got == wanted:
+        return
+    message = f"{wanted} does not start here (its own message is above)"
+    if provider != "auto":
+        raise EngineError(
+            f"--provider {provider}: {message}; install its libraries or choose another"
+        )
+    logger.warning("%s; running on %s", message, got)
 
 
 def _check_interface(

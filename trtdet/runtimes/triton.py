@@ -29,10 +29,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from trtdet.closing import Closing
 from trtdet.engine.sidecar import read_spec
 from trtdet.errors import EngineError, GraphError
-from trtdet.runtimes.base import AnyBatch, Outputs, check_batch, naming_batch
+from trtdet.runtimes.base import AnyBatch, Outputs, Runtime, check_batch, naming_batch
 from trtdet.runtimes.options import TritonUrl
 from trtdet.spec import METADATA_KEY, OUTPUT_NAMES, ModelSpec
 
@@ -50,8 +49,8 @@ CONNECT_TIMEOUT_S = 10.0
 MESSAGE_LIMIT = 300
 
 
-class TritonRuntime(Closing):
-    """`trtdet.runtimes.Runtime` on a Triton server.
+class TritonRuntime(Runtime):
+    """`trtdet.runtimes.base.Runtime` on a Triton server.
 
     Args:
         spec: where the ModelSpec is, if not in the model's configuration: an ONNX file, an engine, or an engine's .json.
@@ -63,6 +62,8 @@ class TritonRuntime(Closing):
         EngineError: no server, or no such model; a model that is not what `create_onnx.py` makes; no tritonclient.
         GraphError: no ModelSpec, or one of another model.
     """
+
+    overlaps = True
 
     def __init__(
         self,
@@ -79,8 +80,9 @@ class TritonRuntime(Closing):
         self._timeout = timeout
         self._regions: list[_Region] = []
         self._loop = _EventLoop()
+        self._client: Any = None
         try:
-            self._client: Any = self._loop.wait(self._connect())
+            self._client = self._loop.wait(self._connect())
             server, config = self._loop.wait(self._look_up())
             self.spec = read_spec(spec) if spec else _spec_of(config, url)
             self._input, self.batch_range = _check_tensors(config, self.spec, url)
@@ -94,14 +96,19 @@ class TritonRuntime(Closing):
             self.close()
             raise
         preferred = config.get("dynamic_batching", {}).get("preferred_batch_size", [])
-        self.preferred_batch: int = min(map(int, preferred), default=8)
+        self._preferred: int | None = min(map(int, preferred), default=None)
         way = "in shared memory" if self._share else "in the requests"
         self.description = f"Triton {server.get('version', '')} at {url}, {requests} requests in flight, images {way}"
+
+    @property
+    def preferred_batch(self) -> int:
+        """The smallest that the server's dynamic batching prefers."""
+        return super().preferred_batch if self._preferred is None else self._preferred
 
     # --- requests ------------------------------------------------------------------------------------------------------------
 
     def infer(self, images: NDArray[Any]) -> Outputs:
-        """Run one batch. See `trtdet.runtimes.Runtime.infer`."""
+        """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
         return self._submit(images).result()
 
     def map(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Outputs]]:
@@ -260,7 +267,7 @@ class TritonRuntime(Closing):
         """Cancel what is in flight, give the shared memory back, and disconnect."""
         if self._loop.closed:
             return
-        client = getattr(self, "_client", None)
+        client = self._client
         try:
             if client is not None:
                 self._loop.wait(self._disconnect(client))

@@ -27,17 +27,16 @@ from typing import Any
 from numpy.typing import DTypeLike, NDArray
 
 from trtdet import cuda
-from trtdet.closing import Closing
 from trtdet.errors import EngineError
-from trtdet.runtimes.base import AnyBatch, BatchTimes, Outputs, check_batch, naming_batch
+from trtdet.runtimes.base import AnyBatch, BatchTimes, Outputs, Runtime, check_batch, naming_batch
 from trtdet.runtimes.trt_lane import Lane, Slot
 from trtdet.runtimes.trt_load import EngineFile, load_engine, pick_profile, read_engine
 
 logger = logging.getLogger(__name__)
 
 
-class TensorRTRuntime(Closing):
-    """`trtdet.runtimes.Runtime` on a TensorRT engine. For one thread at a time; several runtimes may share a process and a GPU.
+class TensorRTRuntime(Runtime):
+    """`trtdet.runtimes.base.Runtime` on a TensorRT engine. For one thread at a time; several runtimes may share a process and a GPU.
 
     Args:
         engine: an engine (a raw plan). What it is stands in `<path>.json`, which build_engine.py writes. Or what `read_engine` made of
@@ -53,6 +52,8 @@ class TensorRTRuntime(Closing):
     Raises:
         EngineError: the engine does not fit this TensorRT or GPU; says what to rebuild.
     """
+
+    overlaps = True
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class TensorRTRuntime(Closing):
     # --- one batch at a time ------------------------------------------------------------------------------------------------
 
     def infer(self, images: NDArray[Any]) -> Outputs:
-        """Run one batch. See `trtdet.runtimes.Runtime.infer`."""
+        """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
         if self._running:
             raise EngineError("infer: batches of map or submit are in flight; fetch them first")
         self.submit(images)
@@ -166,7 +167,7 @@ class TensorRTRuntime(Closing):
             return True  # `fetch` raises it, and names the batch
 
     def fetch(self) -> Outputs:
-        """Wait for the oldest batch in flight. See `trtdet.runtimes.Runtime.infer` for what comes back."""
+        """Wait for the oldest batch in flight. See `trtdet.runtimes.base.Runtime.infer` for what comes back."""
         if not self._running:
             raise EngineError("fetch: no batch is in flight; submit one first")
         slot = self._running.popleft()

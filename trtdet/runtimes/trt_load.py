@@ -211,15 +211,16 @@ def engine_error(what: str, messages: Sequence[str]) -> EngineError:
 
 
 def read_engine(path: Path) -> EngineFile:
-    """Read an engine and its sidecar.
+    """Read an engine and its sidecar, each once.
 
     Raises:
         FileNotFoundError: no such file.
         EngineError: the sidecar is not readable, or of another engine.
     """
     path = Path(path)
-    info = read_sidecar(path)
-    return EngineFile(path, path.read_bytes(), info, info.spec if info else None)
+    plan = path.read_bytes()
+    info = read_sidecar(path, plan)
+    return EngineFile(path, plan, info, info.spec if info else None)
 
 
 def load_engine(

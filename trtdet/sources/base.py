@@ -11,6 +11,7 @@ import onnx.version_converter
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
+from trtdet.sessions import FATAL_ERRORS, SessionError, open_session
 from trtdet.sources.subgraphs import reads
 from trtdet.spec import ModelSpec
 
@@ -206,8 +207,6 @@ def run_onnx(
         fetches: tensors to return, outputs or inner ones.
         feeds: tensor -> value, inputs or inner ones.
     """
-    import onnxruntime as ort
-
     cut = cut_onnx(model, feeds, fetches)
     cut.ir_version = min(
         cut.ir_version, 10
@@ -216,15 +215,9 @@ def run_onnx(
         value = feeds[info.name]
         elem_type = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
         info.CopyFrom(onnx.helper.make_tensor_value_info(info.name, elem_type, [None] * value.ndim))
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # what it has to say is in the exception
-    try:
-        session = ort.InferenceSession(
-            cut.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        return session.run(list(fetches), dict(feeds))
-    except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise GraphError(
-            f"ONNX Runtime cannot run the graph up to {list(fetches)}: {error}"
-        ) from error
+    part = f"the graph up to {list(fetches)}"
+    try:  # what ONNX Runtime has to say is in the exception
+        session = open_session(cut, part, optimize=False, log_level=FATAL_ERRORS)
+        return session.run(fetches, feeds)
+    except SessionError as error:
+        raise GraphError(str(error)) from error

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from trtdet.closing import Closing
 from trtdet.errors import GraphError
+from trtdet.onnx_files import EXPORT_AGAIN, read_onnx
 from trtdet.sources.base import CANONICAL_OPS, Shape, SourceGraph, SourceNode, cut_onnx, run_onnx
 from trtdet.spec import ModelSpec
 
@@ -34,12 +35,8 @@ class OnnxSource(Closing):
             edit: changes the model before it is looked at.
             lower: replaces plugins by what ONNX Runtime knows; what it returns is run.
         """
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"--source_onnx: expected an ONNX file, found nothing at {path}"
-            )
         self.path = path
-        self.model = load_onnx(path)
+        self.model = read_onnx(path, option="--source_onnx", remedy=EXPORT_AGAIN)
         if edit:
             edit(self.model)
         self._lower = lower
@@ -94,23 +91,6 @@ def _frees_size(info: onnx.ValueInfoProto, shape: Shape) -> bool:
     """Whether a size beside the batch is fixed in the model and free in `shape`."""
     declared = info.type.tensor_type.shape.dim[1:]
     return any(dim.dim_value and n is None for dim, n in zip(declared, shape[1:], strict=False))
-
-
-def load_onnx(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file.
-
-    Raises:
-        GraphError: the file is not ONNX.
-    """
-    try:
-        model = onnx.load(path)
-    except (
-        Exception
-    ) as error:  # protobuf raises its own DecodeError, external data OSError or ValueError
-        raise GraphError(f"{path}: expected an ONNX file, could not read it ({error})") from error
-    if not model.graph.output or not model.opset_import:
-        raise GraphError(f"{path}: expected an ONNX model, found a file without outputs")
-    return model
 
 
 def _read_onnx_graph(model: onnx.ModelProto) -> SourceGraph:

@@ -1,75 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton Python model: the four outputs of a detector to boxes in source pixels, as trtdet.detections.decode makes them.
+"""Triton Python model: the four outputs of a detector to boxes in source pixels, by the code that infer.py runs.
 
-Stands alone: it needs numpy. Slots beyond `num_detections` are zero.
+That code lies in the folder trtdet beside this file. The server needs numpy. Slots beyond `num_detections` are zero.
 """
 
 import json
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-ClassIds = NDArray[np.int32]
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for what else runs in this process
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a trtdet that is installed
 
-
-def decode(
-    count: int,
-    boxes: Floats,
-    scores: Floats,
-    class_ids: ClassIds,
-    transform: Floats,
-    spec: dict[str, Any],
-) -> dict[str, NDArray[Any]]:
-    """Detections of one image.
-
-    Args:
-        boxes: (K, 4) float32, (K, 5) with an angle; scores, class_ids: (K,). Those beyond `count`, and those with a score of 0, are
-            free slots.
-        transform: scale x y, offset x y, source width and height; all zero where there is no image.
-    """
-    keep = np.flatnonzero(scores[:count] > 0)
-    if not transform[4]:
-        keep = keep[:0]
-    kept = boxes[keep].astype(np.float32)
-    found: dict[str, NDArray[Any]] = {"scores": scores[keep], "class_ids": class_ids[keep]}
-    corners, turned = kept[:, :4], kept.shape[1] == 5
-    if turned:
-        found["angles"] = kept[:, 4]
-    if spec["box_order"] == "yxyx":
-        corners = corners[:, [1, 0, 3, 2]]
-    if spec["boxes_normalized"]:
-        height, width = spec["size_hw"]
-        corners = corners * np.array([width, height, width, height], np.float32)
-    if len(keep):
-        scale, offset, limit = (np.tile(part, 2) for part in np.split(transform, 3))
-        # ODTK counts the last pixel of a box, in the source image too.
-        inclusive = spec["inclusive_corners"] and not turned
-        last_pixel = np.array([0, 0, 1, 1] if inclusive else [0, 0, 0, 0], np.float32)
-        corners = (corners - last_pixel - offset) / scale + last_pixel
-        if not turned:
-            corners = np.clip(corners, 0, limit)
-    return {**found, "boxes_xyxy": corners.astype(np.float32)}
+from trtdet.detections import decode
+from trtdet.geometry import ResizeTransform
+from trtdet.spec import OUTPUT_NAMES, ModelSpec, Nms, Preprocessing
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
-        self.spec = json.loads(config["parameters"]["trtdet"]["string_value"])
-        self.category_ids = np.asarray(self.spec["category_ids"], np.int32)
+        fields = json.loads(config["parameters"]["trtdet"]["string_value"])
+        self.category_ids = np.asarray(fields.pop("category_ids"), np.int32)
+        size_hw = tuple(fields.pop("size_hw"))
+        # What decode asks of a spec; the rest is for stages before it.
+        self.spec = ModelSpec(
+            "",
+            Preprocessing(size_hw),
+            Nms(),
+            category_ids=tuple(self.category_ids.tolist()),
+            **fields,
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self.respond(request) for request in requests]
 
     def respond(self, request: Any) -> Any:
-        names = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
-        counts, boxes, scores, classes, transforms = (
-            pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-            for name in (*names, "transform")
-        )
-        rows, slots = scores.shape
+        outputs = {
+            name: pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+            for name in OUTPUT_NAMES
+        }
+        transforms = pb_utils.get_input_tensor_by_name(request, "transform").as_numpy()
+        rows, slots = outputs["detection_scores"].shape
         results: dict[str, NDArray[Any]] = {
             "num_detections": np.zeros((rows, 1), np.int32),
             "boxes_xyxy": np.zeros((rows, slots, 4), np.float32),
@@ -77,17 +54,29 @@ class TritonPythonModel:
             "class_ids": np.zeros((rows, slots), np.int32),
             "category_ids": np.zeros((rows, slots), np.int32),
         }
-        if boxes.shape[2] == 5:
+        if outputs["detection_boxes"].shape[2] == 5:
             results["angles"] = np.zeros((rows, slots), np.float32)
-        for row in range(rows):
-            count = int(counts[row].reshape(-1)[0])
-            image = (boxes[row], scores[row], classes[row], transforms[row])
-            found = decode(count, *image, self.spec)
-            found["category_ids"] = self.category_ids[found["class_ids"]]
-            n = len(found["scores"])
+        used = np.flatnonzero(transforms[:, 4])  # the others: places without an image
+        found = decode(
+            {name: values[used] for name, values in outputs.items()},
+            self.spec,
+            [transform_of(numbers) for numbers in transforms[used].tolist()],
+        )
+        for row, one in zip(used, found, strict=True):
+            n = len(one)
             results["num_detections"][row] = n
-            for name, values in found.items():
-                results[name][row, :n] = values
+            results["boxes_xyxy"][row, :n] = one.boxes_xyxy
+            results["scores"][row, :n] = one.scores
+            results["class_ids"][row, :n] = one.class_ids
+            results["category_ids"][row, :n] = self.category_ids[one.class_ids]
+            if one.angles is not None:
+                results["angles"][row, :n] = one.angles
         return pb_utils.InferenceResponse(
             output_tensors=[pb_utils.Tensor(name, value) for name, value in results.items()]
         )
+
+
+def transform_of(numbers: list[float]) -> ResizeTransform:
+    """The six numbers that the preprocessing passed by the detector."""
+    scale_x, scale_y, offset_x, offset_y, width, height = numbers
+    return ResizeTransform((int(width), int(height)), (scale_x, scale_y), (offset_x, offset_y))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only reader of ONNX files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trtdet import files
+from trtdet.errors import GraphError
+
+if TYPE_CHECKING:
+    import onnx
+
+#: What to do where a file of create_onnx.py is damaged, and where that of somebody else is.
+WRITE_AGAIN = "write it again with create_onnx.py"
+EXPORT_AGAIN = "export the model again"
+
+
+def read_onnx(
+    path: Path, *, option: str = "", remedy: str = WRITE_AGAIN, weights: bool = True
+) -> onnx.ModelProto:
+    """Read an ONNX file.
+
+    Args:
+        option: the one that named the file, for messages.
+        remedy: what to do with a file that cannot be read.
+        weights: False leaves external data in its files, for who wants the graph alone, or lets ONNX Runtime read them.
+
+    Raises:
+        FileNotFoundError: no such file, or a directory.
+        GraphError: not an ONNX file, a damaged one, or one whose external data is missing.
+    """
+    import onnx
+
+    path = Path(path)
+    _check_there(path, option)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf's DecodeError has no narrower base
+        raise GraphError(
+            f"{path}: expected an ONNX file, found {_found(path, error)}; {remedy}"
+        ) from error
+    if not model.graph.output or not model.opset_import:
+        what = _kind(path) or "a file without outputs"
+        raise GraphError(f"{path}: expected an ONNX model, found {what}; {remedy}")
+    if weights:
+        check_external_data(model, path)
+        try:
+            onnx.load_external_data_for_model(model, str(path.resolve().parent))
+        except Exception as error:  # too short, outside of the folder, ...: errors of many kinds
+            reason = " ".join(str(error).split())
+            raise GraphError(f"{path}: its external data cannot be read ({reason}); {remedy}") from error  # fmt: skip
+    return model
+
+
+def check_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """Find out whether the files that hold the weights of `model`, read from `path`, are there.
+
+    Raises:
+        GraphError: one is not.
+    """
+    folder = path.resolve().parent
+    for location in sorted(set(external_files(model.graph))):
+        if not (folder / location).is_file():
+            raise GraphError(
+                f"{path}: expected its weights in the file {location} beside it (external data), found none; copy that file there too"
+            )
+
+
+def external_files(graph: onnx.GraphProto) -> Iterator[str]:
+    """The files that hold weights of a graph, and of the graphs inside its nodes, relative to the ONNX file."""
+    tensors = list(graph.initializer)
+    for sparse in graph.sparse_initializer:
+        tensors += [sparse.values, sparse.indices]
+    for node in graph.node:
+        for attribute in node.attribute:
+            tensors += [attribute.t, *attribute.tensors]
+            for inner in (attribute.g, *attribute.graphs):
+                yield from external_files(inner)
+    for tensor in tensors:
+        if tensor.data_location == tensor.EXTERNAL:
+            yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+
+
+def _check_there(path: Path, option: str) -> None:
+    if path.is_file():
+        return
+    what, advice = "nothing", ""
+    if path.is_dir():
+        what = "a directory"
+        models = sorted(path.glob("*.onnx"))
+        if any((path / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt")):
+            what, advice = "a SavedModel", f"; convert it with create_onnx.py --saved_model {path}"
+        elif models:
+            advice = f"; give the file in it, {models[0]}"
+    elif path.exists():
+        what = "no regular file"
+    if option:
+        raise FileNotFoundError(f"{option}: expected an ONNX file, found {what} at {path}{advice}")
+    raise FileNotFoundError(f"{path}: expected an ONNX file, found {what} there{advice}")
+
+
+def _kind(path: Path) -> str:
+    with open(path, "rb") as file:
+        return files.kind_of(file.read(512))
+
+
+def _found(path: Path, error: Exception) -> str:
+    return _kind(path) or f"something else, or a damaged one ({' '.join(str(error).split())})"

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only place that imports ONNX Runtime: opens sessions, and makes its failures errors of one line.
+
+ONNX Runtime sends telemetry by default from 1.31 on, on Linux too. It reads ORT_DISABLE_TELEMETRY when it is imported, so that is set
+before; a value that the user has set stays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtdet.errors import EngineError
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+#: Set to 1 before ONNX Runtime is imported, unless the user has set it.
+TELEMETRY_SWITCH = "ORT_DISABLE_TELEMETRY"
+CPU = "CPUExecutionProvider"
+#: ONNX Runtime's levels of its own messages on stderr.
+ERRORS, FATAL_ERRORS = 3, 4
+INSTALL = "pip install onnxruntime"
+
+
+class SessionError(EngineError):
+    """ONNX Runtime cannot load a model, or fails on it; its own message is inside."""
+
+
+def load_onnxruntime() -> Any:
+    """The module `onnxruntime`, with its telemetry off.
+
+    Raises:
+        EngineError: it is not installed, or does not start; names the command that installs it.
+    """
+    os.environ.setdefault(TELEMETRY_SWITCH, "1")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise EngineError(f"ONNX Runtime is not installed: {INSTALL}") from error
+    except ImportError as error:  # a library that it needs is missing
+        raise EngineError(f"ONNX Runtime does not start ({one_line(error)}): {INSTALL}") from error
+    return onnxruntime
+
+
+def is_installed() -> bool:
+    """Whether ONNX Runtime can be imported."""
+    try:
+        load_onnxruntime()
+    except EngineError:
+        return False
+    return True
+
+
+def version() -> str:
+    """ONNX Runtime's version."""
+    return str(load_onnxruntime().__version__)
+
+
+def available_providers() -> list[str]:
+    """The execution providers that this ONNX Runtime was built with."""
+    return list(load_onnxruntime().get_available_providers())
+
+
+class Session:
+    """A model that ONNX Runtime has loaded.
+
+    Attributes:
+        provider: the execution provider in use, ONNX Runtime's name.
+    """
+
+    def __init__(self, session: Any, name: str) -> None:
+        self._session = session
+        self._name = name
+        self.provider: str = session.get_providers()[0]
+
+    def run(
+        self, outputs: Sequence[str] | None, feeds: Mapping[str, NDArray[Any]]
+    ) -> list[NDArray[Any]]:
+        """The named outputs, all of them for None. Arrays that the CPU can use are read in place.
+
+        Raises:
+            SessionError: ONNX Runtime failed.
+        """
+        names = None if outputs is None else list(outputs)
+        try:
+            values: list[NDArray[Any]] = self._session.run(names, dict(feeds))
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            raise SessionError(f"{self._name}: ONNX Runtime failed: {one_line(error)}") from error
+        return values
+
+    def run_on_device(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[NDArray[Any]]:
+        """The same for inputs that `on_device` made. Outputs are in host memory.
+
+        Raises:
+            SessionError: ONNX Runtime failed.
+        """
+        try:
+            binding = self._session.io_binding()
+            for name, buffer in feeds.items():
+                binding.bind_ortvalue_input(name, buffer)
+            for name in outputs:
+                binding.bind_output(name)
+            self._session.run_with_iobinding(binding)
+            return [value.numpy() for value in binding.get_outputs()]
+        except Exception as error:  # as above
+            raise SessionError(f"{self._name}: ONNX Runtime failed: {one_line(error)}") from error
+
+    def on_device(self, array: NDArray[Any], device: str, *, buffer: Any = None) -> Any:
+        """A copy of `array` on a device ("cuda", "cpu"): in `buffer`, one of the same shape that this made before, or in a new one.
+
+        Raises:
+            SessionError: ONNX Runtime failed.
+        """
+        try:
+            if buffer is None:
+                return load_onnxruntime().OrtValue.ortvalue_from_numpy(array, device, 0)
+            buffer.update_inplace(array)
+        except Exception as error:  # as above
+            raise SessionError(f"{self._name}: ONNX Runtime failed: {one_line(error)}") from error
+        return buffer
+
+
+def open_session(
+    model: onnx.ModelProto | bytes,
+    name: Path | str,
+    *,
+    providers: Sequence[Any] = (CPU,),
+    threads: int | None = None,
+    optimize: bool = True,
+    integer_kernels: bool = True,
+    external_data: Path | None = None,
+    spin_us: int | None = None,
+    log_level: int = ERRORS,
+) -> Session:
+    """Load a model into ONNX Runtime.
+
+    Args:
+        name: of the model, for messages: its file, or what it is a part of.
+        providers: ONNX Runtime's execution providers, the wanted one first.
+        threads: CPU threads of one operator; None: ONNX Runtime's default, one per core.
+        optimize: False keeps the graph as it is written.
+        integer_kernels: False computes every Q/DQ pair as it is written.
+        external_data: the folder that the files of a model with external data are in.
+        spin_us: microseconds that a thread spins while it waits for work; None: ONNX Runtime's default.
+        log_level: what ONNX Runtime itself writes to stderr.
+
+    Raises:
+        SessionError: ONNX Runtime cannot load it.
+        EngineError: ONNX Runtime is not installed.
+    """
+    onnxruntime = load_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = log_level
+    if threads:
+        options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for key, value in {
+        "session.disable_quant_qdq": None if integer_kernels else "1",
+        "session.model_external_initializers_file_folder_path": external_data,
+        "session.intra_op.spin_duration_us": spin_us,  # versions that do not know it ignore it
+    }.items():
+        if value is not None:
+            options.add_session_config_entry(key, str(value))
+    if list(providers) != [CPU] and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
+    try:
+        serialized = model if isinstance(model, bytes) else model.SerializeToString()
+        session = onnxruntime.InferenceSession(serialized, options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+        raise SessionError(f"{name}: ONNX Runtime cannot load it: {one_line(error)}") from error
+    return Session(session, str(name))
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception on one line; its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
