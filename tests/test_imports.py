@@ -15,7 +15,7 @@ from conftest import ROOT
 
 #: From the ground up: a room imports only from rooms before it.
 ORDER = (
-    "about", "errors", "files", "closing", "machine", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
+    "about", "errors", "files", "checks", "reading", "closing", "machine", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
     "sources", "detections", "graph", "nms", "images", "precision", "engine", "runtimes", "results", "run", "deploy",
     "families", "conversion", "parity", "api", "commands",
 )  # fmt: skip
@@ -30,6 +30,7 @@ HOMES = {
     "tensorrt_rtx": ("trtdet.engine", "trtdet.runtimes"),
     "cuda": ("trtdet.cuda", "trtdet.runtimes"),
     "cv2": ("trtdet.images", "trtdet.results"),
+    "msgspec": ("trtdet.reading",),
 }
 #: Imported inside the functions that need them, never with a module.
 AT_THE_POINT_OF_USE = frozenset((*HOMES.keys() - {"cv2"}, "matplotlib", "ray", "pyarrow", "tritonclient", "pycocotools", "aiohttp"))  # fmt: skip

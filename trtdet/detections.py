@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtdet import files
+from trtdet import checks, files
 from trtdet.geometry import FloatArray, ResizeTransform, rotated_corners, xyxy_to_xywh, yxyx_to_xyxy
 from trtdet.spec import ModelSpec
 
@@ -149,11 +149,17 @@ def read_tsv(path: Path) -> Detections:
     A seventh column is the angle of turned boxes where the header says so, or, without a header, where it is a number.
 
     Raises:
-        ValueError: a line that does not have six numbers; names file and line.
+        ValueError: a line that does not have six numbers, pixels up to a million; names file and line.
     """
     rows: list[list[float]] = []
     turned: bool | None = None
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected detections in UTF-8, found other bytes ({error}); write them with infer.py"
+        ) from error
+    for number, line in enumerate(text.splitlines(), 1):
         fields = line.split("\t")
         if number == 1 and tuple(fields[: len(TSV_COLUMNS)]) == TSV_COLUMNS:
             turned = fields[6:7] == [TSV_ANGLE]
@@ -163,10 +169,13 @@ def read_tsv(path: Path) -> Detections:
                 turned = len(fields) > 6 and _is_number(fields[6])
             angle = float(fields[6]) if turned else 0.0
             rows.append([float(field) for field in fields[:5]] + [int(fields[5]), angle])
+            for value in (*rows[-1][:5], angle):
+                checks.finite("value", value)
+            checks.whole("class", int(fields[5]), 0, 2**31 - 1)
         except (ValueError, IndexError) as error:
             columns = [*TSV_COLUMNS, TSV_ANGLE] if turned else TSV_COLUMNS
             raise ValueError(
-                f"{path}:{number}: expected {' '.join(columns)}, tab separated, found {line[:80]!r}"
+                f"{path}:{number}: expected {' '.join(columns)}, tab separated, numbers up to a million, found {line[:80]!r}"
             ) from error
     table = np.array(rows, np.float64).reshape(-1, 7)
     return Detections(

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class names: COCO's, and those in a text file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trtdet import files
+from trtdet import checks, files
+
+#: Class id -> name.
+Labels = Sequence[str] | Mapping[int, str]
 
 #: COCO's 80 object names under their category ids, which run from 1 to 90 with ten gaps.
 #: Source: https://cocodataset.org, instances_val2017.json
@@ -45,7 +48,7 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no names, or not `num_classes` of them, or not UTF-8.
+        ValueError: no names, one of more than 256 characters or with control characters (a tab among them), or not `num_classes` of them, or not UTF-8.
     """
     if str(path) == "coco":
         labels = COCO_LABELS
@@ -59,7 +62,12 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
             raise ValueError(
                 f"{path}: expected class names in UTF-8, found other bytes ({error})"
             ) from error
-        lines = [line.strip() for line in text.rstrip().splitlines()]
+        lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                checks.text("a class name", line, checks.LABEL)
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number}: {error}; write it otherwise") from error
         labels = tuple(line or f"unused {number}" for number, line in enumerate(lines, 1))
     expected = "at least one label" if num_classes is None else f"{num_classes} labels"
     if not labels or (num_classes is not None and len(labels) != num_classes):
@@ -70,6 +78,8 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
     return labels
 
 
-def label_of(labels: Sequence[str], class_id: int) -> str:
+def label_of(labels: Labels, class_id: int) -> str:
     """The name of a class, or "class 7" where none is known."""
+    if isinstance(labels, Mapping):
+        return labels.get(class_id, f"class {class_id}")
     return labels[class_id] if 0 <= class_id < len(labels) else f"class {class_id}"

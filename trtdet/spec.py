@@ -11,8 +11,9 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from trtdet import checks, reading
 from trtdet.errors import GraphError
 
 if TYPE_CHECKING:
@@ -27,7 +28,14 @@ PREPROCESSORS = {
 
 #: The `metadata_props` key under which the JSON of a `ModelSpec` stands.
 METADATA_KEY = "trtdet.model_spec"
-SCHEMA_VERSION = 1
+#: What to do with a spec that cannot be read.
+REMEDY = "convert the model again with create_onnx.py"
+
+#: Bounds of what a spec may say: a damaged one must not ask for all memory.
+LARGEST_SIDE = 32_768  # pixels of the network input
+MOST_BOXES = 1_000_000  # per image
+MOST_CLASSES = 1_000_000
+LARGEST_ID = 2**31 - 1  # of a category, int32
 
 Layout = Literal["NHWC", "NCHW"]
 InputDtype = Literal["float32", "uint8"]
@@ -74,6 +82,24 @@ class Preprocessing:
     # Smallest and largest (height, width) of an input whose size is free, and what both must be a multiple of.
     size_range: tuple[tuple[int, int], tuple[int, int]] | None = None
     size_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = {"size_hw": self.size_hw}
+        if self.size_range:
+            sizes |= {"size_range[0]": self.size_range[0], "size_range[1]": self.size_range[1]}
+        for name, size in sizes.items():
+            for side in size:
+                checks.whole(name, side, 1, LARGEST_SIDE)
+        for name, values in (("mean", self.mean), ("pad_rgb", self.pad_rgb)):
+            for value in values:
+                checks.finite(name, value)
+        for value in self.std:
+            checks.finite("std", value, 1e-6)
+        checks.whole("size_multiple", self.size_multiple, 1, LARGEST_SIDE)
+        smallest, largest = self.size_range or (self.size_hw, self.size_hw)
+        for low, side, high in zip(smallest, self.size_hw, largest, strict=True):
+            if not low <= side <= high:
+                raise ValueError(f"size_hw: expected {list(smallest)} to {list(largest)} (size_range), found {list(self.size_hw)}")  # fmt: skip
 
     def at(self, size_hw: tuple[int, int]) -> Preprocessing:
         """The same for one size.
@@ -146,8 +172,8 @@ class Nms:
             raise ValueError(f"score_threshold: expected 0 to 1, got {self.score_threshold}")
         if not 0.0 < self.iou_threshold <= 1.0:  # the plugin refuses 0
             raise ValueError(f"iou_threshold: expected above 0, up to 1, got {self.iou_threshold}")
-        if self.max_output_boxes < 1:
-            raise ValueError(f"max_output_boxes: expected at least 1, got {self.max_output_boxes}")
+        checks.whole("max_output_boxes", self.max_output_boxes, 1, MOST_BOXES)
+        checks.whole("background_class", self.background_class, -1, MOST_CLASSES)
         if self.box_coding not in (0, 1):
             raise ValueError(
                 f"box_coding: expected 0 (corners) or 1 (centre and size), got {self.box_coding}"
@@ -156,7 +182,12 @@ class Nms:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A detector, described so that no later stage asks which network it was."""
+    """A detector, described so that no later stage asks which network it was.
+
+    Its text reaches configurations, labels and web pages: it has no control characters.
+    """
+
+    SCHEMA: ClassVar[int] = 1
 
     family: str
     preprocessing: Preprocessing
@@ -173,6 +204,14 @@ class ModelSpec:
     source: dict[str, str] = field(default_factory=dict)  # provenance: file, hash, tool versions
 
     def __post_init__(self) -> None:
+        checks.text("family", self.family)
+        checks.whole("category_ids", self.num_classes, 1, MOST_CLASSES)
+        for category_id in self.category_ids:
+            checks.whole("category_ids", category_id, -LARGEST_ID, LARGEST_ID)
+        for number, label in enumerate(self.labels):
+            checks.text(f"labels[{number}]", label, checks.LABEL)
+        for text in (*self.sensitive_nodes, *self.source, *self.source.values()):
+            checks.text("sensitive_nodes, source", text, checks.LONG_TEXT)
         if self.labels and len(self.labels) != self.num_classes:
             raise ValueError(
                 f"labels: expected {self.num_classes} (one per class), got {len(self.labels)}"
@@ -188,29 +227,26 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` is its inverse."""
-        return {"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        return {"schema": self.SCHEMA, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ModelSpec:
-        """The inverse of `to_dict`.
+    def from_dict(cls, data: Any, name: str = "model spec") -> ModelSpec:
+        """The inverse of `to_dict`, of JSON as it was read.
+
+        Args:
+            name: where it is from, for messages.
 
         Raises:
-            GraphError: another schema version, or fields missing or of the wrong kind.
+            GraphError: another schema, fields missing or of the wrong kind, or values that cannot be.
         """
-        data = dict(data)
-        schema = data.pop("schema", None)
-        if schema != SCHEMA_VERSION:
-            raise GraphError(
-                f"model spec: expected schema {SCHEMA_VERSION}, found {schema}; convert the model again with create_onnx.py"
-            )
-        try:
-            preprocessing = Preprocessing(**_tuples(data.pop("preprocessing")))
-            nms = Nms(**data.pop("nms"))
-            return cls(preprocessing=preprocessing, nms=nms, **_tuples(data))
-        except (KeyError, TypeError, ValueError) as error:
-            raise GraphError(
-                f"model spec: not readable ({error}); convert the model again with create_onnx.py"
-            ) from error
+        spec: ModelSpec = reading.convert(data, cls, name=name, remedy=REMEDY, error=GraphError)
+        return spec
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "model spec", remedy: str = REMEDY) -> ModelSpec:
+        """The same of its text."""
+        spec: ModelSpec = reading.parse(text, cls, name=name, remedy=remedy, error=GraphError)
+        return spec
 
     def attach(self, model: onnx.ModelProto) -> None:
         """Write the spec into `model.metadata_props`, in place of one that is there."""
@@ -222,11 +258,11 @@ class ModelSpec:
         model.metadata_props.extend([*kept, StringStringEntryProto(key=METADATA_KEY, value=text)])
 
     @classmethod
-    def maybe_from_onnx(cls, model: onnx.ModelProto) -> ModelSpec | None:
+    def maybe_from_onnx(cls, model: onnx.ModelProto, name: str = "model spec") -> ModelSpec | None:
         """The spec in `metadata_props`, or None where the file carries none."""
         for prop in model.metadata_props:
             if prop.key == METADATA_KEY:
-                return cls.from_dict(json.loads(prop.value))
+                return cls.from_json(prop.value, name)
         return None
 
     @classmethod
@@ -236,19 +272,10 @@ class ModelSpec:
         Raises:
             GraphError: the model carries none.
         """
-        spec = cls.maybe_from_onnx(model)
+        spec = cls.maybe_from_onnx(model, f"{path}: model spec")
         if spec is None:
             raise GraphError(
                 f"{path}: expected an ONNX file written by create_onnx.py (metadata '{METADATA_KEY}'), found none; "
                 f"convert it with create_onnx.py --source_onnx {path}"
             )
         return spec
-
-
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples: every list in a spec is one."""
-    return {key: _tuple(value) for key, value in data.items()}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(_tuple(item) for item in value) if isinstance(value, list) else value

@@ -581,9 +581,9 @@ def test_sidecar_of_another_engine_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"schema": 2}, "expected schema 1, found 2"),
-        ({"batch": {"min": 4, "opt": 2, "max": 1}}, "not readable"),
-        ({"batch": 3}, "not readable"),
-        ({"model_spec": {}}, "model spec: expected schema 1"),
+        ({"batch": {"min": 4, "opt": 2, "max": 1}}, "batch: batch sizes: expected 1 <= MIN"),
+        ({"batch": 3}, "batch: expected an object, found 3"),
+        ({"model_spec": {}}, "model_spec: expected schema 1, found null"),
         ({"later_field": 1}, None),
     ],
 )

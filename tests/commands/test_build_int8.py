@@ -151,7 +151,7 @@ def test_precision_json_is_obeyed_and_belongs_to_a_model(tiny_onnx: Path, calibr
         ({"precision": "fp8"}, "was made for --precision fp8, not int8"),
         ({"keep": {"*/steam/*": "fp16"}}, r": '\*/steam/\*': no convolution has such a name"),
         ({"keep": {stem: "bf16"}}, "expected fp16 or fp32, found 'bf16'"),
-        ({"keep": [stem]}, "expected keep as an object, found list"),
+        ({"keep": [stem]}, "keep: expected an object, found a list of 1"),
         ({"schema": 2}, "expected schema 1, found 2; write it with tune_precision.py"),
     ):  # fmt: skip
         data = {"schema": 1, "model_sha256": own, "precision": "int8", "keep": {}, "note": ""} | change  # fmt: skip

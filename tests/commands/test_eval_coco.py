@@ -155,24 +155,27 @@ def test_figures_are_those_of_pycocotools(shared: Path, name: str, ap: float, ap
     ("text", "message"),
     [
         ("{", "expected JSON"),
-        ("[]", "a JSON object with the lists images, annotations, categories"),
-        ('{"images": [], "annotations": []}', "a JSON object with the lists"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "missing 'file_name'"),
+        ("[]", "expected an object, found a list of 0; give COCO annotations"),
+        ('{"images": [], "annotations": []}', "expected 'categories'"),
+        (
+            '{"images": [{"id": 1}], "annotations": [], "categories": []}',
+            r"images\[0\]: expected 'file_name'",
+        ),
         (
             '{"images": [], "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}], "categories": []}',
-            r"annotations\[0\]: expected image_id, category_id and bbox of four numbers",
+            r"annotations\[0\]: bbox: expected four numbers, or five with an angle, found 3",
         ),
         (
             '{"images": [], "annotations": [{"image_id": [1], "category_id": 1, "bbox": [1, 2, 3, 4]}], "categories": []}',
-            r"annotations\[0\]: expected image_id",
+            r"annotations\[0\].image_id: expected a number or text, found a list of 1",
         ),
         (
             '{"images": [{"id": 1, "file_name": 7}], "annotations": [], "categories": []}',
-            "expected a text as file_name",
+            r"images\[0\].file_name: expected text, found 7",
         ),
         (
             '{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}], "annotations": [], "categories": []}',
-            "every image once, found 2 with the file_name 'a'",
+            "every one once, found 2 with the file_name 'a'",
         ),
     ],
 )
@@ -185,11 +188,20 @@ def test_annotations_that_are_none(tmp_path: Path, text: str, message: str) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "a JSON list of detections"),
-        ('[{"image_id": 1, "category_id": 1, "score": 1}]', "entry 0: expected image_id"),
-        ('[{"image_id": 1, "category_id": 1, "score": 1, "bbox": [1, 2]}]', "entry 0"),
-        ('[{"image_id": [1], "category_id": 1, "score": 1, "bbox": [1, 2, 3, 4]}]', "entry 0"),
-        ('[{"image_id": 1, "category_id": 1, "score": NaN, "bbox": [1, 2, 3, 4]}]', "entry 0"),
+        ("{}", "give COCO results, a JSON list of detections"),
+        ('[{"image_id": 1, "category_id": 1, "score": 1}]', r"\[0\]: expected 'bbox'"),
+        (
+            '[{"image_id": 1, "category_id": 1, "score": 1, "bbox": [1, 2]}]',
+            r"\[0\]: bbox: expected four numbers.*found 2",
+        ),
+        (
+            '[{"image_id": [1], "category_id": 1, "score": 1, "bbox": [1, 2, 3, 4]}]',
+            r"\[0\].image_id: expected",
+        ),
+        (
+            '[{"image_id": 1, "category_id": 1, "score": NaN, "bbox": [1, 2, 3, 4]}]',
+            r"\[0\]: score: .*found nan",
+        ),
     ],
 )
 def test_results_that_are_none(tmp_path: Path, text: str, message: str) -> None:
@@ -307,13 +319,23 @@ def test_detections_of_strange_images_are_left_out(
 
 
 def test_detections_of_strange_images_alone_are_an_error(tmp_path: Path, capsys: Any) -> None:
-    """Ids as text, say: AP 0 would be the wrong answer."""
+    """AP 0 would be the wrong answer."""
     annotations = write_annotations(tmp_path / "a.json", {1: "x.png"}, [(1, 10, BOX)])
     kept = tmp_path / "found.json"
-    kept.write_text(json.dumps([{**result(1, BOX), "image_id": "1"}]))
+    kept.write_text(json.dumps([{**result(1, BOX), "image_id": "2"}]))
     argv = ["--annotations", str(annotations), "--detections", str(kept)]
     assert eval_coco.main(argv) == 1
     assert "none of the image ids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("image_id", ["1", 1.0, "x.png"])
+def test_an_image_id_may_be_text_or_a_float_or_the_name(tmp_path: Path, image_id: Any) -> None:
+    path = write_annotations(tmp_path / "a.json", {1: "x.png"}, [(1, 10, BOX)])
+    (tmp_path / "r.json").write_text(json.dumps([{**result(1, BOX), "image_id": image_id}]))
+    annotations = coco.read_annotations(path)
+    (found,) = coco.read_results(tmp_path / "r.json", annotations)
+    assert found["image_id"] == 1 and isinstance(found["image_id"], int)
+    assert coco.evaluate(annotations, [found], [1]).metrics["AP"] == pytest.approx(1.0)
 
 
 def test_numbers_as_names_that_are_not_the_ids_are_warned_of(tmp_path: Path, capsys: Any) -> None:

@@ -257,9 +257,9 @@ def test_class_ids_of(
     assert class_ids_of(categories, labels) == class_ids
 
 
-def test_labels_of_leaves_gaps_where_the_ids_have_gaps() -> None:
-    assert labels_of({3: "triangle", 1: "circle"}) == ["circle", "class 1", "triangle"]
-    assert labels_of({}) == []
+def test_labels_of_takes_no_memory_for_gaps_between_the_ids() -> None:
+    assert labels_of({3: "triangle", 2**31 - 1: "circle"}) == {2: "triangle", 2**31 - 2: "circle"}
+    assert labels_of({}) == {}
 
 
 # ---- run alone

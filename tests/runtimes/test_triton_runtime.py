@@ -233,7 +233,9 @@ def test_a_configuration_without_a_spec_wants_one(serve, tmp_path):
     with TritonRuntime(url, spec=sidecar) as runtime:
         assert runtime.spec == SPEC
     sidecar.write_text("{")
-    with pytest.raises(EngineError, match=r"expected the \.json of an engine"):
+    with pytest.raises(
+        EngineError, match=r"toy.engine.json: expected JSON.*build the engine again"
+    ):
         TritonRuntime(url, spec=sidecar)
 
 

@@ -129,10 +129,10 @@ def test_engine_without_sidecar_is_taken_for_efficientdet(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "expected the JSON that build_engine.py writes beside an engine, found something else (Expecting"),
+        ("{", "expected JSON in UTF-8, found something else (Expecting"),
         ("\xff", "found something else ('utf-8' codec can't decode"),
-        ("[]", "sidecar: expected schema 1, found list; build the engine again with build_engine.py"),
-        ('{"schema": 1, "model_spec": {}}', "convert the model again with create_onnx.py, then build the engine again with build_engine.py"),
+        ("[]", "engine.json: expected schema 1, found a list of 0; build the engine again with build_engine.py"),
+        ('{"schema": 1, "model_spec": {}}', "model_spec: expected schema 1, found null; build the engine again with build_engine.py"),
     ],
 )  # fmt: skip
 def test_a_sidecar_that_is_none_says_what_to_do(

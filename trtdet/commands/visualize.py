@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from trtdet import files
 from trtdet.commands.cli import SOME_SKIPPED, run_main, setup_logging, unit_interval
-from trtdet.labels import read_labels
+from trtdet.labels import Labels, read_labels
 from trtdet.machine import available_cores
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(
     detections: Path,
     output: Path,
     *,
-    labels: Sequence[str] = (),
+    labels: Labels = (),
     annotations: Path | None = None,
     score_threshold: float = 0.0,
     recursive: bool = False,
@@ -101,7 +101,7 @@ def _draw_file(
     tsv: Path,
     truth: Mapping[Path, Detections] | None,
     *,
-    labels: Sequence[str],
+    labels: Labels,
     score_threshold: float,
     font_path: Path | None,
 ) -> ImageArray:

@@ -16,7 +16,6 @@ actively, and uses a CUDA graph, none of which 8.6 and 10 do unless asked. The l
 Source: NVIDIA/TensorRT samples/common/sampleOptions.cpp and sampleReporting.cpp of releases 8.6 to 11.1.
 """
 
-import json
 import re
 import shlex
 import shutil
@@ -24,8 +23,8 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from trtdet import checks, reading
 from trtdet.deploy.model import Deployable, check_servable
 from trtdet.errors import EngineError
 from trtdet.machine import parse_version
@@ -235,23 +234,44 @@ def run(trtexec: Path, arguments: Sequence[str]) -> str:
 # ---- results
 
 
+#: Longest time, in ms: a month.
+LONGEST_MS = 2.7e9
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One batch of --exportTimes, under trtexec's names; it writes more than these."""
+
+    startEnqMs: float
+    endEnqMs: float
+    startH2dMs: float
+    endD2hMs: float
+    h2dMs: float
+    computeMs: float
+    d2hMs: float
+
+    def __post_init__(self) -> None:
+        for name, value in self.__dict__.items():
+            checks.finite(name, value, 0, LONGEST_MS)
+
+
 def measurement_of_times(path: Path, batch_size: int) -> Measurement:
     """The table from --exportTimes: one record per batch.
 
     Raises:
         ValueError: not such a file.
     """
-    try:
-        records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        times = [
-            BatchTimes(r["endEnqMs"] - r["startEnqMs"], r["h2dMs"], r["computeMs"], r["d2hMs"])
-            for r in records
-        ]
-        walltime_s = (records[-1]["endD2hMs"] - records[0]["startH2dMs"]) / 1000
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"{path}: expected the file of trtexec --exportTimes, with a record per batch ({type(error).__name__}: {error})"
-        ) from error
+    records: list[_Record] = reading.read(
+        path,
+        list[_Record],
+        remedy="give the file of trtexec --exportTimes, with a record per batch",
+    )
+    if not records:
+        raise ValueError(f"{path}: expected the file of trtexec --exportTimes, with a record per batch, found none")  # fmt: skip
+    times = [BatchTimes(r.endEnqMs - r.startEnqMs, r.h2dMs, r.computeMs, r.d2hMs) for r in records]
+    walltime_s = (records[-1].endD2hMs - records[0].startH2dMs) / 1000
+    if walltime_s <= 0:
+        raise ValueError(f"{path}: expected batches one after the other, found an end at {records[-1].endD2hMs:g} ms, a start at {records[0].startH2dMs:g} ms")  # fmt: skip
     summaries = {
         "Latency": Summary.of([t.latency_ms for t in times]),
         "Enqueue Time": Summary.of([t.enqueue_ms for t in times]),
@@ -264,7 +284,7 @@ def measurement_of_times(path: Path, batch_size: int) -> Measurement:
 
 def batch_of_log(text: str) -> int | None:
     """The batch size in the command line that a log begins with; None for a model of one shape, which needs no --shapes."""
-    found = re.search(r"--shapes=[^\s:]+:(\d+)x", text)
+    found = re.search(r"--shapes=[^\s:]+:(\d{1,9})x", text)
     return int(found[1]) if found else None
 
 
@@ -285,16 +305,33 @@ def measurement_of_log(text: str, batch_size: int) -> Measurement:
         raise ValueError(
             "expected a log of trtexec with its performance summary, found none; it ends in one when the inference was not skipped"
         )
-    walltime_s = float(walltime[1])
-    return Measurement(
-        batch_size, round(float(throughput[1]) * walltime_s), 0, walltime_s, summaries
-    )
+    walltime_s = _logged("Total Host Walltime", walltime[1], LONGEST_MS / 1000)
+    batches = round(_logged("Throughput", throughput[1], 1e9) * walltime_s)
+    return Measurement(batch_size, batches, 0, walltime_s, summaries)
+
+
+def _logged(name: str, text: str, largest: float = LONGEST_MS) -> float:
+    """A number of a log.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{name}: expected a number, found {checks.shown(text)}") from None
+    checks.finite(name, value, 0, largest)
+    return value
 
 
 def _summary(text: str) -> Summary:
     values = {
-        name: float(value) for name, value in re.findall(r"([\w()%.]+) = ([\d.e+-]+) ms", text)
+        name: _logged(name, value)
+        for name, value in re.findall(r"([\w()%.]+) = ([\d.e+-]+) ms", text)
     }
+    missing = [name for name in ("min", "max", "mean", "median") if name not in values]
+    if missing:
+        raise ValueError(f"expected min, max, mean and median in ms, found no {missing[0]} in {checks.shown(text)}")  # fmt: skip
     percentiles = {
         percent: values.get(f"percentile({percent}%)", float("nan")) for percent in PERCENTILES
     }

@@ -5,17 +5,19 @@ import dataclasses
 import hashlib
 import json
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from trtdet import about, files
+from trtdet import about, checks, files, reading
 from trtdet.engine.options import BatchRange
-from trtdet.errors import EngineError, GraphError
+from trtdet.errors import EngineError
 from trtdet.onnx_files import read_onnx
 from trtdet.spec import ModelSpec
 
-SIDECAR_SCHEMA = 1
+#: What to do with a sidecar that cannot be read.
+REMEDY = "build the engine again with build_engine.py"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class EngineInfo:
         platform: operating system and processor, "linux-x86_64"; engines do not move between them.
         tool: what wrote it, "trtdet 0.1.0".
     """
+
+    SCHEMA: ClassVar[int] = 1
+    JSON_NAMES: ClassVar[dict[str, str]] = {"model_spec": "spec"}
 
     spec: ModelSpec
     flavor: str
@@ -58,37 +63,50 @@ class EngineInfo:
     )
     tool: str = f"trtdet {about.__version__}"
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\d{1,4}(\.\d{1,6}){1,4}[\w.+-]{0,40}", self.version, re.ASCII):
+            raise ValueError(f"version: expected one such as 10.13.3.9, found {checks.shown(self.version)}")  # fmt: skip
+        for capability in self.compute_capabilities:
+            if not re.fullmatch(r"\d{1,3}\.\d{1,3}", capability, re.ASCII):
+                raise ValueError(f"compute_capabilities: expected such as 8.9, found {checks.shown(capability)}")  # fmt: skip
+        if self.dla_core is not None:
+            checks.whole("dla_core", self.dla_core, 0, 15)
+        for layers in self.layers.values():
+            checks.whole("layers", layers, 0, 2**31)
+        names = {"flavor": self.flavor, "precision": self.precision, "platform": self.platform, "tool": self.tool, "layers_source": self.layers_source}  # fmt: skip
+        for name, text in names.items():
+            checks.text(name, text)
+        for name, text in [("onnx_file", self.onnx_file), *(("plugins", p) for p in self.plugins)]:
+            checks.text(name, text, checks.LABEL)
+        for name, text in (("onnx_sha256", self.onnx_sha256), ("engine_sha256", self.engine_sha256)):  # fmt: skip
+            if not re.fullmatch("([0-9a-f]{64})?", text):
+                raise ValueError(f"{name}: expected 64 hex digits or nothing, found {checks.shown(text)}")  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` is its inverse."""
         data = dataclasses.asdict(self)
         del data["spec"]
-        return {"schema": SIDECAR_SCHEMA, **data, "model_spec": self.spec.to_dict()}
+        return {"schema": self.SCHEMA, **data, "model_spec": self.spec.to_dict()}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "EngineInfo":
-        """The inverse of `to_dict`. Fields of later versions are ignored.
+    def from_dict(cls, data: Any, name: str = "sidecar") -> "EngineInfo":
+        """The inverse of `to_dict`, of JSON as it was read. Fields of later versions are ignored.
 
         Raises:
-            EngineError: another schema version, or fields missing or of the wrong kind.
-            GraphError: a model spec that is not readable.
+            EngineError: another schema, fields missing or of the wrong kind, or values that cannot be.
         """
-        if not isinstance(data, dict) or data.get("schema") != SIDECAR_SCHEMA:
-            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise EngineError(
-                f"sidecar: expected schema {SIDECAR_SCHEMA}, found {found}; build the engine again with build_engine.py"
-            )
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {key: value for key, value in data.items() if key in known}
-        try:
-            values["spec"] = ModelSpec.from_dict(data["model_spec"])
-            values["batch"] = BatchRange(**data["batch"])
-            for name in ("compute_capabilities", "plugins"):
-                values[name] = tuple(values.get(name, ()))
-            return cls(**values)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EngineError(
-                f"sidecar: not readable ({error}); build the engine again with build_engine.py"
-            ) from error
+        info: EngineInfo = reading.convert(data, cls, name=name, remedy=REMEDY, error=EngineError)
+        return info
+
+
+def read_info(path: Path) -> EngineInfo:
+    """Read an engine's `.json`.
+
+    Raises:
+        OSError, EngineError: it is none; says the place in it, and what to do.
+    """
+    info: EngineInfo = reading.read(path, EngineInfo, remedy=REMEDY, error=EngineError)
+    return info
 
 
 def sidecar_path(engine_path: Path) -> Path:
@@ -125,19 +143,7 @@ def read_sidecar(engine_path: Path, plan: bytes | None = None) -> EngineInfo | N
     path = sidecar_path(engine_path)
     if not path.is_file():
         return None
-    try:
-        info = EngineInfo.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise EngineError(
-            f"{path}: expected the JSON that build_engine.py writes beside an engine, found something else ({error}); "
-            "build the engine again with build_engine.py, or delete the .json of an EfficientDet"
-        ) from error
-    except GraphError as error:  # says to convert the model again; then comes the engine
-        raise EngineError(
-            f"{path}: {error}, then build the engine again with build_engine.py"
-        ) from error
-    except EngineError as error:
-        raise EngineError(f"{path}: {error}") from error
+    info = read_info(path)
     if not info.engine_sha256:
         return info
     found = files.sha256(engine_path) if plan is None else hashlib.sha256(plan).hexdigest()
@@ -159,12 +165,7 @@ def read_spec(path: Path) -> ModelSpec:
     if path.suffix.lower() == ".onnx":
         return ModelSpec.from_onnx(read_onnx(path, weights=False), path)
     if path.suffix.lower() == ".json":
-        try:
-            return EngineInfo.from_dict(json.loads(path.read_text(encoding="utf-8"))).spec
-        except (ValueError, EngineError) as error:
-            raise EngineError(
-                f"{path}: expected the .json of an engine of build_engine.py ({error})"
-            ) from error
+        return read_info(path).spec
     info = read_sidecar(path)
     if info is None:
         raise FileNotFoundError(

@@ -7,23 +7,21 @@ import json
 import logging
 import re
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from trtdet import about, files
-from trtdet.precision.histograms import ChannelStatistics
+from trtdet import about, checks, files, reading
+from trtdet.precision.histograms import ChannelRow, ChannelStatistics
 from trtdet.precision.options import DEFAULT_SEED, Method
 from trtdet.precision.scales import INT8
 from trtdet.spec import Preprocessing
 
 logger = logging.getLogger(__name__)
 
-
-SIDECAR_SCHEMA = 1
 
 #: TensorRT checks the algorithm in the first line against the calibrator that reads the cache; trtexec, DeepStream and the DLA read it
 #: with this one, however the scales came about.
@@ -68,17 +66,6 @@ class Origin:
             "seed": self.seed,
             "preprocessing": self.preprocessing,
         }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Origin":
-        return cls(
-            data["model_sha256"],
-            dict(data["preprocessing"]),
-            data["images_sha256"],
-            data["num_images"],
-            data["method"],
-            data["seed"],
-        )
 
     def differences(self, wanted: "Origin", *, any_method: bool = False) -> list[str]:
         """What keeps a cache of this origin from serving `wanted`, a sentence each. Empty `images` in `wanted` fit all."""
@@ -192,7 +179,7 @@ class CalibrationCache:
             sidecar.unlink(missing_ok=True)
             return
         data = {
-            "schema": SIDECAR_SCHEMA,
+            "schema": _Sidecar.SCHEMA,
             "tool": f"trtdet {about.__version__}",
             "scales_sha256": _hash_text(_scale_lines(text)),
             **self.origin.to_dict(),
@@ -241,7 +228,7 @@ def read_cache(
         OSError, ValueError: not readable, or measured on something else; says what differs and what to run.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         cache = CalibrationCache.from_text(text)
     except ValueError as error:
         raise ValueError(
@@ -284,20 +271,48 @@ def check_tensors(path: Path, cache: CalibrationCache, inputs: Collection[str]) 
         )
 
 
-def _with_sidecar(cache: CalibrationCache, text: str, sidecar: Path) -> CalibrationCache:
-    try:
-        data = json.loads(sidecar.read_text(encoding="utf-8"))
-        if data["schema"] != SIDECAR_SCHEMA:
-            raise ValueError(f"expected schema {SIDECAR_SCHEMA}, found {data['schema']}")
-        if data["scales_sha256"] != _hash_text(_scale_lines(text)):
-            raise ValueError("scales_sha256 is that of other scales than stand in the cache")
-        channels = {name: ChannelStatistics.from_dict(c) for name, c in data["channels"].items()}
-        return CalibrationCache(cache.scales, channels, Origin.from_dict(data))
-    except (KeyError, TypeError, ValueError) as error:
+@dataclass(frozen=True)
+class _Sidecar:
+    """`<cache>.json`."""
+
+    SCHEMA: ClassVar[int] = 1
+
+    scales_sha256: str
+    model_sha256: str
+    images_sha256: str
+    num_images: int
+    method: Method
+    seed: int
+    preprocessing: dict[str, Any]
+    channels: dict[str, ChannelRow]
+
+    def __post_init__(self) -> None:
+        checks.whole("num_images", self.num_images, 0, 2**31)
+        checks.whole("seed", self.seed, 0, 2**63)
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(
+            self.model_sha256,
+            self.preprocessing,
+            self.images_sha256,
+            self.num_images,
+            self.method,
+            self.seed,
+        )
+
+
+def _with_sidecar(cache: CalibrationCache, text: str, path: Path) -> CalibrationCache:
+    remedy = "calibrate again, or delete the .json to use the scales unchecked"
+    found: _Sidecar = reading.read(path, _Sidecar, remedy=remedy)
+    place = f"{path}: preprocessing"
+    reading.convert(_preprocessing_defaults() | found.preprocessing, Preprocessing, name=place, remedy=remedy)  # fmt: skip
+    if found.scales_sha256 != _hash_text(_scale_lines(text)):
         raise ValueError(
-            f"{sidecar}: does not belong to the cache beside it ({error!r}); calibrate again, "
-            "or delete the .json to use the scales unchecked"
-        ) from error
+            f"{path}: does not belong to the cache beside it: scales_sha256 is that of other scales than stand in the cache; {remedy}"
+        )
+    channels = {name: row.statistics for name, row in found.channels.items()}
+    return CalibrationCache(cache.scales, channels, found.origin)
 
 
 def _scale_lines(text: str) -> str:

@@ -9,15 +9,12 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import ClassVar
 
-from trtdet import files
+from trtdet import checks, files, reading
 from trtdet.precision.options import KeptType
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -31,36 +28,21 @@ class PrecisionFile:
         note: for the reader.
     """
 
+    SCHEMA: ClassVar[int] = 1
+
     model_sha256: str
     precision: str
-    keep: dict[str, KeptType] = field(default_factory=dict)
+    keep: dict[str, KeptType]
     note: str = ""
 
-    def write(self, path: Path) -> None:
-        data = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        files.write_text(path, json.dumps(data, indent=1) + "\n")
+    def __post_init__(self) -> None:
+        checks.text("precision", self.precision)
+        for pattern in self.keep:
+            checks.text("keep", pattern, checks.LONG_TEXT)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "PrecisionFile":
-        """
-        Raises:
-            ValueError: fields missing or of the wrong kind.
-        """
-        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
-            found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"expected schema {SCHEMA}, found {found}")
-        model, precision = data.get("model_sha256"), data.get("precision")
-        keep, note = data.get("keep"), data.get("note", "")
-        if not (isinstance(model, str) and isinstance(precision, str) and isinstance(note, str)):
-            raise ValueError("expected model_sha256, precision and note as text")
-        if not isinstance(keep, Mapping):
-            raise ValueError(f"expected keep as an object, found {type(keep).__name__}")
-        kinds = get_args(KeptType)
-        wrong = {name: kind for name, kind in keep.items() if kind not in kinds}
-        if wrong:
-            name, kind = next(iter(wrong.items()))
-            raise ValueError(f"keep '{name}': expected {' or '.join(kinds)}, found {kind!r}")
-        return cls(model, precision, dict(keep), note)
+    def write(self, path: Path) -> None:
+        data = {"schema": self.SCHEMA, **dataclasses.asdict(self)}
+        files.write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def read_precision_file(path: Path, *, model_sha256: str, precision: str) -> PrecisionFile:
@@ -70,12 +52,10 @@ def read_precision_file(path: Path, *, model_sha256: str, precision: str) -> Pre
         OSError, ValueError: nothing there, not a precision.json, or made for something else; says what to run.
     """
     files.check_input(path, "--precision_json", "a precision.json of tune_precision.py")
-    try:
-        found = PrecisionFile.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:  # JSON's and Unicode's among them
-        raise ValueError(
-            f"--precision_json {path}: not a precision.json: {error}; write it with tune_precision.py"
-        ) from error
+    remedy = "write it with tune_precision.py"
+    found: PrecisionFile = reading.parse(
+        path.read_bytes(), PrecisionFile, name=f"--precision_json {path}", remedy=remedy
+    )
     if found.model_sha256 != model_sha256:
         raise ValueError(
             f"--precision_json {path} was made for another model: model_sha256 is {found.model_sha256[:12]}, of another graph or other "

@@ -5,13 +5,14 @@ Ranges are powers of two and grow by merging bins, which is exact: the result do
 """
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trtdet import checks
 from trtdet.precision.options import Method
 from trtdet.precision.scales import INT8, LEVELS
 
@@ -85,11 +86,33 @@ class ChannelStatistics:
         rows = np.stack([self.lowest, self.highest, self.mean, self.power]).astype("<f4")
         return {"noise": self.noise, "values": base64.b64encode(rows.tobytes()).decode("ascii")}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ChannelStatistics":
-        rows = np.frombuffer(base64.b64decode(data["values"], validate=True), "<f4")
-        lowest, highest, mean, power = rows.reshape(4, -1).astype(np.float32)
-        return cls(lowest, highest, mean, power, float(data["noise"]))
+
+@dataclass(frozen=True)
+class ChannelRow:
+    """`ChannelStatistics` as JSON has them."""
+
+    noise: float
+    values: str
+
+    def __post_init__(self) -> None:
+        checks.finite("noise", self.noise, 0, 1e300)
+        if not np.isfinite(self._rows).all():
+            raise ValueError("values: expected numbers, found infinity or NaN")
+
+    @property
+    def _rows(self) -> NDArray[np.float32]:
+        """(4, C)
+
+        Raises:
+            ValueError: not base64, or not four rows.
+        """
+        rows = np.frombuffer(base64.b64decode(self.values, validate=True), "<f4")
+        return rows.reshape(4, -1).astype(np.float32)
+
+    @property
+    def statistics(self) -> ChannelStatistics:
+        lowest, highest, mean, power = self._rows
+        return ChannelStatistics(lowest, highest, mean, power, self.noise)
 
 
 class ChannelMoments:

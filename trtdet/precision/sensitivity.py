@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trtdet import files
+from trtdet import checks, files, reading
 from trtdet.errors import GraphError
 from trtdet.graph import deformable_attention
 from trtdet.precision import quantization
@@ -203,6 +203,25 @@ def _put_back(kept: list[str], fits: Callable[[Collection[str]], bool]) -> list[
 # ---- the journal
 
 
+@dataclass(frozen=True)
+class JournalLine:
+    """One measurement.
+
+    Attributes:
+        key: fingerprint of the context and the configuration.
+        values: what was measured, by name.
+    """
+
+    SCHEMA: ClassVar[int] = 1
+
+    key: str
+    values: dict[str, float]
+
+    def __post_init__(self) -> None:
+        for name, value in self.values.items():
+            checks.finite(name, value)
+
+
 class Journal:
     """What was measured, one line of JSON each, so that an interrupted run goes on where it stopped.
 
@@ -228,7 +247,7 @@ class Journal:
         if key in self._known:
             return self._known[key]
         values = dict(measure())
-        line = json.dumps({"key": key, "kind": kind, "layers": names, "values": values})
+        line = json.dumps({"schema": JournalLine.SCHEMA, "key": key, "kind": kind, "layers": names, "values": values})  # fmt: skip
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -237,13 +256,19 @@ class Journal:
         return values
 
     def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        for line in text.splitlines():
+        text = self.path.read_text(encoding="utf-8-sig", errors="replace")
+        remedy = "delete it, and it is made anew, or give --output another name"
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
             try:
-                entry = json.loads(line)
-                self._known[entry["key"]] = dict(entry["values"])
-            except (ValueError, KeyError, TypeError):
-                logger.warning("%s: left out a line that is not whole: %.60s", self.path, line)
+                entry: JournalLine = reading.parse(line, JournalLine, name=f"{self.path}:{number}", remedy=remedy)  # fmt: skip
+            except reading.OtherSchemaError:
+                raise
+            except ValueError as error:
+                logger.warning("left out a line that is not whole: %s", error)
+            else:
+                self._known[entry.key] = entry.values
         if text and not text.endswith("\n"):  # cut off while it was written
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("\n")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO's annotation and results files, and COCO's metric.
+"""COCO's metric, and which image an annotation file means. Its files are read by `trtdet.results.coco_files`.
 
-Formats: https://cocodataset.org/#format-data and #format-results. The metric is pycocotools', called with its own defaults.
+The metric is pycocotools', called with its own defaults.
 
 Turned boxes are in ODTK's form: `bbox` x y w h of the unturned box and its angle (radians, clockwise on the screen), and the four corners
 as a polygon in `segmentation`. The metric then compares the polygons (pycocotools' "segm"), as ODTK does.
@@ -9,9 +9,7 @@ as a polygon in `segmentation`. The metric then compares the polygons (pycocotoo
 
 import contextlib
 import io
-import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +22,22 @@ from numpy.typing import NDArray
 from trtdet import files
 from trtdet.detections import Detections
 from trtdet.geometry import rotated_corners, xywh_to_xyxy
+from trtdet.labels import Labels
+from trtdet.results.coco_files import (
+    ANNOTATIONS,
+    Annotations,
+    ImageId,
+    Result,
+    is_turned,
+    polygons_of,
+    read_annotations,
+    read_results,
+)
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["ANNOTATIONS", "Annotations", "Result", "is_turned", "read_annotations", "read_results"]
 
-#: What --annotations takes, for `trtdet.files.check_input`.
-ANNOTATIONS = ("--annotations", "COCO annotations, such as instances_val2017.json")
 
 #: Names of pycocotools' twelve figures, in its order, each with what it averages over.
 METRICS = {
@@ -47,68 +55,6 @@ METRICS = {
     "ARl": "large objects",
 }
 
-#: One detection of COCO's results format: image_id, category_id, bbox (x y w h; turned: an angle, and segmentation), score.
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """A COCO annotation file.
-
-    Attributes:
-        objects: the file's "annotations", `area` and `iscrowd` filled in where they were missing.
-        categories: category id -> name.
-        image_ids: file_name -> image id.
-    """
-
-    path: Path
-    images: tuple[dict[str, Any], ...]
-    objects: tuple[dict[str, Any], ...]
-    categories: dict[int, str]
-    image_ids: dict[str, int]
-
-
-def read_annotations(path: Path) -> Annotations:
-    """Read a COCO annotation file ("instances_val2017.json").
-
-    Raises:
-        ValueError: not JSON, a part missing, or an object without image, category or box; names the place.
-    """
-    data = _read_json(path)
-    keys = ("images", "annotations", "categories")
-    if not isinstance(data, dict) or any(not isinstance(data.get(key), list) for key in keys):
-        raise ValueError(
-            f"{path}: expected COCO annotations, a JSON object with the lists {', '.join(keys)}"
-        )
-    try:
-        image_ids = {image["file_name"]: image["id"] for image in data["images"]}
-        categories = {c["id"]: str(c.get("name", c["id"])) for c in data["categories"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: expected 'id' and 'file_name' in every image and 'id' in every category, missing {error}"
-        ) from error
-    _check_images(path, data["images"])
-    objects = tuple(_read_object(path, number, o) for number, o in enumerate(data["annotations"]))
-    for entry in objects:  # pycocotools would leave out objects of a category that is not listed
-        categories.setdefault(entry["category_id"], str(entry["category_id"]))
-    return Annotations(path, tuple(data["images"]), objects, categories, image_ids)
-
-
-def _check_images(path: Path, images: Sequence[dict[str, Any]]) -> None:
-    for image in images:
-        if not isinstance(image["file_name"], str) or not isinstance(image["id"], int | str):
-            raise ValueError(
-                f"{path}: expected a text as file_name and a number as id of every image, found {str(image)[:120]}"
-            )
-    for key in ("file_name", "id"):
-        value, count = (
-            Counter(image[key] for image in images).most_common(1)[0] if images else ("", 0)
-        )
-        if count > 1:
-            raise ValueError(
-                f"{path}: expected every image once, found {count} with the {key} {value!r}"
-            )
-
 
 def ids_differ_from_names(annotations: Annotations) -> bool:
     """Whether all annotated files are named by numbers, and not by their image ids: a trap for who takes one for the other."""
@@ -116,26 +62,6 @@ def ids_differ_from_names(annotations: Annotations) -> bool:
     return all(stem.isascii() and stem.isdigit() for stem in stems) and any(
         int(stem) != image_id for stem, image_id in stems.items()
     )
-
-
-def _read_object(path: Path, number: int, given: Any) -> dict[str, Any]:
-    """One entry of "annotations"; many tools leave out `area` and `iscrowd`, which pycocotools needs."""
-    try:
-        _, _, width, height, *angle = (float(x) for x in given["bbox"])
-        if len(angle) > 1:
-            raise ValueError("bbox")
-        needed = {"image_id": given["image_id"], "category_id": given["category_id"]}
-        hash((needed["image_id"], needed["category_id"]))  # a list is no id
-        area = float(width * height if given.get("area") is None else given["area"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: annotations[{number}]: expected image_id, category_id and bbox of four numbers, or five with an angle, "
-            f"found {str(given)[:120]}"
-        ) from error
-    entry = {"bbox": given["bbox"], "area": area, "iscrowd": given.get("iscrowd") or 0}
-    if given.get("segmentation"):
-        entry["segmentation"] = given["segmentation"]
-    return needed | entry
 
 
 def match_images(annotations: Annotations, paths: Sequence[Path], root: Path) -> dict[Path, int]:
@@ -190,66 +116,18 @@ def name_images(paths: Sequence[Path], root: Path) -> dict[Path, int | str]:
     return {path: relative_name(path, root) for path in paths}
 
 
-def read_results(path: Path, annotations: Annotations) -> list[Result]:
-    """Read a COCO results file, or one of ODTK (an object with the list under "annotations"); images named by file name get the id
-    of the annotation file.
-
-    Raises:
-        ValueError: not a list of detections; names the place.
-    """
-    data = _read_json(path)
-    if isinstance(data, dict):
-        data = data.get("annotations")
-    if not isinstance(data, list):
-        raise ValueError(f"{path}: expected COCO results, a JSON list of detections")
-    results = []
-    for number, given in enumerate(data):
-        try:
-            image_id = given["image_id"]
-            results.append(
-                {
-                    "image_id": annotations.image_ids.get(image_id, image_id),
-                    "category_id": int(given["category_id"]),
-                    "bbox": [float(x) for x in given["bbox"]],
-                    "score": float(given["score"]),
-                }
-            )
-            numbers = [*results[-1]["bbox"], results[-1]["score"]]
-            if len(numbers) not in (5, 6) or not all(map(math.isfinite, numbers)):
-                raise ValueError("bbox or score")
-            if is_turned(results[-1]) and given.get("segmentation"):
-                results[-1]["segmentation"] = given["segmentation"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: entry {number}: expected image_id, category_id, bbox of four numbers (five with an angle) and score, "
-                f"found {str(given)[:120]}"
-            ) from error
-    return results
-
-
-def is_turned(entry: Mapping[str, Any]) -> bool:
-    """Whether the bbox of an annotation or a detection has an angle."""
-    return len(entry["bbox"]) == 5
-
-
 def _polygon(entry: Mapping[str, Any]) -> Any:
     """The `segmentation` of an annotation or a detection; where it has none, the corners of its box.
 
     The last pixel belongs to a turned box, so ODTK's corners are a pixel short of its width and height.
     """
-    if "segmentation" in entry:
-        return entry["segmentation"]
+    polygons = polygons_of(entry)
+    if polygons:
+        return polygons
     x, y, width, height, *angle = entry["bbox"]
     last = len(angle)
     box = np.array([x, y, x + width - last, y + height - last], np.float64)
     return [rotated_corners(box, np.array(sum(angle))).reshape(-1).tolist()]
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(f"{path}: expected JSON ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -284,7 +162,9 @@ def evaluate(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    wanted = set(image_ids)
+    # Numbered anew for pycocotools, in the order of the ids: it sorts them, and numbers cannot be compared with text.
+    in_order = sorted(set(image_ids), key=lambda i: (isinstance(i, str), i))
+    wanted: dict[ImageId, int] = {image_id: number for number, image_id in enumerate(in_order)}
     iou_type = "segm" if any(is_turned(e) for e in (*annotations.objects, *results)) else "bbox"
     images = _image_entries(annotations, wanted, sized=iou_type == "segm")
     chatter = io.StringIO()  # pycocotools prints
@@ -299,6 +179,7 @@ def evaluate(
                 "annotations": [
                     {
                         **entry,
+                        "image_id": wanted[entry["image_id"]],
                         "id": number,
                         **({"segmentation": _polygon(entry)} if iou_type == "segm" else {}),
                     }
@@ -320,20 +201,20 @@ def evaluate(
 
 
 def _image_entries(
-    annotations: Annotations, wanted: Collection[int], *, sized: bool
+    annotations: Annotations, wanted: Mapping[ImageId, int], *, sized: bool
 ) -> list[dict[str, Any]]:
     """What pycocotools needs to know of the images; polygons are compared on a grid of the image's size."""
     if not sized:
-        return [{"id": image_id} for image_id in wanted]
+        return [{"id": number} for number in wanted.values()]
     sizes = {image["id"]: (image.get("height"), image.get("width")) for image in annotations.images}
     entries = []
-    for image_id in wanted:
+    for image_id, number in wanted.items():
         height, width = sizes.get(image_id, (None, None))
-        if not isinstance(height, int) or not isinstance(width, int):
+        if not height or not width or height * width >= 2**32:  # pycocotools counts in 32 bits
             raise ValueError(
-                f"{annotations.path}: expected height and width of every image, which turned boxes need, found none for {image_id!r}"
+                f"{annotations.path}: expected height and width of every image, which turned boxes need, found {height} and {width} for {image_id!r}"
             )
-        entries.append({"id": image_id, "height": height, "width": width})
+        entries.append({"id": number, "height": int(height), "width": int(width)})
     return entries
 
 
@@ -377,18 +258,18 @@ def plot_precision_recall(path: Path, evaluation: Evaluation, *, title: str) -> 
 # ---- ground truth
 
 
-def class_ids_of(categories: Mapping[int, str], labels: Sequence[str]) -> dict[int, int]:
+def class_ids_of(categories: Mapping[int, str], labels: Labels) -> dict[int, int]:
     """Category id -> class id: by name where the labels have it, else category id - 1, as AutoML counts."""
-    by_name = {label: class_id for class_id, label in enumerate(labels)}
+    named = labels if isinstance(labels, Mapping) else dict(enumerate(labels))
+    by_name = {label: class_id for class_id, label in named.items()}
     return {
         category_id: by_name.get(name, category_id - 1) for category_id, name in categories.items()
     }
 
 
-def labels_of(categories: Mapping[int, str]) -> list[str]:
-    """[class_id] -> name from an annotation file, class id = category id - 1, as AutoML counts."""
-    last = max(categories, default=0)
-    return [categories.get(number, f"class {number - 1}") for number in range(1, last + 1)]
+def labels_of(categories: Mapping[int, str]) -> dict[int, str]:
+    """Class id -> name from an annotation file, class id = category id - 1, as AutoML counts."""
+    return {category_id - 1: name for category_id, name in categories.items()}
 
 
 def ground_truth(annotations: Annotations, class_ids: Mapping[int, int]) -> dict[int, Detections]:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from trtdet.detections import Detections
 from trtdet.images.files import ImageArray
-from trtdet.labels import label_of
+from trtdet.labels import Labels, label_of
 
 Color = tuple[int, int, int]
 Rect = tuple[int, int, int, int]  # left, top, right, bottom; the last two are outside
@@ -29,7 +29,7 @@ _MIN_FONT = 10  # pixels; below, letters run together
 def draw(
     image: ImageArray,
     detections: Detections,
-    labels: Sequence[str] = (),
+    labels: Labels = (),
     *,
     score_threshold: float = 0.0,
     show_scores: bool = True,

@@ -13,7 +13,6 @@ again, and the log says so. One that fails, or takes too long, is an error.
 """
 
 import asyncio
-import json
 import logging
 import mmap
 import os
@@ -84,7 +83,7 @@ class TritonRuntime(Runtime):
         try:
             self._client = self._loop.wait(self._connect())
             server, config = self._loop.wait(self._look_up())
-            self.spec = read_spec(spec) if spec else _spec_of(config, url)
+            self.spec = read_spec(spec) if spec else spec_in_config(config, url)
             self._input, self.batch_range = _check_tensors(config, self.spec, url)
             self._share = (
                 shared_memory
@@ -403,7 +402,7 @@ class _Problem:
         return cls(text, not_taken=True)
 
 
-def _spec_of(config: dict[str, Any], url: TritonUrl) -> ModelSpec:
+def spec_in_config(config: dict[str, Any], url: TritonUrl) -> ModelSpec:
     """The ModelSpec in a model's configuration, where deploy.py puts it.
 
     Raises:
@@ -415,13 +414,8 @@ def _spec_of(config: dict[str, Any], url: TritonUrl) -> ModelSpec:
             f"{url}: expected the parameter '{METADATA_KEY}' in its config.pbtxt, found none; write the repository with deploy.py triton, "
             "or name the engine's .json or the ONNX file with --spec"
         )
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise GraphError(
-            f"{url}: the parameter '{METADATA_KEY}' is no JSON ({error}); write the repository with deploy.py triton"
-        ) from error
-    return ModelSpec.from_dict(data)
+    remedy = "write the repository with deploy.py triton"
+    return ModelSpec.from_json(text, f"{url}: parameter '{METADATA_KEY}'", remedy)
 
 
 def _check_tensors(
