@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scripts share at the border, `trtdet.commands.cli` and `trtdet.files`; and their options for files that are not there."""
 
+import argparse
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from conftest import ROOT
 from PIL import Image
 
 from trtdet import files
-from trtdet.commands import cli, eval_coco, infer, visualize
+from trtdet.commands import cli, create_onnx, eval_coco, infer, visualize
 from trtdet.commands.cli import run_main
 from trtdet.errors import EngineError
 
@@ -170,3 +171,28 @@ def test_a_closed_stderr_is_no_error(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == str(tmp_path / "seen")
     assert (tmp_path / "seen" / "a.png").is_file()
+
+
+def test_the_parser_knows_which_options_were_given() -> None:
+    """Defaults that are given count, under whichever name; those that are not do not, lists among them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("source", nargs="?")
+    parser.add_argument("-t", "--score_threshold", "--nms_threshold", type=float, default=0.5)
+    parser.add_argument("--mode", choices=["model", "other"], default="model")
+    parser.add_argument("--map", action="append", default=[])
+    parser.add_argument("--quiet", action="store_true")
+    for words, given in (
+        ([], set()),
+        (["--mode", "model"], {"mode"}),
+        (["--nms_threshold", "0.5", "--quiet", "a"], {"score_threshold", "quiet", "source"}),
+        (["--map", "x", "--map", "y", "-t=0.1"], {"map", "score_threshold"}),
+    ):
+        args, found = cli.parse_given(parser, words)
+        assert found == given
+        assert vars(args) == vars(parser.parse_args(words))  # the defaults are back
+
+
+def test_create_onnx_hands_on_what_was_given() -> None:
+    words = ["--source_onnx", "a", "--onnx", "b", "--nms_mode", "model", "--iou_threshold", "0.5"]
+    options = create_onnx.options_from(create_onnx.parse_args(words))
+    assert options.given == {"source_onnx", "onnx", "nms_mode", "iou_threshold"}

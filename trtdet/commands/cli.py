@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -128,6 +128,26 @@ def _terminate_as_interrupt() -> Iterator[threading.Event]:
         yield terminated
     finally:
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def parse_given(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, frozenset[str]]:
+    """Parse a command line.
+
+    Returns:
+        All options, and the names of those that the command line gives, be it with their default.
+    """
+    args = parser.parse_args(argv)
+    defaults = {action: action.default for action in parser._actions}
+    try:
+        for action in defaults:  # without defaults, what is left is given
+            action.default = argparse.SUPPRESS
+        given = parser.parse_args(argv)
+    finally:
+        for action, default in defaults.items():
+            action.default = default
+    return args, frozenset(vars(given))
 
 
 def unit_interval(text: str) -> float:

@@ -99,7 +99,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     other.add_argument("--no_verify", action="store_true", help="write without comparing with the source")
     other.add_argument("-v", "--verbose", action="store_true")
     # fmt: on
-    args = parser.parse_args(_bind_input_shape(sys.argv[1:] if argv is None else argv))
+    args, args.given = cli.parse_given(
+        parser, _bind_input_shape(sys.argv[1:] if argv is None else argv)
+    )  # fmt: skip
     names_size = args.input_shape and args.input_shape[1]
     if args.input_shape and (args.input_format or (names_size and args.input_size)):
         parser.error(
@@ -168,11 +170,7 @@ def options_from(args: argparse.Namespace) -> Options:
         raw_path=args.tf2onnx,
         map_ops=tuple(args.map_op),
         verify=not args.no_verify,
-        settled=frozenset(
-            name
-            for name in ("score_threshold", "iou_threshold", "nms_mode", "preprocessor")
-            if getattr(args, name) not in (None, "model")
-        ),
+        given=args.given,
     )
 
 

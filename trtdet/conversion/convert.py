@@ -67,9 +67,9 @@ class Options:
     raw_path: Path | None = None  # keep the unedited conversion here
     map_ops: tuple[OpMapping, ...] = ()
     verify: bool = True
-    settled: frozenset[str] = (
+    given: frozenset[str] = (
         frozenset()
-    )  # options given on the command line: no need to warn of what they settle
+    )  # options named by the user: what they settle is not warned of
 
 
 def open_source(path: Path, *, is_onnx: bool, mappings: Sequence[OpMapping] = ()) -> Source:
@@ -95,7 +95,7 @@ def convert(source: Source, options: Options) -> tuple[onnx.ModelProto, Reading]
         reading = pick_family(source, load_families(), options.family).read(source, options.hints)
     spec = specify(reading, options)
     for note in reading.notes:
-        if note.option not in options.settled:
+        if note.option not in options.given:
             logger.warning(note.text)
 
     height, width = (None, None) if options.free_size else spec.preprocessing.size_hw
@@ -257,7 +257,7 @@ def refuse_without_effect(reading: Reading, options: Options) -> None:
             f"--resize_mode {hints.resize}: this {found.family} model was trained with {found.preprocessing.resize}, and its boxes go "
             "with that; leave it out"
         )
-    if found.selection == "topk" and "iou_threshold" in options.settled:
+    if found.selection == "topk" and "iou_threshold" in options.given:
         raise GraphError(
             f"--iou_threshold: this {found.family} model needs no suppression and gets none; leave it out"
         )

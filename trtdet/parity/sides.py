@@ -260,8 +260,8 @@ def conversion_options(like: ModelSpec | None) -> conversion.Options:
         resize=like.preprocessing.resize,
         rotated_nms=like.rotated_mode if like.selection == "rotated_nms" else None,
     )
-    settled = frozenset(("resize_mode", "preprocessor"))
-    return conversion.Options(hints=hints, settled=settled)
+    given = frozenset(("resize_mode", "preprocessor"))
+    return conversion.Options(hints=hints, given=given)
 
 
 def with_normalisation(spec: ModelSpec, reading: Reading, like: ModelSpec | None) -> ModelSpec:
