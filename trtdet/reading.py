@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from types import ModuleType, NoneType, UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from trtdet.checks import shown
@@ -58,7 +58,8 @@ def parse(
     error: type[Exception] = ValueError,
 ) -> T | Any:
     """The same of JSON that is there; `name` says in messages where it is from."""
-    msgspec = _msgspec()
+    import msgspec.json
+
     data = data.removeprefix("\ufeff") if isinstance(data, str) else data.removeprefix(BOM)
     if not _has_schema(kind):  # straight from bytes: half the time, which counts for annotations
         try:
@@ -79,7 +80,8 @@ def convert(
     data: Any, kind: type[T] | Any, *, name: str, remedy: str, error: type[Exception] = ValueError
 ) -> T | Any:
     """The same of JSON that `json` has read."""
-    msgspec = _msgspec()
+    import msgspec
+
     place = ""
     renamed = getattr(kind, "JSON_NAMES", {})
     try:
@@ -105,17 +107,6 @@ def convert(
 
 
 _TOO_DEEP = "expected plain JSON, found lists or objects inside one another, too deep to read"
-
-
-def _msgspec() -> ModuleType:
-    try:
-        import msgspec
-        import msgspec.json
-    except ImportError as error:
-        raise ValueError(
-            "expected the package msgspec, which reads JSON, found none; pip install -r requirements.txt"
-        ) from error
-    return msgspec
 
 
 def _has_schema(kind: Any) -> bool:
@@ -163,7 +154,8 @@ def _locate(data: Any, kind: Any, steps: list[tuple[str, str, str]]) -> tuple[st
 
 
 def _is(value: Any, kind: Any) -> bool:
-    msgspec = _msgspec()
+    import msgspec
+
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError:

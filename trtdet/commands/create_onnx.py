@@ -99,9 +99,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     other.add_argument("--no_verify", action="store_true", help="write without comparing with the source")
     other.add_argument("-v", "--verbose", action="store_true")
     # fmt: on
-    args, args.given = cli.parse_given(
-        parser, _bind_input_shape(sys.argv[1:] if argv is None else argv)
-    )  # fmt: skip
+    words = _bind_input_shape(sys.argv[1:] if argv is None else argv)
+    args, given = cli.parse_given(parser, words)
+    args.given = given
     names_size = args.input_shape and args.input_shape[1]
     if args.input_shape and (args.input_format or (names_size and args.input_size)):
         parser.error(
