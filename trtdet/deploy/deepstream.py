@@ -279,7 +279,7 @@ def app_groups(
 
 def _ini(groups: Mapping[str, Group], reader: str) -> str:
     blocks = [
-        f"[{name}]\n" + "".join(f"{key}={value}\n" for key, value in group.items())
+        f"[{name}]\n" + "".join(f"{key}={files.printable(value)}\n" for key, value in group.items())
         for name, group in groups.items()
     ]
     return f"# {reader}\n" + "\n".join(blocks)
@@ -287,7 +287,8 @@ def _ini(groups: Mapping[str, Group], reader: str) -> str:
 
 def _yaml(groups: Mapping[str, Group], reader: str) -> str:
     blocks = [
-        f"{name}:\n" + "".join(f"  {key}: {value}\n" for key, value in group.items())
+        f"{name}:\n"
+        + "".join(f"  {key}: {files.printable(value)}\n" for key, value in group.items())
         for name, group in groups.items()
     ]
     return f"# {reader}\n" + "\n".join(blocks)

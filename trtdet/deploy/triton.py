@@ -389,7 +389,7 @@ def _comment(model: Deployable) -> str:
         info = model.engine
         where = ", ".join(info.compute_capabilities) or "the GPU it was built on"
         lines.append(f"# {info.precision}, TensorRT {info.version}, compute capability {where}")
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{files.printable(line)}\n" for line in lines)
 
 
 def config_class() -> Any:
