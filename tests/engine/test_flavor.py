@@ -42,10 +42,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     return make
 
 
-def rtx(version: str = "1.7.1.116") -> Any:
-    module: Any = ModuleType("tensorrt_rtx")
-    module.__version__ = version
-    return module
+@pytest.fixture
+def rtx() -> Any:
+    """The real one: its builder is installed where no GPU is."""
+    return pytest.importorskip("tensorrt_rtx", reason="needs requirements-rtx.txt")
 
 
 @pytest.mark.parametrize(
@@ -68,25 +68,25 @@ def test_version_that_is_none() -> None:
         parse_version("unknown")
 
 
-def test_tensorrt_comes_before_rtx_unless_named(install: Install) -> None:
-    install(tensorrt=standin.make_module("10.13.3.9"), tensorrt_rtx=rtx())
+def test_tensorrt_comes_before_rtx_unless_named(install: Install, rtx: Any) -> None:
+    install(tensorrt=standin.make_module("10.13.3.9"), tensorrt_rtx=rtx)
     assert str(find_flavor()) == "TensorRT 10.13.3.9"
-    assert str(find_flavor("tensorrt_rtx")) == "TensorRT-RTX 1.7.1.116"
+    assert str(find_flavor("tensorrt_rtx")) == f"TensorRT-RTX {rtx.__version__}"
     with pytest.raises(ValueError, match="flavor: expected tensorrt or tensorrt_rtx, got 'trt'"):
         find_flavor("trt")
 
 
-def test_type_stubs_are_no_tensorrt(install: Install) -> None:
-    install(tensorrt=ModuleType("tensorrt"), tensorrt_rtx=rtx())
+def test_type_stubs_are_no_tensorrt(install: Install, rtx: Any) -> None:
+    install(tensorrt=ModuleType("tensorrt"), tensorrt_rtx=rtx)
     assert find_flavor().name == "tensorrt_rtx"
     install(tensorrt=ModuleType("tensorrt"))
     with pytest.raises(EngineError, match="only a folder of that name"):
         find_flavor("tensorrt")
 
 
-def test_broken_installation_is_named_and_passed_over(install: Install, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_broken_installation_is_named_and_passed_over(install: Install, rtx: Any, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     broken = OSError("libnvinfer.so.10: cannot open shared object file")
-    install(tensorrt=broken, tensorrt_rtx=rtx())
+    install(tensorrt=broken, tensorrt_rtx=rtx)
     assert find_flavor().name == "tensorrt_rtx"
     assert "tensorrt is installed but does not import: libnvinfer.so.10" in caplog.text
     with pytest.raises(EngineError, match=r"no usable TensorRT \(tensorrt: libnvinfer.so.10.*pip install"):  # fmt: skip
