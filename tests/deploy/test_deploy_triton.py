@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """deploy.py triton and check: configurations for Triton, read by its own protobuf, and the faults that must not pass."""
 
+import json
 import re
 from pathlib import Path
 
@@ -421,3 +422,31 @@ def test_wrong_usage(arguments):
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("family", 'automl\nbackend: "python"\n#'),
+        ("precision", "fp16\nx: 1"),
+        ("version", "10.13\nx: 1"),
+        ("flavor", "tensorrt\r#"),
+        ("labels", ["a\tb\n"] * 90),
+    ],
+)
+def test_text_of_a_sidecar_that_would_end_a_line_is_refused(tmp_path, field, value, capsys):
+    engine = make_engine(tmp_path / "d0.engine")
+    sidecar = tmp_path / "d0.engine.json"
+    data = json.loads(sidecar.read_text())
+    (data["model_spec"] if field in ("family", "labels") else data)[field] = value
+    sidecar.write_text(json.dumps(data))
+    assert write(tmp_path / "models", engine) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(sidecar) in line and field in line
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_file_name_stays_in_its_comment(tmp_path):
+    engine = make_engine(tmp_path / 'd0\nbackend: "python"\n#.engine')
+    assert write(tmp_path / "models", engine) == 0
+    assert read(tmp_path / "models", "d0").backend == ""
