@@ -411,7 +411,7 @@ def real_server(tiny_onnx, tmp_path_factory):
     if not homes:
         pytest.skip("needs TRTDET_TRITON_VENV, a virtual environment with nvidia-pytriton, onnxruntime, pillow, opencv-python-headless<4.12 and numpy<2")  # fmt: skip
     folder = tmp_path_factory.mktemp("real")
-    assert deploy.main(["triton", "--onnx", str(tiny_onnx), "--repository", str(folder / "models"), "--name", "toy", "--ensemble"]) == 0  # fmt: skip
+    assert deploy.main(["triton", "--onnx", str(tiny_onnx), "--output", str(folder / "models"), "--name", "toy", "--ensemble"]) == 0  # fmt: skip
     serve_in_python(folder / "models")
     backend = folder / "backends" / "python"
     backend.mkdir(parents=True)
