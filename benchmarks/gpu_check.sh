@@ -76,7 +76,7 @@ for number in range(32, 320):
     os.link(folder / "photos" / f"{number % 32:03d}.jpg", folder / "photos" / f"{number:03d}.jpg")
 standin_tensorrt_runtime.write_engine(folder / "standin.engine", image_shape=(512, 512, 3), profiles=[(1, 8, 8)], slots=100, spin_ms=2.0)
 PYTHON
-  infer=("$python" tests/standins/standin_infer.py cuda infer --engine "$work/standin.engine" --input "$work/photos")
+  infer=("$python" tests/standins/standin_infer.py cuda infer --model "$work/standin.engine" --input "$work/photos")
   "${infer[@]}" --output "$work/one" --devices 0
   "${infer[@]}" --output "$work/all" --devices all
   diff -r "$work/one" "$work/all"

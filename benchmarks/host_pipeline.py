@@ -27,10 +27,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trtdet.commands.cli import parse_size, positive_int, run_main, setup_logging
+from trtdet.commands.cli import run_main, setup_logging
+from trtdet.commands.values import positive_int
 from trtdet.files import write_text
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import find_images
+from trtdet.images.options import parse_size
 from trtdet.images.preprocess import IMAGENET_MEAN
 from trtdet.machine import available_cores, describe_machine
 from trtdet.spec import InputDtype, Layout, Preprocessing

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load a Triton server on this machine as perf_analyzer does: so many clients, each sending the next request when it has the answer.
 
-    python benchmarks/triton_load.py --triton grpc://localhost:8001/d0 --input photos --concurrency 1,8,32 --duration 60
+    python benchmarks/triton_load.py --model grpc://localhost:8001/d0 --input photos --concurrency 1,8,32 --duration 60
 
 Every client has a connection of its own. Every answer is compared with the one that the same images got before the load: the scores of
 all slots to 1e-3, as batches put together by the server may round differently. Exit status 1 where a request failed or was answered wrongly.
@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trtdet import files
-from trtdet.commands.cli import positive_int, run_main, setup_logging
+from trtdet.commands.cli import run_main, setup_logging
+from trtdet.commands.values import positive_int
 from trtdet.errors import EngineError
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import find_images
@@ -165,18 +166,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # fmt: off
-    parser.add_argument("--triton", type=parse_url, required=True, metavar="URL", help="grpc://localhost:8001/MODEL or http://localhost:8000/MODEL")
-    parser.add_argument("-i", "--input", type=Path, metavar="PATH", help="images to send; default: noise")
+    parser.add_argument("--model", type=parse_url, required=True, metavar="URL", help="grpc://localhost:8001/MODEL or http://localhost:8000/MODEL")
+    parser.add_argument("--input", type=Path, metavar="PATH", help="images to send; default: noise")
     parser.add_argument("--concurrency", type=parse_clients, default=[1, 8, 32], metavar="N,...", help="clients at the same time, one measurement each (default: 1,8,32)")
     parser.add_argument("--duration", type=positive_int, default=60, metavar="SECONDS", help="of each measurement (default: %(default)s)")
     parser.add_argument("--batch_size", type=positive_int, default=1, metavar="N", help="images in a request (default: %(default)s)")
     parser.add_argument("--spec", type=Path, metavar="FILE", help="as of infer.py")
     parser.add_argument("--no_shared_memory", action="store_true", help="send the images in the requests")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures and the machine to this file, as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and the machine to this file, as JSON")
     # fmt: on
     args = parser.parse_args(argv)
-    if not args.triton.is_local:
-        parser.error(f"--triton: expected a server on this machine, got {args.triton}")
+    if not args.model.is_local:
+        parser.error(f"--model: expected a server on this machine, got {args.model}")
     if args.duration > MAX_SECONDS:
         parser.error(f"--duration: expected at most {MAX_SECONDS} s, got {args.duration}")
     return args
@@ -184,15 +185,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     options = {"spec": args.spec, "shared_memory": not args.no_shared_memory}
-    load = make_load(args.triton, args.input, args.batch_size, options)
+    load = make_load(args.model, args.input, args.batch_size, options)
     print(HEADER)
     reports = []
     for clients in args.concurrency:
-        reports.append(run_clients(args.triton, load, clients, args.duration, options))
+        reports.append(run_clients(args.model, load, clients, args.duration, options))
         print(table_row(reports[-1]), flush=True)
-    if args.output:
-        report = {"machine": describe_machine(), "url": str(args.triton), "batch_size": args.batch_size, "loads": reports}  # fmt: skip
-        files.write_text(args.output, json.dumps(report, indent=2) + "\n")
+    if args.json:
+        report = {"machine": describe_machine(), "url": str(args.model), "batch_size": args.batch_size, "loads": reports}  # fmt: skip
+        files.write_text(args.json, json.dumps(report, indent=2) + "\n")
     return int(any(report["failed"] or report["wrong"] for report in reports))
 
 

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "standins
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trtdet import cuda
-from trtdet.commands.cli import positive_int, run_main, setup_logging
+from trtdet.commands.cli import run_main, setup_logging
+from trtdet.commands.values import positive_int
 from trtdet.detections import decode
 from trtdet.files import atomic_path, write_text
 from trtdet.geometry import ResizeTransform

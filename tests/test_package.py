@@ -32,10 +32,10 @@ set -e
 python -c 'import sys, trtdet; assert "numpy" not in sys.modules; print(trtdet.__file__)'
 trtdet --version
 trtdet create_onnx --saved_model "$EXAMPLES/tiny_shapes" --onnx tiny.onnx --labels "$EXAMPLES/labels.txt" --score_threshold 0.001
-trtdet build_engine --onnx tiny.onnx --save_onnx tiny_fp16.onnx --precision fp16
-trtdet infer --engine tiny.onnx --input "$EXAMPLES/images" --output found --provider cpu
-trtdet eval_coco --engine tiny.onnx --input "$EXAMPLES/images" --annotations "$EXAMPLES/annotations.json" --provider cpu
-trtdet deploy triton --onnx tiny.onnx --repository models --name tiny --ensemble
+trtdet build_engine --model tiny.onnx --save_onnx tiny_fp16.onnx --precision fp16
+trtdet infer --model tiny.onnx --input "$EXAMPLES/images" --output found --provider cpu
+trtdet eval_coco --model tiny.onnx --input "$EXAMPLES/images" --annotations "$EXAMPLES/annotations.json" --provider cpu
+trtdet deploy triton --model tiny.onnx --output models --name tiny --ensemble
 trtdet compare --reference tiny.onnx --candidate tiny_fp16.onnx --input "$EXAMPLES/images" --report report.html
 """
 

@@ -9,6 +9,9 @@ from trtdet import checks, files
 #: Class id -> name.
 Labels = Sequence[str] | Mapping[int, str]
 
+#: What a run calls the class names beside its TSVs.
+LABELS_FILE = "labels.txt"
+
 #: COCO's 80 object names under their category ids, which run from 1 to 90 with ten gaps.
 #: Source: https://cocodataset.org, instances_val2017.json
 _COCO_NAMES = {
@@ -76,6 +79,11 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
             "a class that is not used has an empty line"
         )
     return labels
+
+
+def names_of(labels: Sequence[str], num_classes: int) -> Sequence[str]:
+    """A model's class names: its own, COCO's where it has COCO's 90 classes and none of its own, else none."""
+    return COCO_LABELS if not labels and num_classes == len(COCO_LABELS) else labels
 
 
 def label_of(labels: Labels, class_id: int) -> str:

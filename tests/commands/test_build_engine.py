@@ -289,7 +289,13 @@ def test_batch_that_the_model_does_not_have(tensorrt: TensorRT, tmp_path: Path, 
     tensorrt("10.3.0")
     model = toy.save(tmp_path / "toy.onnx", batch=4)
     assert build(model, tmp_path / "toy.engine", "-b", "1,2,8") == 1
-    assert "--batch_size 1,2,8: the ONNX file has a fixed batch of 4; use --batch_size 4" in capsys.readouterr().err  # fmt: skip
+    refused = "--batch_size 1,2,8: the ONNX file has a fixed batch of 4; use --batch_size 4"
+    assert refused in capsys.readouterr().err
+    no_images = tmp_path / "empty"  # calibration would complain of it
+    no_images.mkdir()
+    int8 = ["-p", "int8", "--calib_input", no_images, "--calib_cache", tmp_path / "c"]
+    assert build(model, tmp_path / "toy.engine", "-b", "1:2:8", *int8) == 1
+    assert refused in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("version", ["8.6.1", "10.3.0"])
@@ -369,7 +375,10 @@ def test_files_that_are_no_models(tensorrt: TensorRT, tmp_path: Path, capsys: py
     tensorrt("10.3.0")
     path = tmp_path / "x.onnx"
     assert build(path, tmp_path / "x.engine") == 1
-    assert f"--onnx: expected an ONNX file, found nothing at {path}" in capsys.readouterr().err
+    assert (
+        f"--model: expected an engine or an ONNX file, found nothing at {path}"
+        in capsys.readouterr().err
+    )
     path.write_text("no model")
     assert build(path, tmp_path / "x.engine") == 1
     assert "x.onnx: expected an ONNX file, found a text file" in capsys.readouterr().err
@@ -635,14 +644,14 @@ def test_engine_without_its_sidecar_rather_than_with_an_old_one(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: -o/--onnx"),
+        ([], "the following arguments are required: --model/--onnx/-o"),
         (["--onnx", "a.onnx"], "nothing to write: give --engine, --save_onnx or both"),
         (["--onnx", "a.onnx", "--engine", "b.onnx"], "--engine: an engine, not ONNX; did you mean --save_onnx b.onnx?"),
         (["--onnx", "a.onnx", "--save_onnx", "a.onnx"], "expected different files"),
         (["--onnx", "a", "--save_onnx", "b", "-b", "4"], "without --engine nothing is built: leave out all but"),
         (["--onnx", "a", "--save_onnx", "b", "--flavor", "tensorrt"], "without --engine nothing is built"),
         (["--onnx", "a", "-e", "b", "-p", "bf16", "--fp16_check_input", "c"], "--fp16_check_input goes with --precision fp16"),
-        (["--onnx", "a", "-e", "b", "-b", "4,2,8"], "expected N or MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, got '4,2,8'"),
+        (["--onnx", "a", "-e", "b", "-b", "4,2,8"], "expected N or MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, got '4,2,8'"),
         (["--onnx", "a", "-e", "b", "-b", "0"], "got '0'"),
         (["--onnx", "a", "-e", "b", "-b", "1,2"], "got '1,2'"),
         (["--onnx", "a", "-e", "b", "-d", "4"], "expected MIN,OPT,MAX, got '4'"),

@@ -65,7 +65,7 @@ def cache(calibrated: Path, tmp_path: Path) -> Path:
 def test_prepared_model_detects_as_well_as_float32(calibrated: Path, tmp_path: Path) -> None:
     output = tmp_path / "metrics.json"
     arguments = ["--engine", calibrated / "int8.onnx", "--input", IMAGES]
-    arguments += ["--annotations", EXAMPLES / "annotations.json", "--output", output]
+    arguments += ["--annotations", EXAMPLES / "annotations.json", "--json", output]
     assert eval_coco.main([str(a) for a in arguments]) == 0
     ap = json.loads(output.read_text())["AP"]
     print(f"AP in INT8 {ap:.4f}, in FP32 {FP32_AP}")
@@ -470,7 +470,7 @@ def test_fp8_detects(fp8_onnx: Path, tmp_path: Path) -> None:
     assert sum(node.op_type == "Cast" for node in model.graph.node) == 2
     output = tmp_path / "metrics.json"
     arguments = ["--engine", fp8_onnx, "--input", IMAGES]
-    arguments += ["--annotations", EXAMPLES / "annotations.json", "--output", output]
+    arguments += ["--annotations", EXAMPLES / "annotations.json", "--json", output]
     assert eval_coco.main([str(a) for a in arguments]) == 0
     ap = json.loads(output.read_text())["AP"]
     print(f"AP in FP8 {ap:.4f}, in FP32 {FP32_AP}")

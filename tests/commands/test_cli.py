@@ -38,6 +38,16 @@ def raises(error: BaseException) -> Callable[[], int]:
         (lambda: 3, 3, ""),
         (raises(EngineError("two\n  lines")), 1, "error: two lines\n"),
         (raises(OSError()), 1, "error: OSError\n"),
+        (
+            raises(FileNotFoundError(2, "No such file or directory", "a.json")),
+            1,
+            "error: a.json: no such file or directory\n",
+        ),
+        (
+            raises(ValueError("--output: [Errno 28] No space left on device")),
+            1,
+            "error: --output: No space left on device\n",
+        ),
         (raises(KeyboardInterrupt()), 130, "interrupted\n"),
     ],
 )
@@ -111,10 +121,10 @@ def test_check_input(tmp_path: Path) -> None:
         (infer, "-e m.onnx -i in -o out --labels no.txt", "--labels: expected a text file with one class name per line, or the word coco, found nothing at no.txt"),
         (infer, "-e m.onnx -i in -o out --annotations no.json", "--annotations: expected COCO annotations, such as instances_val2017.json, found nothing at no.json"),
         (eval_coco, "-e m.onnx -i in -a no.json", "--annotations: expected COCO annotations"),
-        (eval_coco, "-d no.json -a yes.json", "--detections: expected detections in COCO's results format, such as infer.py's detections.json, found nothing at no.json"),
-        (visualize, "-i in -d in -o out -l no.txt", "--labels: expected a text file"),
-        (visualize, "-i in -d in -o out -a in", "--annotations: expected COCO annotations, such as instances_val2017.json, found a directory at in"),
-        (visualize, "-i in -d no -o out", "--detections: expected a directory with TSVs of infer.py, found nothing at no"),
+        (eval_coco, "--detections no.json -a yes.json", "--detections: expected detections in COCO's results format, such as infer.py's detections.json, found nothing at no.json"),
+        (visualize, "--input in --detections in -o out --labels no.txt", "--labels: expected a text file"),
+        (visualize, "--input in --detections in -o out --annotations in", "--annotations: expected COCO annotations, such as instances_val2017.json, found a directory at in"),
+        (visualize, "--input in --detections no -o out", "--detections: expected a directory with TSVs of infer.py, found nothing at no"),
     ],
 )  # fmt: skip
 def test_files_that_are_missing_are_named(

@@ -40,7 +40,7 @@ def run(reference: Path, candidate: Path, folder: Path, *options: object) -> tup
     """The exit status and the summary."""
     output = folder / "summary.json"
     arguments = ["--reference", reference, "--candidate", candidate, "--input", IMAGES]
-    arguments += ["--annotations", ANNOTATIONS, "--output", output, "--tensor_images", 1, *options]
+    arguments += ["--annotations", ANNOTATIONS, "--json", output, "--tensor_images", 1, *options]
     status = compare.main([str(a) for a in arguments])
     return status, json.loads(output.read_text()) if output.is_file() else {}
 
@@ -94,8 +94,8 @@ def test_a_model_as_trained_follows_the_choices_of_its_conversion(choice: str, t
     arguments = ["--source_onnx", str(source), "--onnx", str(converted), *options]
     assert create_onnx.main(arguments) == 0
     output = tmp_path / "out.json"
-    arguments = ["-r", str(source), "-c", str(converted), "-i", str(IMAGES), "-n", "2", "-t", "0.05"]  # fmt: skip
-    assert compare.main([*arguments, "-o", str(output)]) == 0
+    arguments = ["--reference", str(source), "--candidate", str(converted), "--input", str(IMAGES), "--num_images", "2", "--min_score", "0.05"]  # fmt: skip
+    assert compare.main([*arguments, "--json", str(output)]) == 0
     summary = json.loads(output.read_text())
     found = summary["detections"]
     assert found["reference"] == found["candidate"] == found["matched"] > 10
@@ -303,11 +303,13 @@ def test_errors_name_the_next_step(
 
     missing = tmp_path / "none.onnx"
     assert error_of(tiny_onnx, missing) == f"error: expected a SavedModel, an ONNX file or an engine, found nothing at {missing}"  # fmt: skip
-    assert "the reference finds nothing of this score in 12 images" in error_of(tiny_onnx, tiny_onnx, "-t", 1)  # fmt: skip
+    assert "the reference finds nothing of this score in 12 images" in error_of(tiny_onnx, tiny_onnx, "--min_score", 1)  # fmt: skip
     (tmp_path / "text.onnx").write_text("no model")
     assert "expected an ONNX file" in error_of(tiny_onnx, tmp_path / "text.onnx")
     with pytest.raises(SystemExit) as usage:
-        compare.main(["-r", "a", "-c", "b", "-i", "c", "--report", "page.pdf"])
+        compare.main(
+            ["--reference", "a", "--candidate", "b", "--input", "c", "--report", "page.pdf"]
+        )
     assert usage.value.code == 2
     assert "--report: expected a name that ends in .html, got page.pdf" in capsys.readouterr().err
 
@@ -375,7 +377,7 @@ def test_last_pixels_of_turned_models_belong_to_their_boxes(tiny_onnx: Path, tmp
     model = onnx.load(tiny_onnx)
     ModelSpec.from_onnx(model).replace(inclusive_corners=True).attach(model)
     onnx.save(model, tmp_path / "inclusive.onnx")
-    run(tiny_onnx, tmp_path / "inclusive.onnx", tmp_path, "--tensor_images", 0, "-n", 2)
+    run(tiny_onnx, tmp_path / "inclusive.onnx", tmp_path, "--tensor_images", 0, "--num_images", 2)
     assert asked == [False, True] * 2
 
 
@@ -401,7 +403,18 @@ def test_images_that_cannot_be_read_are_named(tiny_onnx: Path, tmp_path: Path) -
     shutil.copy(IMAGES / "shapes_val_000.png", folder)
     (folder / "bad.png").write_bytes(b"no picture")
     output = tmp_path / "out.json"
-    arguments = ["-r", tiny_onnx, "-c", tiny_onnx, "-i", folder, "-o", output, "--tensor_images", 0]
+    arguments = [
+        "--reference",
+        tiny_onnx,
+        "--candidate",
+        tiny_onnx,
+        "--input",
+        folder,
+        "--json",
+        output,
+        "--tensor_images",
+        0,
+    ]
     assert compare.main([str(a) for a in arguments]) == 3
     summary = json.loads(output.read_text())
     assert (summary["images"], summary["skipped"], summary["tensors"]) == (1, ["bad.png"], [])
@@ -415,7 +428,18 @@ def test_engines_are_compared_by_their_detections(
     rig()
     twin = write_engine(tmp_path / "twin.engine")
     output = tmp_path / "out.json"
-    arguments = ["-r", engine, "-c", twin, "-i", IMAGES, "-t", 0.001, "-o", output]
+    arguments = [
+        "--reference",
+        engine,
+        "--candidate",
+        twin,
+        "--input",
+        IMAGES,
+        "--min_score",
+        0.001,
+        "--json",
+        output,
+    ]
     assert compare.main([str(a) for a in arguments]) == 0
     summary = json.loads(output.read_text())
     found = summary["detections"]

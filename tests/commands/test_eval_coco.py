@@ -271,7 +271,7 @@ def metrics_of(path: Path) -> dict[str, Any]:
 
 def test_metrics_file_and_table(case: list[str], tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "metrics.json"
-    assert eval_coco.main([*case, "--output", str(output)]) == 0
+    assert eval_coco.main([*case, "--json", str(output)]) == 0
     metrics = metrics_of(output)
     # Category 10: one of two found, 51 of 101 points; 20: found; 30: no object, not counted.
     assert metrics["AP"] == pytest.approx((51 / 101 + 1) / 2)
@@ -290,10 +290,10 @@ def test_metrics_file_and_table(case: list[str], tmp_path: Path, capsys: Any) ->
 
 def test_detections_can_be_kept_and_evaluated_again(case: list[str], tmp_path: Path) -> None:
     first, second, kept = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "found.json"
-    assert eval_coco.main([*case, "--detections", str(kept), "--output", str(first)]) == 0
+    assert eval_coco.main([*case, "--detections", str(kept), "--json", str(first)]) == 0
     assert json.loads(kept.read_text()) == [result(1, BOX, 0.8), result(2, BOX, 0.4, 20)]
     argv = ["--annotations", str(tmp_path / "a.json"), "--detections", str(kept)]
-    assert eval_coco.main([*argv, "--output", str(second)]) == 0
+    assert eval_coco.main([*argv, "--json", str(second)]) == 0
     for name in coco.METRICS:
         assert metrics_of(second)[name] == metrics_of(first)[name]
     assert metrics_of(second)["detections"] == "found.json"
@@ -304,8 +304,24 @@ def test_detections_by_file_name_are_understood(case: list[str], tmp_path: Path)
     kept = tmp_path / "found.json"
     kept.write_text(json.dumps([{**result(0, BOX), "image_id": "x.png"}]))
     argv = ["--annotations", str(tmp_path / "a.json"), "--detections", str(kept)]
-    assert eval_coco.main([*argv, "--output", str(tmp_path / "m.json")]) == 0
+    assert eval_coco.main([*argv, "--json", str(tmp_path / "m.json")]) == 0
     assert metrics_of(tmp_path / "m.json")["AP"] == pytest.approx((51 / 101 + 0) / 2)
+
+
+def test_detections_of_a_part_or_of_high_scores_are_warned_of(
+    case: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    kept, annotations = tmp_path / "d.json", case[case.index("--annotations") + 1]
+    assert eval_coco.main([*case, "--detections", str(kept)]) == 0
+    found = json.loads(kept.read_text())
+    capsys.readouterr()
+    best = max(found, key=lambda row: row["score"])
+    kept.write_text(json.dumps([{**best, "score": 0.9}]))
+    assert eval_coco.main(["--detections", str(kept), "--annotations", annotations]) == 0
+    log = capsys.readouterr().err
+    images = len(json.loads(Path(annotations).read_text())["images"])
+    assert "has no detection below a score of 0.9, so AP comes out too low" in log
+    assert f"has no detections for {images - 1} of {images} images" in log
 
 
 def test_detections_of_strange_images_are_left_out(
@@ -348,7 +364,7 @@ def test_numbers_as_names_that_are_not_the_ids_are_warned_of(tmp_path: Path, cap
     assert "run it again with --annotations" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--output", "--detections"])
+@pytest.mark.parametrize("option", ["--json", "--detections"])
 def test_inputs_are_not_overwritten(
     case: list[str], tmp_path: Path, option: str, capsys: Any
 ) -> None:
@@ -360,7 +376,7 @@ def test_inputs_are_not_overwritten(
 
 def test_nothing_found_is_zero(case: list[str], tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "metrics.json"
-    assert eval_coco.main([*case, "--score_threshold", "0.99", "--output", str(output)]) == 0
+    assert eval_coco.main([*case, "--score_threshold", "0.99", "--json", str(output)]) == 0
     assert metrics_of(output)["AP"] == 0
     log = capsys.readouterr().err
     assert "no detections at all" in log
@@ -373,7 +389,7 @@ def test_missing_and_strange_images_are_counted(
     (tmp_path / "in" / "z.png").unlink()
     image(tmp_path / "in" / "stranger.png", red=255, green=4, blue=0)
     output = tmp_path / "metrics.json"
-    assert eval_coco.main([*case, "--output", str(output)]) == 0
+    assert eval_coco.main([*case, "--json", str(output)]) == 0
     assert metrics_of(output)["images"] == 2
     assert metrics_of(output)["AP"] == pytest.approx(1)
     log = capsys.readouterr().err
@@ -384,7 +400,7 @@ def test_missing_and_strange_images_are_counted(
 def test_an_unreadable_image_counts_as_missed(case: list[str], tmp_path: Path) -> None:
     (tmp_path / "in" / "y.png").write_bytes(b"broken")
     output = tmp_path / "metrics.json"
-    assert eval_coco.main([*case, "--output", str(output)]) == 3
+    assert eval_coco.main([*case, "--json", str(output)]) == 3
     assert metrics_of(output)["images"] == 3
     assert metrics_of(output)["AP"] == pytest.approx((51 / 101 + 0) / 2)
 
@@ -426,8 +442,8 @@ def test_a_high_threshold_is_warned_of(case: list[str], tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--annotations", "a.json"], "--engine is required"),
-        (["--annotations", "a.json", "--engine", "m"], "--engine needs --input"),
+        (["--annotations", "a.json"], "--model is required"),
+        (["--annotations", "a.json", "--engine", "m"], "--model needs --input"),
         (["--engine", "m", "--input", "i"], "--annotations"),
     ],
 )
@@ -476,7 +492,7 @@ def test_automl_metric_gets_every_detection(
     (checkout / "efficientdet" / "coco_metric.py").write_text(STANDIN_COCO_METRIC)
     monkeypatch.delitem(sys.modules, "coco_metric", raising=False)
     output, before = tmp_path / "m.json", list(sys.path)
-    assert eval_coco.main([*case, "--automl_path", str(checkout), "--output", str(output)]) == 0
+    assert eval_coco.main([*case, "--automl_path", str(checkout), "--json", str(output)]) == 0
     assert sys.path == before
     given = list(metrics_of(output)["automl"].values())
     # image_id, x, y, w, h, score, category_id of the second detection, then how many there were

@@ -15,13 +15,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import toy_detector
 from conftest import ROOT
 from toy_detector import image
 
 from trtdet import machine
-from trtdet.commands import infer
+from trtdet.commands import infer, visualize
 from trtdet.detections import Detections
 from trtdet.errors import EngineError
 from trtdet.results import writer as results_writer
@@ -67,6 +68,7 @@ def test_one_picture_and_one_tsv_per_image(toy: Path, tmp_path: Path, capsys: An
         "7.png",
         "7.tsv",
         "detections.json",
+        "labels.txt",
     ]
     assert rows(out / "7.tsv") == [[8, 4, 40, 20, 0.8, 1], [0, 0, 96, 64, 0.6, 2]]
     assert (out / "12.tsv").read_text() == ""
@@ -159,7 +161,7 @@ def test_pictures_do_not_overwrite_the_input(toy: Path, tmp_path: Path, capsys: 
     path = image(tmp_path / "in" / "a.png", red=51, green=4, blue=0)
     before = path.read_bytes()
     assert run(toy, path.parent, path.parent) == 1
-    assert "would overwrite an input image" in capsys.readouterr().err
+    assert "the next run would take the drawings for photographs" in capsys.readouterr().err
     assert path.read_bytes() == before
 
 
@@ -254,8 +256,8 @@ def test_no_engine_is_an_error(tmp_path: Path, capsys: Any) -> None:
         (["--engine", "m.onnx", "--input", "a"], "--input and --output are required"),
         (["--input", "a", "--output", "b"], "--engine"),
         (["--engine", "m", "--benchmark", "--output", "b"], "leave --output out"),
-        (["--engine", "m", "--benchmark", "--labels", "b", "-a", "c", "--no_images", "--tsv_header", "-t", "0.4"], "leave --labels, --annotations, --no_images, --tsv_header, --score_threshold out"),
-        (["--engine", "m", "--input", "a", "--output", "b", "--benchmark_json", "x"], "needs --benchmark"),
+        (["--engine", "m", "--benchmark", "--labels", "b", "--annotations", "c", "--no_images", "--tsv_header", "-t", "0.4"], "leave --labels, --annotations, --no_images, --tsv_header, --score_threshold out"),
+        (["--engine", "m", "--input", "a", "--output", "b", "--json", "x"], "needs --benchmark"),
         (["--engine", "m", "--input", "a", "--output", "b", "-t", "1.5"], "from 0 to 1"),
         (["--engine", "m", "--input", "a", "--output", "b", "--batch_size", "0"], "at least 1"),
         (["--engine", "m", "--input", "a", "--output", "b", "--devices", "0,0"], "different GPU numbers"),
@@ -454,11 +456,12 @@ def test_benchmark_prints_trtexecs_summary(toy: Path, tmp_path: Path, capsys: An
     image(tmp_path / "in" / "a.png", red=51, green=1, blue=0)
     report = tmp_path / "bench.json"
     argv = ["--engine", str(toy), "--input", str(tmp_path / "in"), "--benchmark", "30"]
-    assert infer.main([*argv, "--batch_size", "2", "--benchmark_json", str(report)]) == 0
+    assert infer.main([*argv, "--batch_size", "2", "--json", str(report)]) == 0
     lines = capsys.readouterr().out.splitlines()
     number = r"[\d.e+-]+"
     time = rf"= {number} ms"
     patterns = [
+        "Batch size: 2",
         "=== Performance summary ===",
         rf"Throughput: {number} qps \({number} images/s\)",
         rf"Latency: min {time}, max {time}, mean {time}, median {time}, "
@@ -543,3 +546,115 @@ def test_ray_is_asked_for_before_anything_else(
     error = capsys.readouterr().err
     assert "error: --ray needs Ray" in error and "requirements-ray.txt" in error
     assert not (tmp_path / "out").exists()
+
+
+# ---- what goes in, what is shown
+
+
+def test_several_inputs_and_globs(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    """Names are relative to the folder that all inputs are in; an image that is named twice counts once."""
+    for name in ("a/1.png", "a/2.png", "b/1.png", "c.png"):
+        image(tmp_path / "in" / name, red=204, green=2, blue=1)
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    given = [tmp_path / "in" / "a", tmp_path / "in" / "b" / "*", tmp_path / "in" / "a" / "2.png", tmp_path / "in" / "*.*"]  # fmt: skip
+    out = tmp_path / "out"
+    line = ["--model", toy, "--input", *given[:2], "--input", *given[2:], "--output", out]
+    assert infer.main([str(word) for word in line]) == 0
+    assert {p.relative_to(out).as_posix() for p in out.rglob("*.tsv")} == {"a/1.tsv", "a/2.tsv", "b/1.tsv", "c.tsv"}  # fmt: skip
+    ids = [row["image_id"] for row in json.loads((out / "detections.json").read_text())]
+    assert list(dict.fromkeys(ids)) == ["a/1.png", "a/2.png", "b/1.png", "c.png"]
+    assert "--input: 1 files are no images" in capsys.readouterr().err
+
+
+def test_a_glob_of_nothing(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run(toy, tmp_path / "*.jpg", tmp_path / "out") == 1
+    assert "--input: expected an image or a directory of images, found nothing at" in capsys.readouterr().err  # fmt: skip
+
+
+def test_num_images_are_spread(toy: Path, tmp_path: Path) -> None:
+    for number in range(10):
+        image(tmp_path / "in" / f"{number}.png", red=204, green=2, blue=1)
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--num_images", "3") == 0
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.tsv")) == ["0.tsv", "4.tsv", "9.tsv"]
+
+
+def test_pictures_show_what_is_likely_and_files_keep_all(
+    toy: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Detections of 0.8 in one image, of 0.2 in another: those are drawn, with --draw_threshold 0 all."""
+    path = image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
+    other = image(tmp_path / "in" / "b.png", red=51, green=2, blue=1)
+    for options, likely in (((), 1), (("--draw_threshold", "0"), 2)):
+        out = tmp_path / f"out{likely}"
+        assert run(toy, tmp_path / "in", out, *options) == 0
+        found = [len(rows(out / f"{name}.tsv")) for name in "ab"]
+        changed = [
+            int((cv2.imread(str(out / p.name)) != cv2.imread(str(p))).any()) for p in (path, other)
+        ]
+        assert found == [2, 2] and sum(changed) == likely
+    assert (
+        "pictures show detections from a score of 0.3 on; 2 are below it (--draw_threshold)"
+        in capsys.readouterr().err
+    )
+
+
+def test_class_names_go_beside_the_tsvs(toy: Path, tmp_path: Path) -> None:
+    """visualize.py draws the same pictures from them."""
+    image(tmp_path / "in" / "a.png", red=204, green=2, blue=1, size_wh=(96, 64))
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert run(toy, tmp_path / "in", out) == 0
+    names = (out / "labels.txt").read_text().splitlines()
+    assert len(names) == ModelSpec.from_onnx(onnx.load(toy)).num_classes
+    line = ["--input", tmp_path / "in", "--detections", out, "--output", again]
+    assert visualize.main([str(word) for word in line]) == 0
+    np.testing.assert_array_equal(cv2.imread(str(again / "a.png")), cv2.imread(str(out / "a.png")))
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_drawings_are_never_read(toy: Path, tmp_path: Path, capsys: Any, recursive: bool) -> None:
+    image(tmp_path / "in" / "a.jpg", red=204, green=2, blue=1)
+    inside = tmp_path / "in" / "found"
+    options = ["--recursive"] if recursive else []
+    assert run(toy, tmp_path / "in", inside, *options) == int(recursive)
+    assert run(toy, tmp_path / "in", tmp_path / "in", *options) == 1
+    assert f"choose a folder apart, such as --output {tmp_path / 'in_out'}" in capsys.readouterr().err  # fmt: skip
+    assert run(toy, tmp_path / "in" / "a.jpg", tmp_path / "in") == 1
+    assert run(toy, tmp_path / "in", tmp_path / "in", "--no_images") == 0  # nothing is drawn
+
+
+def test_results_of_an_earlier_run_are_named(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    image(tmp_path / "one" / "a.png", red=204, green=2, blue=1)
+    image(tmp_path / "two" / "b.png", red=204, green=2, blue=1)
+    assert run(toy, tmp_path / "one", tmp_path / "out") == 0
+    assert "earlier run" not in capsys.readouterr().err
+    assert run(toy, tmp_path / "two", tmp_path / "out") == 0
+    assert "has results of 1 other images, from an earlier run" in capsys.readouterr().err
+
+
+# ---- what is no model
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("saved/saved_model.pb", b"x", "saved is a SavedModel; convert it: create_onnx.py --saved_model "),
+        ("folder/x", b"x", "expected an engine or an ONNX file, found a folder at "),
+        ("frozen.pb", b"x", "frozen.pb is a TensorFlow graph; convert the SavedModel folder"),
+        ("best.pt", b"PK", "best.pt is a PyTorch model; export it to ONNX"),
+        ("d0.engine.json", b"{}", "d0.engine.json is a JSON file; name the engine that it stands beside"),
+        ("d0.engine", b"", "an engine of build_engine.py, found an empty file"),
+        ("d0.engine", b"PK\x03\x04" + bytes(600), "found a ZIP archive"),
+        ("d0.engine", b"some text\n", "found a text file"),
+    ],
+)  # fmt: skip
+def test_what_is_no_model(
+    tmp_path: Path, name: str, content: bytes, message: str, capsys: Any
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    photo = image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
+    model = path if path.parent == tmp_path else path.parent
+    assert infer.main(["--model", str(model), "--input", str(photo), "--output", str(tmp_path / "out")]) == 1  # fmt: skip
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    assert message in line

@@ -83,7 +83,7 @@ def test_two_gpus_write_the_files_of_one(
         assert run(engine, photos, tmp_path / "two", "--devices", devices) == 0
     assert ran == {0, 1}
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert len(one) == 2 * IMAGES + 1
+    assert len(one) == 2 * IMAGES + 2
     assert two == one
     found = json.loads(one["detections.json"])
     assert len(found) > IMAGES
@@ -110,7 +110,7 @@ def test_two_gpus_get_the_map_of_one(
     for devices in ("0", "0,1"):
         found = tmp_path / f"{devices}.json"
         # fmt: off
-        assert eval_coco.main(["-e", str(engine), "-i", str(photos), "-a", str(annotations), "-d", str(found), "--devices", devices]) == 0
+        assert eval_coco.main(["-e", str(engine), "-i", str(photos), "-a", str(annotations), "--detections", str(found), "--devices", devices]) == 0
         # fmt: on
         written.append(found.read_bytes())
     assert written[0] == written[1]
@@ -255,7 +255,16 @@ def test_eval_coco_in_a_process_of_its_own(engine: Path, photos: Path, tmp_path:
     }  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps(coco))
     script = Path(__file__).resolve().parents[1] / "standins" / "standin_infer.py"
-    arguments = ["-e", engine, "-i", photos, "-a", tmp_path / "a.json", "-o", tmp_path / "m.json"]
+    arguments = [
+        "-e",
+        engine,
+        "-i",
+        photos,
+        "-a",
+        tmp_path / "a.json",
+        "--json",
+        tmp_path / "m.json",
+    ]
     command = [sys.executable, script, "cpu", "eval_coco", *arguments, "--devices", "all"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -350,10 +359,11 @@ def test_benchmark_prints_the_times_of_the_gpu(
     rig(devices=2)
     report = tmp_path / "report.json"
     argv = ["-e", str(engine), "-i", str(photos), "--benchmark", "20", "--devices", "all"]
-    assert infer.main([*argv, "--benchmark_json", str(report)]) == 0
+    assert infer.main([*argv, "--json", str(report)]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.partition(":")[0] for line in lines]
     assert names == [
+        "Batch size",
         "=== Performance summary ===",
         "Throughput",
         "Latency",
@@ -366,7 +376,7 @@ def test_benchmark_prints_the_times_of_the_gpu(
         f"Throughput is that of all GPUs; latencies and times are those of {TIMED_ON}",
         "End to end from files",
     ]
-    assert all("percentile(99%) = " in line for line in lines[2:7])
+    assert all("percentile(99%) = " in line for line in lines[3:8])
     data = json.loads(report.read_text())
     assert data["batch_size"] == 4
     assert data["runtime"].startswith("2 GPUs: ")

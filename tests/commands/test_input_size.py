@@ -64,7 +64,7 @@ def test_rtx_builds_a_range_of_sizes(
     pytest.importorskip("tensorrt_rtx", reason="needs requirements-rtx.txt")
     path = tmp_path / "free.engine"
     options = ["-p", precision, "-b", "1,2,4", "--flavor", "tensorrt_rtx"]
-    options += ["--compute_capability", "8.9", *(["--input_size", sizes] if sizes else [])]
+    options += ["--compute_capability", "8.9", *(["--size", sizes] if sizes else [])]
     if precision == "int8":
         Image.fromarray(RANDOM.integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / "a.png")
         options += ["--calib_input", str(tmp_path / "a.png")]
@@ -85,10 +85,10 @@ def test_rtx_builds_a_range_of_sizes(
 @pytest.mark.parametrize(
     ("batch", "options", "shapes"),
     [
-        ("N", ["--input_size", "8x12,16,64x48", "-b", "1,2,4"], [(1, 8, 12, 3), (2, 16, 16, 3), (4, 64, 48, 3)]),
-        ("N", ["--input_size", "24x32"], [(1, 24, 32, 3)] * 3),  # one size, and no dimension but the batch to choose
+        ("N", ["--size", "8x12,16,64x48", "-b", "1,2,4"], [(1, 8, 12, 3), (2, 16, 16, 3), (4, 64, 48, 3)]),
+        ("N", ["--size", "24x32"], [(1, 24, 32, 3)] * 3),  # one size, and no dimension but the batch to choose
         ("N", [], [(1, 16, 16, 3)] * 3),
-        (2, ["--input_size", "8,16,64"], [(2, 8, 8, 3), (2, 16, 16, 3), (2, 64, 64, 3)]),
+        (2, ["--size", "8,16,64"], [(2, 8, 8, 3), (2, 16, 16, 3), (2, 64, 64, 3)]),
         (2, [], None),
     ],
 )  # fmt: skip
@@ -122,8 +122,8 @@ def test_profile_of_batch_and_size(
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ("8,16,128", "--input_size: input size 128x128 (height x width): the model takes 8x8 to 64x64 in steps of 4"),
-        ("8,18,64", "--input_size: input size 18x18 (height x width): the model takes 8x8 to 64x64 in steps of 4"),
+        ("8,16,128", "--size: input size 128x128 (height x width): the model takes 8x8 to 64x64 in steps of 4"),
+        ("8,18,64", "--size: input size 18x18 (height x width): the model takes 8x8 to 64x64 in steps of 4"),
     ],
 )  # fmt: skip
 def test_sizes_that_the_model_does_not_take(
@@ -135,25 +135,23 @@ def test_sizes_that_the_model_does_not_take(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", standin_tensorrt_builder.make_module("10.3.0"))
-    assert build(network, tmp_path / "free.engine", "--input_size", sizes) == 1
+    assert build(network, tmp_path / "free.engine", "--size", sizes) == 1
     assert message in capsys.readouterr().err
 
 
 def test_a_fixed_model_takes_its_size_alone() -> None:
     fixed = Preprocessing((16, 32))
     assert choose_size(fixed, SizeRange((16, 32), (16, 32), (16, 32))) == fixed
-    with pytest.raises(
-        ValueError, match=rf"--input_size: .* takes 16x32; convert it .*{FREE_HELP}"
-    ):
+    with pytest.raises(ValueError, match=rf"--size: .* takes 16x32; convert it .*{FREE_HELP}"):
         choose_size(fixed, SizeRange((16, 32), (32, 32), (32, 32)))
 
 
-@pytest.mark.parametrize("text", ["640,320,1280", "640,640", "0", "1x2x3", "a", "640x"])
+@pytest.mark.parametrize("text", ["640,320,1280", "640:640", "0", "1x2x3", "a", "640x"])
 def test_sizes_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        build_engine.parse_args(["--onnx", "a.onnx", "--engine", "a.engine", "--input_size", text])
+        build_engine.parse_args(["--onnx", "a.onnx", "--engine", "a.engine", "--size", text])
     assert left.value.code == 2
-    assert f"each a number or HEIGHTxWIDTH, got '{text}'" in capsys.readouterr().err
+    assert f"or one number for a square, got '{text}'" in capsys.readouterr().err
 
 
 def test_calibration_by_batches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,7 +376,7 @@ def test_metric_at_a_size(detector: Path, tmp_path: Path, capsys: pytest.Capture
     }  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps(annotations))
     for options, ap in [([], 0.0), (["--size", "64,96"], 1.0), (["--resize", "64", "--max_size", "96"], 1.0)]:  # fmt: skip
-        arguments = ["--engine", detector, "--input", tmp_path / "in", "--annotations", tmp_path / "a.json", "--output", tmp_path / "m.json"]  # fmt: skip
+        arguments = ["--engine", detector, "--input", tmp_path / "in", "--annotations", tmp_path / "a.json", "--json", tmp_path / "m.json"]  # fmt: skip
         assert eval_coco.main([*map(str, arguments), *options]) == 0
         assert json.loads((tmp_path / "m.json").read_text())["AP"] == pytest.approx(ap)
 
@@ -389,7 +387,7 @@ def test_metric_at_a_size(detector: Path, tmp_path: Path, capsys: pytest.Capture
         (["--size", "64,96", "--resize", "32"], "--size gives every image the same input, --resize does not"),
         (["--max_size", "96"], "--max_size goes with --resize"),
         (["--resize", "1334"], "--resize 1334: expected no more than --max_size, 1333"),
-        (["--size", "64x96"], "expected HEIGHT,WIDTH such as 512,512, got '64x96'"),
+        (["--size", "64x96x3"], "or one number for a square, got '64x96x3'"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("script", [infer, eval_coco, image_batcher])
@@ -455,9 +453,9 @@ def test_benchmark_at_a_size(
     monkeypatch.setattr(benchmark, "measure", watched)
     report = tmp_path / "report.json"
     arguments = ["--engine", str(detector), "--benchmark", "2", "--batch_size", "2"]
-    assert infer.main([*arguments, "--size", "64,96", "--benchmark_json", str(report)]) == 0
+    assert infer.main([*arguments, "--size", "64,96", "--json", str(report)]) == 0
     assert shapes == [(2, 64, 96, 3)]
-    assert json.loads(report.read_text())["options"]["size"] == "(64, 96)"
+    assert json.loads(report.read_text())["options"]["size"] == [64, 96]
     with pytest.raises(SystemExit) as left:
         infer.main([*arguments, "--resize", "32"])
     assert left.value.code == 2

@@ -79,7 +79,7 @@ def planted(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     plant(model, first.input)
     onnx.save(model, folder / "planted.onnx")
-    options = ["--calib_cache", folder / "planted.cache", "--max_drop", 0.02]
+    options = ["--calib_cache", folder / "planted.cache", "--max_ap_drop", 0.02]
     options += ["--table", folder / "table.tsv", "--plot", folder / "plot.png"]
     assert tune(folder / "planted.onnx", folder / "precision.json", *options) == 0
     return folder
@@ -132,7 +132,7 @@ def test_goes_on_where_it_stopped(planted: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(run_tune.Tuner, "_evaluate", counted)
     output = tmp_path / "precision.json"
-    options = ["--calib_cache", planted / "planted.cache", "--max_drop", 0.02]
+    options = ["--calib_cache", planted / "planted.cache", "--max_ap_drop", 0.02]
     journal = tmp_path / "precision.json.journal"
     journal.write_text("\n".join(lines) + "\n")
     assert tune(planted / "planted.onnx", output, *options) == 0
@@ -147,7 +147,7 @@ def test_goes_on_where_it_stopped(planted: Path, tmp_path: Path, monkeypatch: py
 
     other = [line.replace('"key": "', '"key": "0') for line in lines]
     journal.write_text("\n".join(other) + "\n")
-    assert tune(planted / "planted.onnx", output, *options, "--noise_images", 2, "--max_drop", 1) == 0  # fmt: skip
+    assert tune(planted / "planted.onnx", output, *options, "--noise_images", 2, "--max_ap_drop", 1) == 0  # fmt: skip
     assert measured == [[PLANTED], None, ()]
     assert json.loads(output.read_text())["keep"] == {}
 
@@ -160,9 +160,9 @@ def test_no_set_is_good_enough(planted: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(run_tune.Tuner, "noises", lambda self: [LayerNoise(layer, {"x": 1.0}) for layer in self.layers])  # fmt: skip
     output = tmp_path / "precision.json"
     options = ["--calib_cache", planted / "planted.cache", "--table", tmp_path / "table.tsv"]
-    assert tune(planted / "planted.onnx", output, *options, "--max_drop", 0.05) == 1
+    assert tune(planted / "planted.onnx", output, *options, "--max_ap_drop", 0.05) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --max_drop 0.05: AP falls further below float32's 0.5000 even with all but the least noisy of 123 ")  # fmt: skip
+    assert error.startswith("error: --max_ap_drop 0.05: AP falls further below float32's 0.5000 even with all but the least noisy of 123 ")  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["precision.json.journal"]
 
 
@@ -189,7 +189,8 @@ def test_calibration_options_are_those_of_build_engine(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(prepare, "scales_of", stop)
     monkeypatch.setattr(prepare, "load_model", lambda path: (None, ModelSpec("toy", Preprocessing((4, 4)), Nms(), (1, 2, 3))))  # fmt: skip
-    options = ["--calib_fraction", 0.5, "--calib_batch_size", 2, "--calib_batches", 3, "--calib_provider", "cpu"]  # fmt: skip
+    (tmp_path / "a.onnx").write_bytes(b"not read")
+    options = ["--calib_fraction", 0.5, "--calib_batch_size", 2, "--calib_batches", 3, "--provider", "cpu"]  # fmt: skip
     assert tune(tmp_path / "a.onnx", output, *options) == 1
     wanted = Int8Options(EXAMPLES / "images", num_images=6, fraction=0.5, batch_size=2, provider="cpu")  # fmt: skip
     assert asked == [wanted]
@@ -200,7 +201,7 @@ def test_calibration_options_are_those_of_build_engine(monkeypatch: pytest.Monke
     [
         ((), "give images to calibrate on"),
         (("--calib_input", "x", "--plot", "a.tsv"), "--plot: expected a name that ends in .png"),
-        (("--calib_input", "x", "--max_drop", "5"), "expected a number from 0 to 1"),
+        (("--calib_input", "x", "--max_ap_drop", "5"), "expected a number from 0 to 1"),
     ],
 )
 def test_wrong_usage(options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip

@@ -287,7 +287,7 @@ def case(tmp_path: Path) -> dict[str, Any]:
 def test_main_draws_what_the_tsvs_say(
     case: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert visualize.main([*case["arguments"], "--score_threshold", "0.5"]) == 0
+    assert visualize.main([*case["arguments"], "--draw_threshold", "0.5"]) == 0
     expected = draw(grey(50, 60), found((10, 20, 40, 35, 0.9, 2)))
     np.testing.assert_array_equal(load_image(case["pictures"] / "a.png"), expected)
     assert (load_image(case["pictures"] / "b.png") == GREY).all()
@@ -295,7 +295,8 @@ def test_main_draws_what_the_tsvs_say(
 
 
 def test_main_draws_the_ground_truth_beside(case: dict[str, Any]) -> None:
-    assert visualize.main([*case["arguments"], "--annotations", case["annotations"]]) == 0
+    options = ["--annotations", case["annotations"], "--draw_threshold", "0"]
+    assert visualize.main([*case["arguments"], *options]) == 0
     labels = ["circle", "class 1", "triangle"]  # names come from the annotations
     left = draw(grey(50, 60), found((10, 20, 40, 35, 0.9, 2), (0, 0, 5, 5, 0.1, 0)), labels)
     right = draw(
@@ -323,7 +324,7 @@ def test_main_does_not_overwrite_its_input(
 ) -> None:
     arguments = [*case["arguments"][:-1], str(case["photos"])]
     assert visualize.main(arguments) == 1
-    assert "would overwrite an input image" in capsys.readouterr().err
+    assert "the next run would take the drawings for photographs" in capsys.readouterr().err
     assert (load_image(case["photos"] / "a.png") == GREY).all()
 
 

@@ -14,6 +14,7 @@ from deploy_models import D0, DETR, YOLO, make_engine, with_input
 
 from trtdet.commands import deploy
 from trtdet.deploy.deepstream_check import read_groups
+from trtdet.deploy.model import label_lines
 
 
 def run(*arguments: object) -> int:
@@ -42,7 +43,7 @@ def test_folder_of_every_kind_of_engine(tmp_path, batch, layout, dtype, precisio
     for_server = {"config_inferserver.txt"} if batch[0] == 1 else set()
     assert files == for_nvinfer | for_server
     if find_spec("tritonclient"):  # without it a check is an error, see test_deploy_triton
-        assert run("check", folder) == 0
+        assert run("check", "--output", folder) == 0
     if not for_nvinfer:
         return
     properties = read_groups(folder / "config_infer.txt")["property"]
@@ -87,7 +88,8 @@ def test_keys_follow_the_model(tmp_path, spec, keys):
 def test_labels_without_names_have_no_empty_line(tmp_path):
     assert write(tmp_path, D0.replace(labels=())) == 0
     labels = (tmp_path / "ds/triton/detector/labels.txt").read_text()
-    assert labels.splitlines()[:2] == ["class 0", "class 1"]
+    assert labels.splitlines()[:2] == ["person", "bicycle"]  # COCO's, as infer.py draws them
+    assert list(label_lines(D0.replace(labels=())))[:2] == ["class 0", "class 1"]
 
 
 @pytest.mark.parametrize(
@@ -132,11 +134,11 @@ def test_an_engine_that_is_refused_has_no_advice_on_padding(tmp_path, capsys):
 def test_check_without_tritonclient_reports_what_it_finds(tmp_path, monkeypatch, capsys):
     assert write(tmp_path) == 0
     monkeypatch.setitem(sys.modules, "tritonclient.grpc.model_config_pb2", None)
-    assert run("check", tmp_path / "ds") == 1
+    assert run("check", "--output", tmp_path / "ds") == 1
     assert "requirements-triton.txt" in capsys.readouterr().err
     path = tmp_path / "ds/config_infer.txt"
     path.write_text(path.read_text().replace("cluster-mode=4", "cluster-mode=2"))
-    assert run("check", tmp_path / "ds") == 1
+    assert run("check", "--output", tmp_path / "ds") == 1
     assert "cluster-mode: expected 4" in capsys.readouterr().err
 
 
@@ -177,14 +179,14 @@ def test_planted_mistakes(tmp_path, capsys, file, old, new, message):
     assert old in text
     path.write_text(text.replace(old, new))
     capsys.readouterr()
-    assert run("check", tmp_path / "ds") == 1
+    assert run("check", "--output", tmp_path / "ds") == 1
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_an_engine_that_is_not_the_one(tmp_path, capsys):
     assert write(tmp_path) == 0
     (tmp_path / "ds/triton/detector/1/model.plan").write_bytes(b"another")
-    assert run("check", tmp_path / "ds") == 1
+    assert run("check", "--output", tmp_path / "ds") == 1
     assert "was written for another engine than model.plan is now" in capsys.readouterr().err
 
 
@@ -198,3 +200,10 @@ def test_the_parser_is_made(tmp_path):
     make = ["make", "-C", tmp_path / "ds/parser", f"DEEPSTREAM={tmp_path / 'deepstream'}"]
     subprocess.run([*map(str, make), "CXXFLAGS=-O0 -Wall -Wextra -Werror"], check=True)
     assert (tmp_path / "ds/parser/libnvdsinfer_trtdet.so").stat().st_size > 0
+
+
+def test_an_onnx_file_is_no_engine(tmp_path, capsys):
+    path = tmp_path / "d0.onnx"
+    path.write_bytes(b"x")
+    assert run("deepstream", "--model", path, "--output", tmp_path / "ds") == 1
+    assert f"{path} is an ONNX file; build one: build_engine.py --model {path} --engine d0.engine" in capsys.readouterr().err  # fmt: skip

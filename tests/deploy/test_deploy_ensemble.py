@@ -43,7 +43,7 @@ SPECS = {
 
 def deployed(folder: Path, spec, batch=(1, 8, 32)) -> Path:
     engine = make_engine(folder / "x.engine", spec, batch)
-    arguments = ["--repository", str(folder / "models"), "--name", "x", "--ensemble"]
+    arguments = ["--output", str(folder / "models"), "--name", "x", "--ensemble"]
     assert deploy.main(["triton", "--engine", str(engine), *arguments]) == 0
     return folder / "models"
 

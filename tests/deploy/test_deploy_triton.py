@@ -32,7 +32,7 @@ def read(repository: Path, name: str):
 
 
 def write(repository: Path, engine: Path, *options: object) -> int:
-    return run("triton", "--engine", engine, "--repository", repository, "--name", "d0", *options)
+    return run("triton", "--engine", engine, "--output", repository, "--name", "d0", *options)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -63,7 +63,7 @@ def test_repository_of_every_kind_of_engine(tmp_path, batch, layout, dtype, prec
     assert preferred == ([8, 32] if batch == (1, 8, 32) else [])
     assert config.optimization.cuda.graphs
     assert (tmp_path / "models/d0/labels.txt").read_text().splitlines()[0] == "person"
-    assert run("check", tmp_path / "models") == 0
+    assert run("check", "--output", tmp_path / "models") == 0
 
 
 @pytest.mark.parametrize("spec", [YOLO, DETR], ids=["yolo", "detr"])
@@ -88,8 +88,8 @@ def test_free_input_size_and_turned_boxes(tmp_path):
 def test_onnx_is_served_without_the_plugin(tmp_path, tiny_onnx):
     import onnxruntime
 
-    arguments = ("triton", "--onnx", tiny_onnx, "--repository", tmp_path, "--name", "tiny")
-    assert run(*arguments, "--max_batch", 4) == 0
+    arguments = ("triton", "--onnx", tiny_onnx, "--output", tmp_path, "--name", "tiny")
+    assert run(*arguments, "--batch_size", 4) == 0
     config = read(tmp_path, "tiny")
     assert (config.platform, config.max_batch_size) == ("onnxruntime_onnx", 4)
     served = onnx.load(tmp_path / "tiny/1/model.onnx")
@@ -114,18 +114,18 @@ def test_an_onnx_file_of_batch_1_has_the_batch_in_its_dims(tmp_path, tiny_onnx, 
     static = tmp_path / "static.onnx"
     onnx.save(model, static)
     models = tmp_path / "models"
-    arguments = ("--onnx", static, "--repository", models, "--name", "one", "--ensemble")
+    arguments = ("--onnx", static, "--output", models, "--name", "one", "--ensemble")
     assert run("triton", *arguments) == 0
     config = read(models, "one")
     assert (config.max_batch_size, list(config.input[0].dims)) == (0, [1, 128, 128, 3])
     assert {output.dims[0] for output in config.output} == {1}
     assert list(read(models, "one_ensemble").input[0].dims) == [1]
-    assert run("check", models) == 0
+    assert run("check", "--output", models) == 0
 
     path = models / "one/config.pbtxt"
     text = path.read_text().replace("max_batch_size: 0", "max_batch_size: 1")
     path.write_text(text.replace("dims: [ 1, ", "dims: [ "))
-    assert run("check", models) == 1
+    assert run("check", "--output", models) == 1
     error = capsys.readouterr().err
     assert "version 1: max_batch_size: expected 0" in error and "would not load it" in error
 
@@ -191,7 +191,7 @@ def test_faults_of_another_model_do_not_fail_the_one_written(tmp_path, capsys):
     assert "W {}: not a model configuration".format(models / "theirs/config.pbtxt") in (
         capsys.readouterr().err
     )
-    assert run("check", models) == 1
+    assert run("check", "--output", models) == 1
 
 
 def test_what_triton_would_not_read_is_not_written(tmp_path):
@@ -207,14 +207,14 @@ def test_engines_for_several_gpus(tmp_path):
         make_engine(tmp_path / f"{capability}.engine", compute_capabilities=(capability,))
         for capability in ("8.9", "9.0")
     ]
-    arguments = ("--repository", tmp_path / "models", "--name", "d0")
+    arguments = ("--output", tmp_path / "models", "--name", "d0")
     assert run("triton", "--engine", *engines, *arguments) == 0
     config = read(tmp_path / "models", "d0")
     assert dict(config.cc_model_filenames) == {"8.9": "model_89.plan", "9.0": "model_90.plan"}
     assert (tmp_path / "models/d0/1/model_90.plan").read_bytes().endswith(b"9.0.engine")
 
     (tmp_path / "models/d0/1/model_90.plan").unlink()
-    assert run("check", tmp_path / "models") == 1
+    assert run("check", "--output", tmp_path / "models") == 1
 
 
 def test_engines_that_do_not_belong_together(tmp_path, capsys):
@@ -222,7 +222,7 @@ def test_engines_that_do_not_belong_together(tmp_path, capsys):
         make_engine(tmp_path / "a.engine"),
         make_engine(tmp_path / "b.engine", batch=(1, 1, 1), compute_capabilities=("9.0",)),
     ]
-    arguments = ("--repository", tmp_path / "models", "--name", "d0")
+    arguments = ("--output", tmp_path / "models", "--name", "d0")
     assert run("triton", "--engine", *engines, *arguments) == 1
     assert "differs from a.engine in more than the GPU" in capsys.readouterr().err
 
@@ -248,7 +248,7 @@ def test_serve_command_turns_the_telemetry_of_onnx_runtime_off(tmp_path, capsys)
 
 def test_dla_gpus_and_instances(tmp_path):
     engine = make_engine(tmp_path / "x.engine", dla_core=1)
-    assert write(tmp_path / "models", engine, "--instances", 2, "--gpus", "0,2") == 0
+    assert write(tmp_path / "models", engine, "--instances", 2, "--devices", "0,2") == 0
     (group,) = read(tmp_path / "models", "d0").instance_group
     assert (group.count, list(group.gpus), group.profile[0]) == (2, [0, 2], "0")
     assert group.secondary_devices[0].device_id == 1
@@ -275,14 +275,14 @@ def test_a_file_where_a_folder_belongs(tmp_path, capsys):
     assert write(engine, engine) == 1
     assert run("deepstream", "--engine", engine, "--output", engine) == 1
     first, second = capsys.readouterr().err.splitlines()
-    assert first == f"error: --repository: expected a folder, found a file at {engine}"
+    assert first == f"error: --output: expected a folder, found a file at {engine}"
     assert second == f"error: --output: expected a folder, found a file at {engine}"
 
 
 def test_more_than_the_engine_takes(tmp_path, capsys):
     engine = make_engine(tmp_path / "x.engine")
-    assert write(tmp_path / "models", engine, "--max_batch", 64) == 1
-    assert "--max_batch 64: x.engine takes batches of 1 to 32" in capsys.readouterr().err
+    assert write(tmp_path / "models", engine, "--batch_size", 64) == 1
+    assert "--batch_size 64: x.engine takes batches of 1 to 32" in capsys.readouterr().err
 
 
 def test_labels_of_a_file(tmp_path):
@@ -318,7 +318,7 @@ def test_planted_mistakes(tmp_path, capsys, old, new, message):
     assert old in text
     config.write_text(text.replace(old, new))
     capsys.readouterr()
-    assert run("check", models) == 1
+    assert run("check", "--output", models) == 1
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -327,10 +327,10 @@ def test_planted_mistakes_in_files(tmp_path, capsys):
     assert write(models, make_engine(tmp_path / "d0.engine")) == 0
     labels = models / "d0/labels.txt"
     labels.write_text("person\n")
-    assert run("check", models) == 1
+    assert run("check", "--output", models) == 1
     assert "labels.txt: expected 90 lines, one per class, found 1" in capsys.readouterr().err
     (models / "d0/1/model.plan").unlink()
-    assert run("check", models) == 1
+    assert run("check", "--output", models) == 1
     assert "expected 1/model.plan, found none" in capsys.readouterr().err
 
 
@@ -342,7 +342,7 @@ def test_a_batch_that_triton_may_not_choose(tmp_path, capsys, batch):
     lead = f"[ {8 if batch[0] == 8 else -1}, "
     text = config.read_text().replace(lead, "[ ").replace("max_batch_size: 0", "max_batch_size: 8")
     config.write_text(text)
-    assert run("check", models) == 1
+    assert run("check", "--output", models) == 1
     assert "max_batch_size: expected 0, with the batch in the dims" in capsys.readouterr().err
 
 
@@ -361,7 +361,7 @@ def test_planted_mistakes_in_an_ensemble(tmp_path, capsys, old, new, message):
     config = models / "d0_ensemble/config.pbtxt"
     assert old in config.read_text()
     config.write_text(config.read_text().replace(old, new))
-    assert run("check", models) == 1
+    assert run("check", "--output", models) == 1
     assert message in capsys.readouterr().err
 
 
@@ -371,7 +371,7 @@ def test_without_tritonclient_it_says_what_was_not_checked(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "tritonclient.grpc.model_config_pb2", None)
     assert write(tmp_path / "models", make_engine(tmp_path / "d0.engine")) == 0
     assert "config.pbtxt not validated" in capsys.readouterr().err
-    assert run("check", tmp_path / "models") == 1
+    assert run("check", "--output", tmp_path / "models") == 1
     captured = capsys.readouterr()
     assert "not checked" in captured.err and "requirements-triton.txt" in captured.err
     assert captured.out == ""
@@ -394,6 +394,7 @@ def test_next_version_looks_at_numbers_only(tmp_path):
 def test_an_engine_without_its_sidecar(tmp_path, capsys):
     engine = make_engine(tmp_path / "x.engine")
     (tmp_path / "x.engine.json").unlink()
+    engine.write_bytes(bytes(600))  # no text, as an engine is none
     assert write(tmp_path / "models", engine) == 1
     assert "expected x.engine.json beside it, found none" in capsys.readouterr().err
     assert open_engine(make_engine(engine)).batches == "1 to 32"
@@ -402,18 +403,18 @@ def test_an_engine_without_its_sidecar(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("triton", "--repository", "r", "--name", "n"),
-        ("triton", "--onnx", "x", "--repository", "r", "--name", "../n"),
-        ("trtexec", "--engine", "x", "--version", "10", "--run"),
+        ("triton", "--output", "r", "--name", "n"),
+        ("triton", "--onnx", "x", "--output", "r", "--name", "../n"),
+        ("trtexec", "--engine", "x", "--tensorrt_version", "10", "--run"),
         ("trtexec", "--engine", "x", "--precision", "fp16"),
-        ("trtexec", "--engine", "x", "--save_engine", "y"),
-        ("trtexec", "--engine", "x", "--device", "-1"),
+        ("trtexec", "--engine", "x", "--output", "y"),
+        ("trtexec", "--engine", "x", "--devices", "-1"),
         ("trtexec", "--parse_times", "x"),
         ("trtexec", "--parse_log", "x", "--run"),
-        ("triton", "--engine", "x", "--repository", "r", "--name", "n", "--queue_delay_us", "-5"),
-        ("triton", "--engine", "x", "--repository", "r", "--name", "n", "--gpus", "0,-1"),
-        ("deepstream", "--engine", "x", "--output", "o", "--gpu", "-1"),
-        ("deepstream", "--engine", "x", "--output", "o", "--stream_size", "0x1080"),
+        ("triton", "--engine", "x", "--output", "r", "--name", "n", "--queue_delay_us", "-5"),
+        ("triton", "--engine", "x", "--output", "r", "--name", "n", "--devices", "0,-1"),
+        ("deepstream", "--engine", "x", "--output", "o", "--devices", "-1"),
+        ("deepstream", "--engine", "x", "--output", "o", "--stream_width", "0"),
         ("deepstream", "--engine", "x", "--output", "o", "--class_threshold", "0:0.5"),
         (),
     ],

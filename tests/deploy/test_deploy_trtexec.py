@@ -93,7 +93,7 @@ def test_a_version_compatible_engine_carries_its_plugins(tmp_path):
 )  # fmt: skip
 def test_another_version_than_the_engines(tmp_path, capsys, version, compatible, warned):
     engine = make_engine(tmp_path / "x.engine", version_compatible=compatible)
-    assert deploy.main(["trtexec", "--engine", str(engine), "--version", version]) == 0
+    assert deploy.main(["trtexec", "--engine", str(engine), "--tensorrt_version", version]) == 0
     said = f"built by TensorRT 10.13.3.9: trtexec of {version} does not load it"
     assert (said in capsys.readouterr().err) == warned
 
@@ -225,5 +225,5 @@ def test_no_trtexec_here(tmp_path, monkeypatch, capsys):
     engine = make_engine(tmp_path / "d0.engine")
     assert deploy.main(["trtexec", "--engine", str(engine)]) == 1
     assert "trtexec: found none on PATH" in capsys.readouterr().err
-    assert deploy.main(["trtexec", "--engine", str(engine), "--version", "10.13"]) == 0
+    assert deploy.main(["trtexec", "--engine", str(engine), "--tensorrt_version", "10.13"]) == 0
     assert capsys.readouterr().out.startswith("trtexec --loadEngine=")

@@ -244,7 +244,7 @@ def test_a_free_size_is_that_of_the_export_in_steps_of_the_largest_stride(tmp_pa
 
 def test_a_free_size_without_metadata_is_asked_for_and_fixed_by_the_grid(tmp_path: Path) -> None:
     source = source_of(free_size(networks.yolox()), tmp_path)
-    with pytest.raises(GraphError, match="give --input_size HEIGHT,WIDTH"):
+    with pytest.raises(GraphError, match="give --size H,W"):
         yolo.read(source)
     reading = yolo.read(source, Hints(size_hw=(HEIGHT, WIDTH)))
     assert reading.size_multiple is None

@@ -714,7 +714,7 @@ def test_main_does_not_overwrite_its_input(
     before = path.read_bytes()
     arguments = ["--size", "16,16", "--input", str(tmp_path), "--output", str(tmp_path)]
     assert image_batcher.main(arguments) == 1
-    assert "would overwrite an input image" in capsys.readouterr().err
+    assert "the next run would take the drawings for photographs" in capsys.readouterr().err
     assert path.read_bytes() == before
 
 
@@ -722,7 +722,7 @@ def test_main_does_not_overwrite_its_input(
     "arguments",
     [
         ["--input", "x", "--output", "y"],  # neither --model nor --size
-        ["--input", "x", "--output", "y", "--size", "512"],
+        ["--input", "x", "--output", "y", "--size", "512,512,512"],
         ["--input", "x", "--output", "y", "--size", "0,512"],
         ["--input", "x", "--output", "y", "--size", "4,4", "--resize", "2"],
     ],

@@ -390,7 +390,7 @@ def test_eval_coco_reads_odtks_own_file(tmp_path: Path, capsys) -> None:
     found.write_text(json.dumps({"annotations": planted(), "images": [], "categories": []}))
     report = tmp_path / "metrics.json"
     arguments = ["--detections", str(found), "--annotations", str(annotation_file(tmp_path))]
-    assert eval_coco.main([*arguments, "--output", str(report)]) == 0
+    assert eval_coco.main([*arguments, "--json", str(report)]) == 0
     assert "turned boxes" in capsys.readouterr().out
     assert json.loads(report.read_text())["AP"] == pytest.approx(1)
 

@@ -36,7 +36,7 @@ def report(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     onnx.save(model, folder / "faulty.onnx")
     arguments = ["--reference", tiny_onnx, "--candidate", folder / "faulty.onnx", "--input", EXAMPLES / "images"]  # fmt: skip
     arguments += ["--annotations", EXAMPLES / "annotations.json", "--tensor_images", 1, "--worst", WORST]  # fmt: skip
-    arguments += ["--report", folder / "page.html", "--output", folder / "summary.json"]
+    arguments += ["--report", folder / "page.html", "--json", folder / "summary.json"]
     assert compare.main([str(a) for a in arguments]) == 1
     return folder / "page.html"
 

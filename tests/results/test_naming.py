@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from trtdet.results.naming import check_not_inputs, output_names, with_suffix_added, write_png
+from trtdet.results.naming import check_apart, output_names, with_suffix_added, write_png
 
 ROOT = Path("in")
 
@@ -49,10 +50,23 @@ def test_an_image_outside_the_root_is_an_error() -> None:
 
 
 def test_inputs_are_not_overwritten(tmp_path: Path) -> None:
-    image = tmp_path / "a.png"
-    check_not_inputs([tmp_path / "b.png"], [image])
-    with pytest.raises(ValueError, match=r"a\.png would overwrite an input image"):
-        check_not_inputs([tmp_path / "sub" / ".." / "a.png"], [image])
+    photos = tmp_path / "photos"
+    image = photos / "sub" / "a.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"")
+    names = {image: Path("sub", "a")}
+    check_apart(tmp_path / "out", names, photos, recursive=True)
+    check_apart(photos / "out", {image: Path("a")}, [photos / "sub"])
+    for output, sources, recursive in (
+        (photos, photos, True),
+        (photos / "out", photos, True),  # a later run looks into it
+        (photos / "x" / "..", photos, True),
+        (photos, [photos / "sub"], False),  # photos/sub/a.png is beside the image
+    ):
+        with pytest.raises(ValueError, match=rf"^--output: images are read from .*such as --output {re.escape(str(tmp_path))}"):  # fmt: skip
+            check_apart(output, names, sources, recursive=recursive)
+    with pytest.raises(ValueError, match=r"such as --output .*sub_out$"):
+        check_apart(photos / "sub", {image: Path("a")}, [image])
 
 
 def test_write_png_keeps_every_pixel(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_results_of_another_run_are_not_mixed_in(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--triton", "grpc://h/m", "--ray", "local"],
+        ["--model", "grpc://h/m", "--ray", "local"],
         ["--engine", "m", "--ray", "local", "--benchmark"],
         ["--engine", "m", "--ray", "local", "--devices", "0,1"],
         ["--engine", "m", "--ray_workers", "2"],

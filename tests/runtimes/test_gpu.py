@@ -183,7 +183,14 @@ def test_from_files_to_the_metric(engine: GpuEngine, tmp_path: Path) -> None:
     common = ["-e", str(engine.path), "-i", str(photos), "--devices", "all", "--batch_size", "4"]
     assert infer.main([*common, "-o", str(found)]) == 0
     again, metrics = tmp_path / "again.json", tmp_path / "metrics.json"
-    options = ["-a", str(tmp_path / "annotations.json"), "-d", str(again), "-o", str(metrics)]
+    options = [
+        "-a",
+        str(tmp_path / "annotations.json"),
+        "--detections",
+        str(again),
+        "--json",
+        str(metrics),
+    ]
     assert eval_coco.main([*common, *options]) == 0
     detections = json.loads((found / "detections.json").read_text(encoding="utf-8"))
     assert json.loads(again.read_text(encoding="utf-8")) == detections

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--triton` against the protocol-true stand-in, and against a real Triton where TRTDET_TRITON_VENV names a virtual environment.
+"""A model on a server, `--model URL`, against the protocol-true stand-in, and against a real Triton where TRTDET_TRITON_VENV names a virtual environment.
 
 That environment needs nvidia-pytriton, whose wheel has the server, onnxruntime, and numpy<2 (the server's Python backend wants it).
 """
@@ -120,21 +120,21 @@ def test_other_urls_are_refused(text):
         parse_url(text)
 
 
-def test_engine_and_triton_exclude_each_other(capsys):
+def test_one_model_has_one_name(capsys):
     with pytest.raises(SystemExit) as exit_status:
-        infer.parse_args(["--engine", "m.onnx", "--triton", "grpc://h/m", "--benchmark"])
+        infer.parse_args(["--engine", "m.onnx", "--model", "grpc://h/m", "--benchmark"])
     assert exit_status.value.code == 2
-    assert "not allowed with argument" in capsys.readouterr().err
+    assert "--engine and --model are names of one option; leave one out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--triton", "grpc://h/m", "--threads", "1"], "--threads: is for ONNX files (.onnx), grpc://h:8001/m is taken for a server"),
-        (["--triton", "grpc://h/m", "--devices", "0"], "--devices: is for engines"),
-        (["--engine", "m.onnx", "--requests", "2"], "--requests: is for --triton, m.onnx is taken for an ONNX file"),
-        (["--engine", "m", "--no_shared_memory"], "--no_shared_memory: is for --triton"),
-        (["--triton", "grpc://h/m", "--timeout", "0"], "--timeout: expected a number above 0"),
+        (["--model", "grpc://h/m", "--threads", "1"], "--threads: is for ONNX files (.onnx), grpc://h:8001/m is taken for a server"),
+        (["--model", "grpc://h/m", "--devices", "0"], "--devices: is for engines"),
+        (["--engine", "m.onnx", "--requests", "2"], "--requests: is for models on a server, m.onnx is taken for an ONNX file"),
+        (["--engine", "m", "--no_shared_memory"], "--no_shared_memory: is for models on a server"),
+        (["--model", "grpc://h/m", "--timeout", "0"], "--timeout: expected a number above 0"),
     ],
 )  # fmt: skip
 def test_options_of_other_runtimes_are_wrong_usage(options, message, capsys):
@@ -196,7 +196,7 @@ def test_batch_sizes_are_those_of_the_configuration(serve, smallest, expected):
 def test_benchmark_takes_latency_alone_and_throughput_together(serve, capsys):
     server = make_server()
     url = serve(server)
-    assert infer.main(["--triton", str(url), "--benchmark", "5", "--batch_size", "2"]) == 0
+    assert infer.main(["--model", str(url), "--benchmark", "5", "--batch_size", "2"]) == 0
     out = capsys.readouterr().out
     assert "Throughput: " in out and "Latency: min = " in out
     assert server.shared == 20 + 5 + 20 + 5  # warm-up and measurement of each pass
@@ -210,7 +210,7 @@ def test_no_server_is_one_line(serve):
         free.bind(("127.0.0.1", 0))
         for scheme in ("grpc", "http"):
             url = parse_url(f"{scheme}://127.0.0.1:{free.getsockname()[1]}/toy")
-            with pytest.raises(EngineError, match=r"--triton: no Triton server answers at .*; start it"):  # fmt: skip
+            with pytest.raises(EngineError, match=r"--model: no Triton server answers at .*; start it"):  # fmt: skip
                 TritonRuntime(url)
 
 
@@ -361,7 +361,7 @@ def test_without_tritonclient_the_requirements_are_named(monkeypatch):
 @pytest.fixture(scope="module")
 def repository(tiny_onnx, tmp_path_factory):
     folder = tmp_path_factory.mktemp("triton") / "models"
-    arguments = ["triton", "--onnx", str(tiny_onnx), "--repository", str(folder), "--name", "toy"]
+    arguments = ["triton", "--onnx", str(tiny_onnx), "--output", str(folder), "--name", "toy"]
     assert deploy.main(arguments) == 0
     return folder
 
@@ -388,11 +388,11 @@ def check_detections(found: list, expected: list) -> None:
 
 def check_scripts(url: str, reference: list, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images, output = str(tiny_images()), tmp_path / "found"
-    assert infer.main(["--triton", url, "--input", images, "--output", str(output), "--no_images"]) == 0  # fmt: skip
+    assert infer.main(["--model", url, "--input", images, "--output", str(output), "--no_images"]) == 0  # fmt: skip
     check_detections(json.loads((output / "detections.json").read_text()), reference)
     annotations = str(tiny_images().parent / "annotations.json")
     kept = tmp_path / "kept.json"
-    assert eval_coco.main(["--triton", url, "--input", images, "--annotations", annotations, "--detections", str(kept), "--output", str(tmp_path / "metrics.json")]) == 0  # fmt: skip
+    assert eval_coco.main(["--model", url, "--input", images, "--annotations", annotations, "--detections", str(kept), "--json", str(tmp_path / "metrics.json")]) == 0  # fmt: skip
     capsys.readouterr()
     assert json.loads((tmp_path / "metrics.json").read_text())["engine"] == "toy"
     assert len(json.loads(kept.read_text())) == len(reference)
@@ -413,7 +413,7 @@ def real_server(tiny_onnx, tmp_path_factory):
     if not homes:
         pytest.skip("needs TRTDET_TRITON_VENV, a virtual environment with nvidia-pytriton, onnxruntime, pillow, opencv-python-headless<4.12 and numpy<2")  # fmt: skip
     folder = tmp_path_factory.mktemp("real")
-    assert deploy.main(["triton", "--onnx", str(tiny_onnx), "--repository", str(folder / "models"), "--name", "toy", "--ensemble"]) == 0  # fmt: skip
+    assert deploy.main(["triton", "--onnx", str(tiny_onnx), "--output", str(folder / "models"), "--name", "toy", "--ensemble"]) == 0  # fmt: skip
     serve_in_python(folder / "models")
     backend = folder / "backends" / "python"
     backend.mkdir(parents=True)

@@ -210,13 +210,13 @@ class Chain:
         if precision == "fp32":
             return converted
         prepared = target / "prepared.onnx"
-        common = ("build_engine.py", "--onnx", converted, "--precision", precision)
+        common = ("build_engine.py", "--model", converted, "--precision", precision)
         if precision not in QUANTIZED:
             self.script(*common, "--save_onnx", prepared)
             return prepared
         # A fixed version: else it is that of the TensorRT at hand.
         cache = ("--calib_cache", target / "calibration.cache", "--calib_cache_version", "8.6.1")
-        images = ("--calib_input", IMAGES, "--calib_provider", "cpu")
+        images = ("--calib_input", IMAGES, "--provider", "cpu")
         self.script(*common, "--save_onnx", prepared, *cache, *images, *case.build)
         if precision == "int8" and not case.build:
             self.script(*common, "--save_onnx", target / "from_cache.onnx", *cache)
@@ -228,13 +228,13 @@ class Chain:
         Raises:
             ChainError: it finds nothing, which would be the same for all changes of the code.
         """
-        common = ("--engine", model, "--input", IMAGES, "--annotations", ANNOTATIONS)
+        common = ("--model", model, "--input", IMAGES, "--annotations", ANNOTATIONS)
         where = ("--provider", "cpu", "--threads", "1", *case.run)
         found = target / "found"
-        self.script("infer.py", *common, *where, "--output", found)
+        self.script("infer.py", *common, *where, "--output", found, "--draw_threshold", "0")
         if not json.loads((found / "detections.json").read_text(encoding="utf-8")):
             raise ChainError(f"{target.name}: expected detections, found none")
-        files = ("--output", target / "metrics.json", "--detections", target / "detections.json")
+        files = ("--json", target / "metrics.json", "--detections", target / "detections.json")
         self.script("eval_coco.py", *common, *where, *files)
 
 
@@ -263,7 +263,7 @@ def hash_lines(output: Path) -> list[str]:
     hashes: dict[str, str] = {}
     for path in sorted(p for p in output.rglob("*") if p.is_file()):
         name = path.relative_to(output).as_posix()
-        if path.suffix in (".tsv", ".png"):
+        if path.suffix in (".tsv", ".png") or path.name == "labels.txt":
             continue
         if path.suffix != ".onnx" or path.stem in ("model", "prepared", "from_cache"):
             hashes[name] = _sha256(content(path))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build a TensorRT engine from an ONNX file that create_onnx.py wrote.
 
-  build_engine.py --onnx d0.onnx --engine d0.engine --precision fp16 --batch_size 1,4,8
+  build_engine.py --model d0.onnx --engine d0.engine --precision fp16 --batch_size 1:4:8
 
 writes d0.engine, which trtexec, Triton and DeepStream load too, and d0.engine.json, which tells infer.py and eval_coco.py what it
 is. TensorRT-RTX builds without a GPU. With --save_onnx, what TensorRT is given is written as an ONNX file, precision included:
 it runs in ONNX Runtime (BF16 not on a CPU), and on a Jetson `trtexec --onnx=FILE --stronglyTyped --saveEngine=d0.engine` builds the same engine
 without Python.
 
-  build_engine.py --onnx d0.onnx --engine d0.engine --precision int8 --calib_input photos --calib_cache d0.cache
+  build_engine.py --model d0.onnx --engine d0.engine --precision int8 --calib_input photos --calib_cache d0.cache
 
 measures the activations once, in ONNX Runtime, and puts convolutions in INT8 (QuantizeLinear/DequantizeLinear pairs), the rest in
 FP16. docs/int8.md says what it costs. --precision fp8 does the same in FP8, for GPUs from Ada (8.9) on.
@@ -21,27 +21,24 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trtdet.commands import cli
+from trtdet.commands.cli import ArgumentParser
 from trtdet.commands.options import (
+    add,
     add_calibration_options,
+    add_verbose,
     calibration_from,
     check_calibration_usage,
 )
 from trtdet.engine.flavor import FLAVORS
 from trtdet.engine.options import (
     BuildOptions,
-    parse_batch,
     parse_batch_range,
     parse_gib,
-    parse_sizes,
 )
 from trtdet.errors import GraphError
 from trtdet.precision.options import PRECISIONS, QUANTIZED_PRECISIONS, RESTS, Int8Options
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +55,9 @@ def run(
 ) -> None:
     """Build `onnx_path` into `engine_path`, or only prepare it as `save_onnx`, and print what came out."""
     from trtdet.engine.stage import build_file, prepare_file
+    from trtdet.runtimes.kinds import check_model
 
+    check_model(onnx_path)
     if engine_path:
         print(
             build_file(
@@ -78,40 +77,44 @@ def run(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
+    add(parser, "--model onnx", "--onnx", "-o", required=True, dest="onnx")
     # fmt: off
-    parser.add_argument("-o", "--onnx", required=True, type=Path, metavar="FILE", help="the ONNX file of create_onnx.py")
-    parser.add_argument("-e", "--engine", type=Path, metavar="FILE", help="write the engine here, and FILE.json beside it")
-    parser.add_argument("-p", "--precision", default="fp16", choices=PRECISIONS, help="of the network; preprocessing, box decoding and NMS are always float32 (default: fp16)")
+    parser.add_argument("--engine", "--output", "-e", dest="engine", type=Path, metavar="FILE", help="write the engine to this file, and FILE.json beside it (default: none, see --save_onnx)")
+    parser.add_argument("--precision", "-p", default="fp16", choices=PRECISIONS, help="of the network; preprocessing, box decoding and NMS are always float32 (default: fp16)")
     parser.add_argument("--rest_precision", dest="rest", default="fp16", choices=RESTS, help="with int8 and fp8, of what is not in 8 bits (default: %(default)s)")
-    parser.add_argument("-b", "--batch_size", type=parse_batch, metavar="N|MIN,OPT,MAX", help="batch sizes the engine takes; OPT is the one it is tuned for (default: the ONNX file's, 1 where that is dynamic)")
-    parser.add_argument("-d", "--dynamic_batch_size", dest="batch_size", type=parse_batch_range, metavar="MIN,OPT,MAX", help="the same as --batch_size MIN,OPT,MAX")
-    parser.add_argument("--input_size", type=parse_sizes, metavar="SIZE|MIN,OPT,MAX", help="sizes of the input of a model that has no fixed one (create_onnx.py --input_shape N,-1,-1,3): a number or HEIGHTxWIDTH each, as in 320x416,640x640,1280x1280; OPT is the one it is tuned for (default: the ONNX file's, alone)")
-    parser.add_argument("--save_onnx", type=Path, metavar="FILE", help="write the ONNX model with its precision applied; without --engine, that is all (needs no TensorRT)")
+    # fmt: on
+    add(parser, "--batch_size range", "-b")
+    # fmt: off
+    parser.add_argument("--dynamic_batch_size", "-d", dest="batch_size", type=parse_batch_range, metavar="MIN,OPT,MAX", help="the same as --batch_size MIN:OPT:MAX (default: none)")
+    # fmt: on
+    add(parser, "--size range")
+    # fmt: off
+    parser.add_argument("--save_onnx", type=Path, metavar="FILE", help="write the ONNX model with its precision applied; without --engine, that is all (default: none; needs no TensorRT)")
     parser.add_argument("--fp16_check_input", type=Path, metavar="PATH", help="images to check on whether FP16 holds the activations (default: a photograph that comes with this)")
     keep = parser.add_argument_group("what stays out of it", "PATTERN is of names of nodes in the ONNX file, for int8 and fp8 of convolutions, such as '*/stem/*'; each option may be given several times")
-    keep.add_argument("--keep_fp16", nargs="+", action="extend", default=[], metavar="PATTERN", help="these stay in FP16 rather than int8 or fp8, beside those that the ONNX file names as sensitive")
-    keep.add_argument("--keep_fp32", nargs="+", action="extend", default=[], metavar="PATTERN", help="these stay float32")
-    keep.add_argument("--precision_json", type=Path, metavar="FILE", help="what tune_precision.py found for this model")
+    keep.add_argument("--keep_fp16", nargs="+", action="extend", default=[], metavar="PATTERN", help="these stay in FP16 rather than int8 or fp8 (default: those that the ONNX file names as sensitive, which stay in any case)")
+    keep.add_argument("--keep_fp32", nargs="+", action="extend", default=[], metavar="PATTERN", help="these stay float32 (default: none)")
+    # fmt: on
+    add(keep, "--precision_json")
     int8 = parser.add_argument_group("INT8 and FP8")
     add_calibration_options(int8)
+    # fmt: off
     int8.add_argument("--weak_typing", action="store_true", help="INT8 through TensorRT's calibrator, and FP16 by flag (TensorRT to 10; always with --dla_core)")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--flavor", choices=list(FLAVORS), help="which TensorRT builds it (default: the first of these that is installed)")
-    where.add_argument("--compute_capability", type=lambda text: tuple(text.split(",")), default=(), metavar="8.9[,12.0]", help="GPUs to build for, which need not be here (TensorRT-RTX; default: all from 8.0 on)")
-    where.add_argument("--dla_core", type=int, metavar="N", help="build for this DLA core of a Jetson; the GPU does what it cannot")
+    where.add_argument("--compute_capability", type=lambda text: tuple(text.split(",")), default=(), metavar="8.9[,12.0]", help="GPUs that TensorRT-RTX builds for, which need not be here (default: all from 8.0 on)")
+    where.add_argument("--dla_core", type=int, metavar="N", help="build for this DLA core of a Jetson; the GPU does what it cannot (default: none)")
     where.add_argument("--version_compatible", action="store_true", help="the engine runs on later releases of TensorRT too")
     where.add_argument("--hardware_compatible", action="store_true", help="the engine runs on every GPU from Ampere on")
     where.add_argument("--strip", action="store_true", help="leave the weights out; refitting them from the ONNX file is the application's, infer.py does not")
     how = parser.add_argument_group("how it is built")
-    how.add_argument("-w", "--workspace", type=parse_gib, metavar="GIB", help="scratch memory that a layer may use (default: the GPU's memory)")
-    how.add_argument("--timing_cache", type=Path, metavar="FILE", help="reuse the timings in this file, and keep new ones there: later builds are faster")
+    how.add_argument("--workspace", "-w", type=parse_gib, metavar="GIB", help="scratch memory that a layer may use, in GiB (default: the GPU's memory)")
+    how.add_argument("--timing_cache", type=Path, metavar="FILE", help="reuse the timings in this file, and keep new ones there: later builds are faster (default: none)")
     how.add_argument("--optimization_level", type=int, choices=range(6), metavar="0..5", help="from a fast build to a fast engine (default: TensorRT's, 3)")
-    how.add_argument("--plugins", type=Path, nargs="+", action="extend", default=[], metavar="LIB.so", help="libraries of plugins that the model uses; may be given several times")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show TensorRT's own messages too")
     # fmt: on
+    add(how, "--plugins")
+    add_verbose(parser)
     args = parser.parse_args(argv)
     if not args.engine and not args.save_onnx:
         parser.error("nothing to write: give --engine, --save_onnx or both")
@@ -119,7 +122,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.flavor or options_from(args) != BuildOptions(args.precision, rest=args.rest)
     ):
         parser.error(
-            "without --engine nothing is built: leave out all but --onnx, --precision, --rest_precision, --save_onnx, --fp16_check_input, "
+            "without --engine nothing is built: leave out all but --model, --precision, --rest_precision, --save_onnx, --fp16_check_input, "
             "--calib_..., --keep_... and --precision_json"
         )
     if args.fp16_check_input and "fp16" not in (args.precision, args.rest if args.precision in QUANTIZED_PRECISIONS else ""):  # fmt: skip
@@ -132,11 +135,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.engine and args.engine.suffix.lower() == ".onnx":
         parser.error(f"--engine: an engine, not ONNX; did you mean --save_onnx {args.engine}?")
     if args.onnx in written or len(set(written)) < len(written):
-        parser.error("--onnx, --engine, --save_onnx and --calib_cache: expected different files")
+        parser.error("--model, --engine, --save_onnx and --calib_cache: expected different files")
     return args
 
 
-def check_kept_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_kept_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """What stays out of a precision, with a precision that it can stay out of."""
     if args.keep_fp16 and (args.precision not in QUANTIZED_PRECISIONS or args.rest != "fp16"):
         parser.error("--keep_fp16 goes with --precision int8 and fp8, with the rest in fp16")
@@ -146,7 +149,7 @@ def check_kept_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error("--rest_precision goes with --precision int8 and fp8")
 
 
-def check_int8_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_int8_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Options of calibration with INT8 and FP8 alone, and these with something to get scales from."""
     if args.precision not in QUANTIZED_PRECISIONS:
         if calibration_from(args) != Int8Options() or args.calib_batches:
@@ -190,12 +193,12 @@ def options_from(args: argparse.Namespace) -> BuildOptions:
         rest=args.rest,
         weak_typing=args.weak_typing,
         batch=args.batch_size,
-        size=args.input_size,
+        size=args.size,
         workspace_gib=args.workspace,
         timing_cache=args.timing_cache,
         compute_capabilities=args.compute_capability,
         dla_core=args.dla_core,
-        plugins=tuple(args.plugins),
+        plugins=tuple(args.plugins or ()),
         version_compatible=args.version_compatible,
         hardware_compatible=args.hardware_compatible,
         strip=args.strip,

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the root scripts share at the border: logging, exit codes, argument types."""
+"""What the root scripts share at the border: the parser of the command line, logging, exit codes."""
 
 import argparse
+import difflib
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, NoReturn
 
+from trtdet import about
+from trtdet.commands.habits import HABITS
 from trtdet.errors import EngineError, GraphError
 from trtdet.files import printable
 
@@ -73,8 +79,7 @@ def run_main(run: Callable[[], int | None]) -> int:
             return 1
         except USER_ERRORS as error:
             logger.debug("traceback", exc_info=True)
-            message = printable(" ".join(str(error).split())) or type(error).__name__
-            sys.stderr.write(f"error: {message}\n")
+            sys.stderr.write(f"error: {message_of(error)}\n")
             return 1
         except KeyboardInterrupt:
             sys.stderr.write("terminated\n" if terminated.is_set() else "interrupted\n")
@@ -102,6 +107,16 @@ def _missing(error: ModuleNotFoundError) -> str | None:
         f"the Python package {package} is not installed here; activate the environment that has it (. .venv/bin/activate), "
         f"or pip install -r {file}"
     )
+
+
+def message_of(error: BaseException) -> str:
+    """An error in one line, the operating system's with the file first and without its number."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        reason = error.strerror[0].lower() + error.strerror[1:]
+        text = f"{error.filename}: {reason}" if error.filename else reason
+    text = re.sub(r"\[Errno -?\d+\] ", "", text)
+    return printable(" ".join(text.split())) or type(error).__name__
 
 
 @contextmanager
@@ -150,53 +165,144 @@ def parse_given(
     return args, frozenset(vars(given))
 
 
-def unit_interval(text: str) -> float:
-    """argparse type: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return value
+# ---- the command line
+
+#: Where the help texts start, and where lines end on a wide terminal.
+HELP_COLUMN, HELP_WIDTH = 28, 120
+#: How alike two names must be for one to be taken for the other; 1 is equal.
+LIKENESS = 0.6
 
 
-def positive_unit_interval(text: str) -> float:
-    """argparse type: a number above 0, up to 1."""
-    value = unit_interval(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, up to 1, got {text!r}")
-    return value
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Names the value of an option once: `--model, --engine, -e FILE`."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns, HELP_WIDTH) - 2
+        super().__init__(prog, max_help_position=HELP_COLUMN, width=max(width, 60))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """A text of several lines, a module's, stays as it is; that of a group is filled."""
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {values}"
 
 
-def positive_int(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse without abbreviations, with --version, and with errors that say what to do instead of listing all options.
+
+    An unknown option is reported before anything else that is wrong, by the nearest name here, or by what the habit of another program
+    (`trtdet.commands.habits`) is called here.
+    """
+
+    def __init__(self, **keywords: Any) -> None:
+        keywords.setdefault("formatter_class", HelpFormatter)
+        super().__init__(allow_abbrev=False, **keywords)
+        self._commands: argparse._SubParsersAction[ArgumentParser] | None = None
+        self.add_argument("--version", action="version", version=f"trtdet {about.__version__}", help="print the version and exit")  # fmt: skip
+
+    def add_subparsers(self, **keywords: Any) -> Any:
+        self._commands = super().add_subparsers(**keywords)
+        return self._commands
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        unknown = [word for word in self._own_words(words) if not self._is_known(word)]
+        if unknown:
+            names = dict.fromkeys(word.partition("=")[0] for word in unknown)
+            advice = "; ".join(f"{name}: {self.advice(name)}" for name in names)
+            self.error(f"unknown option{'s' if len(names) > 1 else ''} {advice}")
+        self._check_names(words)
+        parsed, extras = super().parse_known_args(words, namespace)
+        if extras:
+            self.error(f"{' '.join(extras)}: belongs to no option; several values go behind one option, as in --input a.jpg b.jpg")  # fmt: skip
+        return parsed, extras
+
+    def _own_words(self, words: Sequence[str]) -> Iterator[str]:
+        """What looks like options: with sub-commands those in front of the command's name."""
+        for word in words:
+            if word == "--":
+                return
+            if word.startswith("-") and word != "-" and " " not in word.partition("=")[0]:
+                if not re.match(r"-\.?\d", word):  # a negative number
+                    yield word
+            elif self._commands is not None:
+                return
+
+    def _check_names(self, words: Sequence[str]) -> None:
+        """Exit with status 2 where one value is given under two names: the first would be lost without a word."""
+        given: dict[argparse.Action, str] = {}
+        for word in self._own_words(words):
+            name = word.partition("=")[0]
+            action = self._option_string_actions.get(name)
+            if isinstance(action, argparse._StoreAction) and given.setdefault(action, name) != name:
+                self.error(f"{given[action]} and {name} are names of one option; leave one out")
+
+    def _is_known(self, word: str) -> bool:
+        known = self._option_string_actions
+        name = word.partition("=")[0]
+        # "-b4" is "-b 4", but "-onnx" is no "-o nnx".
+        joined = not name.startswith("--") and name[:2] in known and f"-{name}" not in known
+        return name in known or joined
+
+    def advice(self, name: str) -> str:
+        """What to write in place of an unknown option."""
+        wanted = plain(name)
+        options = {plain(option): option for option in self._option_string_actions if option.startswith("--")}  # fmt: skip
+        if wanted in options:
+            return f"did you mean {options[wanted]}?"
+        if wanted in HABITS:
+            return self._habit(HABITS[wanted])
+        begun = [option for key, option in options.items() if key.startswith(wanted)]
+        if len(wanted) > 2 and len(begun) == 1:
+            return f"did you mean {begun[0]}? Names are not shortened"
+        if near := difflib.get_close_matches(wanted, [*options, *HABITS], 1, LIKENESS):
+            return f"did you mean {options[near[0]]}?" if near[0] in options else self._habit(HABITS[near[0]])  # fmt: skip
+        return f"{self.prog} --help lists all"
+
+    def _habit(self, ways: str) -> str:
+        """The first of the ways that this parser has, else that of another script."""
+        alternatives = ways.split(" | ")
+        for way in alternatives:
+            if way.split()[0] in self._option_string_actions:
+                return f"here it is {way}"
+        other = next((way for way in alternatives if not way.startswith("--")), "")
+        return f"that is {other}" if ".py" in other.split(" ")[0] else other or f"{self.prog} --help lists all"  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
+
+    def format_usage(self) -> str:
+        """One line: what is required, and that there is more."""
+        return f"usage: {self._short_usage()} (--help lists the options)\n"
+
+    def format_help(self) -> str:
+        self.usage = self._short_usage().replace("%", "%%")
+        return super().format_help()
+
+    def _short_usage(self) -> str:
+        words = [self.prog]
+        grouped: set[argparse.Action] = set()
+        for group in self._mutually_exclusive_groups:
+            if group.required:
+                grouped.update(group._group_actions)
+                words.append("(" + " | ".join(_usage_of(a) for a in group._group_actions) + ")")
+        words += [_usage_of(a) for a in self._actions if a.required and a not in grouped]
+        return " ".join([*words, "[options]"])
 
 
-def positive_float(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
+def plain(name: str) -> str:
+    """An option's name without what is easily mistaken: dashes, underscores, capitals."""
+    return re.sub(r"[-_]", "", name).lower()
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """argparse type: "512,640" -> (512, 640), height first."""
-    try:
-        height, width = (int(part) for part in text.split(","))
-    except ValueError:
-        height = width = 0
-    if height < 1 or width < 1:
-        raise argparse.ArgumentTypeError(f"expected HEIGHT,WIDTH such as 512,512, got {text!r}")
-    return height, width
+def _usage_of(action: argparse.Action) -> str:
+    metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    if not action.option_strings:
+        return metavar
+    return action.option_strings[0] if action.nargs == 0 else f"{action.option_strings[0]} {metavar}"  # fmt: skip

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtdet.commands import cli
+from trtdet.commands.cli import ArgumentParser
+from trtdet.commands.options import add, add_verbose
 from trtdet.families import FAMILIES
 from trtdet.labels import read_labels
 from trtdet.spec import PREPROCESSORS, Layout
@@ -66,47 +68,56 @@ def parse_mapping(text: str) -> OpMapping:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     # fmt: off
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("-m", "--saved_model", type=Path, metavar="DIR", help="SavedModel directory (or an ONNX file)")
-    source.add_argument("--source_onnx", type=Path, metavar="FILE", help="ONNX file of the model: needs no TensorFlow")
-    parser.add_argument("-o", "--onnx", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
-    parser.add_argument("--family", default="auto", choices=["auto", *FAMILIES], help="kind of detector (default: recognise it)")
+    source.add_argument("--saved_model", "--model", "-m", dest="saved_model", type=Path, metavar="DIR|FILE", help="the model: a SavedModel folder, or an ONNX file as with --source_onnx")
+    source.add_argument("--source_onnx", type=Path, metavar="FILE", help="the model as an ONNX file (YOLO, DETR, ...): needs no TensorFlow")
+    parser.add_argument("--onnx", "--output", "-o", dest="onnx", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
+    parser.add_argument("--family", default="auto", choices=["auto", *FAMILIES], help="kind of detector (default: auto, it is detected)")
     shape = parser.add_argument_group("input")
-    shape.add_argument("--input_shape", type=parse_input_shape, metavar="N,H,W,3|N,3,H,W", help="batch, size and layout; N or -1: free batch; -1,-1 for H,W: free size, where the model has that (default: free batch, the model's size, NHWC)")
-    shape.add_argument("-i", "--input_size", type=cli.parse_size, metavar="H,W", help="the size alone, for a model that takes any; it can only confirm that of another")
-    shape.add_argument("-f", "--input_format", choices=["NHWC", "NCHW"], help="the layout alone (default: NHWC)")
+    shape.add_argument("--input_shape", type=parse_input_shape, metavar="N,H,W,3|N,3,H,W", help="batch, size and layout; N or -1 for a dynamic batch; -1,-1 for H,W: a dynamic size, where the model has that (default: dynamic batch, the model's size, NHWC)")
+    # fmt: on
+    add(
+        shape,
+        "--size",
+        "--input_size",
+        "-i",
+        note="it can only confirm the size of another",
+        dest="input_size",
+    )
+    # fmt: off
+    shape.add_argument("--input_format", "-f", choices=["NHWC", "NCHW"], help="the layout alone (default: NHWC)")
     shape.add_argument("--input_dtype", choices=["float32", "uint8"], help="uint8 moves a quarter of the bytes (default: as the model's own code resizes: uint8 for YOLO, else float32)")
-    shape.add_argument("-p", "--preprocessor", choices=sorted(PREPROCESSORS), help="normalise like this, whatever the model says; unit: RGB 0 to 1 (default: as the model)")
+    shape.add_argument("--preprocessor", "-p", choices=sorted(PREPROCESSORS), help="normalise like this, whatever the model says; unit: RGB 0 to 1 (default: as the model)")
     shape.add_argument("--resize_mode", choices=["letterbox", "stretch"], help="keep the aspect of images or not (default: as the model was trained)")
+    # fmt: on
     detections = parser.add_argument_group("detections")
-    detections.add_argument("-t", "--score_threshold", "--nms_threshold", type=cli.unit_interval, metavar="X", help="lowest score to keep (default: the model's)")
-    detections.add_argument("--iou_threshold", type=cli.positive_unit_interval, metavar="X", help="overlap from which NMS suppresses (default: the model's)")
-    detections.add_argument("-d", "--max_detections", "--nms_detections", type=cli.positive_int, metavar="K", help="detections per image (default: the model's)")
-    detections.add_argument("--nms_mode", default="model", choices=["model", "per_class", "class_agnostic"], help="which boxes compete (default: as the model)")
+    add(detections, "--score_threshold", "--nms_threshold", "-t")
+    add(detections, "--iou_threshold")
+    add(detections, "--max_detections", "--nms_detections", "-d")
+    # fmt: off
+    detections.add_argument("--nms_mode", default="model", choices=["model", "per_class", "class_agnostic"], help="which boxes compete (default: model, as it was trained)")
     detections.add_argument("--nms", default="plugin", choices=["plugin", "onnx", "graph", "none"], help="EfficientNMS_TRT, ONNX NonMaxSuppression, ordinary operators, or no NMS (default: plugin; later stages replace it where it is missing)")
     detections.add_argument("--legacy_plugins", action="store_true", help="BatchedNMS_TRT instead, for TensorRT before 8")
-    detections.add_argument("--labels", type=Path, metavar="FILE", help="class names to store in the model, one a line")
-    detections.add_argument("--rotated_nms", choices=["exact", "odtk", "probiou"], help="overlap of turned boxes: of their true outlines, as ODTK's own kernel computes it, or as Ultralytics does (default: probiou for YOLO, else exact)")
+    # fmt: on
+    add(detections, "--labels", note="they are stored in the ONNX file")
+    # fmt: off
+    detections.add_argument("--rotated_nms", choices=["exact", "odtk", "probiou"], help="overlap of rotated boxes: of their true outlines, as ODTK's own kernel computes it, or as Ultralytics does (default: probiou for YOLO, else exact)")
     other = parser.add_argument_group("other")
     other.add_argument("--opset", type=int, choices=range(11, 19), metavar="11..18", help="ONNX opset (default: 17, or 11 with --legacy_plugins; an ONNX source keeps its own if that is at least 13)")
-    other.add_argument("--tf2onnx", type=Path, metavar="FILE", help="keep the raw conversion of the network here")
+    other.add_argument("--tf2onnx", type=Path, metavar="FILE", help="keep the raw conversion of the network in this file (default: it is not kept)")
     other.add_argument("--deformable_attention", choices=["keep", "plugin", "gather"], help="GridSample as it is, as MultiscaleDeformableAttnPlugin_TRT, or in ordinary operators (default: gather)")
-    other.add_argument("--map_op", type=parse_mapping, action="append", default=[], metavar="OP=PLUGIN[:VERSION]", help="replace a custom operator of an ONNX source by a TensorRT plugin; may be repeated. ONNX Runtime does not know plugins: takes --no_verify")
+    other.add_argument("--map_op", type=parse_mapping, action="append", default=[], metavar="OP=PLUGIN[:VERSION]", help="replace a custom operator of an ONNX source by a TensorRT plugin; may be repeated. ONNX Runtime does not know plugins: takes --no_verify (default: none)")
     other.add_argument("--no_verify", action="store_true", help="write without comparing with the source")
-    other.add_argument("-v", "--verbose", action="store_true")
     # fmt: on
+    add_verbose(parser)
     words = _bind_input_shape(sys.argv[1:] if argv is None else argv)
     args, given = cli.parse_given(parser, words)
     args.given = given
     names_size = args.input_shape and args.input_shape[1]
     if args.input_shape and (args.input_format or (names_size and args.input_size)):
-        parser.error(
-            "--input_shape says size and layout; leave out --input_size and --input_format"
-        )
+        parser.error("--input_shape says size and layout; leave out --size and --input_format")
     if args.map_op and not args.source_onnx:
         parser.error("--map_op edits an ONNX file; give --source_onnx")
     if args.map_op and not args.no_verify:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """On from an engine: a model repository for Triton, a folder for DeepStream, a line for trtexec. docs/deploy.md has the traps.
 
-  deploy.py triton --engine d0.engine --repository models --name d0 --ensemble
-  deploy.py deepstream --engine d0.engine --output d0_deepstream
-  deploy.py trtexec --engine d0.engine --run
-  deploy.py check models
-  deploy.py pad_color --onnx d0.onnx --output d0_black.onnx
+  deploy.py triton --model d0.engine --output models --name d0 --ensemble
+  deploy.py deepstream --model d0.engine --output d0_deepstream
+  deploy.py trtexec --model d0.engine --run
+  deploy.py check --output models
+  deploy.py pad_color --model d0.onnx --output d0_black.onnx
 
 Shapes, types, batch sizes, classes and preprocessing come from the engine's .json and the ONNX file's metadata. What is written is
 checked as it stands; `check` does that again, for files that were edited.
@@ -14,14 +14,15 @@ checked as it stands; `check` does that again, for files that were edited.
 import argparse
 import logging
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from trtdet import files
-from trtdet.commands.cli import positive_int, run_main, setup_logging, unit_interval
-from trtdet.deploy.options import DEFAULT_MAX_BATCH
+from trtdet.commands import deploy_options
+from trtdet.commands.cli import run_main, setup_logging
+from trtdet.commands.deploy_options import is_onnx
 from trtdet.errors import GraphError
-from trtdet.machine import parse_version
+from trtdet.results.options import CLUTTER_THRESHOLD, DRAW_THRESHOLD
 
 logger = logging.getLogger(__name__)
 
@@ -75,23 +76,23 @@ def deploy_triton(args: argparse.Namespace) -> None:
     from trtdet.deploy import triton
     from trtdet.deploy.model import open_engine, open_onnx, with_labels
 
-    check_folder(args.repository, "--repository")
-    engines = [with_labels(open_engine(path), args.labels) for path in args.engine]
+    check_folder(args.output, "--output")
+    engines = [with_labels(open_engine(path), args.labels) for path in args.engines]
     onnx_model = with_labels(open_onnx(args.onnx), args.labels) if args.onnx else None
     options = triton.TritonOptions(
-        max_batch=args.max_batch,
+        max_batch=args.batch_size,
         instances=args.instances,
-        gpus=args.gpus,
+        gpus=() if args.devices in (None, "all") else args.devices,
         queue_delay_us=args.queue_delay_us,
-        cuda_graphs=args.cuda_graphs,
+        cuda_graphs=args.cuda_graph is None,
     )
     written = triton.write_repository(
-        args.repository, args.name, engines, onnx_model, options, ensemble=args.ensemble
+        args.output, args.name, engines, onnx_model, options, ensemble=args.ensemble
     )
     for folder in written:
         logger.info("%s", folder)
-    check_written(args.repository, [folder.parent.name for folder in written])
-    print(triton.serve_command(args.repository, engines, onnx_model))
+    check_written(args.output, [folder.parent.name for folder in written])
+    print(triton.serve_command(args.output, engines, onnx_model))
 
 
 def deploy_deepstream(args: argparse.Namespace) -> None:
@@ -100,15 +101,24 @@ def deploy_deepstream(args: argparse.Namespace) -> None:
     from trtdet.deploy.pad_color import SOURCE_KEY
 
     check_folder(args.output, "--output")
-    model = open_engine(args.engine)
+    model = open_engine(args.model)
     check_servable(model, "DeepStream")
     model = with_labels(model, args.labels)
+    threshold = args.score_threshold
+    if threshold is None:
+        threshold = model.spec.nms.score_threshold
+        if threshold < CLUTTER_THRESHOLD:
+            logger.warning(
+                "everything from a score of %g on is shown and tracked; --score_threshold %g leaves out what is unlikely",
+                threshold,
+                DRAW_THRESHOLD,
+            )
     options = deepstream.DeepStreamOptions(
         batch=args.batch_size,
         gpu=args.gpu,
-        threshold=args.threshold,
+        threshold=threshold,
         class_thresholds=dict(args.class_threshold),
-        stream_wh=args.stream_size,
+        stream_wh=(args.stream_width, args.stream_height),
     )
     padding = model.spec.preprocessing
     painted = SOURCE_KEY in model.spec.source
@@ -148,18 +158,18 @@ def deploy_trtexec(args: argparse.Namespace) -> None:
         measured = trtexec_lines.measurement_of_log(text, batch)
         print("\n".join(measured.lines()))
         return
-    model = open_engine(args.engine) if args.engine else open_onnx(args.onnx)
+    model = open_onnx(args.model) if is_onnx(args.model) else open_engine(args.model)
     options = trtexec_lines.TrtexecOptions(
         batch=args.batch_size,
         precision=args.precision or "typed",
-        save_engine=args.save_engine,
+        save_engine=args.output,
         times=args.times,
         iterations=args.iterations,
         device=args.device,
-        plugins=tuple(args.plugins),
+        plugins=tuple(args.plugins or ()),
     )
-    trtexec = Path("trtexec") if args.version else trtexec_lines.find_trtexec()
-    version = args.version or trtexec_lines.installed_version(trtexec)
+    trtexec = Path("trtexec") if args.tensorrt_version else trtexec_lines.find_trtexec()
+    version = args.tensorrt_version or trtexec_lines.installed_version(trtexec)
     arguments = trtexec_lines.command(model, version, options)
     fault = trtexec_lines.version_fault(model, version)
     if fault:
@@ -178,7 +188,7 @@ def deploy_trtexec(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     from trtdet.deploy import deepstream_check, triton, triton_check
 
-    folder: Path = args.folder
+    folder: Path = args.output
     if any(folder.glob("config_infer*")):
         problems = deepstream_check.check_folder(folder)
         if (folder / "triton").is_dir():
@@ -196,156 +206,28 @@ def pad_color(args: argparse.Namespace) -> None:
     from trtdet.deploy.pad_color import insert_pad_color
     from trtdet.onnx_files import read_onnx
 
-    files.check_outputs([args.output], [args.onnx])
-    model = read_onnx(open_onnx(args.onnx).path)
+    files.check_outputs([args.output], [args.model])
+    model = read_onnx(open_onnx(args.model).path)
     insert_pad_color(model)
     files.write_bytes(args.output, model.SerializeToString())
     print(args.output)
 
 
-# ---- command line
-
-
-def parse_trt_version(text: str) -> tuple[int, ...]:
-    """argparse type: "10.13" -> (10, 13)"""
-    try:
-        return parse_version(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def non_negative_int(text: str) -> int:
-    """argparse type: an integer of at least 0."""
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
-
-
-def parse_gpus(text: str) -> tuple[int, ...]:
-    """argparse type: "0,1" -> (0, 1)"""
-    try:
-        return tuple(non_negative_int(part) for part in text.split(","))
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"expected GPUs such as 0,1, got {text!r}") from error
-
-
-def parse_wh(text: str) -> tuple[int, int]:
-    """argparse type: "1920x1080" -> (1920, 1080)"""
-    try:
-        width, height = (positive_int(part) for part in text.split("x"))
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"expected a size such as 1920x1080, got {text!r}"
-        ) from error
-    return width, height
-
-
-def parse_class_threshold(text: str) -> tuple[int, float]:
-    """argparse type: "0=0.5" -> (0, 0.5)"""
-    class_id, _, threshold = text.partition("=")
-    try:
-        return int(class_id), unit_interval(threshold)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected CLASS_ID=SCORE such as 0=0.5, got {text!r}"
-        ) from error
-
-
-def parse_name(text: str) -> str:
-    """argparse type: a name that is a folder's."""
-    if not text or not all(c.isalnum() or c in "_-." for c in text) or text.startswith("."):
-        raise argparse.ArgumentTypeError(f"expected letters, digits, _ - and ., got {text!r}")
-    return text
+#: Sub-command -> what it does.
+STAGES = {
+    "triton": deploy_triton,
+    "deepstream": deploy_deepstream,
+    "trtexec": deploy_trtexec,
+    "check": check,
+    "pad_color": pad_color,
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(
-        name: str, stage: Callable[[argparse.Namespace], None], text: str
-    ) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        made.add_argument("-v", "--verbose", action="store_true", help="log more")
-        made.set_defaults(stage=stage)
-        return made
-
-    # fmt: off
-    def add_labels(to: argparse.ArgumentParser) -> None:
-        to.add_argument("--labels", type=Path, metavar="FILE", help="class names, one per line, or 'coco' (default: the model's own)")
-
-    to_triton = add("triton", deploy_triton, "write a model repository for Triton, and print the command that serves it")
-    to_triton.add_argument("-e", "--engine", type=Path, nargs="+", default=[], metavar="FILE", help="engine with its .json; several: the same model for several kinds of GPU")
-    to_triton.add_argument("-o", "--onnx", type=Path, metavar="FILE", help="ONNX file of create_onnx.py, served by ONNX Runtime without the plugin")
-    to_triton.add_argument("-r", "--repository", type=Path, required=True, metavar="DIR", help="the model repository; what is there is kept, a model of that name gets a new version")
-    to_triton.add_argument("-n", "--name", type=parse_name, required=True, help="what clients call the model")
-    to_triton.add_argument("--ensemble", action="store_true", help="also NAME_ensemble: encoded images in, boxes in source pixels out (the server needs pillow and opencv-python-headless)")
-    to_triton.add_argument("--max_batch", type=positive_int, metavar="N", help=f"images at a time (default: the engine's largest; {DEFAULT_MAX_BATCH} where nothing bounds it)")
-    to_triton.add_argument("--instances", type=positive_int, default=1, metavar="N", help="execution contexts per GPU (default: %(default)s)")
-    to_triton.add_argument("--gpus", type=parse_gpus, default=(), metavar="0,1", help="GPUs to use (default: all)")
-    to_triton.add_argument("--queue_delay_us", type=non_negative_int, default=1000, metavar="US", help="how long a request waits for others to share its batch (default: %(default)s)")
-    to_triton.add_argument("--no_cuda_graphs", dest="cuda_graphs", action="store_false", help="launch kernel by kernel")
-    add_labels(to_triton)
-
-    to_deepstream = add("deepstream", deploy_deepstream, "write a folder for DeepStream, and print the commands that run it")
-    to_deepstream.add_argument("-e", "--engine", type=Path, required=True, metavar="FILE", help="engine with its .json")
-    to_deepstream.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    to_deepstream.add_argument("-n", "--name", type=parse_name, default="detector", help="of the model in it (default: %(default)s)")
-    to_deepstream.add_argument("-b", "--batch_size", type=positive_int, metavar="N", help="frames at a time: the number of streams (default: what the engine is tuned for)")
-    to_deepstream.add_argument("-t", "--threshold", type=unit_interval, default=0.3, help="lowest score (default: %(default)s)")
-    to_deepstream.add_argument("--class_threshold", type=parse_class_threshold, nargs="+", default=[], metavar="ID=SCORE", help="lowest score of single classes")
-    to_deepstream.add_argument("--gpu", type=non_negative_int, default=0, metavar="N", help="(default: %(default)s)")
-    to_deepstream.add_argument("--stream_size", type=parse_wh, default=(1920, 1080), metavar="WxH", help="size of the video in the sample pipeline (default: 1920x1080)")
-    add_labels(to_deepstream)
-
-    to_trtexec = add("trtexec", deploy_trtexec, "print trtexec's line for a model, run it, or show what it measured as infer.py --benchmark does")
-    what = to_trtexec.add_mutually_exclusive_group(required=True)
-    what.add_argument("-e", "--engine", type=Path, metavar="FILE", help="engine with its .json")
-    what.add_argument("-o", "--onnx", type=Path, metavar="FILE", help="ONNX file of create_onnx.py, or of build_engine.py --save_onnx")
-    what.add_argument("--parse_times", type=Path, metavar="FILE", help="show a file of trtexec --exportTimes")
-    what.add_argument("--parse_log", type=Path, metavar="FILE", help="show a log of trtexec")
-    to_trtexec.add_argument("--version", type=parse_trt_version, metavar="10.13", help="of TensorRT (default: the installed trtexec's)")
-    to_trtexec.add_argument("--run", action="store_true", help="run it too, and show the table")
-    to_trtexec.add_argument("-b", "--batch_size", type=positive_int, metavar="N", help="images at a time (default: what the engine is tuned for; with --parse_log, what its --shapes says)")
-    to_trtexec.add_argument("-p", "--precision", choices=["typed", "fp32", "fp16", "int8"], help="for --onnx: as the types in the file say, or weakly typed (before TensorRT 11) (default: typed)")
-    to_trtexec.add_argument("--save_engine", type=Path, metavar="FILE", help="for --onnx: keep the engine; it has no .json")
-    to_trtexec.add_argument("--times", type=Path, metavar="FILE", help="write the time of every batch to this file")
-    to_trtexec.add_argument("--iterations", type=positive_int, default=200, metavar="N", help="batches measured (default: %(default)s)")
-    to_trtexec.add_argument("--device", type=non_negative_int, default=0, metavar="N", help="GPU (default: %(default)s)")
-    to_trtexec.add_argument("--plugins", type=Path, nargs="+", default=[], metavar="LIB.so", help="libraries of plugins that the model uses (default: those that the engine's .json names, found by the loader)")
-
-    to_check = add("check", check, "check a model repository, or a folder for DeepStream")
-    to_check.add_argument("folder", type=Path, help="the repository or the folder")
-
-    to_pad = add("pad_color", pad_color, "make an ONNX file take frames padded with black, as DeepStream pads them")
-    to_pad.add_argument("-i", "--onnx", type=Path, required=True, metavar="FILE", help="ONNX file of create_onnx.py")
-    to_pad.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
-    # fmt: on
-    args = parser.parse_args(argv)
-    if args.command == "triton" and not args.engine and not args.onnx:
-        to_triton.error("expected --engine, --onnx or both")
-    if args.command == "trtexec":
-        check_trtexec_usage(to_trtexec, args)
-    return args
-
-
-def check_trtexec_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Options that do not go together, or would have no effect, are wrong usage."""
-
-    if args.run and args.version:
-        parser.error("--run measures with the installed trtexec; leave --version out")
-    if not args.onnx and (args.precision or args.save_engine):
-        parser.error("--precision and --save_engine go with --onnx")
-    if args.run and (args.parse_times or args.parse_log):
-        parser.error("--run goes with --engine or --onnx")
-    if args.parse_times and not args.batch_size:
-        parser.error("--parse_times needs --batch_size: the file does not say it")
+    return deploy_options.parse_args(__doc__ or "", argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     setup_logging(args.verbose)
-    return run_main(lambda: args.stage(args))
+    return run_main(lambda: STAGES[args.command](args))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a detector with COCO's metric: run it over the annotated images of a directory and print its mAP.
 
-    eval_coco.py --engine model.engine --input val2017 --annotations instances_val2017.json --output metrics.json
+    eval_coco.py --model model.engine --input val2017 --annotations instances_val2017.json --json metrics.json
     eval_coco.py --detections detections.json --annotations instances_val2017.json
 
 The metric is pycocotools' over ALL images that are both in the directory and in the annotation file, those without any detection
 included. Images are found by the annotation file's file_name. --detections FILE keeps the detections in COCO's results format;
-without --engine such a file is evaluated instead (of infer.py, or of any other program): over the images in --input where that
+without --model such a file is evaluated instead (of infer.py, or of any other program): over the images in --input where that
 is given, else over all images of the annotation file.
 
 An mAP needs the detections of low score too: convert with create_onnx.py --score_threshold 0.001.
@@ -15,44 +15,46 @@ Exit status: 0 done; 1 an error, or no image could be read; 2 wrong usage; 3 don
 named on stderr; all their objects count as missed).
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtdet import files
-from trtdet.commands.cli import SOME_SKIPPED, run_main, setup_logging
-from trtdet.commands.options import add_model_options, add_run_options, parse_run_args
+from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
+from trtdet.commands.options import add, add_model_option, add_run_options, parse_run_args
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import TritonUrl
+
+if TYPE_CHECKING:
+    from trtdet.images.files import Sources
 
 logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_options(parser, required=False)
+    parser = ArgumentParser(description=__doc__)
+    add_model_option(parser, required=False)
+    add(parser, "--input", "-i")
+    add(parser, "--annotations", "-a", required=True)
     # fmt: off
-    parser.add_argument("-i", "--input", type=Path, metavar="PATH", help="a directory of images, or one image")
-    parser.add_argument("-a", "--annotations", type=Path, required=True, metavar="FILE", help="COCO annotations, such as instances_val2017.json")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the metrics to this file, as JSON")
-    parser.add_argument("-d", "--detections", type=Path, metavar="FILE", help="with --engine: write the detections there (COCO results format); without: evaluate those in it")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw precision over recall to this picture file (.png, .svg, .pdf)")
-    parser.add_argument("-p", "--automl_path", type=Path, metavar="DIR", help="run AutoML's own coco_metric too, from this checkout of google/automl (needs TensorFlow)")
+    parser.add_argument("--detections", type=Path, metavar="FILE", help="with --model: write the detections to this file (COCO results format); without: evaluate those in it (default: none)")
+    # fmt: on
+    add(parser, "--json")
+    add(parser, "--plot")
+    # fmt: off
+    parser.add_argument("--automl_path", "-p", type=Path, metavar="DIR", help="run AutoML's own coco_metric too, from this checkout of google/automl (default: none; needs TensorFlow)")
     # fmt: on
     add_run_options(parser)
     args = parse_run_args(parser, argv)
     if args.engine and not args.input:
-        parser.error("--engine needs --input, the images")
-    if args.plot and args.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        parser.error(f"--plot: expected a name that ends in .png, .svg or .pdf, got {args.plot}")
+        parser.error("--model needs --input, the images")
     if not args.engine and not args.detections:
-        parser.error(
-            "--engine is required, or --triton (or --detections alone, to evaluate a file)"
-        )
+        parser.error("--model is required (or --detections alone, to evaluate a file)")
     return args
 
 
@@ -61,7 +63,7 @@ def run(
     options: RunOptions,
     *,
     engine: Path | TritonUrl | None = None,
-    source: Path | None = None,
+    source: Sources | None = None,
     detections: Path | None = None,
     output: Path | None = None,
     plot: Path | None = None,
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             engine=args.engine,
             source=args.input,
             detections=args.detections,
-            output=args.output,
+            output=args.json,
             plot=args.plot,
             automl_path=args.automl_path,
         ),

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtdet.commands.cli import SOME_SKIPPED, positive_int, run_main, setup_logging
-from trtdet.commands.options import add_size_options, check_size_usage
+from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
+from trtdet.commands.options import add, add_several, add_verbose, check_size_usage
 from trtdet.images.options import Resample
 from trtdet.spec import ModelSpec, Preprocessing
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
+#: Pictures at a time; nothing else depends on it here.
+BATCH_SIZE = 8
 
 # ---- run alone
 
@@ -39,7 +42,9 @@ def read_preprocessing(model: Path) -> Preprocessing:
     """
     from trtdet.engine.sidecar import read_sidecar, sidecar_path
     from trtdet.onnx_files import read_onnx
+    from trtdet.runtimes.kinds import check_model
 
+    check_model(model)
     if model.suffix.lower() == ".onnx":
         return ModelSpec.from_onnx(read_onnx(model, option="--model", weights=False), model).preprocessing  # fmt: skip
     info = read_sidecar(model)
@@ -52,27 +57,28 @@ def read_preprocessing(model: Path) -> Preprocessing:
 
 
 def show(
-    images: Sequence[Path],
-    root: Path,
+    names: Mapping[Path, Path],
     output: Path,
     preprocessing: Preprocessing,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     resample: Resample | None = None,
+    workers: int | None = None,
     resize: ShorterSide | None = None,
 ) -> int:
     """Write what the network sees of each image, and print how it was scaled.
+
+    Args:
+        names: image -> its output name without suffix, relative to `output`.
 
     Returns:
         The number of images that could not be read.
     """
     from trtdet.images.batcher import ImageBatcher
     from trtdet.images.preprocess import to_picture
-    from trtdet.results.naming import check_not_inputs, output_names, with_suffix_added, write_png
+    from trtdet.results.naming import with_suffix_added, write_png
 
-    names = dict(zip(images, output_names(images, root), strict=True))
     targets = {path: output / with_suffix_added(name, ".png") for path, name in names.items()}
-    check_not_inputs(targets.values(), images)
     height, width = preprocessing.size_hw
     size = f"of {resize.shorter} to {resize.longer}" if resize else f"{width} x {height}"
     print(
@@ -81,7 +87,7 @@ def show(
     )
     print(f"{'source':>13} {'scale x':>9} {'scale y':>9} {'in network':>13}  picture")
     with ImageBatcher(
-        images, preprocessing, batch_size, resample=resample, resize=resize
+        list(names), preprocessing, batch_size, resample=resample, resize=resize, workers=workers
     ) as batches:
         for batch in batches:
             for seen, path, transform in zip(
@@ -109,22 +115,12 @@ def _table_row(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    # fmt: off
-    parser.add_argument("-m", "--model", type=Path, help="ONNX file, or engine with its .json, that says how images are prepared")
-    parser.add_argument("-i", "--input", type=Path, required=True, help="an image, or a directory of images")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory for the PNGs")
-    parser.add_argument("-b", "--batch_size", type=positive_int, default=8, help="images per batch (default: %(default)s)")
-    parser.add_argument("--resample", choices=["bilinear", "antialias"], help="bilinear as TensorFlow does it, or antialiased as Pillow does it (default: as the model was trained)")
-    parser.add_argument("--recursive", action="store_true", help="search sub-folders too")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
-    # fmt: on
-    add_size_options(
-        parser,
-        size_help="size of the network input, where the model leaves it open; without --model, of AutoML's letterbox",
-    )
+    parser = ArgumentParser(description=__doc__)
+    add(parser, "--model file", note="it says how images are prepared")
+    add(parser, "--input", required=True)
+    add(parser, "--output", "-o", required=True)
+    add_several(parser, "--batch_size", "--size", "--resize", "--max_size", "--resample", "--workers", "--recursive", "--num_images")  # fmt: skip
+    add_verbose(parser)
     args = parser.parse_args(argv)
     check_size_usage(parser, args)
     if not args.model and not args.size:
@@ -138,8 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(args.verbose)
 
     def run() -> int:
-        from trtdet.images.files import find_images
+        from trtdet.images.files import find_images, root_of
         from trtdet.images.preprocess import IMAGENET_MEAN, choose_input
+        from trtdet.results.naming import check_apart, output_names
 
         preprocessing, resize = Preprocessing(args.size, pad_rgb=IMAGENET_MEAN), None
         if args.model:
@@ -149,14 +146,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 resize=args.resize,
                 max_size=args.max_size,
             )
-        images = find_images(args.input, recursive=args.recursive)
+        images = find_images(args.input, recursive=args.recursive, num_images=args.num_images)
+        root = root_of(args.input)
+        names = dict(zip(images, output_names(images, root), strict=True))
+        check_apart(args.output, names, args.input, recursive=args.recursive)
         failed = show(
-            images,
-            args.input,
+            names,
             args.output,
             preprocessing,
-            batch_size=args.batch_size,
+            batch_size=args.batch_size or BATCH_SIZE,
             resample=args.resample,
+            workers=args.workers,
             resize=resize,
         )
         logger.info("%d of %d images shown", len(images) - failed, len(images))

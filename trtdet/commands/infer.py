@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find objects in images: one picture and one TSV per image, and detections.json.
 
-    infer.py --engine model.engine --input photos --output found
-    infer.py --engine model.onnx --input photo.jpg --output found --score_threshold 0.4
-    infer.py --engine model.engine --input photos --benchmark
-    infer.py --triton grpc://localhost:8001/model --input photos --output found
-    infer.py --engine model.engine --input photos --output found --ray local
+    infer.py --model model.engine --input photos --output found
+    infer.py --model model.onnx --input photo.jpg --output found --score_threshold 0.4
+    infer.py --model model.engine --input photos --benchmark
+    infer.py --model grpc://localhost:8001/model --input photos --output found
+    infer.py --model model.engine --input photos --output found --ray local
 
 The output directory gets, for photos/a.jpg:
 
-    a.png            the image with its detections drawn in
+    a.png            the image with its detections drawn in, from --draw_threshold on
     a.tsv            one line per detection, tab separated: xmin ymin xmax ymax score class;
                      pixels of the source image, class counted from 0
     detections.json  all images, COCO results format. image_id is the number in the file name where
                      every file name is a different number (as COCO's are), else the file name; with
                      --annotations it is the id that file gives the image.
+    labels.txt       the class names, one per line, where there are any; visualize.py reads them
 
 --ray shares the images among the workers of a Ray cluster, one per GPU, or per core (--threads) for an ONNX file. The outputs are the same,
 but for the pictures, and detections.parquet has one row per image. A run that was broken off goes on where it was when it is started again.
@@ -42,25 +43,33 @@ Exit status: 0 every image is done; 1 an error, or no image could be read; 2 wro
 3 done, but some images could not be read (each is named on stderr).
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtdet import files
-from trtdet.commands.cli import SOME_SKIPPED, positive_int, run_main, setup_logging
-from trtdet.commands.options import add_model_options, add_run_options, parse_run_args
+from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
+from trtdet.commands.options import add, add_model_option, add_run_options, parse_run_args
+from trtdet.commands.values import positive_int
 from trtdet.labels import read_labels
+from trtdet.results.options import DRAW_THRESHOLD
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import TritonUrl
+
+if TYPE_CHECKING:
+    from trtdet.images.files import Sources
 
 logger = logging.getLogger(__name__)
 
 
-#: Below this score a model guesses: its pictures are full of boxes.
-CLUTTER_THRESHOLD = 0.05
+#: Names that are no folder's.
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 #: Options of what is written, by their names here -> on the command line: a benchmark writes nothing.
 NOT_MEASURED = {
@@ -74,21 +83,22 @@ NOT_MEASURED = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_options(parser, required=True)
+    parser = ArgumentParser(description=__doc__)
+    add_model_option(parser, required=True)
+    add(parser, "--input", "-i")
+    add(parser, "--output", "-o")
+    add(parser, "--labels", "-l")
+    add(parser, "--annotations", note="they give the images their ids in detections.json")
+    add(parser, "--draw_threshold", note="TSVs and detections.json keep all")
     # fmt: off
-    parser.add_argument("-i", "--input", type=Path, metavar="PATH", help="an image, or a directory of images")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where pictures, TSVs and detections.json go; made if missing")
-    parser.add_argument("-l", "--labels", metavar="FILE", help="class names, one per line; 'coco' for COCO's; default: those in the model, COCO's for 90 classes")
-    parser.add_argument("-a", "--annotations", type=Path, metavar="FILE", help="COCO annotations that give the images their ids in detections.json")
     parser.add_argument("--no_images", action="store_true", help="write no pictures")
     parser.add_argument("--tsv_header", action="store_true", help="TSVs get a first line with the column names and a seventh column with the label")
-    parser.add_argument("--benchmark", type=positive_int, nargs="?", const=200, metavar="ITERATIONS", help="measure instead: this many batches (default 200) after a warm-up, in trtexec's terms (above); with --input also from files, decoding included, else on noise")
-    parser.add_argument("--benchmark_json", type=Path, metavar="FILE", help="write the benchmark and the machine to this file")
-    parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or on one that is started here ('local'); every machine must see model, images and this program under the same paths")
-    parser.add_argument("--ray_workers", type=positive_int, metavar="N", help="with --ray: so many workers; default: what fits")
+    parser.add_argument("--benchmark", type=positive_int, nargs="?", const=200, metavar="ITERATIONS", help="measure so many batches after a warm-up, in trtexec's terms (above), and write nothing; with --input from files too, decoding included, else on noise (default: off; 200 without a number)")
+    # fmt: on
+    add(parser, "--json", note="goes with --benchmark")
+    # fmt: off
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or on one that is started here ('local'); every machine must see model, images and this program under the same paths (default: none)")
+    parser.add_argument("--ray_workers", type=positive_int, metavar="N", help="with --ray: so many workers (default: what fits)")
     # fmt: on
     add_run_options(parser)
     args = parse_run_args(parser, argv)
@@ -100,16 +110,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error("--benchmark on noise has no images to --resize; give --input, or --size")
     elif not args.input or not args.output:
         parser.error("--input and --output are required (only --benchmark runs without)")
-    elif args.benchmark_json:
-        parser.error("--benchmark_json needs --benchmark")
+    elif args.json:
+        parser.error("--json needs --benchmark; detections.json is written in any case")
+    if args.output and args.output.suffix.lower() in PICTURES and not args.output.is_dir():
+        parser.error(f"--output: expected a folder, {args.output} looks like a picture; did you mean {args.output.with_suffix('')}?")  # fmt: skip
     check_ray_usage(parser, args)
     return args
 
 
-def check_ray_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_ray_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with status 2 for options that --ray does not go with."""
     if args.ray and (args.benchmark or isinstance(args.engine, TritonUrl)):
-        parser.error("--ray: needs --engine, and does not go with --benchmark")
+        parser.error("--ray: needs a model that is a file, and does not go with --benchmark")
     if args.ray and args.devices:
         parser.error("--devices: Ray hands out the GPUs; leave it out, or limit --ray_workers")
     if args.ray_workers and not args.ray:
@@ -118,17 +130,18 @@ def check_ray_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def run(
     engine: Path | TritonUrl,
-    source: Path,
+    source: Sources,
     output: Path,
     options: RunOptions,
     *,
-    labels: str | None = None,
+    labels: Path | str | None = None,
     annotations: Path | None = None,
     pictures: bool = True,
+    draw_threshold: float = DRAW_THRESHOLD,
     tsv_header: bool = False,
 ) -> int:
     """Detect, draw and write; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
-    from trtdet.images.files import find_images
+    from trtdet.images.files import find_images, root_of
     from trtdet.results import naming
     from trtdet.results.coco import ANNOTATIONS
     from trtdet.results.writer import pick_image_ids, result_writer
@@ -146,22 +159,20 @@ def run(
         files.check_input(annotations, *ANNOTATIONS)
     if labels is not None:
         read_labels(labels)  # before the model is loaded, which says how many it needs
-    paths = find_images(source, recursive=options.recursive)
-    names = dict(zip(paths, naming.output_names(paths, source), strict=True))
+    paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
+    root = root_of(source)
+    names = dict(zip(paths, naming.output_names(paths, root), strict=True))
     if pictures:
-        written = (naming.with_suffix_added(output / name, ".png") for name in names.values())
-        naming.check_not_inputs(written, paths)
-    image_ids = pick_image_ids(paths, source, annotations)
+        naming.check_apart(output, names, source, recursive=options.recursive)
+    if others := naming.left_over(output, names.values()):
+        logger.warning(
+            "%s has results of %d other images, from an earlier run: they stay", output, others
+        )
+    image_ids = pick_image_ids(paths, root, annotations)
     count = boxes = 0
     with open_model(engine, options) as runtime:
         threshold = check_score_threshold(options.score_threshold, runtime.spec)
         texts = pick_labels(labels, runtime.spec)
-        lowest = max(threshold, runtime.spec.nms.score_threshold)
-        if pictures and lowest < CLUTTER_THRESHOLD:
-            logger.info(
-                "pictures show all from a score of %g on; --score_threshold 0.4 shows what is likely",
-                lowest,
-            )
         start = time.perf_counter()
         with (
             open_batcher(runtime, paths, options, keep_sources=pictures) as batcher,
@@ -172,6 +183,7 @@ def run(
                 image_ids=image_ids,
                 labels=texts,
                 tsv_header=tsv_header,
+                draw_threshold=draw_threshold,
             ) as writer,
             closing(detect(runtime, batcher, score_threshold=threshold)) as found,
             closing(progress(found, len(paths))) as results,
@@ -187,6 +199,12 @@ def run(
         f"{count} images, {boxes} detections, {skipped} images skipped; "
         f"{seconds:.1f} s, {count / seconds:.1f} images/s"
     )
+    if pictures and writer.undrawn:
+        logger.info(
+            "pictures show detections from a score of %g on; %d are below it (--draw_threshold)",
+            draw_threshold,
+            writer.undrawn,
+        )
     print(output / "detections.json")
     return SOME_SKIPPED if skipped else 0
 
@@ -223,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 labels=args.labels,
                 annotations=args.annotations,
                 pictures=not args.no_images,
+                draw_threshold=args.draw_threshold,
                 tsv_header=args.tsv_header,
             )
         run_benchmark(
@@ -230,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.input,
             options,
             iterations=args.benchmark,
-            json_path=args.benchmark_json,
+            json_path=args.json,
         )
         return 0
 

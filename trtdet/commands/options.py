@@ -1,27 +1,155 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several stages share."""
+"""Options that several stages share. Each is one row of `SHARED`: one name, one form, one default rule, one help text."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_args
 
-from trtdet.commands import cli
-from trtdet.commands.cli import parse_size, positive_float, positive_int, unit_interval
-from trtdet.engine.options import parse_version
-from trtdet.images.options import DEFAULT_MAX_SIZE
+from trtdet.commands.cli import ArgumentParser
+from trtdet.commands.values import (
+    parse_model,
+    parse_page,
+    parse_plot,
+    positive_float,
+    positive_int,
+    positive_unit_interval,
+    unit_interval,
+)
+from trtdet.engine.options import parse_batch, parse_sizes, parse_version
+from trtdet.images.options import DEFAULT_MAX_SIZE, Resample, parse_size
+from trtdet.labels import COCO_LABELS
 from trtdet.precision import options
-from trtdet.precision.options import CALIBRATION_BATCH, FP8_METHOD, METHODS, PROVIDERS, Int8Options
-from trtdet.run.options import RunOptions
-from trtdet.runtimes.options import parse_devices, parse_url
+from trtdet.precision.options import CALIBRATION_BATCH, FP8_METHOD, METHODS, Int8Options
+from trtdet.results.options import DRAW_THRESHOLD
+from trtdet.run.options import MAX_AP_DROP, PROVIDERS, RunOptions
+from trtdet.runtimes.options import parse_devices
+
+#: What options are added to.
+Target = argparse.ArgumentParser | argparse._ActionsContainer
 
 
-def add_size_options(parser: argparse.ArgumentParser, *, size_help: str) -> None:
+@dataclass(frozen=True)
+class Row:
+    """One shared option.
+
+    Attributes:
+        rule: what is taken by default, in words; "" for a switch, which is off.
+        keywords: of `add_argument`.
+    """
+
+    name: str
+    metavar: str | None
+    help: str
+    rule: str = ""
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _row(name: str, metavar: str | None, text: str, rule: str = "", **keywords: Any) -> Row:
+    return Row(name, metavar, text, rule, keywords)
+
+
+FILE = {"type": Path}
+SWITCH = {"action": "store_true"}
+SEVERAL = {"nargs": "+", "action": "extend"}
+
+# fmt: off
+#: Key -> option. A key is the option's name, with a word behind it where one name has two forms: a model that is run or read, one value
+#: or a range, a folder or a file.
+SHARED = {
+    "--model": _row("--model", "FILE|URL", "an engine with its .json, an ONNX file of create_onnx.py, or a model on a Triton server: grpc://HOST:8001/NAME or http://HOST:8000/NAME", "none", type=parse_model),
+    "--model onnx": _row("--model", "FILE", "an ONNX file of create_onnx.py", "none", **FILE),
+    "--model engine": _row("--model", "FILE", "an engine with its .json", "none", **FILE),
+    "--model file": _row("--model", "FILE", "an engine with its .json, or an ONNX file of create_onnx.py", "none", **FILE),
+    "--input": _row("--input", "PATH", "images: files, folders and globs such as 'photos/*.jpg', one or several", "none", type=Path, **SEVERAL),
+    "--output": _row("--output", "DIR", "the folder to write to; made if missing", "none", **FILE),
+    "--output file": _row("--output", "FILE", "the file to write", "none", **FILE),
+    "--annotations": _row("--annotations", "FILE", "COCO annotations of the images, such as instances_val2017.json", "none", **FILE),
+    "--labels": _row("--labels", "FILE", "class names, one per line; 'coco' for COCO's", f"the model's, COCO's for {len(COCO_LABELS)} classes", **FILE),
+    "--batch_size": _row("--batch_size", "N", "images per batch", "what suits the model", type=positive_int),
+    "--batch_size range": _row("--batch_size", "N|MIN:OPT:MAX", "images per batch, or a range with OPT as the one to tune for", "the ONNX file's, 1 where that is dynamic", type=parse_batch),
+    "--size": _row("--size", "H,W", "input size, for a model that leaves it open: H,W or HxW, or one number for a square", "the model's", type=parse_size),
+    "--size range": _row("--size", "SIZE|MIN:OPT:MAX", "input size, for a model that leaves it open: H,W or HxW, or one number for a square; or a range with OPT as the one to tune for", "the ONNX file's alone", type=parse_sizes),
+    "--resize": _row("--resize", "SHORTER", "for a model of dynamic input size: scale the shorter side of each image to so many pixels; a batch gets the smallest input that holds it", "off", type=positive_int),
+    "--max_size": _row("--max_size", "LONGER", "with --resize: the longer side has at most so many pixels", str(DEFAULT_MAX_SIZE), type=positive_int),
+    "--resample": _row("--resample", None, "how images are scaled: bilinear as TensorFlow does it, antialias as Pillow does it", "as the model was trained", choices=get_args(Resample)),
+    "--score_threshold": _row("--score_threshold", "SCORE", "leave out detections below this score", "the model's threshold", type=unit_interval),
+    "--iou_threshold": _row("--iou_threshold", "IOU", "overlap from which NMS suppresses a box", "the model's", type=positive_unit_interval),
+    "--max_detections": _row("--max_detections", "N", "detections per image", "the model's", type=positive_int),
+    "--draw_threshold": _row("--draw_threshold", "SCORE", "draw only detections of at least this score", str(DRAW_THRESHOLD), type=unit_interval, default=DRAW_THRESHOLD),
+    "--max_ap_drop": _row("--max_ap_drop", "DROP", "how far AP, 0 to 1, may fall", str(MAX_AP_DROP), type=unit_interval, default=MAX_AP_DROP),
+    "--recursive": _row("--recursive", None, "search the folders below --input too", **SWITCH),
+    "--num_images": _row("--num_images", "N", "use at most N of the images, evenly spread", "all", type=positive_int),
+    "--workers": _row("--workers", "N", "threads that decode and resize images", "one per core", type=positive_int),
+    "--devices": _row("--devices", "N,...", "GPUs, as in 0,1, or 'all'", "0", type=parse_devices),
+    "--provider": _row("--provider", None, "what ONNX Runtime runs on", "auto, the first of the others that is there", choices=PROVIDERS),
+    "--threads": _row("--threads", "N", "CPU threads of ONNX Runtime", "one per core", type=positive_int),
+    "--contexts": _row("--contexts", "N", "batches of an engine that may run at the same time on a GPU, for small models", "1", type=positive_int),
+    "--no_cuda_graph": _row("--no_cuda_graph", None, "launch the kernels of an engine one by one", dest="cuda_graph", action="store_const", const=False),
+    "--plugins": _row("--plugins", "LIB.so", "libraries with TensorRT plugins that the model needs; they run with your permissions", "none", type=Path, **SEVERAL),
+    "--allow_host_code": _row("--allow_host_code", None, "let an engine run its own code on the CPU with your permissions, as a version-compatible engine does; only for files you trust", action="store_const", const=True),
+    "--json": _row("--json", "FILE", "write the result to this file as JSON", "none", **FILE),
+    "--report": _row("--report", "FILE.html", "write the result to this file as a page, pictures included", "none", type=parse_page),
+    "--plot": _row("--plot", "FILE", "draw the result to this picture file (.png, .svg, .pdf)", "none", type=parse_plot),
+    "--precision_json": _row("--precision_json", "FILE", "what tune_precision.py found for this model", "none", **FILE),
+    "--name": _row("--name", "NAME", "what the model is called there", "detector"),
+    "--verbose": _row("--verbose", None, "log details", **SWITCH),
+}
+# fmt: on
+
+
+def add(
+    to: Target,
+    key: str,
+    *others: str,
+    required: bool = False,
+    note: str = "",
+    rule: str = "",
+    **changes: Any,
+) -> None:
+    """Add a row of `SHARED`.
+
+    Args:
+        others: further names of the option in this stage.
+        note: what more there is to say of it in this stage.
+        rule: what is taken by default, where this stage cannot have the usual one.
+        changes: to the keywords of `add_argument`.
+    """
+    row = SHARED[key]
+    text = f"{row.help}; {note}" if note else row.help
+    if row.rule and not required:
+        text += f" (default: {rule or row.rule})"
+    keywords = {**row.keywords, **changes}
+    if row.metavar:
+        keywords["metavar"] = row.metavar
+    if required:
+        keywords["required"] = True
+    to.add_argument(row.name, *others, help=text.replace("%", "%%"), **keywords)
+
+
+def add_several(to: Target, *keys: str) -> None:
+    """Add rows of `SHARED` as they are."""
+    for key in keys:
+        add(to, key)
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """-v, --verbose."""
+    add(parser, "--verbose", "-v")
+
+
+def one_device(parser: ArgumentParser, args: argparse.Namespace) -> int:
+    """The GPU of a stage that takes one."""
+    devices = args.devices or (0,)
+    if devices == "all" or len(devices) > 1:
+        parser.error("--devices: expected one GPU here, such as 0")
+    return int(devices[0])
+
+
+def add_size_options(to: Target) -> None:
     """The options of the input size where a model leaves it open: for `trtdet.images.preprocess.choose_input`."""
-    # fmt: off
-    parser.add_argument("--size", type=parse_size, metavar="H,W", help=size_help)
-    parser.add_argument("--resize", type=positive_int, metavar="SHORTER", help="for a model of free input size: scale each image by itself, its shorter side to so many pixels; a batch gets the smallest input that holds it")
-    parser.add_argument("--max_size", type=positive_int, metavar="LONGER", help=f"with --resize: its longer side to no more than so many pixels (default: {DEFAULT_MAX_SIZE})")
-    # fmt: on
+    add_several(to, "--size", "--resize", "--max_size")
 
 
 def check_size_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -39,24 +167,34 @@ def check_size_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 def add_calibration_options(group: argparse._ArgumentGroup) -> None:
     """Where the scales come from; see `calibration_from`."""
     # fmt: off
-    group.add_argument("--calib_input", type=Path, metavar="DIR", help="images to calibrate on, as the detector will see them; no annotations")
-    group.add_argument("--calib_cache", type=Path, metavar="FILE", help="TensorRT's calibration cache: used where it exists and belongs to this model and these images, else written")
-    group.add_argument("--calib_cache_version", type=parse_version, metavar="X.Y.Z", help="the TensorRT that is to read the cache (trtexec --calib, DeepStream, a DLA) and takes no other's: its first line is written for it, in an existing cache too (default: the TensorRT that builds, else 8.6.1)")
+    group.add_argument("--calib_input", type=Path, metavar="DIR", help="images to calibrate on, as the detector will see them; no annotations are needed (default: none, --calib_cache has the scales)")
+    group.add_argument("--calib_cache", type=Path, metavar="FILE", help="TensorRT's calibration cache: used if it exists and is of this model and these images, else written (default: the scales are not kept)")
+    group.add_argument("--calib_cache_version", type=parse_version, metavar="X.Y.Z", help="the TensorRT that is to read the cache (trtexec --calib, DeepStream, a DLA); it takes no other's, so the first line is written for it, in an existing cache too (default: the TensorRT that builds, else 8.6.1)")
     number = group.add_mutually_exclusive_group()
-    number.add_argument("--calib_num_images", type=cli.positive_int, metavar="N", help=f"at most so many, chosen at random from all (default: {options.DEFAULT_NUM_IMAGES})")
-    number.add_argument("--calib_batches", type=cli.positive_int, metavar="N", help="at most so many batches of --calib_batch_size images")
-    group.add_argument("--calib_fraction", type=cli.positive_unit_interval, default=1.0, metavar="F", help="at most this share of all images (default: 1)")
-    group.add_argument("--calib_batch_size", type=cli.positive_int, metavar="N", help=f"images at a time; the scales do not depend on it (default: {CALIBRATION_BATCH}, or the ONNX file's)")
-    group.add_argument("--calib_method", choices=METHODS, help=f"how the range of an activation is chosen (default: as in an existing cache, else {options.DEFAULT_METHOD}; for fp8, which needs no clipping, {FP8_METHOD})")
-    group.add_argument("--calib_seed", type=int, default=options.DEFAULT_SEED, metavar="N", help="of the choice of images (default: %(default)s)")
-    group.add_argument("--calib_provider", default="auto", choices=PROVIDERS, help="what of ONNX Runtime calibrates: a GPU is faster, and its scales differ in the last digits (default: auto, the GPU where onnxruntime-gpu is installed)")
+    number.add_argument("--calib_num_images", type=positive_int, metavar="N", help=f"calibrate on at most N images, chosen at random (default: {options.DEFAULT_NUM_IMAGES})")
+    number.add_argument("--calib_batches", type=positive_int, metavar="N", help="calibrate on at most N batches of --calib_batch_size images (default: --calib_num_images decides)")
+    group.add_argument("--calib_fraction", type=positive_unit_interval, default=1.0, metavar="F", help="calibrate on at most this share of the images (default: 1)")
+    group.add_argument("--calib_batch_size", type=positive_int, metavar="N", help=f"images at a time; the scales do not depend on it (default: {CALIBRATION_BATCH}, or the ONNX file's)")
+    group.add_argument("--calib_method", choices=METHODS, help=f"how the range of an activation is chosen (default: as in an existing cache, else {options.DEFAULT_METHOD}; for fp8 {FP8_METHOD}, as fp8 needs no clipping)")
+    group.add_argument("--calib_seed", type=int, default=options.DEFAULT_SEED, metavar="N", help="seed of the choice of images (default: %(default)s)")
     # fmt: on
+    add(group, "--provider", note="a GPU calibrates faster, its scales differ in the last digits")
+
+
+#: --provider -> what calibration calls it.
+CALIBRATION_PROVIDERS: Mapping[str | None, options.Provider] = {
+    None: "auto", "auto": "auto", "cpu": "cpu", "cuda": "gpu",
+}  # fmt: skip
 
 
 def check_calibration_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Options of calibration that need another."""
     if args.calib_cache_version and not args.calib_cache:
         parser.error("--calib_cache_version goes with --calib_cache FILE")
+    if args.provider not in CALIBRATION_PROVIDERS:
+        parser.error(
+            f"--provider {args.provider}: calibration runs on cpu or cuda; leave it out, or choose one of these"
+        )
 
 
 def calibration_from(args: argparse.Namespace) -> Int8Options:
@@ -73,50 +211,42 @@ def calibration_from(args: argparse.Namespace) -> Int8Options:
         batch_size=args.calib_batch_size,
         method=args.calib_method,
         seed=args.calib_seed,
-        provider=args.calib_provider,
+        provider=CALIBRATION_PROVIDERS.get(args.provider, "auto"),
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """--engine and --triton, either of which is `args.engine`."""
-    model = parser.add_mutually_exclusive_group(required=required)
-    # fmt: off
-    model.add_argument("-e", "--engine", type=Path, metavar="FILE", help="a TensorRT engine, or an ONNX file of create_onnx.py (runs on ONNX Runtime)")
-    model.add_argument("--triton", dest="engine", type=parse_url, metavar="URL", help="a model on a Triton server instead, served as deploy.py triton configures it: grpc://HOST:8001/MODEL or http://HOST:8000/MODEL")
-    # fmt: on
+def add_model_option(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """--model, which is `args.engine`; --engine is its name in NVIDIA's sample."""
+    add(parser, "--model", "--engine", "-e", required=required, dest="engine")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of everything that runs a model on image files."""
-    # fmt: off
-    parser.add_argument("-t", "--score_threshold", "--nms_threshold", type=unit_interval, metavar="SCORE", help="leave out detections below this score; the model's own threshold already did, so it can only raise")
-    parser.add_argument("--batch_size", type=positive_int, metavar="N", help="images per batch; default: what suits the model and the device")
-    parser.add_argument("--recursive", action="store_true", help="look into the folders below --input too")
-    parser.add_argument("--resample", choices=("bilinear", "antialias"), help="bilinear as TensorFlow does it, or antialiased as Pillow does it (default: as the model was trained)")
-    parser.add_argument("--workers", type=positive_int, metavar="N", help="threads that decode and resize images; default: one per core")
-    parser.add_argument("--devices", type=parse_devices, metavar="N,...", help="for an engine: the GPUs that share the images, as in 0,1, or 'all'; default: 0")
-    parser.add_argument("--contexts", type=positive_int, metavar="N", help="for an engine: batches that may run at the same time on a GPU, for small models; default: 1")
-    parser.add_argument("--no_cuda_graph", dest="cuda_graph", action="store_const", const=False, help="for an engine: launch its kernels one by one")
-    parser.add_argument("--plugins", type=Path, nargs="+", action="extend", metavar="LIB.so", help="for an engine: libraries of plugins that it needs; may be given several times. They run with your rights")
-    parser.add_argument("--allow_host_code", action="store_const", const=True, help="for an engine: let it run code of its own on the CPU, with your rights (a version-compatible engine does); only for files you trust")
-    parser.add_argument("--provider", choices=("auto", "tensorrt", "cuda", "cpu"), help="for an ONNX file: what ONNX Runtime runs it on; default: auto, the first of these that is there")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="for an ONNX file: CPU threads of ONNX Runtime; default: one per core")
-    parser.add_argument("--spec", type=Path, metavar="FILE", help="for --triton: the engine's .json or the ONNX file, where the server's config.pbtxt is not of deploy.py")
-    parser.add_argument("--requests", type=positive_int, metavar="N", help="for --triton: batches in flight; default: 4")
-    parser.add_argument("--timeout", type=positive_float, metavar="SECONDS", help="for --triton: what one request may take; default: 60")
-    parser.add_argument("--no_shared_memory", dest="shared_memory", action="store_const", const=False, help="for --triton: send the images in the requests also to a server on this machine")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log details")
-    # fmt: on
-    add_size_options(
-        parser,
-        size_help="run a model of free input size at this one; default: the size it was exported for, or its engine is tuned for",
+    images = parser.add_argument_group("images and detections")
+    add(
+        images,
+        "--score_threshold",
+        "--nms_threshold",
+        "-t",
+        note="what the model itself leaves out stays out",
     )
+    add_several(images, "--batch_size", "--size", "--resize", "--max_size", "--resample", "--workers", "--recursive", "--num_images")  # fmt: skip
+    engine = parser.add_argument_group("for an engine")
+    add_several(engine, "--devices", "--contexts", "--no_cuda_graph", "--plugins", "--allow_host_code")  # fmt: skip
+    onnx = parser.add_argument_group("for an ONNX file")
+    add_several(onnx, "--provider", "--threads")
+    server = parser.add_argument_group("for a model on a Triton server")
+    # fmt: off
+    server.add_argument("--spec", type=Path, metavar="FILE", help="the engine's .json or the ONNX file, where the server's config.pbtxt is not of deploy.py (default: what the server says)")
+    server.add_argument("--requests", type=positive_int, metavar="N", help="batches in flight (default: 4)")
+    server.add_argument("--timeout", type=positive_float, metavar="SECONDS", help="what one request may take (default: 60)")
+    server.add_argument("--no_shared_memory", dest="shared_memory", action="store_const", const=False, help="send the images in the requests, even to a server on this machine")
+    # fmt: on
+    add_verbose(parser)
 
 
-def parse_run_args(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> argparse.Namespace:
-    """Parse what has `add_run_options` and --engine; an option that the engine's runtime does not have is wrong usage."""
+def parse_run_args(parser: ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse what has `add_run_options` and --model; an option that the model's runtime does not have is wrong usage."""
     args = parser.parse_args(argv)
     check_size_usage(parser, args)
     if args.engine:

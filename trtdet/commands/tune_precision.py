@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the convolutions that INT8 hurts: the fewest that, left in FP16, keep AP within a limit of float32's.
 
-  tune_precision.py --onnx d0.onnx --calib_input photos --calib_cache d0.cache \\
-      --input val --annotations val.json --max_drop 0.005 --output precision.json
+  tune_precision.py --model d0.onnx --calib_input photos --calib_cache d0.cache \\
+      --input val --annotations val.json --max_ap_drop 0.005 --output precision.json
 
 writes precision.json for build_engine.py --precision_json, and prints what it costs. It runs on the CPU, in ONNX Runtime, without TensorRT.
 Everything in INT8 is tried first: where that is good enough, nothing is left out. Else each convolution is quantized
@@ -15,27 +15,37 @@ The set is chosen by its AP on these images; measure it on others (build_engine.
 digit. Exit status: 0 written; 1 an error, or no such set: nothing is written then; 2 wrong usage.
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtdet import files
 from trtdet.commands import cli
+from trtdet.commands.cli import ArgumentParser
 from trtdet.commands.options import (
+    add,
     add_calibration_options,
+    add_several,
+    add_verbose,
     calibration_from,
     check_calibration_usage,
 )
+from trtdet.commands.values import positive_int
 from trtdet.precision.options import Int8Options
 from trtdet.run.options import (
     FEW_IMAGES,
     METRICS,
     NOISE_IMAGES,
-    PLOT_SUFFIXES,
     VIEWS_OF_FEW,
     TuneOptions,
 )
+
+if TYPE_CHECKING:
+    from trtdet.images.files import Sources
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +54,14 @@ def run(
     onnx_path: Path,
     int8: Int8Options,
     annotations_path: Path,
-    source: Path,
+    source: Sources,
     output: Path,
     options: TuneOptions = TuneOptions(),
     *,
     table: Path | None = None,
     plot: Path | None = None,
+    recursive: bool = False,
+    num_images: int | None = None,
 ) -> None:
     """Tune; see the module's docstring.
 
@@ -64,13 +76,15 @@ def run(
     from trtdet.results import coco
     from trtdet.run.evaluate import annotated_images, check_categories
     from trtdet.run.tune import Tuner, context_of
+    from trtdet.runtimes.kinds import check_model
 
     journal_path = output.with_name(output.name + ".journal")
     files.check_outputs([output, journal_path, table, plot], [onnx_path, annotations_path, int8.cache])  # fmt: skip
+    check_model(onnx_path)
     body = Body(*load_model(onnx_path))
     annotations = coco.read_annotations(annotations_path)
     check_categories(body.spec, annotations)
-    images = annotated_images(source, annotations, recursive=False)
+    images = annotated_images(source, annotations, recursive=recursive, num_images=num_images)
     coco.check_objects(annotations, images.values())
     output.parent.mkdir(parents=True, exist_ok=True)  # for the journal
     plan = sensitivity.plan(body, scales_of(body, int8))
@@ -83,7 +97,7 @@ def run(
     kept, found = tuner.tune(rank=bool(table or plot))
     if kept is None:
         raise ValueError(
-            f"--max_drop {options.max_drop:g}: {options.metric} falls further below float32's {tuner.mean(None):.4f} even with all but the least "
+            f"--max_ap_drop {options.max_drop:g}: {options.metric} falls further below float32's {tuner.mean(None):.4f} even with all but the least "
             f"noisy of {len(plan.layers)} convolutions in FP16; allow more, give more --input images, or build with build_engine.py --precision fp16"
         )
     tuner.precision(kept).write(output)
@@ -97,37 +111,43 @@ def run(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=__doc__)
+    add(parser, "--model onnx", "--onnx", required=True, dest="onnx")
+    add(parser, "--input", required=True, note="other ones than those of the calibration")
+    add(parser, "--annotations", required=True)
+    add(
+        parser,
+        "--output file",
+        "-o",
+        required=True,
+        note="precision.json; FILE.journal comes beside it",
     )
+    add(parser, "--max_ap_drop", note="it is AP of --metric that is meant, below float32's")
     # fmt: off
-    parser.add_argument("-o", "--onnx", required=True, type=Path, metavar="FILE", help="the ONNX file of create_onnx.py")
-    parser.add_argument("-i", "--input", required=True, type=Path, metavar="DIR", help="annotated images, other than those of the calibration")
-    parser.add_argument("-a", "--annotations", required=True, type=Path, metavar="FILE", help="their COCO annotations")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="write precision.json here, and FILE.journal beside it")
-    parser.add_argument("--max_drop", type=cli.unit_interval, default=TuneOptions.max_drop, metavar="DROP", help="how far the metric may fall below float32's (default: %(default)s)")
     parser.add_argument("--metric", choices=METRICS, default="AP", help="AP75 where boxes have to be tight (default: %(default)s)")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="write the noise of every convolution to this file, tab separated")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it to this picture file (.png, .svg, .pdf)")
-    parser.add_argument("--views", type=cli.positive_int, metavar="N", help=f"show each image N times, as it is, mirrored, and a little darker: AP on few images scatters (default: {VIEWS_OF_FEW} for less than {FEW_IMAGES} images, else 1)")
-    parser.add_argument("--noise_images", type=cli.positive_int, default=NOISE_IMAGES, metavar="N", help="annotated images on which the noise is measured (default: %(default)s)")
-    parser.add_argument("--threads", type=cli.positive_int, metavar="N", help="CPU threads of ONNX Runtime (default: one per core)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log details")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the noise of every convolution to this file, tab separated (default: none)")
     # fmt: on
+    add(parser, "--plot", note="it is the noise of every convolution")
+    # fmt: off
+    parser.add_argument("--views", type=positive_int, metavar="N", help=f"show each image N times, as it is, mirrored, and a little darker: AP on few images scatters (default: {VIEWS_OF_FEW} for less than {FEW_IMAGES} images, else 1)")
+    parser.add_argument("--noise_images", type=positive_int, default=NOISE_IMAGES, metavar="N", help="annotated images on which the noise is measured (default: %(default)s)")
+    # fmt: on
+    add_several(parser, "--recursive", "--num_images", "--threads")
+    add_verbose(parser)
     add_calibration_options(parser.add_argument_group("calibration, as in build_engine.py"))
     args = parser.parse_args(argv)
     check_calibration_usage(parser, args)
     if not args.calib_input and not (args.calib_cache and args.calib_cache.is_file()):
         parser.error("give images to calibrate on, --calib_input DIR, or an existing --calib_cache FILE")  # fmt: skip
-    if args.plot and args.plot.suffix.lower() not in PLOT_SUFFIXES:
-        parser.error(f"--plot: expected a name that ends in {', '.join(PLOT_SUFFIXES)}, got {args.plot}")  # fmt: skip
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     cli.setup_logging(args.verbose)
-    options = TuneOptions(args.max_drop, args.metric, args.views, args.noise_images, args.threads)
+    options = TuneOptions(
+        args.max_ap_drop, args.metric, args.views, args.noise_images, args.threads
+    )
     return cli.run_main(
         lambda: run(
             args.onnx,
@@ -138,5 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options,
             table=args.table,
             plot=args.plot,
+            recursive=args.recursive,
+            num_images=args.num_images,
         )
     )

@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtdet import files
-from trtdet.commands.cli import SOME_SKIPPED, run_main, setup_logging, unit_interval
-from trtdet.labels import Labels, read_labels
+from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
+from trtdet.commands.options import add, add_several, add_verbose
+from trtdet.labels import LABELS_FILE, Labels, read_labels
 from trtdet.machine import available_cores
+from trtdet.results.options import DRAW_THRESHOLD
 
 if TYPE_CHECKING:
     from trtdet.detections import Detections
-    from trtdet.images.files import ImageArray
+    from trtdet.images.files import ImageArray, Sources
 
 logger = logging.getLogger(__name__)
 
@@ -36,39 +38,43 @@ logger = logging.getLogger(__name__)
 
 
 def run(
-    source: Path,
+    source: Sources,
     detections: Path,
     output: Path,
     *,
     labels: Labels = (),
     annotations: Path | None = None,
-    score_threshold: float = 0.0,
+    draw_threshold: float = DRAW_THRESHOLD,
     recursive: bool = False,
+    num_images: int | None = None,
     font_path: Path | None = None,
 ) -> int:
     """Draw every image that has a TSV; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
-    from trtdet.images.files import find_images
+    from trtdet.images.files import find_images, root_of
     from trtdet.results import coco
     from trtdet.results.coco import ANNOTATIONS, class_ids_of, ground_truth, labels_of
-    from trtdet.results.naming import check_not_inputs, output_names, with_suffix_added, write_png
+    from trtdet.results.naming import check_apart, output_names, with_suffix_added, write_png
 
     if not detections.is_dir():
         there = "a file" if detections.exists() else "nothing"
         raise FileNotFoundError(f"--detections: expected a directory with TSVs of infer.py, found {there} at {detections}")  # fmt: skip
     if annotations:
         files.check_input(annotations, *ANNOTATIONS)
-    paths = find_images(source, recursive=recursive)
-    names = dict(zip(paths, output_names(paths, source), strict=True))
-    check_not_inputs((output / with_suffix_added(n, ".png") for n in names.values()), paths)
+    paths = find_images(source, recursive=recursive, num_images=num_images)
+    root = root_of(source)
+    names = dict(zip(paths, output_names(paths, root), strict=True))
+    check_apart(output, names, source, recursive=recursive)
+    if not labels and (detections / LABELS_FILE).is_file():
+        labels = read_labels(detections / LABELS_FILE)
     truth: dict[Path, Detections] | None = None
     if annotations:
         known = coco.read_annotations(annotations)
         labels = labels or labels_of(known.categories)
         found = ground_truth(known, class_ids_of(known.categories, labels))
-        ids = coco.match_images(known, paths, source)
+        ids = coco.match_images(known, paths, root)
         truth = {path: found[i] for path, i in ids.items() if i in found}
     draw_file = partial(
-        _draw_file, labels=labels, score_threshold=score_threshold, font_path=font_path
+        _draw_file, labels=labels, draw_threshold=draw_threshold, font_path=font_path
     )
 
     def draw_one(path: Path) -> bool:
@@ -89,7 +95,7 @@ def run(
         pool.shutdown(cancel_futures=True)
     if not drawn:
         raise ValueError(
-            f"--detections: expected TSVs of infer.py for the images of {source}, found none in {detections}"
+            f"--detections: expected TSVs of infer.py for the images of {root}, found none in {detections}"
         )
     logger.info("%d of %d images drawn", drawn, len(paths))
     print(output)
@@ -102,7 +108,7 @@ def _draw_file(
     truth: Mapping[Path, Detections] | None,
     *,
     labels: Labels,
-    score_threshold: float,
+    draw_threshold: float,
     font_path: Path | None,
 ) -> ImageArray:
     """One picture: the detections, beside the ground truth where there is one for this run."""
@@ -113,7 +119,7 @@ def _draw_file(
     from trtdet.results.draw import draw, side_by_side
 
     image = load_image(path)
-    found = read_tsv(tsv).above(score_threshold)
+    found = read_tsv(tsv).above(draw_threshold)
     picture = draw(image, found, labels, font_path=font_path)
     if truth is None:
         return picture
@@ -127,20 +133,23 @@ def _draw_file(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
+    add(parser, "--input", required=True)
     # fmt: off
-    parser.add_argument("-i", "--input", type=Path, required=True, metavar="PATH", help="an image, or a directory of images")
-    parser.add_argument("-d", "--detections", type=Path, required=True, metavar="DIR", help="directory with the TSVs of infer.py")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where the pictures go; made if missing")
-    parser.add_argument("-l", "--labels", metavar="FILE", help="class names, one per line; 'coco' for COCO's; default: those of --annotations, else class numbers")
-    parser.add_argument("-a", "--annotations", type=Path, metavar="FILE", help="COCO annotations: draw the ground truth beside")
-    parser.add_argument("-t", "--score_threshold", type=unit_interval, default=0.0, metavar="SCORE", help="draw no detections below this score (default: all of the TSV)")
-    parser.add_argument("--font", type=Path, metavar="FILE", help="a TrueType font for labels that are not in Latin letters")
-    parser.add_argument("--recursive", action="store_true", help="look into the folders below --input too")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log details")
+    parser.add_argument("--detections", type=Path, required=True, metavar="DIR", help="folder with the TSVs of infer.py")
     # fmt: on
+    add(parser, "--output", "-o", required=True)
+    add(
+        parser,
+        "--labels",
+        note="infer.py leaves the model's in labels.txt beside the TSVs, else those of --annotations are taken",
+    )
+    add(parser, "--annotations", note="draws the ground truth beside the detections")
+    add_several(parser, "--draw_threshold", "--recursive", "--num_images")
+    # fmt: off
+    parser.add_argument("--font", type=Path, metavar="FILE", help="a TrueType font, for labels that are not in Latin letters (default: one that comes with Pillow)")
+    # fmt: on
+    add_verbose(parser)
     return parser.parse_args(argv)
 
 
@@ -154,8 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.output,
             labels=read_labels(args.labels) if args.labels else (),
             annotations=args.annotations,
-            score_threshold=args.score_threshold,
+            draw_threshold=args.draw_threshold,
             recursive=args.recursive,
+            num_images=args.num_images,
             font_path=args.font,
         ),
     )

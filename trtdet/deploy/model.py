@@ -10,8 +10,9 @@ from pathlib import Path
 from trtdet.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph import tidy
-from trtdet.labels import label_of, read_labels
+from trtdet.labels import label_of, names_of, read_labels
 from trtdet.onnx_files import read_onnx
+from trtdet.runtimes.kinds import check_model
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,14 @@ def open_engine(path: Path) -> Deployable:
     """An engine as its sidecar describes it.
 
     Raises:
-        FileNotFoundError: no engine there.
+        FileNotFoundError, GraphError: no engine there, or something else.
         EngineError: no sidecar, or that of another engine; or an engine of TensorRT-RTX, which neither server loads.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--engine: expected an engine, found nothing at {path}")
+    check_model(path)
+    if path.suffix.lower() == ".onnx":
+        raise EngineError(
+            f"--model: expected an engine, {path} is an ONNX file; build one: build_engine.py --model {path} --engine {path.stem}.engine"
+        )
     info = read_sidecar(path)
     if info is None:
         raise EngineError(
@@ -123,7 +127,8 @@ def open_onnx(path: Path) -> Deployable:
     Raises:
         FileNotFoundError, GraphError: no such file, or not one of create_onnx.py.
     """
-    model = read_onnx(path, option="--onnx", weights=False)
+    check_model(path)
+    model = read_onnx(path, option="--model", weights=False)
     spec = ModelSpec.from_onnx(model, path)
     names = {output.name for output in model.graph.output}
     if names != set(OUTPUT_NAMES):
@@ -151,8 +156,10 @@ def label_lines(spec: ModelSpec) -> Iterator[str]:
 def with_labels(model: Deployable, labels: Path | None) -> Deployable:
     """The model with its class names, those of a file in place of its own."""
     spec = model.spec
+    names = names_of(spec.labels, spec.num_classes)
     if labels is not None:
-        spec = spec.replace(labels=read_labels(labels, num_classes=spec.num_classes))
+        names = read_labels(labels, num_classes=spec.num_classes)
+    spec = spec.replace(labels=tuple(names))
     if not spec.labels:
         logger.warning("no class names known: they are 'class 0', ...; --labels takes a file")
     return dataclasses.replace(model, spec=spec)

@@ -78,7 +78,7 @@ def max_batch_size(model: Deployable, wanted: int | None) -> int:
     """
     if model.largest is not None and wanted is not None and wanted > model.largest:
         raise ValueError(
-            f"--max_batch {wanted}: {model.path.name} takes batches of {model.batches}; ask for less, or build it for more"
+            f"--batch_size {wanted}: {model.path.name} takes batches of {model.batches}; ask for less, or build it for more"
         )
     if not model.takes_any_batch:
         return 0
@@ -132,7 +132,7 @@ def model_config(
 
 
 def _served_spec(model: Deployable) -> str:
-    """The ModelSpec as JSON, for clients (`infer.py --triton`); without what only the building of an engine needs."""
+    """The ModelSpec as JSON, for clients (`infer.py --model URL`); without what only the building of an engine needs."""
     spec = model.spec.replace(source={}, sensitive_nodes=())
     return json.dumps(spec.to_dict(), separators=(",", ":"))
 

@@ -70,7 +70,7 @@ def command(model: Deployable, version: Version, options: TrtexecOptions) -> lis
     check_servable(model, "trtexec")
     if version < OLDEST:
         raise EngineError(
-            f"--version {'.'.join(map(str, version))}: expected TensorRT 8.6 or later"
+            f"--tensorrt_version {'.'.join(map(str, version))}: expected TensorRT 8.6 or later"
         )
     batch = options.batch or model.preferred
     if batch < model.smallest or (model.largest is not None and batch > model.largest):
@@ -155,7 +155,7 @@ def _precision_arguments(model: Deployable, version: Version, options: TrtexecOp
     if version >= (11,):
         raise ValueError(
             f"--precision {options.precision}: trtexec of TensorRT 11 takes the types in the ONNX file; write one with build_engine.py "
-            f"--onnx {model.path} --precision {options.precision} --save_onnx FILE, and measure that"
+            f"--model {model.path} --precision {options.precision} --save_onnx FILE, and measure that"
         )
     # Without a calibration file, --int8 makes up its scales: a time to measure, not detections.
     return [f"--{options.precision}"] + (["--fp16"] if options.precision == "int8" else [])
@@ -176,7 +176,7 @@ def find_trtexec() -> Path:
     if USUAL_PLACE.is_file():
         return USUAL_PLACE
     raise EngineError(
-        f"trtexec: found none on PATH or at {USUAL_PLACE}; it comes with TensorRT's packages, not with pip. --version prints the "
+        f"trtexec: found none on PATH or at {USUAL_PLACE}; it comes with TensorRT's packages, not with pip. --tensorrt_version prints the "
         "line for another machine"
     )
 
@@ -196,7 +196,7 @@ def installed_version(trtexec: Path) -> Version:
     match = re.search(r"\[TensorRT v(\d+)\]", result.stdout + result.stderr)
     if match is None:
         raise EngineError(
-            f"{trtexec}: expected '[TensorRT v...]' in its output, found none; name it with --version"
+            f"{trtexec}: expected '[TensorRT v...]' in its output, found none; name it with --tensorrt_version"
         )
     return parse_banner(int(match[1]))
 

@@ -61,6 +61,20 @@ EXPECTED_WARNINGS = re.compile(r"Converting conv (weight|activation) scales to f
 MAX_PARSER_ERRORS = 5
 
 
+def check_batch(model: onnx.ModelProto, options: BuildOptions) -> None:
+    """Find out before calibration whether the engine can take the batch sizes that are asked for.
+
+    Raises:
+        GraphError: the ONNX file has a fixed batch, and another one is asked for.
+    """
+    fixed = next((v.type.tensor_type.shape.dim[0].dim_value for v in model.graph.input if v.type.tensor_type.shape.dim), 0)  # fmt: skip
+    if fixed and options.batch not in (None, BatchRange(fixed, fixed, fixed)):
+        raise GraphError(
+            f"--batch_size {options.batch}: the ONNX file has a fixed batch of {fixed}; "
+            f"use --batch_size {fixed}, or convert it with a dynamic batch (create_onnx.py without --input_shape)"
+        )
+
+
 def choose_size(preprocessing: Preprocessing, size: SizeRange | None) -> Preprocessing:
     """The input of an engine, of all that the model takes: the sizes asked for, or the one that the model names.
 
@@ -70,7 +84,7 @@ def choose_size(preprocessing: Preprocessing, size: SizeRange | None) -> Preproc
     if size is None:
         if preprocessing.size_range:
             logger.info(
-                "the engine takes input of %dx%d (height x width), the ONNX file other sizes too: --input_size MIN,OPT,MAX",
+                "the engine takes input of %dx%d (height x width), the ONNX file other sizes too: --size MIN:OPT:MAX",
                 *preprocessing.size_hw,
             )
         return preprocessing.at(preprocessing.size_hw)
@@ -82,7 +96,7 @@ def choose_size(preprocessing: Preprocessing, size: SizeRange | None) -> Preproc
             if preprocessing.size_range
             else "; convert it with a free size, create_onnx.py --input_shape N,-1,-1,3"
         )
-        raise ValueError(f"--input_size: {error}{hint}") from error
+        raise ValueError(f"--size: {error}{hint}") from error
     if size.min == size.max:
         return fixed[1]
     return dataclasses.replace(preprocessing, size_hw=size.opt, size_range=(size.min, size.max))

@@ -46,11 +46,6 @@ def _set_profile(
     batch = options.batch or BatchRange(1, 1, 1)
     if size > 0:
         batch = BatchRange(size, size, size)
-        if options.batch not in (None, batch):
-            raise GraphError(
-                f"--batch_size {options.batch}: the ONNX file has a fixed batch of {size}; "
-                f"use --batch_size {size}, or convert it with a dynamic batch (create_onnx.py without --input_shape)"
-            )
         if not free:
             return batch
     images = preprocessing.image_shapes if preprocessing and free else (rest, rest, rest)

@@ -8,7 +8,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from trtdet.images.options import SIZE_FORM, parse_size
 from trtdet.precision.options import Precision, Rest
+
+#: More than the memory of any GPU: who asks for so much counts in MiB, as trtexec does.
+MANY_GIB = 512
 
 # --- options ----------------------------------------------------------------------------------------------------------------
 
@@ -80,39 +84,39 @@ class BuildOptions:
 
 
 def parse_batch(text: str) -> BatchRange:
-    """argparse type: "8" or "1,4,8"."""
+    """argparse type: "8", "1:4:8" or "1,4,8"."""
     try:
-        sizes = [int(part) for part in text.split(",")]
+        sizes = [int(part) for part in three_parts(text)]
         return BatchRange(*(sizes * 3 if len(sizes) == 1 else sizes))
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(
-            f"expected N or MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, got {text!r}"
+            f"expected N or MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, got {text!r}"
         ) from error
 
 
 def parse_batch_range(text: str) -> BatchRange:
-    """argparse type: "1,4,8"."""
-    if text.count(",") != 2:
+    """argparse type: "1,4,8" or "1:4:8"."""
+    if len(three_parts(text)) != 3:
         raise argparse.ArgumentTypeError(f"expected MIN,OPT,MAX, got {text!r}")
     return parse_batch(text)
 
 
+def three_parts(text: str) -> list[str]:
+    """MIN, OPT and MAX of "MIN:OPT:MAX" or, where there are exactly three, "MIN,OPT,MAX"; else the one value that it is."""
+    if ":" in text:
+        return text.split(":")
+    return text.split(",") if text.count(",") == 2 else [text]
+
+
 def parse_sizes(text: str) -> SizeRange:
-    """argparse type: "640", "480x640", "320,640,1280" or "320x416,640x640,1280x1280"; height before width."""
+    """argparse type: a size, "320:640:1280" or "320x416:640:1280,1280"; of exactly three parts "320,640,1280" too."""
     try:
-        sizes = [_size_hw(part) for part in text.split(",")]
+        sizes = [parse_size(part) for part in three_parts(text)]
         return SizeRange(*(sizes * 3 if len(sizes) == 1 else sizes))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(
-            f"expected SIZE or MIN,OPT,MAX with MIN <= OPT <= MAX, each a number or HEIGHTxWIDTH, got {text!r}"
+            f"expected SIZE or MIN:OPT:MAX with MIN <= OPT <= MAX, a size being {SIZE_FORM}, got {text!r}"
         ) from error
-
-
-def _size_hw(text: str) -> tuple[int, int]:
-    """ "640" -> (640, 640), "480x640" -> (480, 640)"""
-    sides = [int(side) for side in text.split("x")]
-    height, width = sides * 2 if len(sides) == 1 else sides
-    return height, width
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -128,6 +132,10 @@ def parse_gib(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0.0 < value <= 1 << 20:  # TensorRT takes bytes in 64 bits
+    if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a size in GiB above 0, got {text!r}")
+    if value >= MANY_GIB:
+        raise argparse.ArgumentTypeError(
+            f"{text} GiB is more than any GPU has; did you mean MiB? {text} MiB is --workspace {value / 1024:g}"
+        )
     return value

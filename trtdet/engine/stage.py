@@ -102,6 +102,7 @@ def build_file(
     support.check_options(flavor, options)
     logger.info("%s", flavor)
     model, spec = load_model(onnx_path)
+    build.check_batch(model, options)
     size = build.choose_size(spec.preprocessing, options.size)
     spec = spec.replace(preprocessing=size)
     prepared = prepare(

@@ -148,7 +148,7 @@ def read_export(source: Source, hints: Hints) -> Export:
     if height is None or width is None:
         if hints.size_hw is None:
             raise GraphError(
-                f"{source.path}: its input takes any size; name the one that it shall have: --input_size HEIGHT,WIDTH"
+                f"{source.path}: its input takes any size; name the one that it shall have: --size H,W"
             )
         height, width = hints.size_hw
     mask = masks[0] if masks else ""

@@ -286,7 +286,7 @@ def _size(graph: SourceGraph, metadata: Metadata, hints: Hints) -> tuple[int, in
     size_hw = _declared_size(graph) or hints.size_hw or metadata.size_hw
     if size_hw is None:
         raise GraphError(
-            "yolo: expected an input of fixed size, or 'imgsz' in the metadata, found neither; give --input_size HEIGHT,WIDTH"
+            "yolo: expected an input of fixed size, or 'imgsz' in the metadata, found neither; give --size H,W"
         )
     return size_hw
 

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find and decode image files."""
 
+import glob
 import io
+import logging
 import os
+import re
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import cv2
 import numpy as np
@@ -13,50 +18,110 @@ from PIL import ExifTags, Image, ImageOps
 
 ImageArray = NDArray[np.uint8]  # (h, w, 3) RGB
 
+#: Where images are: a file, a folder or a glob, or several of them.
+Sources: TypeAlias = Path | Sequence[Path]
+Item = TypeVar("Item")
+
+GLOB = re.compile(r"[*?\[]")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+logger = logging.getLogger(__name__)
 
 
 # ---- files -> pixels
 
 
-def find_images(path: Path, *, recursive: bool = False, option: str = "--input") -> list[Path]:
-    """The image files of a directory, sorted; or the one file that `path` is.
+def find_images(
+    sources: Sources,
+    *,
+    recursive: bool = False,
+    num_images: int | None = None,
+    option: str = "--input",
+) -> list[Path]:
+    """The image files among `sources`, each once: sorted within a folder, else in the order given.
 
     Hidden files and folders (a leading dot) are left out: macOS leaves `._photo.jpg` files that are not images.
 
     Args:
-        option: the one that named `path`, for messages.
+        sources: files, folders and globs.
+        num_images: at most so many of them, evenly spread.
+        option: the one that named `sources`, for messages.
 
     Raises:
-        FileNotFoundError: nothing at `path`.
+        FileNotFoundError: nothing at one of `sources`.
         ValueError: no image there; says what was looked for.
     """
-    path = Path(path)
     kinds = " ".join(suffix[1:] for suffix in SUFFIXES)
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{option}: expected an image ({kinds}), found {path}")
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{option}: expected an image or a directory of images, found nothing at {path}"
-        )
-    found = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
-        found += [
-            Path(folder, name)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
+    paths = expand(sources, option)
+    found: list[Path] = []
+    others: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(_images_in(path, recursive=recursive))
+        elif path.suffix.lower() in SUFFIXES:
+            found.append(path)
+        else:
+            others.append(path)
+    if others and (not found or len(paths) == 1):
+        raise ValueError(f"{option}: expected an image ({kinds}), found {others[0]}")
+    if others:
+        logger.warning("%s: %d files are no images (%s): left out", option, len(others), others[0])
     if not found:
         advice = (
             ""
             if recursive or option != "--input"
             else "; sub-folders are searched with --recursive"
         )
-        raise ValueError(f"{option}: expected images ({kinds}) in {path}, found none{advice}")
-    return sorted(found)
+        where = " ".join(map(str, paths))
+        raise ValueError(f"{option}: expected images ({kinds}) in {where}, found none{advice}")
+    return spread(list(dict.fromkeys(found)), num_images)
+
+
+def root_of(sources: Sources) -> Path:
+    """What names of results are relative to: a folder given alone, or the folder that all of several sources are in."""
+    if isinstance(sources, Path) and sources.exists():
+        return sources
+    paths = expand(sources)
+    if len(paths) == 1:
+        return paths[0]
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    if all(folder == folders[0] for folder in folders):
+        return folders[0]
+    absolute = any(folder.is_absolute() for folder in folders)
+    shared = os.path.commonpath([folder.absolute() if absolute else folder for folder in folders])
+    return Path(shared)
+
+
+def spread(items: Sequence[Item], count: int | None) -> list[Item]:
+    """`count` of the items, evenly spread; all of them where there are no more, or for None."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
+
+
+def expand(sources: Sources, option: str = "--input") -> list[Path]:
+    """`sources` with each glob replaced by what it matches. A path that exists is taken as it is, whatever its characters."""
+    paths: list[Path] = []
+    for path in [sources] if isinstance(sources, str | Path) else sources:
+        path = Path(path)
+        found = [path] if path.exists() else []
+        if not found and GLOB.search(str(path)):
+            found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise FileNotFoundError(
+                f"{option}: expected an image or a directory of images, found nothing at {path}"
+            )
+        paths += found
+    return paths
+
+
+def _images_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
+    for inner, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                yield Path(inner, name)
 
 
 def load_image(path: Path) -> ImageArray:

@@ -85,7 +85,7 @@ def choose_input(
         height, width = preprocessing.size_hw
         raise ValueError(
             f"{asked}: the model takes {height}x{width} (height x width) alone; leave it out, or give a model of free size "
-            "(create_onnx.py --input_shape N,-1,-1,3, build_engine.py --input_size MIN,OPT,MAX)"
+            "(create_onnx.py --input_shape N,-1,-1,3, build_engine.py --size MIN:OPT:MAX)"
         )
     if resize and preprocessing.resize != "letterbox":
         raise ValueError(

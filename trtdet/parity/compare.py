@@ -5,12 +5,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet.detections import to_coco_results
-from trtdet.images.files import find_images, load_image
+from trtdet.images.files import Sources, find_images, load_image, root_of, spread
 from trtdet.parity import numbers
 from trtdet.parity.numbers import Comparison, ImageComparison, TensorStatistics
 from trtdet.parity.options import CompareOptions
@@ -30,7 +29,7 @@ TENSORS_AT_ONCE = 32
 def compare(
     reference: Side,
     candidate: Side,
-    source: Path,
+    source: Sources,
     options: CompareOptions,
     annotations: coco.Annotations | None = None,
 ) -> Comparison:
@@ -39,7 +38,7 @@ def compare(
     Raises:
         ValueError: no image could be read, nothing was found in any, or annotations that do not fit: there is nothing to compare.
     """
-    paths = spread(find_images(source, recursive=options.recursive), options.num_images)
+    paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
     ids = annotated_ids(paths, source, annotations, reference, candidate) if annotations else {}
     threshold = score_threshold(options.score_threshold, reference.info.spec, candidate.info.spec)
     found = [detect_all(side, paths) for side in (reference, candidate)]
@@ -74,13 +73,6 @@ def compare(
             "can be compared; give other images, or a lower threshold"
         )
     return result
-
-
-def spread(paths: Sequence[Path], count: int | None) -> list[Path]:
-    """At most `count` of the paths, evenly spread."""
-    if count is None or len(paths) <= count:
-        return list(paths)
-    return [paths[i] for i in np.linspace(0, len(paths) - 1, count).astype(int)]
 
 
 def score_threshold(wanted: float, *specs: ModelSpec) -> float:
@@ -142,7 +134,7 @@ def compare_tensors(
 
 def annotated_ids(
     paths: Sequence[Path],
-    source: Path,
+    source: Sources,
     annotations: coco.Annotations,
     reference: Side,
     candidate: Side,
@@ -152,10 +144,10 @@ def annotated_ids(
     Raises:
         ValueError: there is none, nothing is annotated in them, or the reference can find none of their categories.
     """
-    ids = coco.match_images(annotations, paths, source)
+    ids = coco.match_images(annotations, paths, root_of(source))
     if not ids:
         raise ValueError(
-            f"--annotations: {annotations.path} names none of the {len(paths)} images in {source}; give the images it was made for"
+            f"--annotations: {annotations.path} names none of the {len(paths)} images in {root_of(source)}; give the images it was made for"
         )
     coco.check_objects(annotations, ids.values())
     check_categories(reference.info.spec, annotations)

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, field
 
-from trtdet.run.options import RunOptions
+from trtdet.run.options import MAX_AP_DROP, RunOptions
 
 # ---- limits
 
@@ -28,12 +28,14 @@ class Limits:
     max_box_diff: float = 1.0
     max_angle_diff: float = 0.02
     min_cosine: float = 0.999
-    max_ap_drop: float = 0.01
+    max_ap_drop: float = MAX_AP_DROP
 
 
 #: Images that tensors are compared on: all inner tensors of both models, unoptimised.
 TENSOR_IMAGES = 2
 WORST_IMAGES = 8
+#: Detections from this score on need a partner in the other model.
+MIN_SCORE = 0.1
 
 
 # ---- the comparison
@@ -44,7 +46,7 @@ class CompareOptions:
     """What the command line asks for."""
 
     limits: Limits = field(default_factory=Limits)
-    score_threshold: float = 0.1
+    score_threshold: float = MIN_SCORE
     iou: float = 0.5
     num_images: int | None = None
     tensor_images: int = TENSOR_IMAGES

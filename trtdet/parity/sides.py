@@ -15,11 +15,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trtdet import about, files
+from trtdet import about
 from trtdet.closing import Closing
 from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
-from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import GraphError
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
 from trtdet.families.detr import BOXES
@@ -33,6 +32,7 @@ from trtdet.precision.emulation import emulate
 from trtdet.run.detect import open_batcher, open_model
 from trtdet.run.options import ENGINE_OPTIONS, ONNX_OPTIONS, RunOptions
 from trtdet.runtimes.base import Runtime
+from trtdet.runtimes.kinds import check_engine
 from trtdet.runtimes.open import open_runtime
 from trtdet.sessions import FATAL_ERRORS, open_session
 from trtdet.sources.base import Source, cut_onnx
@@ -352,22 +352,6 @@ def open_converted(path: Path, options: RunOptions) -> Side:
     other = ENGINE_OPTIONS if path.suffix.lower() == ".onnx" else ONNX_OPTIONS
     unset: dict[str, Any] = dict.fromkeys(other)
     return ConvertedSide(path, dataclasses.replace(options, **unset))
-
-
-def check_engine(path: Path) -> None:
-    """Tell an engine from other files by how they begin, before a GPU is looked for; one with its .json is taken for what that says.
-
-    Raises:
-        GraphError: it is a picture, text, an archive, or empty.
-    """
-    if sidecar_path(path).is_file():
-        return
-    with open(path, "rb") as file:
-        what = files.kind_of(file.read(512))
-    if what:
-        raise GraphError(
-            f"{path}: expected a SavedModel (a directory), an ONNX file (.onnx) or an engine of build_engine.py, found {what}"
-        )
 
 
 def find_detections(source: Source, feeds: Mapping[str, NDArray[Any]]) -> str:

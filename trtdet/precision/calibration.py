@@ -79,7 +79,7 @@ def providers(choice: Provider = "auto") -> list[Any]:
     available = sessions.available_providers()
     if choice == "gpu" and GPU_PROVIDER not in available:
         raise EngineError(
-            f"--calib_provider gpu: this ONNX Runtime has {', '.join(available)}, not {GPU_PROVIDER}; pip install onnxruntime-gpu, or "
+            f"--provider cuda: this ONNX Runtime has {', '.join(available)}, not {GPU_PROVIDER}; pip install onnxruntime-gpu, or "
             "leave it out"
         )
     if choice == "cpu" or GPU_PROVIDER not in available:

@@ -2,7 +2,7 @@
 """What output files are called, and how pictures are written."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import files
+from trtdet.images.files import Sources, expand
 
 
 def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
@@ -45,18 +46,43 @@ def with_suffix_added(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to write over the images that are read.
+def check_apart(
+    output: Path, names: Mapping[Path, Path], sources: Sources, *, recursive: bool = False
+) -> None:
+    """Refuse to draw into a folder that images are read from: the next run would read its own drawings.
+
+    Args:
+        names: image -> its output name, relative to `output`.
+        sources: where the images were found.
+        recursive: the folders below `sources` are read too.
 
     Raises:
-        ValueError: names the first image that would be lost.
+        ValueError: names the folder, and another.
     """
-    sources = {path.resolve() for path in inputs}
-    for path in outputs:
-        if path.resolve() in sources:
+    read = {path.parent.resolve() for path in names}
+    searched = {path.resolve() for path in expand(sources) if recursive and path.is_dir()}
+    for folder in {(output / name).parent for name in names.values()}:
+        target = folder.resolve()
+        if target in read or searched.intersection((target, *target.parents)):
             raise ValueError(
-                f"--output: {path} would overwrite an input image; choose another directory"
+                f"--output: images are read from {folder} too, the next run would take the drawings for photographs; "
+                f"choose a folder apart, such as --output {_apart(target, searched or read)}"
             )
+
+
+def left_over(output: Path, names: Iterable[Path]) -> int:
+    """How many TSVs in `output` are of other images than `names`: of an earlier run."""
+    if not output.is_dir():
+        return 0
+    written = {with_suffix_added(output / name, ".tsv") for name in names}
+    return sum(path not in written for path in output.rglob("*.tsv"))
+
+
+def _apart(folder: Path, read: Iterable[Path]) -> Path:
+    """A folder beside the outermost of those that are read and hold `folder`."""
+    holding = [path for path in read if path in (folder, *folder.parents)]
+    outermost = min(holding, key=lambda path: len(path.parts))
+    return outermost.with_name(f"{outermost.name}_out")
 
 
 def write_png(path: Path, image: NDArray[np.uint8]) -> None:

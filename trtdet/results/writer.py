@@ -3,6 +3,7 @@
 
 import json
 import logging
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 
 from trtdet import files
 from trtdet.detections import Detections, to_coco_results, write_tsv
+from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
 from trtdet.results import coco, draw, naming
+from trtdet.results.options import DRAW_THRESHOLD
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ class ResultWriter:
         image_ids: Mapping[Path, int | str],
         labels: Sequence[str],
         tsv_header: bool,
+        draw_threshold: float,
     ) -> None:
         self._output = output
         self._pool = pool
@@ -67,6 +71,10 @@ class ResultWriter:
         self._image_ids = image_ids
         self._labels = labels
         self._tsv_header = tsv_header
+        self._draw_threshold = draw_threshold
+        self._lock = threading.Lock()
+        #: Detections that pictures do not show.
+        self.undrawn = 0
         self._pending: deque[Future[str]] = deque()  # in the order of the images
         self._separator = "["
 
@@ -119,7 +127,15 @@ class ResultWriter:
                 header=self._tsv_header,
             )
             if result.source is not None:
-                picture = draw.draw(result.source, result.detections, self._labels)
+                picture = draw.draw(
+                    result.source,
+                    result.detections,
+                    self._labels,
+                    score_threshold=self._draw_threshold,
+                )
+                shown = len(result.detections.above(self._draw_threshold))
+                with self._lock:
+                    self.undrawn += len(result.detections) - shown
                 naming.write_png(naming.with_suffix_added(name, ".png"), picture)
         except OSError as error:
             self.check_output()  # says it better, where that is the reason
@@ -148,6 +164,15 @@ def naming_json(output: Path) -> Iterator[None]:
         ) from error
 
 
+def write_labels(output: Path, labels: Sequence[str]) -> None:
+    """Leave the class names beside the TSVs, for whoever draws them; none of an earlier run where there are none."""
+    path = output / LABELS_FILE
+    if labels:
+        files.write_text(path, "".join(f"{' '.join(text.split())}\n" for text in labels))
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _close(file: TextIO, *, quietly: bool) -> None:
     """Close a file that a full disk may keep from being written out; `quietly` where that was said already."""
     with suppress(OSError) if quietly else nullcontext():
@@ -163,6 +188,7 @@ def result_writer(
     image_ids: Mapping[Path, int | str],
     labels: Sequence[str] = (),
     tsv_header: bool = False,
+    draw_threshold: float = DRAW_THRESHOLD,
 ) -> Iterator[ResultWriter]:
     """A `ResultWriter`; leaving it waits for every file. detections.json appears only where nothing failed.
 
@@ -172,6 +198,7 @@ def result_writer(
         image_ids: image -> its id in detections.json; images that are missing here are left out there.
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
+        draw_threshold: pictures show detections from this score on.
     """
     threads = available_cores()
     with ExitStack() as resources:
@@ -190,10 +217,12 @@ def result_writer(
             image_ids=image_ids,
             labels=labels,
             tsv_header=tsv_header,
+            draw_threshold=draw_threshold,
         )
         try:
             yield writer
             writer.finish()
+            write_labels(output, labels)
             writer.check_output()
         finally:
             pool.shutdown(cancel_futures=True)

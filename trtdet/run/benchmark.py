@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trtdet import files
 from trtdet.images.batcher import ImageBatcher
-from trtdet.images.files import find_images
+from trtdet.images.files import Sources, find_images
 from trtdet.images.preprocess import choose_input
 from trtdet.machine import describe_machine
 from trtdet.results.writer import ImageResult
@@ -210,7 +210,7 @@ WARMUP = 20
 
 def run_benchmark(
     engine: Path | TritonUrl,
-    source: Path | None,
+    source: Sources | None,
     options: RunOptions,
     *,
     iterations: int,
@@ -225,9 +225,9 @@ def run_benchmark(
             "runtime": runtime.description,
             "input": "images" if source else "noise",
             "options": {
-                field.name: str(value)
+                field.name: _plain(value)
                 for field in fields(options)
-                if (value := getattr(options, field.name)) is not None
+                if (value := getattr(options, field.name)) not in (None, False)
             },
         }
 
@@ -241,13 +241,13 @@ def run_benchmark(
             spec = runtime.spec.replace(preprocessing=preprocessing)
             sample = noise(spec, batch_size, runtime.allocate)
         else:
-            paths = find_images(source, recursive=options.recursive)
+            paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
             with batches_of(1) as batcher:
                 first = next(iter(batcher), None)
                 check_read(batcher, len(first or ()))
                 sample = Sample(first.images if first else np.empty(0))
         measured = measure(runtime, sample, iterations=iterations, warmup=WARMUP)
-        lines = measured.lines()
+        lines = [f"Batch size: {batch_size}", *measured.lines()]
         report |= measured.to_dict()
         if source is not None:
             with batches_of(WARMUP + iterations) as batcher:
@@ -258,6 +258,13 @@ def run_benchmark(
     print("\n".join(lines))
     if json_path:
         files.write_text(json_path, json.dumps(report, indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON has it: paths as text."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def images_per_second(results: Iterator[ImageResult], *, skip: int) -> float:

@@ -12,10 +12,11 @@ from trtdet.detections import decode
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import ImageArray
 from trtdet.images.preprocess import choose_input
-from trtdet.labels import COCO_LABELS, read_labels
+from trtdet.labels import names_of, read_labels
 from trtdet.results.writer import ImageResult, ImageResults
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Runtime, default_batch_size
+from trtdet.runtimes.kinds import check_model
 from trtdet.runtimes.open import open_runtime
 from trtdet.runtimes.options import TritonUrl
 from trtdet.spec import ModelSpec
@@ -29,6 +30,8 @@ def open_model(engine: Path | TritonUrl, options: RunOptions) -> Runtime:
     Raises:
         ValueError: an option that its runtime does not have.
     """
+    if isinstance(engine, Path):
+        check_model(engine)
     runtime = open_runtime(engine, **options.for_runtime(engine))
     logger.info("%s: %s", engine, runtime.description)
     return runtime
@@ -130,10 +133,8 @@ def check_read(batcher: ImageBatcher, count: int) -> None:
         )
 
 
-def pick_labels(labels: str | None, spec: ModelSpec) -> Sequence[str]:
+def pick_labels(labels: Path | str | None, spec: ModelSpec) -> Sequence[str]:
     """Class names from the option, the model, or COCO where the model has its 90 classes."""
     if labels is not None:
         return read_labels(labels, num_classes=spec.num_classes)
-    if spec.labels or spec.num_classes != len(COCO_LABELS):
-        return spec.labels
-    return COCO_LABELS
+    return names_of(spec.labels, spec.num_classes)

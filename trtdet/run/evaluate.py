@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trtdet.detections import to_coco_results
-from trtdet.images.files import find_images
+from trtdet.images.files import Sources, find_images, root_of, spread
 from trtdet.results import coco
 from trtdet.run.detect import (
     check_read,
@@ -58,10 +58,12 @@ class Run:
 
 
 def run_model(
-    engine: Path | TritonUrl, source: Path, annotations: coco.Annotations, options: RunOptions
+    engine: Path | TritonUrl, source: Sources, annotations: coco.Annotations, options: RunOptions
 ) -> Run:
     """Detect in every annotated image of `source`."""
-    image_ids = annotated_images(source, annotations, recursive=options.recursive)
+    image_ids = annotated_images(
+        source, annotations, recursive=options.recursive, num_images=options.num_images
+    )
     with open_model(engine, options) as runtime:
         spec = runtime.spec
         check_categories(spec, annotations)
@@ -101,12 +103,14 @@ def run_model(
 
 
 def read_detections(
-    path: Path, source: Path | None, annotations: coco.Annotations, options: RunOptions
+    path: Path, source: Sources | None, annotations: coco.Annotations, options: RunOptions
 ) -> Run:
     """Detections from a file, of the images in `source` or else of all that are annotated."""
     image_ids: Collection[int] = annotations.image_ids.values()
     if source is not None:
-        image_ids = annotated_images(source, annotations, recursive=options.recursive).values()
+        image_ids = annotated_images(
+            source, annotations, recursive=options.recursive, num_images=options.num_images
+        ).values()
     results = coco.read_results(path, annotations)
     wanted = set(image_ids)
     strangers = {result["image_id"] for result in results} - wanted
@@ -123,6 +127,22 @@ def read_detections(
             len(strangers),
             some(strangers),
         )
+    lowest = min((result["score"] for result in kept), default=0.0)
+    if lowest > HIGH_SCORE_THRESHOLD:
+        logger.warning(
+            "%s has no detection below a score of %g, so AP comes out too low; detect without --score_threshold, with a model converted with "
+            "create_onnx.py --score_threshold 0.001",
+            path,
+            lowest,
+        )
+    without = len(wanted - {result["image_id"] for result in kept})
+    if without > len(wanted) / 2:
+        logger.warning(
+            "%s has no detections for %d of %d images, all their objects count as missed; --input names the images it was made of",
+            path,
+            without,
+            len(wanted),
+        )
     if coco.ids_differ_from_names(annotations):
         logger.warning(
             "the annotated files are named by numbers that are not their image ids; if infer.py wrote %s without --annotations, "
@@ -133,26 +153,31 @@ def read_detections(
 
 
 def annotated_images(
-    source: Path, annotations: coco.Annotations, *, recursive: bool
+    source: Sources,
+    annotations: coco.Annotations,
+    *,
+    recursive: bool,
+    num_images: int | None = None,
 ) -> dict[Path, int]:
-    """The images of `source` that are annotated, with their ids.
+    """The images of `source` that are annotated, with their ids; at most `num_images` of them, evenly spread.
 
     Raises:
         ValueError: there is none.
     """
     paths = find_images(source, recursive=recursive)
-    image_ids = coco.match_images(annotations, paths, source)
+    root = root_of(source)
+    image_ids = coco.match_images(annotations, paths, root)
     if not image_ids:
         raise ValueError(
-            f"--annotations: {annotations.path} names none of the {len(paths)} images in {source} (first: {paths[0].name}; "
+            f"--annotations: {annotations.path} names none of the {len(paths)} images in {root} (first: {paths[0].name}; "
             f"annotated: {some(annotations.image_ids)}); give the images it was made for"
         )
     missing = len(annotations.image_ids) - len(image_ids)
     if missing:
-        logger.warning("%d annotated images are not in %s: not evaluated", missing, source)
+        logger.warning("%d annotated images are not in %s: not evaluated", missing, root)
     if len(paths) > len(image_ids):
         logger.warning("%d images have no annotations: not run", len(paths) - len(image_ids))
-    return image_ids
+    return {path: image_ids[path] for path in spread(list(image_ids), num_images)}
 
 
 def check_categories(spec: ModelSpec, annotations: coco.Annotations) -> None:

@@ -10,7 +10,11 @@ from typing import Any, Literal
 from trtdet.images.options import Resample
 from trtdet.runtimes.options import TritonUrl
 
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+#: What ONNX Runtime runs on.
+PROVIDERS = ("auto", "tensorrt", "cuda", "cpu")
+
+#: By how much AP may fall in another precision.
+MAX_AP_DROP = 0.005
 
 #: Options that only one of the runtimes has, by their names there -> what they are called here.
 ONNX_OPTIONS = {"provider": "--provider", "threads": "--threads"}
@@ -27,11 +31,11 @@ TRITON_OPTIONS = {
     "timeout": "--timeout",
     "shared_memory": "--no_shared_memory",
 }
-#: What --engine or --triton is taken for -> in general, and its options.
+#: What --model is taken for -> in general, and its options.
 RUNTIME_OPTIONS = {
     "an engine": ("engines", ENGINE_OPTIONS),
     "an ONNX file": ("ONNX files (.onnx)", ONNX_OPTIONS),
-    "a server": ("--triton", TRITON_OPTIONS),
+    "a server": ("models on a server", TRITON_OPTIONS),
 }
 
 
@@ -41,6 +45,7 @@ class RunOptions:
 
     score_threshold: float | None = None
     recursive: bool = False
+    num_images: int | None = None
     batch_size: int | None = None
     size: tuple[int, int] | None = None
     resize: int | None = None
@@ -101,7 +106,7 @@ class TuneOptions:
         threads: of ONNX Runtime; None: one per core.
     """
 
-    max_drop: float = 0.005
+    max_drop: float = MAX_AP_DROP
     metric: str = "AP"
     views: int | None = None
     noise_images: int = NOISE_IMAGES

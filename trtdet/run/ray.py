@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from trtdet import files
 from trtdet.engine.sidecar import read_spec
-from trtdet.images.files import find_images
+from trtdet.images.files import Sources, find_images, root_of
 from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
 from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
@@ -49,13 +49,13 @@ class PathDetector:
 
 def run_on_ray(
     engine: Path,
-    source: Path,
+    source: Sources,
     output: Path,
     options: RunOptions,
     *,
     address: str,
     workers: int | None = None,
-    labels: str | None = None,
+    labels: Path | str | None = None,
     annotations: Path | None = None,
     tsv_header: bool = False,
 ) -> int:
@@ -68,8 +68,9 @@ def run_on_ray(
     if annotations:
         files.check_input(annotations, *ANNOTATIONS)
     spec = read_spec(engine)
-    paths = find_images(source, recursive=options.recursive)
-    image_ids = pick_image_ids(paths, source, annotations)
+    paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
+    root = root_of(source)
+    image_ids = pick_image_ids(paths, root, annotations)
     texts = pick_labels(labels, spec)
     options = dataclasses.replace(options, score_threshold=check_score_threshold(options.score_threshold, spec))  # fmt: skip
     by_absolute = {path.absolute(): path for path in paths}
@@ -82,7 +83,7 @@ def run_on_ray(
         result_writer(
             output,
             spec,
-            names=dict(zip(paths, naming.output_names(paths, source), strict=True)),
+            names=dict(zip(paths, naming.output_names(paths, root), strict=True)),
             image_ids=image_ids,
             labels=texts,
             tsv_header=tsv_header,

@@ -143,10 +143,10 @@ class Tuner:
         drop, error = self.drop(kept)
         fits = drop <= self.options.max_drop + 1e-9
         logger.info(
-            "%s: %.4f (+- %.4f) below float32, %s",
+            "%s: %.4f%s below float32, %s",
             f"{len(kept)} in FP16" if kept else "all in INT8",
             drop,
-            error,
+            f" (+- {error:.4f})" if self.views > 1 else "",
             "good" if fits else "not enough",
         )
         return fits

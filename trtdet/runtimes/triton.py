@@ -232,7 +232,7 @@ class TritonRuntime(Runtime):
         except _failures() as error:
             problem = _Problem.of(error, self.url, limit)
             raise EngineError(
-                f"--triton: no Triton server answers at {self.url.scheme}://{self.url.address} ({problem.message}); "
+                f"--model: no Triton server answers at {self.url.scheme}://{self.url.address} ({problem.message}); "
                 "start it, or correct the address"
             ) from error
         try:
@@ -246,7 +246,7 @@ class TritonRuntime(Runtime):
             message = _Problem.of(error, self.url, limit).message
         there = await asyncio.wait_for(self._models(), limit)
         raise EngineError(
-            f"--triton: expected a model '{'/'.join(filter(None, model))}' that is ready at {self.url.scheme}://{self.url.address} "
+            f"--model: expected a model '{'/'.join(filter(None, model))}' that is ready at {self.url.scheme}://{self.url.address} "
             f"({message}), found {', '.join(there) or 'none'}; correct the name, or see the server's log"
         )
 
@@ -369,7 +369,7 @@ def _aio_module(url: TritonUrl) -> Any:
         RuntimeError,
     ) as error:  # RuntimeError: without the packages of the protocol
         raise EngineError(
-            f"--triton needs tritonclient ({error}); pip install -r requirements-triton.txt"
+            f"--model {url}: needs tritonclient ({error}); pip install -r requirements-triton.txt"
         ) from error
     return module
 

@@ -148,7 +148,7 @@ def _import_tensorflow() -> Any:
     except ImportError as error:
         raise GraphError(
             f"reading a SavedModel needs TensorFlow and tf2onnx ({error}): pip install -r requirements-tensorflow.txt, "
-            "or convert from ONNX with --source_onnx"
+            "or take the ONNX file of the model: create_onnx.py --source_onnx"
         ) from error
     tf.get_logger().setLevel(logging.ERROR)
     return tf

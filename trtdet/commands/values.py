@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of values on the command line: argparse calls them, and prints what they raise."""
+
+import argparse
+from pathlib import Path
+
+from trtdet.runtimes.options import TritonUrl, parse_url
+
+
+def unit_interval(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def positive_unit_interval(text: str) -> float:
+    """argparse type: a number above 0, up to 1."""
+    value = unit_interval(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, up to 1, got {text!r}")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def non_negative(text: str) -> float:
+    """argparse type: a number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def parse_model(text: str) -> Path | TritonUrl:
+    """argparse type: a file, or a URL with its scheme."""
+    return parse_url(text) if "://" in text else Path(text)
+
+
+def parse_page(text: str) -> Path:
+    """argparse type: the name of an HTML file."""
+    return _with_suffix(text, (".html", ".htm"))
+
+
+def parse_plot(text: str) -> Path:
+    """argparse type: the name of a picture that matplotlib can write."""
+    return _with_suffix(text, (".png", ".svg", ".pdf"))
+
+
+def _with_suffix(text: str, suffixes: tuple[str, ...]) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in suffixes:
+        expected = " or ".join(suffixes)
+        raise argparse.ArgumentTypeError(f"expected a name that ends in {expected}, got {text}")
+    return path

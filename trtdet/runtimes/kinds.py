@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a file is that is named as a model, before anything is loaded."""
+
+from pathlib import Path
+
+from trtdet import files
+from trtdet.engine.sidecar import sidecar_path
+from trtdet.errors import GraphError
+
+#: Suffixes of models as they are trained -> how they get here.
+AS_TRAINED = {
+    ".pb": "a TensorFlow graph; convert the SavedModel folder that it is of: create_onnx.py --saved_model DIR",
+    **dict.fromkeys((".pt", ".pth"), "a PyTorch model; export it to ONNX, then convert that: create_onnx.py --source_onnx FILE"),
+    **dict.fromkeys((".h5", ".hdf5", ".keras"), "a Keras model; export it as SavedModel, then convert that: create_onnx.py --saved_model DIR"),
+    ".tflite": "a TensorFlow Lite model; convert the SavedModel that it was made of: create_onnx.py --saved_model DIR",
+    ".json": "a JSON file; name the engine that it stands beside",
+}  # fmt: skip
+
+
+def check_model(path: Path, option: str = "--model") -> None:
+    """Tell an engine or an ONNX file from what is given in its place.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        GraphError: a SavedModel, another kind of model, or no model at all; says what to do with it.
+    """
+    if path.is_dir():
+        if (path / "saved_model.pb").is_file():
+            raise GraphError(
+                f"{option}: expected an engine or an ONNX file, {path} is a SavedModel; convert it: "
+                f"create_onnx.py --saved_model {path} --onnx {path.name}.onnx"
+            )
+        raise GraphError(f"{option}: expected an engine or an ONNX file, found a folder at {path}")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{option}: expected an engine or an ONNX file, found nothing at {path}"
+        )
+    suffix = path.suffix.lower()
+    if suffix in AS_TRAINED:
+        raise GraphError(
+            f"{option}: expected an engine or an ONNX file, {path} is {AS_TRAINED[suffix]}"
+        )
+    if suffix != ".onnx":
+        check_engine(path)
+
+
+def check_engine(path: Path) -> None:
+    """Tell an engine from other files by how they begin, before a GPU is looked for; one with its .json is taken for what that says.
+
+    Raises:
+        GraphError: it is a picture, text, an archive, an ONNX file, or empty.
+    """
+    if sidecar_path(path).is_file():
+        return
+    with open(path, "rb") as file:
+        what = files.kind_of(file.read(512))
+    if what:
+        raise GraphError(
+            f"{path}: expected a SavedModel (a directory), an ONNX file (.onnx) or an engine of build_engine.py, found {what}"
+        )
