@@ -8,12 +8,12 @@ trtdet infer --engine d0.engine --input photos --output found
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from trtdet.about import __version__
+from trtdet.commands import cli
 
 #: Stage -> what it does. Each is a module of this package, imported when it is called.
 STAGES = {
@@ -29,23 +29,24 @@ STAGES = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.ArgumentParser:
     stages = "\n".join(f"  {name:<16}{text}" for name, text in STAGES.items())
-    made = argparse.ArgumentParser(
+    made = cli.ArgumentParser(
         prog="trtdet",
         description=f"{__doc__}\nstages:\n{stages}\n\ntrtdet STAGE --help shows the options of a stage.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="trtdet [-h] [--version] STAGE ...",
-        allow_abbrev=False,
     )
-    made.add_argument("--version", action="version", version=f"trtdet {__version__}")
-    made.add_argument("stage", choices=STAGES, metavar="STAGE", help=argparse.SUPPRESS)
+    made.add_argument("stage", metavar="STAGE", help="one of the above")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    stage = parser().parse_args(words[:1]).stage
+    entry = parser()
+    stage = entry.parse_args(words[:1]).stage
+    if stage not in STAGES:
+        near = difflib.get_close_matches(stage, STAGES, 1)
+        advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(STAGES)}"
+        entry.error(f"unknown stage {stage}: {advice}")
     sys.argv = [f"trtdet {stage}", *words[1:]]  # argparse takes the name for usage from here
     status: int = import_module(f"trtdet.commands.{stage}").main(words[1:])
     return status
