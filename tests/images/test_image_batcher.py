@@ -695,6 +695,7 @@ def test_an_engine_says_it_in_its_sidecar(tmp_path: Path) -> None:
     info = EngineInfo(spec, "tensorrt", "10.13.3.9", "fp16", BatchRange(1, 1, 1))
     write_engine(tmp_path / "a.engine", b"plan", info)
     assert read_preprocessing(tmp_path / "a.engine") == SMALL
+    (tmp_path / "b.engine").write_bytes(b"ftrt\0plan")
     with pytest.raises(FileNotFoundError, match=r"b\.engine\.json; --size"):
         read_preprocessing(tmp_path / "b.engine")
 

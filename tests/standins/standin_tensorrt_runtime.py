@@ -4,7 +4,7 @@
 It exists because an engine runs only where its exact TensorRT and GPU are. Calls that TensorRT refuses are refused as it does
 (False, with an error in the logger); calls after which TensorRT's behaviour is undefined raise `Violation`.
 
-Its engine files are JSON; `write_engine` makes them.
+Its engine files are JSON behind the first bytes of a plan; `write_engine` makes them.
 """
 
 import json
@@ -63,6 +63,10 @@ class Logger(ILogger):
         pass
 
 
+#: How TensorRT's plans begin: what is not taken for a text file.
+PLAN_MAGIC = b"ftrt\0"
+
+
 def write_engine(
     path: Path,
     *,
@@ -109,7 +113,7 @@ def write_engine(
         "host_code": host_code,
         "output_names": output_names or {},
     }
-    path.write_text(json.dumps(plan), encoding="utf-8")
+    path.write_bytes(PLAN_MAGIC + json.dumps(plan).encode())
     return path
 
 
@@ -288,7 +292,7 @@ class Runtime:
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
         try:
-            plan = json.loads(bytes(serialized_engine))
+            plan = json.loads(bytes(serialized_engine).removeprefix(PLAN_MAGIC))
         except ValueError:
             self.logger.log(Severity.ERROR, "IRuntime: magic tag does not match")
             return None

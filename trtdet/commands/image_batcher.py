@@ -129,7 +129,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-
     args = parse_args(argv)
     setup_logging(args.verbose)
 
@@ -138,7 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trtdet.images.preprocess import IMAGENET_MEAN, choose_input
         from trtdet.results.naming import check_apart, output_names
 
-        preprocessing, resize = Preprocessing(args.size, pad_rgb=IMAGENET_MEAN), None
         if args.model:
             preprocessing, resize = choose_input(
                 read_preprocessing(args.model),
@@ -146,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 resize=args.resize,
                 max_size=args.max_size,
             )
+        else:
+            preprocessing, resize = Preprocessing(args.size, pad_rgb=IMAGENET_MEAN), None
         images = find_images(args.input, recursive=args.recursive, num_images=args.num_images)
         root = root_of(args.input)
         names = dict(zip(images, output_names(images, root), strict=True))
