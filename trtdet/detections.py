@@ -84,7 +84,7 @@ def decode(
     height, width = size_hw or spec.preprocessing.size_hw
     results = []
     for row, transform in enumerate(transforms):
-        # The plugin fills free slots with scores of 0 where its threshold is below 0.007: trtdet.nms_reference.
+        # The plugin fills free slots with scores of 0 where its threshold is below 0.007: trtdet.nms.reference.
         keep = np.flatnonzero(outputs["detection_scores"][row, : int(counts[row])] > 0)
         rows = outputs["detection_boxes"][row, keep].astype(np.float32)
         boxes, angles = rows[:, :4], rows[:, 4] if rows.shape[1] > 4 else None

@@ -141,7 +141,7 @@ def head_sizes(types: Types, boxes: str, scores: str, values: int = 4) -> tuple[
 
 
 def decode_boxes(build: Builder, boxes: str, anchors: str | None, box_coding: int) -> str:
-    """`trtdet.nms_reference.decode_boxes` in the graph: boxes (..., 4) to corners, the same operations in the same order."""
+    """`trtdet.nms.reference.decode_boxes` in the graph: boxes (..., 4) to corners, the same operations in the same order."""
     if box_coding == 0:
         if anchors is None:
             return boxes

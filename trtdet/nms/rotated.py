@@ -4,7 +4,7 @@
     boxes, scores  ->  the best candidates  ->  overlap of every pair  ->  suppression rounds  ->  the four outputs
 
 There is no TensorRT plugin for it, so this is what stands in the file, and it runs everywhere. Candidates, rounds and their limits are those
-of the form "graph" in `trtdet.nms_lowering.lower`; only the overlap differs. It computes `trtdet.rotated_reference.reference`.
+of the form "graph" in `trtdet.nms.lowering.lower`; only the overlap differs. It computes `trtdet.nms.rotated_reference.reference`.
 
 The shared area of two rectangles A and B, with no polygon of varying length. Take B's frame, in which B is |x| <= a, |y| <= b, and let
 clamp(x) be x limited to -a..a. Its derivative is 1 inside and 0 outside, so by Green's theorem
@@ -61,7 +61,7 @@ def insert_rotated_nms(
         scores: [N, A, C] float32, logits if `nms.score_activation`.
         mode: overlap of the true rectangles, that of ODTK's kernel, or that of Ultralytics: `trtdet.nms.rotated_reference`.
         candidates: (anchor, class) pairs of an image that are looked at.
-        rounds: of suppression, see `trtdet.nms_lowering.lower`; "probiou" has one.
+        rounds: of suppression, see `trtdet.nms.lowering.lower`; "probiou" has one.
 
     Raises:
         GraphError: heads that are missing, of another type or shape.
@@ -264,7 +264,7 @@ def _shared_area_odtk(build: Builder, box: _Box, rows: str) -> str:
 
 
 def _iou_gaussian(build: Builder, box: _Box) -> str:
-    """[N, count, count]: `trtdet.rotated_reference.iou_gaussian` of every pair.
+    """[N, count, count]: `trtdet.nms.rotated_reference.iou_gaussian` of every pair.
 
     With variances a and c of a box along its width and height, the angle t between two boxes, and their centres apart by (u, v) in the
     frame of either, the determinant of the sum of the covariances S is

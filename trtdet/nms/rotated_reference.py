@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NMS of turned boxes in NumPy: what `trtdet.rotated_nms` has to equal. Polygons are clipped edge by edge, in float64.
+"""NMS of turned boxes in NumPy: what `trtdet.nms.rotated` has to equal. Polygons are clipped edge by edge, in float64.
 
 Three overlaps are known. "exact" is the intersection over union of the two rectangles. "odtk" is what ODTK's kernel computes, so that a
 user can reproduce its numbers. Source: NVIDIA/retinanet-examples csrc/cuda/nms_iou.cu (nms_rotate_kernel, its facts): BOTH boxes are
@@ -35,7 +35,7 @@ def reference(
     mode: RotatedMode = "exact",
     candidates: int = ROTATED_CANDIDATES,
 ) -> dict[str, NDArray[np.float32] | NDArray[np.int32]]:
-    """Threshold, sort and suppress. Scores, order and suppression are those of `trtdet.nms_reference.reference`.
+    """Threshold, sort and suppress. Scores, order and suppression are those of `trtdet.nms.reference.reference`.
 
     Args:
         boxes: (N, A, 5) x1 y1 x2 y2 of the unturned box, angle; or (N, A, 6), the length of the raw (sin, cos) behind them.
@@ -71,7 +71,7 @@ def reference(
 def unrivalled(
     class_ids: NDArray[np.int64], nms: Nms, overlap: Callable[[int], FloatArray]
 ) -> list[int]:
-    """As `trtdet.nms_reference.greedy`, but that suppressed boxes suppress too."""
+    """As `trtdet.nms.reference.greedy`, but that suppressed boxes suppress too."""
     alive = np.ones(len(class_ids), bool)
     for i in range(len(class_ids)):
         rivals = overlap(i) >= np.float32(nms.iou_threshold)
