@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
+import PIL.Image
 import pytest
+import toy_network
 from conftest import EXAMPLES
 
 import trtdet
@@ -163,8 +166,43 @@ def test_convert_and_build_are_the_stages(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "api.engine.json").read_text())["engine_sha256"] == built.info.engine_sha256  # fmt: skip
 
 
+def test_calls_use_the_same_memory(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pinned, or shared with a server, is made once, whatever the number of calls."""
+    with trtdet.load(tiny_onnx, provider="cpu", threads=1, batch_size=2) as model:
+        made: list[tuple[int, ...]] = []
+        allocate = model._runtime.allocate
+
+        def counted(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+            made.append(shape)
+            return allocate(shape, dtype)
+
+        monkeypatch.setattr(model._buffers, "_allocate", counted)
+        first = model(PHOTOS[:5])
+        count = len(made)
+        for _ in range(10):
+            again = model(PHOTOS[:5])
+        assert len(made) == count <= 5
+        for one, other in zip(first, again, strict=True):
+            np.testing.assert_array_equal(one.boxes_xyxy, other.boxes_xyxy)
+
+
+def test_images_of_a_dynamic_size_keep_their_own_scale(tmp_path: Path) -> None:
+    """With resize each batch gets the input that holds its images, for files and arrays."""
+    path = tmp_path / "any.onnx"
+    onnx.save(toy_network.free_network(), path)
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    PIL.Image.fromarray(image).save(tmp_path / "a.png")
+    with trtdet.load(path, provider="cpu", resize=32, max_size=64) as model:
+        from_file, from_array = model([tmp_path / "a.png", image])
+    assert from_file.to_tsv() == from_array.to_tsv()
+
+
 def test_an_unknown_option_is_an_error(tiny_onnx: Path) -> None:
     with pytest.raises(TypeError, match="treshold"):
         trtdet.load(tiny_onnx, treshold=0.3)
     with pytest.raises(TypeError, match="treshold"):
         trtdet.convert(tiny_onnx, "x.onnx", treshold=0.3)
+    with pytest.raises(TypeError, match="num_images"):
+        trtdet.load(tiny_onnx, num_images=1)
+    with pytest.raises(TypeError, match="hints"):
+        trtdet.convert(tiny_onnx, "x.onnx", hints=None)

@@ -11,7 +11,7 @@ with trtdet.load("d0.onnx") as model:
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,10 @@ from trtdet.conversion.stage import Conversion, convert_file
 from trtdet.engine.options import BuildOptions
 from trtdet.engine.stage import EngineBuild, build_file
 from trtdet.families.base import Hints
-from trtdet.images.files import ImageArray, load_image
+from trtdet.images.batcher import Allocate
+from trtdet.images.files import ImageArray, image_size, load_image
 from trtdet.labels import label_of
+from trtdet.machine import available_cores
 from trtdet.precision.options import Int8Options
 from trtdet.results.draw import draw
 from trtdet.run.detect import check_score_threshold, detect, open_batcher, open_model, pick_labels
@@ -78,10 +80,9 @@ class Detections(results.Detections):
         """The text of infer.py's TSV file: xmin ymin xmax ymax score class, and the angle of rotated boxes.
 
         Args:
-            header: begin with the column names, and add a column of labels.
+            header: begin with the column names, and add a column of labels where the model has names.
         """
-        labels = [label_of(self.class_names, i) for i in range(max(self.class_ids, default=-1) + 1)]
-        return results.tsv_text(self, labels=labels if header else (), header=header)
+        return results.tsv_text(self, labels=self.class_names if header else (), header=header)
 
     def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
         """COCO's results format, one dict per detection: bbox is x, y, width, height in source pixels.
@@ -132,6 +133,28 @@ def _with_model(
     )
 
 
+class _Buffers:
+    """Memory for batches that is kept from one call to the next: the runtime's, which may be pinned, or shared with a server."""
+
+    def __init__(self, allocate: Allocate) -> None:
+        self._allocate = allocate
+        self._free: dict[tuple[tuple[int, ...], str], list[NDArray[Any]]] = {}
+        self._taken: list[tuple[tuple[tuple[int, ...], str], NDArray[Any]]] = []
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        key = (shape, np.dtype(dtype).str)
+        free = self._free.get(key)
+        buffer = free.pop() if free else self._allocate(shape, dtype)
+        self._taken.append((key, buffer))
+        return buffer
+
+    def give_back(self) -> None:
+        """All that was taken: nothing reads it any more."""
+        while self._taken:
+            key, buffer = self._taken.pop()
+            self._free.setdefault(key, []).append(buffer)
+
+
 class Model(Closing):
     """A detector that is loaded and ready. Made by `load`; use it in a `with` block, or close it.
 
@@ -148,6 +171,7 @@ class Model(Closing):
         self._options = options
         self._runtime = open_model(model, options)
         self._lock = threading.Lock()
+        self._buffers = _Buffers(self._runtime.allocate)
         self.spec = self._runtime.spec
         try:
             self.class_names = tuple(pick_labels(labels, self.spec))
@@ -197,20 +221,39 @@ class Model(Closing):
             source = sources[name]
             return load_image(Path(source)) if isinstance(source, (str, Path)) else source
 
+        def size(name: Path) -> tuple[int, int] | None:
+            source = sources[name]
+            if isinstance(source, (str, Path)):
+                return image_size(Path(source))
+            return source.shape[0], source.shape[1]
+
         if not sources:
             return []
-        with (
-            open_batcher(self._runtime, list(sources), self._options, load=load) as batcher,
-            closing(detect(self._runtime, batcher, score_threshold=threshold)) as images,
-        ):
-            found = [_with_model(i.detections, self.spec, self.class_names) for i in images]
+        workers = min(self._options.workers or available_cores(), len(sources))
+        options = dataclasses.replace(self._options, workers=workers)
+        try:
+            with (
+                open_batcher(
+                    self._runtime,
+                    list(sources),
+                    options,
+                    allocate=self._buffers.take,
+                    load=load,
+                    size=size,
+                ) as batcher,
+                closing(detect(self._runtime, batcher, score_threshold=threshold)) as images,
+            ):
+                found = [_with_model(i.detections, self.spec, self.class_names) for i in images]
+        finally:
+            self._buffers.give_back()
         if batcher.failures:
             raise ValueError(batcher.failures[0][1])
         return found
 
     def close(self) -> None:
-        """Free memory and GPU; a second call does no harm."""
-        self._runtime.__exit__(None, None, None)
+        """Free memory and GPU, once calls of other threads are done; a second call does no harm."""
+        with self._lock:
+            self._runtime.__exit__(None, None, None)
 
 
 def _named(index: int, image: Any) -> tuple[Path, Image]:
@@ -240,12 +283,13 @@ def load(
         model: an engine with its .json, an ONNX file of create_onnx.py, or a model on a Triton server, grpc://HOST:8001/NAME.
         score_threshold: leave out detections below.
         labels: a file of class names, one a line, or "coco"; None: those in the model.
-        options: of `trtdet.run.options.RunOptions`: batch_size, size, resample, workers, provider, threads, devices, ...
+        options: of `trtdet.run.options.RunOptions`: batch_size, size, resize, resample, workers, provider, threads, devices, ...
 
     Raises:
         FileNotFoundError, GraphError, EngineError: the file is not what it should be; the message names the next step.
         TypeError: no such option.
     """
+    _refuse(options, ("recursive", "num_images"), "load takes no images: name them in the call")
     chosen = RunOptions(score_threshold=score_threshold, **options)
     return Model(model, chosen, None if labels is None else str(labels))
 
@@ -263,13 +307,25 @@ def convert(source: str | Path, output: str | Path, **options: Any) -> Conversio
         TypeError: no such option.
     """
     source = Path(source)
+    _refuse(options, ("hints", "given"), "its fields are options themselves")
     names = {field.name for field in dataclasses.fields(Hints)}
     hints = Hints(**{name: value for name, value in options.items() if name in names})
     known = {field.name for field in dataclasses.fields(Options)}
     own = {name: value for name, value in options.items() if name in known or name not in names}
-    return convert_file(
-        source, Path(output), Options(hints=hints, **own), is_onnx=not source.is_dir()
-    )
+    given = frozenset("resize_mode" if name == "resize" else name for name in options)
+    chosen = Options(hints=hints, given=given, **own)
+    return convert_file(source, Path(output), chosen, is_onnx=not source.is_dir())
+
+
+def _refuse(options: Mapping[str, Any], names: Sequence[str], reason: str) -> None:
+    """Options that would have no effect are errors.
+
+    Raises:
+        TypeError: names the first.
+    """
+    for name in names:
+        if name in options:
+            raise TypeError(f"unexpected option '{name}': {reason}")
 
 
 def build(

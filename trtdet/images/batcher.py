@@ -177,6 +177,7 @@ class ImageBatcher(Closing):
         pad_to_batch: bool = False,
         allocate: Allocate = np.empty,
         load: Callable[[Path], ImageArray] | None = None,
+        size: Callable[[Path], tuple[int, int] | None] | None = None,
     ) -> None:
         """
         Args:
@@ -189,7 +190,8 @@ class ImageBatcher(Closing):
             allocate: makes the batch buffers, (batch_size, *image_shape) each; for example of pinned memory, into which the workers then
                 write directly. Where the consumer calls `Batch.release`, as many are made as hold the images ahead and the batches in use.
                 Their memory must outlive the batches.
-            load: what makes an image of a path; None: `load_image`. Not with `resize`, which reads sizes from files.
+            load: what makes an image of a path; None: `load_image`.
+            size: its height and width before it is loaded, for `resize`; None: `image_size`, from the file's header.
         """
         if batch_size < 1 or prefetch < 1 or (workers is not None and workers < 1):
             raise ValueError(
@@ -209,6 +211,7 @@ class ImageBatcher(Closing):
         self._pad_to_batch = pad_to_batch
         self._resize = resize
         self._load = load
+        self._size = size
         if resize:
             largest = preprocessing.at(resize.largest_canvas(preprocessing))
             shape = (batch_size, *largest.image_shape)
@@ -301,7 +304,8 @@ class ImageBatcher(Closing):
             paths = self.paths[start : start + self.batch_size]
             memory = buffer = self._pool.take()
             if self._resize:
-                sizes = [size for path in paths if (size := image_size(path))]
+                size_of = self._size or image_size
+                sizes = [size for path in paths if (size := size_of(path))]
                 canvas = self._resize.canvas(sizes or [(1, 1)], self.preprocessing)
                 shape = (self.batch_size, *self.preprocessing.at(canvas).image_shape)
                 buffer = memory.reshape(-1)[: math.prod(shape)].reshape(shape)

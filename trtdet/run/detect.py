@@ -9,7 +9,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet.detections import decode
-from trtdet.images.batcher import ImageBatcher
+from trtdet.images.batcher import Allocate, ImageBatcher
 from trtdet.images.files import ImageArray
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import names_of, read_labels
@@ -43,12 +43,15 @@ def open_batcher(
     options: RunOptions,
     *,
     keep_sources: bool = False,
+    allocate: Allocate | None = None,
     load: Callable[[Path], ImageArray] | None = None,
+    size: Callable[[Path], tuple[int, int] | None] | None = None,
 ) -> ImageBatcher:
     """An `ImageBatcher` that makes what `runtime` takes.
 
     Args:
-        load: what makes an image of a path; None: it is a file.
+        allocate: makes the batch buffers; None: the runtime does.
+        load, size: what makes an image of a path, and its size before; None: paths are files.
 
     Raises:
         ValueError: the model does not take batches of `options.batch_size`.
@@ -69,8 +72,9 @@ def open_batcher(
         workers=options.workers,
         keep_sources=keep_sources,
         pad_to_batch=runtime.batch_range[0] > 1,  # the last batch may be short
-        allocate=runtime.allocate,
+        allocate=allocate or runtime.allocate,
         load=load,
+        size=size,
     )
 
 
