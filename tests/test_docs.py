@@ -92,16 +92,34 @@ STAND_INS: dict[str, Callable[[Path, Path], object]] = {
 }  # fmt: skip
 
 #: Options of other programs that look like ours.
-OTHERS = {"--fp16", "--int8", "--grid", "--ipc", "--stdin"}
+OTHERS = {"--calib", "--fp16", "--int8", "--grid", "--ipc"}
+
+
+class Folder:
+    """Where the commands run: on every page the stand-ins as they were, and what earlier commands wrote beside them."""
+
+    def __init__(self, path: Path, tiny: Path) -> None:
+        self.path, self._tiny = path, tiny
+        self._page: Path | None = None
+
+    def open(self, page: Path) -> Path:
+        if page != self._page:
+            self._page = page
+            for name, make in STAND_INS.items():
+                remove(self.path / name)
+                make(self.path / name, self._tiny)
+        return self.path
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands run: the stand-ins, then what earlier commands wrote."""
-    made = tmp_path_factory.mktemp("reader")
-    for name, make in STAND_INS.items():
-        make(made / name, tiny_onnx)
-    return made
+def folder(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return Folder(tmp_path_factory.mktemp("reader"), tiny_onnx)
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +175,13 @@ def run_example() -> None:
 
 
 def parse(command: str) -> None:
-    """Parse the options of a command that cannot be run here."""
+    """Parse the options of a command that cannot be run here, in a folder that has all files it names."""
     words = shlex.split(command)
     if stage := stage_of(words):
         name, arguments = stage
+        for word in arguments:
+            if re.fullmatch(r"[\w-]+\.[a-z]\w*", word):
+                Path(word).touch()
         importlib.import_module(f"trtdet.commands.{name}").parse_args(arguments)
     elif words[:1] in (["python"], ["bash"]) and words[1].startswith("benchmarks/"):
         assert (ROOT / words[1]).is_file(), command
@@ -179,9 +200,9 @@ def marked(block: Block) -> object:
     [marked(b) for b in BLOCKS if b.language == "bash" and not b.is_parsed_only],
 )
 def test_commands_run(
-    block: Block, folder: Path, done: set[str], monkeypatch: pytest.MonkeyPatch
+    block: Block, folder: Folder, done: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(folder.open(block.page))
     assert block.commands, f"{block.name}: no command"
     for command in block.commands:
         if command not in done:
@@ -190,7 +211,10 @@ def test_commands_run(
 
 
 @pytest.mark.parametrize("block", [marked(b) for b in BLOCKS if b.is_parsed_only])
-def test_commands_that_need_more_have_options_that_exist(block: Block) -> None:
+def test_commands_that_need_more_have_options_that_exist(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert block.language == "bash", f"{block.name}: expected a bash block"
     assert block.commands, f"{block.name}: no command"
     for command in block.commands:
@@ -198,8 +222,8 @@ def test_commands_that_need_more_have_options_that_exist(block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", [marked(b) for b in BLOCKS if b.language == "python"])
-def test_python_runs(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+def test_python_runs(block: Block, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.open(block.page))
     exec(compile(block.text, block.name, "exec"), {"__name__": "page"})
 
 
@@ -209,7 +233,10 @@ def test_blocks_say_what_they_are() -> None:
     assert [b.name for b in BLOCKS if b.language == "text" and "python " in b.text] == []
 
 
-def test_a_command_that_is_wrong_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_is_wrong_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for command in ("python infer.py --model d0.engine --treshold 0.4", "python build_engine.py"):
         with pytest.raises(SystemExit):
             parse(command)
