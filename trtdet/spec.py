@@ -43,9 +43,9 @@ ResizeMode = Literal["letterbox", "stretch"]
 Placement = Literal["top_left", "center"]
 Rounding = Literal["floor", "floor64", "round"]
 Sampling = Literal["half_pixel", "corner"]
-#: What follows the heads: EfficientNMS, NMS of turned boxes, or the best K without suppression.
+#: What follows the heads: EfficientNMS, NMS of rotated boxes, or the best K without suppression.
 Selection = Literal["nms", "rotated_nms", "topk"]
-#: How the overlap of turned boxes is computed: `trtdet.nms.rotated_reference`.
+#: How the overlap of rotated boxes is computed: `trtdet.nms.rotated_reference`.
 RotatedMode = Literal["exact", "odtk", "probiou"]
 
 #: The four outputs of every model after stage 1, in this order: int32 [N,1], float32 [N,K,4], float32 [N,K], int32 [N,K].

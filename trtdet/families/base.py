@@ -67,7 +67,7 @@ class Heads:
 
     Attributes:
         boxes: [N, A, 4] float32 in the coding of `spec.nms.box_coding` and the order of `spec.box_order`; for "rotated_nms"
-            [N, A, 5], the corners of the unturned box and its angle (radians, clockwise on the screen).
+            [N, A, 5], the corners of the box before rotation, and its angle (radians, clockwise on the screen).
         scores: [N, A, C] float32, logits where `spec.nms.score_activation`, else probabilities.
     """
 
