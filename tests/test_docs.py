@@ -313,7 +313,9 @@ def test_prose_is_at_most_100_columns_wide() -> None:
 
 
 #: What this field calls otherwise: rotated boxes; dynamic size, batch, dimension.
-WRONG_TERMS = re.compile(r"\bturned box|\bfree (input )?(size|batch|dimension)", re.I)
+WRONG_TERMS = re.compile(
+    r"\bturned box|\bfree (input )?(size|batch|dimension)|\b(size|batch|dimension) is free", re.I
+)
 
 
 def test_terms_of_pages_and_help() -> None:

@@ -79,7 +79,7 @@ class Preprocessing:
         False  # average over the area when shrinking (Pillow), or not (TensorFlow, OpenCV)
     )
     bgr: bool = False  # the network was trained on BGR
-    # Smallest and largest (height, width) of an input whose size is free, and what both must be a multiple of.
+    # Smallest and largest (height, width) of an input whose size is dynamic, and what both must be a multiple of.
     size_range: tuple[tuple[int, int], tuple[int, int]] | None = None
     size_multiple: int = 1
 
@@ -135,7 +135,7 @@ class Preprocessing:
 
     @property
     def image_dims(self) -> tuple[int | str, int | str, int | str]:
-        """Dimensions of one image in the graph: `image_shape`, with names where the size is free."""
+        """Dimensions of one image in the graph: `image_shape`, with names where the size is dynamic."""
         height, width = ("H", "W") if self.size_range else self.size_hw
         return (height, width, 3) if self.layout == "NHWC" else (3, height, width)
 

@@ -43,7 +43,7 @@ class Hints:
     """What the command line says of a source, for families whose files cannot say it. None: not said.
 
     Attributes:
-        size_hw: for a source whose input size is free.
+        size_hw: for a source whose input size is dynamic.
         preprocessor: name of a normalisation, for exports that have none inside.
         resize: how images come into the network's shape.
         rotated_nms: true polygon overlap, that of ODTK's own kernel, or that of Ultralytics.

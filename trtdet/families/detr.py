@@ -123,7 +123,7 @@ def read_export(source: Source, hints: Hints) -> Export:
     """Inputs and outputs, by name and shape.
 
     Raises:
-        GraphError: they are not those of a DETR, or the size is free and not given.
+        GraphError: they are not those of a DETR, or the size is dynamic and not given.
     """
     if not isinstance(source, OnnxSource) or not has_outputs(source):
         raise GraphError(

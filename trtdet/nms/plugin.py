@@ -124,7 +124,7 @@ def insert_legacy(
     num_anchors, num_classes = _check_heads(model, boxes, scores)
     if num_anchors is None:
         raise GraphError(
-            "BatchedNMS_TRT: expected a fixed input size, found a free one; give --input_shape"
+            "BatchedNMS_TRT: expected a fixed input size, found a dynamic one; give --input_shape"
         )
     if num_anchors < nms.max_output_boxes:
         raise GraphError(
