@@ -22,13 +22,15 @@ import onnx
 import pytest
 import yolo_networks
 from conftest import EXAMPLES, ROOT
-from pages import CHINESE, PAGES, Block, all_parsers, anchors, blocks, prose
+from pages import CHINESE, PAGES, Block, all_parsers, anchors, blocks, inline_commands, prose
 from test_imports import SCRIPTS
 
+from trtdet.commands import build_engine
 from trtdet.commands import main as entry
 from trtdet.spec import ModelSpec
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
+INLINE = [(page, command) for page in PAGES for command in inline_commands(page)]
 STAGES = tuple(Path(name).stem for name in SCRIPTS)
 
 #: First words of commands that are not of this project: not run.
@@ -69,6 +71,11 @@ def save(model: Callable[[], onnx.ModelProto]) -> Callable[[Path, Path], object]
     return lambda path, tiny: onnx.save(model(), path)
 
 
+def round_to_fp16(path: Path, tiny: Path) -> None:
+    options = ["--save_onnx", str(path), "--precision", "fp16"]
+    assert build_engine.main(["--model", str(tiny), *options]) == 0
+
+
 def make_engine(path: Path, tiny: Path) -> None:
     deploy_models.make_engine(path, ModelSpec.from_onnx(onnx.load(tiny)))
 
@@ -77,6 +84,7 @@ def make_engine(path: Path, tiny: Path) -> None:
 STAND_INS: dict[str, Callable[[Path, Path], object]] = {
     "efficientdet-d0": lambda path, tiny: shutil.copytree(EXAMPLES / "tiny_shapes", path),
     "d0.onnx": lambda path, tiny: shutil.copy(tiny, path),
+    "d0_fp16.onnx": round_to_fp16,
     "d0.engine": make_engine,
     "yolov8n.onnx": save(yolo_networks.v8),
     "retinanet.onnx": save(odtk_network.odtk_model),
@@ -99,27 +107,33 @@ class Folder:
     """Where the commands run: on every page the stand-ins as they were, and what earlier commands wrote beside them."""
 
     def __init__(self, path: Path, tiny: Path) -> None:
-        self.path, self._tiny = path, tiny
+        self.path, self._stock = path / "reader", path / "stock"
+        for folder in (self.path, self._stock):
+            folder.mkdir()
+        for name, make in STAND_INS.items():
+            make(self._stock / name, tiny)
         self._page: Path | None = None
 
     def open(self, page: Path) -> Path:
         if page != self._page:
             self._page = page
-            for name, make in STAND_INS.items():
-                remove(self.path / name)
-                make(self.path / name, self._tiny)
+            for name in STAND_INS:
+                replace(self._stock / name, self.path / name)
         return self.path
 
 
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+def replace(source: Path, target: Path) -> None:
+    """Put a copy of a file or folder where another may be."""
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+    else:
+        shutil.copy(source, target)
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    return Folder(tmp_path_factory.mktemp("reader"), tiny_onnx)
+    return Folder(tmp_path_factory.mktemp("docs"), tiny_onnx)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +161,11 @@ def run(command: str) -> None:
             pytest.importorskip("tensorflow", reason="needs requirements-tensorflow.txt")
         if "tensorrt_rtx" in arguments:
             pytest.importorskip("tensorrt_rtx", reason="needs requirements-rtx.txt")
-        assert importlib.import_module(f"trtdet.commands.{name}").main(arguments) == 0, command
+        try:
+            status = importlib.import_module(f"trtdet.commands.{name}").main(arguments)
+        except SystemExit as stopped:  # --help
+            status = stopped.code
+        assert status == 0, command
     elif words[0] == "trtdet":
         with pytest.raises(SystemExit) as stopped:
             entry.main(words[1:])
@@ -210,6 +228,21 @@ def test_commands_run(
             done.add(command)
 
 
+@pytest.mark.parametrize(
+    ("page", "command"), [pytest.param(p, c, id=f"{p.name}: {c[:60]}") for p, c in INLINE]
+)
+def test_commands_in_the_text_run(
+    page: Path, command: str, folder: Folder, done: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine is built and run on a GPU only: the build is parsed, the rest takes the ONNX file in its place."""
+    monkeypatch.chdir(folder.open(page))
+    parse(command)
+    command = command.replace("d0.engine", "d0.onnx")
+    if "build_engine.py" not in command and command not in done:
+        run(command)
+        done.add(command)
+
+
 @pytest.mark.parametrize("block", [marked(b) for b in BLOCKS if b.is_parsed_only])
 def test_commands_that_need_more_have_options_that_exist(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -252,6 +285,7 @@ def test_chinese_readme_has_the_commands_of_the_english_one() -> None:
         for page in (PAGES[0], CHINESE)
     )
     assert chinese == english
+    assert inline_commands(CHINESE) == inline_commands(PAGES[0])
     conditions = [
         [b.is_parsed_only for b in blocks(page) if b.language == "bash"]
         for page in (PAGES[0], CHINESE)

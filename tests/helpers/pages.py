@@ -86,6 +86,12 @@ def prose(page: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
+def inline_commands(page: Path) -> list[str]:
+    """Whole commands in the text and in tables."""
+    text = " ".join(line.strip() for _, line in prose(page))
+    return [span for span in re.findall(r"`([^`]+)`", text) if re.match(r"(python|bash) \S", span)]
+
+
 def anchors(page: Path) -> set[str]:
     """What a link can end in: the headings as GitHub writes them."""
     titles = [line.lstrip("#") for _, line in prose(page) if re.match(r"#+ ", line)]
