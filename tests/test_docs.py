@@ -117,8 +117,8 @@ class Folder:
     def open(self, page: Path) -> Path:
         if page != self._page:
             self._page = page
-            for name in STAND_INS:
-                replace(self._stock / name, self.path / name)
+            for path in self._stock.iterdir():  # an engine has its .json beside it
+                replace(path, self.path / path.name)
         return self.path
 
 
