@@ -146,7 +146,7 @@ def tsv_text(detections: Detections, *, labels: Sequence[str] = (), header: bool
 def read_tsv(path: Path) -> Detections:
     """Read what `write_tsv` wrote; a header line and a label column are accepted.
 
-    A seventh column is the angle of turned boxes where the header says so, or, without a header, where it is a number.
+    A seventh column is the angle of rotated boxes where the header says so, or, without a header, where it is a number.
 
     Raises:
         ValueError: a line that does not have six numbers, pixels up to a million; names file and line.
@@ -203,11 +203,11 @@ def to_coco_results(
 ) -> list[dict[str, Any]]:
     """COCO's results format: one dict per detection, bbox x y w h in source pixels.
 
-    Turned boxes, as ODTK writes them: bbox x y w h of the unturned box and the angle, and the four corners as `segmentation`, by
+    Rotated boxes, as ODTK writes them: bbox x y w h of the box before rotation and the angle, and the four corners as `segmentation`, by
     which COCO's metric compares them.
 
     Args:
-        inclusive_corners: of the model's spec; ODTK counts the last pixel in the bbox of a turned box, not in its corners. Other
+        inclusive_corners: of the model's spec; ODTK counts the last pixel in the bbox of a rotated box, not in its corners. Other
             boxes have it already.
 
     Source: https://cocodataset.org/#format-results

@@ -47,14 +47,14 @@ def box_iou(a: FloatArray, b: FloatArray) -> FloatArray:
 def rotated_corners(
     boxes_xyxy: NDArray[np.floating[Any]], angles: NDArray[np.floating[Any]]
 ) -> NDArray[Any]:
-    """The corners of turned boxes.
+    """The corners of rotated boxes.
 
     Args:
         boxes_xyxy: (..., 4), the boxes before they are turned about their centres.
         angles: (...), radians; positive turns clockwise on the screen, where y points down.
 
     Returns:
-        (..., 4, 2) x y: top left, bottom left, bottom right, top right of the unturned box, where turning takes them. ODTK's order.
+        (..., 4, 2) x y: top left, bottom left, bottom right, top right of the box before rotation, where turning takes them. ODTK's order.
     """
     centre = (boxes_xyxy[..., None, :2] + boxes_xyxy[..., None, 2:]) / 2
     x, y = np.split(boxes_xyxy[..., [[0, 1], [0, 3], [2, 3], [2, 1]]] - centre, 2, axis=-1)

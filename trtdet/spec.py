@@ -43,9 +43,9 @@ ResizeMode = Literal["letterbox", "stretch"]
 Placement = Literal["top_left", "center"]
 Rounding = Literal["floor", "floor64", "round"]
 Sampling = Literal["half_pixel", "corner"]
-#: What follows the heads: EfficientNMS, NMS of turned boxes, or the best K without suppression.
+#: What follows the heads: EfficientNMS, NMS of rotated boxes, or the best K without suppression.
 Selection = Literal["nms", "rotated_nms", "topk"]
-#: How the overlap of turned boxes is computed: `trtdet.nms.rotated_reference`.
+#: How the overlap of rotated boxes is computed: `trtdet.nms.rotated_reference`.
 RotatedMode = Literal["exact", "odtk", "probiou"]
 
 #: The four outputs of every model after stage 1, in this order: int32 [N,1], float32 [N,K,4], float32 [N,K], int32 [N,K].
@@ -79,7 +79,7 @@ class Preprocessing:
         False  # average over the area when shrinking (Pillow), or not (TensorFlow, OpenCV)
     )
     bgr: bool = False  # the network was trained on BGR
-    # Smallest and largest (height, width) of an input whose size is free, and what both must be a multiple of.
+    # Smallest and largest (height, width) of an input whose size is dynamic, and what both must be a multiple of.
     size_range: tuple[tuple[int, int], tuple[int, int]] | None = None
     size_multiple: int = 1
 
@@ -135,7 +135,7 @@ class Preprocessing:
 
     @property
     def image_dims(self) -> tuple[int | str, int | str, int | str]:
-        """Dimensions of one image in the graph: `image_shape`, with names where the size is free."""
+        """Dimensions of one image in the graph: `image_shape`, with names where the size is dynamic."""
         height, width = ("H", "W") if self.size_range else self.size_hw
         return (height, width, 3) if self.layout == "NHWC" else (3, height, width)
 

@@ -79,7 +79,7 @@ def shape(info: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def test_default_file_is_the_contract(tiny_onnx: Path) -> None:
-    """Free batch, NHWC float32 in; EfficientNMS and four outputs with complete shapes out; readable names; checker clean."""
+    """Dynamic batch, NHWC float32 in; EfficientNMS and four outputs with complete shapes out; readable names; checker clean."""
     model = onnx.load(tiny_onnx)
     onnx.checker.check_model(model, full_check=True)
     assert [(i.name, shape(i)) for i in model.graph.input] == [("input", ["N", 128, 128, 3])]
@@ -315,7 +315,7 @@ def foreign_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_plain_tf2onnx_conversion_needs_no_tensorflow(
     foreign_onnx: Path, tiny_onnx: Path, tmp_path: Path
 ) -> None:
-    """The same heads and anchors as from the SavedModel, with a free batch that the plain conversion does not have."""
+    """The same heads and anchors as from the SavedModel, with a dynamic batch that the plain conversion does not have."""
     path = tmp_path / "m.onnx"
     assert create_onnx.main(["--source_onnx", str(foreign_onnx), "--onnx", str(path)]) == 0
     model, twin = onnx.load(path), onnx.load(tiny_onnx)
@@ -398,10 +398,10 @@ def test_preprocessor_override_is_verified_behind_the_normalisation(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rotated_nms", "exact"], "--rotated_nms: this automl model has no turned boxes"),
+        (["--rotated_nms", "exact"], "--rotated_nms: this automl model has no rotated boxes"),
         (["--deformable_attention", "keep"], "--deformable_attention: this automl model has none"),
         (["--resize_mode", "stretch"], "--resize_mode stretch: this automl model was trained with letterbox"),
-        (["--input_shape", "-1,-1,-1,3"], "--input_shape asks for a free size, the model takes 128x128"),
+        (["--input_shape", "-1,-1,-1,3"], "--input_shape asks for a dynamic size, the model takes 128x128"),
     ],
 )  # fmt: skip
 def test_options_without_effect_are_refused(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of free input size, from the build to the metric: profiles, engines that take several sizes, --size and --resize."""
+"""Models of dynamic input size, from the build to the metric: profiles, engines that take several sizes, --size and --resize."""
 
 import dataclasses
 import json
@@ -405,7 +405,7 @@ def test_wrong_usage(
 @pytest.mark.parametrize(
     ("fixed", "options", "message"),
     [
-        (True, ["--size", "64,96"], f"--size 64,96: the model takes 32x48 (height x width) alone; leave it out, or give a model of free size ({FREE_HELP}, build_engine.py"),
+        (True, ["--size", "64,96"], f"--size 64,96: the model takes 32x48 (height x width) alone; leave it out, or give a model of dynamic size ({FREE_HELP}, build_engine.py"),
         (True, ["--resize", "32"], "--resize 32: the model takes 32x48"),
         (False, ["--size", "64,112"], "--size 64,112: input size 64x112 (height x width): the model takes 16x16 to 96x96 in steps of 16"),
         (False, ["--resize", "64"], "--resize 64 --max_size 1333: input size 1344x1344 (height x width): the model takes 16x16 to 96x96"),

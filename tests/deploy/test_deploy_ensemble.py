@@ -158,7 +158,7 @@ SIZES = [
     (300, 2), (2, 300), (320, 240), (213, 160),
 ]  # fmt: skip
 
-#: Every value that a family, or an option of create_onnx.py, can give a field; a free size changes nothing for one picture.
+#: Every value that a family, or an option of create_onnx.py, can give a field; a dynamic size changes nothing for one picture.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "layout": get_args(Layout),
     "dtype": get_args(InputDtype),

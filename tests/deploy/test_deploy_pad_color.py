@@ -79,7 +79,7 @@ def test_a_black_frame_becomes_all_padding():
     ("changes", "message"),
     [
         ({"resize": "stretch"}, "images are stretched"),
-        ({"size_range": ((8, 8), (16, 16))}, "input size is free"),
+        ({"size_range": ((8, 8), (16, 16))}, "input size is dynamic"),
     ],
 )
 def test_refused(changes, message):

@@ -150,7 +150,7 @@ def test_float64_of_the_older_exporter_is_explained(tiny, tmp_path):
     model.graph.node.extend(nodes)
     path = tmp_path / "source.onnx"
     onnx.save(model, path)
-    with pytest.raises(GraphError, match="export it with a free batch"):
+    with pytest.raises(GraphError, match="export it with a dynamic batch"):
         deformable_detr.read(OnnxSource(path))
 
 

@@ -275,7 +275,7 @@ def test_the_last_pixel_is_added_in_the_source_image() -> None:
     assert found.boxes_xyxy.tolist() == [[20, 20, 39, 39], [0, 0, 200, 100]]  # the second is cut
 
 
-# ---- free size
+# ---- dynamic size
 
 
 def test_a_free_size_gives_what_each_size_gives(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_sizes_that_stay_fixed(tmp_path: Path, model: onnx.ModelProto, capsys) -
         else "the model takes 160x256"
     )
     error = capsys.readouterr().err
-    assert "--input_shape asks for a free size, " in error and reason in error
+    assert "--input_shape asks for a dynamic size, " in error and reason in error
 
 
 def test_odtk_run_options(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def selected(kind: str, boxes: np.ndarray, scores: np.ndarray) -> list[tuple]:
     limit = 0.7 if kind in ("raw", "rotated") else 0.45
     kept: list[tuple] = []
     for place, pair in enumerate(pairs):
-        # Turned boxes are judged by all that are better, others by those that are left.
+        # Rotated boxes are judged by all that are better, others by those that are left.
         judges = pairs[:place] if kind == "rotated" else kept
         rivals = [judge[2] for judge in judges if judge[1] == pair[1]]
         overlap = gaussian_overlap if kind == "rotated" else overlap_of

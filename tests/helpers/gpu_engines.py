@@ -30,13 +30,13 @@ _displaced: list[ModuleType | None] = []  # what the stand-in took the place of
 SLOTS = 5
 
 #: Engines to test with: float32 (uint8 for the stand-in); those that differ from it in one thing.
-Case = Literal["plain", "uint8", "two profiles", "static batch", "free size", "nms"]
+Case = Literal["plain", "uint8", "two profiles", "static batch", "dynamic size", "nms"]
 CASES: tuple[Case, ...] = get_args(Case)
 #: Batches of an engine, of the one of two profiles, and of the one of a fixed size.
 BATCHES = BatchRange(1, 4, 8)
 TWO_PROFILES = (BatchRange(1, 2, 2), BatchRange(3, 4, 8))
 STATIC_BATCH = 4
-#: Smallest, best and largest shape of an image of the engines of free size.
+#: Smallest, best and largest shape of an image of the engines of dynamic size.
 FREE_SHAPES = ((8, 8, 3), (16, 16, 3), (32, 64, 3))
 #: The four outputs of a toy: pixels passed on, and a count made from their mean. It works at any size.
 TOY = """
@@ -125,9 +125,9 @@ def make_engine(
     text = TOY.replace("TYPE", "uint8" if case == "uint8" else "float")
     if case == "static batch":
         text = text.replace("[N,", f"[{STATIC_BATCH},")
-    if case != "free size":
+    if case != "dynamic size":
         text = text.replace("[N,H,W,3]", "[N,16,16,3]").replace(f"[{STATIC_BATCH},H,W,3]", f"[{STATIC_BATCH},16,16,3]")  # fmt: skip
-    spec = _spec(dtype=dtype, free_size=case == "free size")
+    spec = _spec(dtype=dtype, free_size=case == "dynamic size")
     model = onnx.parser.parse_model(text)
     profiles = TWO_PROFILES if case == "two profiles" else ()
     batch = BatchRange(*[STATIC_BATCH] * 3) if case == "static batch" else BATCHES
@@ -140,7 +140,7 @@ def _make_standin(folder: Path, case: Case, spin_ms: float) -> GpuEngine:
         raise EngineError("the stand-in computes no network")
     install_standin()
     path = folder / f"standin {case}.engine"
-    shapes = [FREE_SHAPES] if case == "free size" else ()
+    shapes = [FREE_SHAPES] if case == "dynamic size" else ()
     ranges = TWO_PROFILES if case == "two profiles" else (BATCHES,)
     standin.write_engine(
         path,
@@ -150,7 +150,7 @@ def _make_standin(folder: Path, case: Case, spin_ms: float) -> GpuEngine:
         profiles=[(each.min, each.opt, each.max) for each in ranges],
         static_batch=STATIC_BATCH if case == "static batch" else None,
     )
-    if case == "free size":  # an engine without sidecar has one size
+    if case == "dynamic size":  # an engine without sidecar has one size
         spec = _spec(dtype="uint8", free_size=True)
         info = EngineInfo(spec, "tensorrt", standin.VERSION, "fp32", BATCHES)
         write_engine(path, path.read_bytes(), info)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How images come into the network input: placement, rounding, and inputs of free size."""
+"""How images come into the network input: placement, rounding, and inputs of dynamic size."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turned boxes: their geometry, their NMS against the reference and Shapely, and what files, pictures and COCO's metric make of them."""
+"""Rotated boxes: their geometry, their NMS against the reference and Shapely, and what files, pictures and COCO's metric make of them."""
 
 import json
 from pathlib import Path
@@ -391,7 +391,7 @@ def test_eval_coco_reads_odtks_own_file(tmp_path: Path, capsys) -> None:
     report = tmp_path / "metrics.json"
     arguments = ["--detections", str(found), "--annotations", str(annotation_file(tmp_path))]
     assert eval_coco.main([*arguments, "--json", str(report)]) == 0
-    assert "turned boxes" in capsys.readouterr().out
+    assert "rotated boxes" in capsys.readouterr().out
     assert json.loads(report.read_text())["AP"] == pytest.approx(1)
 
 

@@ -74,7 +74,7 @@ def other(
 
 @pytest.fixture(scope="module")
 def free(engine: GpuEngine, tmp_path_factory: pytest.TempPathFactory) -> GpuEngine:
-    return make(engine.kind, tmp_path_factory, case="free size")
+    return make(engine.kind, tmp_path_factory, case="dynamic size")
 
 
 @pytest.fixture

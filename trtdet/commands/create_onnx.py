@@ -51,7 +51,7 @@ def parse_input_shape(text: str) -> tuple[int | None, tuple[int, int] | None, La
     wrong_size = min(size_hw) < 1 and size_hw != (-1, -1)
     if (c == 3) == (a == 3) or wrong_size or (batch is not None and batch < 1):
         raise argparse.ArgumentTypeError(
-            "expected N,HEIGHT,WIDTH,3 or N,3,HEIGHT,WIDTH, N a number or -1 for a free batch, HEIGHT and WIDTH numbers or both -1, "
+            "expected N,HEIGHT,WIDTH,3 or N,3,HEIGHT,WIDTH, N a number or -1 for a dynamic batch, HEIGHT and WIDTH numbers or both -1, "
             f"got {text!r}"
         )
     return batch, None if size_hw == (-1, -1) else size_hw, "NHWC" if c == 3 else "NCHW"

@@ -103,10 +103,10 @@ def run(
     turned = evaluation.iou_type == "segm"
     if turned:
         report["iou_type"] = evaluation.iou_type
-    print(f"{len(done.image_ids)} images, {len(done.results)} detections" + (" (turned boxes: overlap of their corners' polygons)" if turned else ""))  # fmt: skip
+    print(f"{len(done.image_ids)} images, {len(done.results)} detections" + (" (rotated boxes: overlap of their corners' polygons)" if turned else ""))  # fmt: skip
     print(coco.metrics_table(evaluation.metrics))
     if automl_path and turned:
-        raise ValueError("--automl_path: AutoML's metric knows no turned boxes; leave it out")
+        raise ValueError("--automl_path: AutoML's metric knows no rotated boxes; leave it out")
     if automl_path and done.results:
         report["automl"] = automl_metrics(automl_path, annotations, done.results)
         print(f"\nAutoML's coco_metric. {AUTOML_CAVEAT}.")

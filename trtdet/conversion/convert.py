@@ -37,7 +37,7 @@ from trtdet.spec import PREPROCESSORS, InputDtype, Layout, ModelSpec
 logger = logging.getLogger(__name__)
 
 
-#: Pixels: where the range of an input of free size ends.
+#: Pixels: where the range of an input of dynamic size ends.
 MAX_SIDE = 8192
 #: ONNX's file format of 1.10 (2021), which TensorRT 8.6 reads.
 IR_VERSION = 8
@@ -195,11 +195,11 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
         multiple = reading.size_multiple
         if found.selection != "nms":
             raise GraphError(
-                f"--input_shape asks for a free size, which goes with EfficientNMS alone; this model ends in {found.selection}: name a size"
+                f"--input_shape asks for a dynamic size, which goes with EfficientNMS alone; this model ends in {found.selection}: name a size"
             )
         if multiple is None:
             raise GraphError(
-                f"--input_shape asks for a free size, the model takes {size_text(size_hw)} (height x width) alone; name that size, or export "
+                f"--input_shape asks for a dynamic size, the model takes {size_text(size_hw)} (height x width) alone; name that size, or export "
                 "the model with dynamic height and width"
             )
         largest = MAX_SIDE // multiple * multiple
@@ -246,7 +246,7 @@ def refuse_without_effect(reading: Reading, options: Options) -> None:
     hints, found = options.hints, reading.spec
     if hints.rotated_nms and found.selection != "rotated_nms":
         raise GraphError(
-            f"--rotated_nms: this {found.family} model has no turned boxes; leave it out"
+            f"--rotated_nms: this {found.family} model has no rotated boxes; leave it out"
         )
     if hints.deformable_attention and (found.family != "deformable_detr" or not reading.rewrite):
         raise GraphError(

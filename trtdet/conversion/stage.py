@@ -49,7 +49,7 @@ def convert_file(
     files.write_bytes(onnx_path, model.SerializeToString())
     logger.info(
         "%s %s, batch %s, %d classes, mean %s, std %s",
-        spec.family, size_text(spec.preprocessing.size_hw), options.batch or "free", spec.num_classes,
+        spec.family, size_text(spec.preprocessing.size_hw), options.batch or "dynamic", spec.num_classes,
         spec.preprocessing.mean, spec.preprocessing.std,
     )  # fmt: skip
     form = options.nms_form if spec.selection == "nms" else spec.selection

@@ -49,7 +49,7 @@ class Difference:
 
 
 def verify(source: Source, reading: Reading, model: onnx.ModelProto) -> list[Difference]:
-    """Compare the result with the source, at two sizes where the input's size is free.
+    """Compare the result with the source, at two sizes where the input's size is dynamic.
 
     Compared are the heads, and where the source shows it the decoding of boxes with the anchors in the file against the source's own. The
     source is fed the image, so its own normalisation is part of the comparison, unless --preprocessor replaced it. Images of

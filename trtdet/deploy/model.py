@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of one image: without the batch dimension. `dtype` is NumPy's name; -1 is a free dimension."""
+    """A tensor of one image: without the batch dimension. `dtype` is NumPy's name; -1 is a dynamic dimension."""
 
     name: str
     dtype: str
@@ -77,7 +77,7 @@ class Deployable:
     @property
     def outputs(self) -> tuple[Tensor, ...]:
         slots = self.spec.nms.max_output_boxes
-        values = 5 if self.spec.selection == "rotated_nms" else 4  # a turned box has an angle
+        values = 5 if self.spec.selection == "rotated_nms" else 4  # a rotated box has an angle
         dims = ((1,), (slots, values), (slots,), (slots,))
         dtypes = ("int32", "float32", "float32", "int32")
         return tuple(Tensor(*fields) for fields in zip(OUTPUT_NAMES, dtypes, dims, strict=True))

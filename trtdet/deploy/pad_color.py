@@ -35,7 +35,7 @@ def insert_pad_color(model: onnx.ModelProto) -> None:
     if preprocessing.resize != "letterbox":
         raise GraphError("pad_color: this model's images are stretched, there is no padding")
     if preprocessing.size_range is not None:
-        raise GraphError("pad_color: this model's input size is free; convert it for one size")
+        raise GraphError("pad_color: this model's input size is dynamic; convert it for one size")
     if not any(preprocessing.pad_rgb):
         return
     weights = {weight.name for weight in model.graph.initializer}

@@ -94,7 +94,7 @@ def choose_size(preprocessing: Preprocessing, size: SizeRange | None) -> Preproc
         hint = (
             ""
             if preprocessing.size_range
-            else "; convert it with a free size, create_onnx.py --input_shape N,-1,-1,3"
+            else "; convert it with a dynamic size, create_onnx.py --input_shape N,-1,-1,3"
         )
         raise ValueError(f"--size: {error}{hint}") from error
     if size.min == size.max:

@@ -43,7 +43,7 @@ class Hints:
     """What the command line says of a source, for families whose files cannot say it. None: not said.
 
     Attributes:
-        size_hw: for a source whose input size is free.
+        size_hw: for a source whose input size is dynamic.
         preprocessor: name of a normalisation, for exports that have none inside.
         resize: how images come into the network's shape.
         rotated_nms: true polygon overlap, that of ODTK's own kernel, or that of Ultralytics.
@@ -67,7 +67,7 @@ class Heads:
 
     Attributes:
         boxes: [N, A, 4] float32 in the coding of `spec.nms.box_coding` and the order of `spec.box_order`; for "rotated_nms"
-            [N, A, 5], the corners of the unturned box and its angle (radians, clockwise on the screen).
+            [N, A, 5], the corners of the box before rotation, and its angle (radians, clockwise on the screen).
         scores: [N, A, C] float32, logits where `spec.nms.score_activation`, else probabilities.
     """
 

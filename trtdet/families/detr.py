@@ -123,7 +123,7 @@ def read_export(source: Source, hints: Hints) -> Export:
     """Inputs and outputs, by name and shape.
 
     Raises:
-        GraphError: they are not those of a DETR, or the size is free and not given.
+        GraphError: they are not those of a DETR, or the size is dynamic and not given.
     """
     if not isinstance(source, OnnxSource) or not has_outputs(source):
         raise GraphError(
@@ -188,7 +188,7 @@ def _head_sizes(source: Source, export: Export) -> tuple[int, int]:
             raise
         raise GraphError(
             f"{source.path}: ONNX Runtime cannot run its GridSample: torch's older exporter computes positions in float64 where the "
-            f"batch is fixed; export it with a free batch (dynamic_axes) or with dynamo=True ({error})"
+            f"batch is fixed; export it with a dynamic batch (dynamic_axes) or with dynamo=True ({error})"
         ) from error
     if logits.ndim != 3 or boxes.shape != (*logits.shape[:2], 4):
         raise GraphError(
@@ -341,7 +341,7 @@ def _check_masks(model: onnx.ModelProto, export: Export) -> None:
             if not gap <= 1e-3 * max(1.0, float(np.abs(single).max())):
                 raise GraphError(
                     f"'{name}': expected an image to give the same alone and in a batch, found {gap:.3g} between them: the masks of the "
-                    f"export are fixed to a batch of {export.batch}; export it with a free batch, or leave masks out with --resize_mode stretch"
+                    f"export are fixed to a batch of {export.batch}; export it with a dynamic batch, or leave masks out with --resize_mode stretch"
                 )
 
 

@@ -128,7 +128,7 @@ def _input_size(graph: SourceGraph, hints: Hints) -> tuple[int, int]:
 
 
 def _size_multiple(graph: SourceGraph, size_hw: tuple[int, int], layout: HeadLayout) -> int | None:
-    """What a free size must be a multiple of; None where the size stays."""
+    """What a dynamic size must be a multiple of; None where the size stays."""
     whole = not any(side % STRIDES[-1] for side in size_hw)
     works = all(node.op in ANY_SIZE for node in graph.nodes.values())
     if layout.rotated or not whole or not works:

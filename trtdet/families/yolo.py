@@ -4,7 +4,7 @@
 | head | from | one row | what follows |
 |---|---|---|---|
 | raw [N, 4+C, A] | v8, v11 | cx cy w h in input pixels, class scores | NMS |
-| raw [N, 4+C+1, A] | OBB | the same and an angle | NMS of turned boxes |
+| raw [N, 4+C+1, A] | OBB | the same and an angle | NMS of rotated boxes |
 | objectness [N, A, 5+C] | v5, v6, v7 | cx cy w h in input pixels, objectness, class scores | NMS |
 | grid [N, A, 5+C] | YOLOX | offsets to a grid, objectness, class scores | NMS |
 | end to end [N, K, 6], OBB [N, K, 7] | v10, 26, exports with NMS inside | x1 y1 x2 y2 (OBB: cx cy w h), score, class (, angle) | the best K |
@@ -529,7 +529,7 @@ def _nms(head: Head, metadata: Metadata) -> Nms:
     iou = IOU_THRESHOLD if head.kind == "raw" else IOU_THRESHOLD_OBJECTNESS
     return Nms(
         score_threshold=SCORE_THRESHOLD,
-        iou_threshold=1.0 if head.keeps else iou,  # of turned boxes: nothing is suppressed
+        iou_threshold=1.0 if head.keeps else iou,  # of rotated boxes: nothing is suppressed
         max_output_boxes=head.keeps or MAX_DETECTIONS,
         score_activation=False,
         class_agnostic=head.kind == "end_to_end",  # every row has one class
@@ -578,7 +578,7 @@ def _notes(
 
 
 def _declare_head(graph: gs.Graph, head: Head) -> None:
-    """Give the head the shape that it was seen to have; exports with a free batch name its dimensions or leave them out.
+    """Give the head the shape that it was seen to have; exports with a dynamic batch name its dimensions or leave them out.
 
     Where height and width of the input are free, so is the number of boxes.
     """
@@ -635,7 +635,7 @@ def _assemble_end_to_end(build: Builder, spec: ModelSpec, *, is_rotated: bool) -
 
 
 def _turned(build: Builder, boxes: str, angle: str) -> str:
-    """cx cy w h [N, A, 4] and an angle [N, A, 1]  ->  x1 y1 x2 y2 of the unturned box and the angle [N, A, 5]"""
+    """cx cy w h [N, A, 4] and an angle [N, A, 1]  ->  x1 y1 x2 y2 of the box before rotation and the angle [N, A, 5]"""
     centre = build.slice_last("centre", boxes, 0, 2)
     half = build.node("Mul", "half_size", build.slice_last("size", boxes, 2, 4), np.float32(0.5))
     first = build.node("Sub", "first_corner", centre, half)

@@ -178,6 +178,6 @@ def inferred_shapes(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[str,
         if not shape or not all(shape[1:]):
             raise GraphError(
                 f"expected the shape of '{tensor}' in the file, since ONNX Runtime cannot run the network, found {list(shape)} (0: "
-                "free); export the model with fixed height and width"
+                "dynamic); export the model with fixed height and width"
             )
     return {tensor: found[tensor] for tensor in tensors}

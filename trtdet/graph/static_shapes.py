@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shape arithmetic replaced by what it comes to: half of the nodes of a transformer that torch exported with a free batch.
+"""Shape arithmetic replaced by what it comes to: half of the nodes of a transformer that torch exported with a dynamic batch.
 
 The shapes are not derived but measured: the model runs at three batch sizes, and what follows from shapes alone and comes out the same
 each time is a constant. What depends on the batch:
 
 | what | becomes |
 |---|---|
-| Reshape whose result has one free dimension | Reshape to constants and -1 |
+| Reshape whose result has one dynamic dimension | Reshape to constants and -1 |
 | a table with equal rows for every image (position embeddings, initial queries), where it meets data element by element or in a MatMul | one row, which ONNX broadcasts |
 | such a table anywhere else | Tile of one row |
 | a size that grows with the batch, `a + b * N` | Mul, Add |
@@ -15,7 +15,7 @@ each time is a constant. What depends on the batch:
 | Resize of masks [1, N, H, W] to their nearest neighbour | Gather of rows and columns |
 | anything else | stays |
 
-So the network keeps its free batch, and TensorRT, precision and INT8 see constants.
+So the network keeps its dynamic batch, and TensorRT, precision and INT8 see constants.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from trtdet.errors import GraphError
 from trtdet.graph.builder import tensor_types
 from trtdet.sources.base import Shape, cut_onnx, run_onnx
 
-#: Batch sizes at which a free batch is measured; two to draw a line through, one to see that it is a line.
+#: Batch sizes at which a dynamic batch is measured; two to draw a line through, one to see that it is a line.
 MEASURED_BATCHES = (1, 2, 3)
 
 #: Shape inference stops where sizes come by ways that it does not follow; computed, they let it go on.

@@ -182,7 +182,7 @@ class ImageBatcher(Closing):
         """
         Args:
             paths: the image files.
-            resize: scale every image by itself, for a model of free input size; each batch has the smallest input that holds its images.
+            resize: scale every image by itself, for a model of dynamic input size; each batch has the smallest input that holds its images.
             workers: threads; None: one per available core.
             prefetch: batches that are prepared ahead of the consumer.
             keep_sources: keep the decoded images in `Batch.sources`, for drawing on them.

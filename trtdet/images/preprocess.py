@@ -84,7 +84,7 @@ def choose_input(
     if preprocessing.size_range is None and size != preprocessing.size_hw:
         height, width = preprocessing.size_hw
         raise ValueError(
-            f"{asked}: the model takes {height}x{width} (height x width) alone; leave it out, or give a model of free size "
+            f"{asked}: the model takes {height}x{width} (height x width) alone; leave it out, or give a model of dynamic size "
             "(create_onnx.py --input_shape N,-1,-1,3, build_engine.py --size MIN:OPT:MAX)"
         )
     if resize and preprocessing.resize != "letterbox":

@@ -124,7 +124,7 @@ def insert_legacy(
     num_anchors, num_classes = _check_heads(model, boxes, scores)
     if num_anchors is None:
         raise GraphError(
-            "BatchedNMS_TRT: expected a fixed input size, found a free one; give --input_shape"
+            "BatchedNMS_TRT: expected a fixed input size, found a dynamic one; give --input_shape"
         )
     if num_anchors < nms.max_output_boxes:
         raise GraphError(
@@ -179,7 +179,7 @@ def insert_decoded(
     """Decode boxes and scores and end the model there, without NMS. Arguments and errors as `insert_plugin`.
 
     The outputs are `DECODED_NAMES`: every box as corners, axes in the order of the heads (y1 x1 y2 x2 for EfficientDet), not
-    clipped; every score after its activation, none left out. Turned boxes, [N, A, 5], are decoded already.
+    clipped; every score after its activation, none left out. Rotated boxes, [N, A, 5], are decoded already.
     """
     values = 5 if turned else 4
     num_anchors, num_classes = _check_heads(model, boxes, scores, values)

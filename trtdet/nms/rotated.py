@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NMS of turned boxes in ordinary ONNX operators: the end of a detector whose boxes have an angle.
+"""NMS of rotated boxes in ordinary ONNX operators: the end of a detector whose boxes have an angle.
 
     boxes, scores  ->  the best candidates  ->  overlap of every pair  ->  suppression rounds  ->  the four outputs
 
@@ -56,7 +56,7 @@ def insert_rotated_nms(
     """Put the NMS behind the heads and make its four results the model's only outputs; `detection_boxes` is [N, K, 5].
 
     Args:
-        boxes: [N, A, 5] float32, x1 y1 x2 y2 of the unturned box and its angle in radians, positive clockwise on the screen. "odtk" takes
+        boxes: [N, A, 5] float32, x1 y1 x2 y2 of the box before rotation, and its angle in radians, positive clockwise on the screen. "odtk" takes
             [N, A, 6], the last the length of the raw (sin, cos); the others take it too and ignore it.
         scores: [N, A, C] float32, logits if `nms.score_activation`.
         mode: overlap of the true rectangles, that of ODTK's kernel, or that of Ultralytics: `trtdet.nms.rotated_reference`.
@@ -145,7 +145,7 @@ def _centre_in_frame(build: Builder, box: _Box) -> tuple[str, str]:
 
 
 def _shared_area(build: Builder, box: _Box) -> str:
-    """[N, count, count]: what two turned boxes share, as the module says. A is the box of axis 1, B that of axis 2."""
+    """[N, count, count]: what two rotated boxes share, as the module says. A is the box of axis 1, B that of axis 2."""
     xs, ys = _corners_in_frame(build, box)
     width = _row(build, "half_width_row", box.half_width)
     height = _row(build, "half_height_row", box.half_height)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NMS of turned boxes in NumPy: what `trtdet.nms.rotated` has to equal. Polygons are clipped edge by edge, in float64.
+"""NMS of rotated boxes in NumPy: what `trtdet.nms.rotated` has to equal. Polygons are clipped edge by edge, in float64.
 
 Three overlaps are known. "exact" is the intersection over union of the two rectangles. "odtk" is what ODTK's kernel computes, so that a
 user can reproduce its numbers. Source: NVIDIA/retinanet-examples csrc/cuda/nms_iou.cu (nms_rotate_kernel, its facts): BOTH boxes are
@@ -38,7 +38,7 @@ def reference(
     """Threshold, sort and suppress. Scores, order and suppression are those of `trtdet.nms.reference.reference`.
 
     Args:
-        boxes: (N, A, 5) x1 y1 x2 y2 of the unturned box, angle; or (N, A, 6), the length of the raw (sin, cos) behind them.
+        boxes: (N, A, 5) x1 y1 x2 y2 of the box before rotation, angle; or (N, A, 6), the length of the raw (sin, cos) behind them.
         scores: (N, A, C), logits if `nms.score_activation`.
 
     Returns:
@@ -86,7 +86,7 @@ def _iou_behind(
 
 
 def iou_exact(better: FloatArray, others: FloatArray) -> FloatArray:
-    """IoU of one turned box (5,) with others (n, 5): (n,) float32. Sides of negative length count as 0."""
+    """IoU of one rotated box (5,) with others (n, 5): (n,) float32. Sides of negative length count as 0."""
     boxes = np.concatenate([better[None, :5], others[:, :5]]).astype(np.float64)
     boxes[:, 2:4] = np.maximum(boxes[:, :2], boxes[:, 2:4])
     corners = rotated_corners(boxes[:, :4], boxes[:, 4])
@@ -101,7 +101,7 @@ def iou_exact(better: FloatArray, others: FloatArray) -> FloatArray:
 
 
 def iou_odtk(better: FloatArray, others: FloatArray) -> FloatArray:
-    """ODTK's overlap of one turned box (5,) or (6,) with others (n, 5) or (n, 6) of lower score: (n,) float32."""
+    """ODTK's overlap of one rotated box (5,) or (6,) with others (n, 5) or (n, 6) of lower score: (n,) float32."""
     size = np.abs(others[:, 2:4] - others[:, :2]).astype(np.float64)
     size_better = (better[2:4] - better[:2]).astype(np.float64)
     if size_better.prod() < 0:  # inside out, its outline the other way round: nothing is inside
@@ -121,7 +121,7 @@ def iou_odtk(better: FloatArray, others: FloatArray) -> FloatArray:
 
 
 def iou_gaussian(better: FloatArray, others: FloatArray) -> FloatArray:
-    """Overlap of one turned box (5,) with others (n, 5) as Gaussians: (n,) float32."""
+    """Overlap of one rotated box (5,) with others (n, 5) as Gaussians: (n,) float32."""
     boxes = np.concatenate([better[None, :5], others[:, :5]]).astype(np.float64)
     variance = np.maximum(boxes[:, 2:4] - boxes[:, :2], 0) ** 2 / 12  # of a uniform distribution
     cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])

@@ -176,7 +176,7 @@ def match(
 
 
 def overlap(reference: Detections, candidate: Detections) -> FloatArray:
-    """(n, m) IoU of every pair, of turned boxes that of their polygons.
+    """(n, m) IoU of every pair, of rotated boxes that of their polygons.
 
     Boxes cut to (almost) nothing by the edge of the image have no IoU to speak of: of these, the ones less than a pixel apart are the
     same, IoU 1.

@@ -16,7 +16,7 @@ class Limits:
         max_missing, max_extra, max_flips: shares of the reference's detections.
         max_score_diff: of 95 % of the matched pairs.
         max_box_diff: of 95 % of the matched pairs, pixels of the network input.
-        max_angle_diff: of 95 % of the matched pairs of turned boxes, radians.
+        max_angle_diff: of 95 % of the matched pairs of rotated boxes, radians.
         min_cosine: of the head tensors.
         max_ap_drop: reference's AP minus candidate's.
     """

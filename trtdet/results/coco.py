@@ -3,7 +3,7 @@
 
 The metric is pycocotools', called with its own defaults.
 
-Turned boxes are in ODTK's form: `bbox` x y w h of the unturned box and its angle (radians, clockwise on the screen), and the four corners
+Rotated boxes are in ODTK's form: `bbox` x y w h of the box before rotation, and its angle (radians, clockwise on the screen), and the four corners
 as a polygon in `segmentation`. The metric then compares the polygons (pycocotools' "segm"), as ODTK does.
 """
 
@@ -119,7 +119,7 @@ def name_images(paths: Sequence[Path], root: Path) -> dict[Path, int | str]:
 def _polygon(entry: Mapping[str, Any]) -> Any:
     """The `segmentation` of an annotation or a detection; where it has none, the corners of its box.
 
-    The last pixel belongs to a turned box, so ODTK's corners are a pixel short of its width and height.
+    The last pixel belongs to a rotated box, so ODTK's corners are a pixel short of its width and height.
     """
     polygons = polygons_of(entry)
     if polygons:
@@ -138,7 +138,7 @@ class Evaluation:
         metrics: by the names of `METRICS`; -1 where there is nothing to find (no small object, say), as pycocotools has it.
         precision: (10, 101) precision at IoU 0.50, 0.55, ..., 0.95 and recall 0, 0.01, ..., 1, averaged over the categories; all sizes,
             100 detections.
-        iou_type: what overlaps were of: "bbox", or "segm", the polygons of turned boxes.
+        iou_type: what overlaps were of: "bbox", or "segm", the polygons of rotated boxes.
     """
 
     metrics: dict[str, float]
@@ -212,7 +212,7 @@ def _image_entries(
         height, width = sizes.get(image_id, (None, None))
         if not height or not width or height * width >= 2**32:  # pycocotools counts in 32 bits
             raise ValueError(
-                f"{annotations.path}: expected height and width of every image, which turned boxes need, found {height} and {width} for {image_id!r}"
+                f"{annotations.path}: expected height and width of every image, which rotated boxes need, found {height} and {width} for {image_id!r}"
             )
         entries.append({"id": number, "height": int(height), "width": int(width)})
     return entries

@@ -212,7 +212,7 @@ def _check_box(box: Sequence[float], *, lowest_side: float) -> None:
 
 
 def _check_segmentation(given: Any) -> None:
-    """By it overlaps of turned boxes are measured.
+    """By it overlaps of rotated boxes are measured.
 
     Raises:
         ValueError: not polygons of at least three points.

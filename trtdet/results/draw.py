@@ -54,7 +54,7 @@ def draw(
     line, font = _line_width(width, height), _font(_font_size(width, height), font_path)
     shown = detections.above(score_threshold)
     best_first = np.argsort(-shown.scores, kind="stable")
-    # A turned box has its label at the upright one around it.
+    # A rotated box has its label at the upright one around it.
     outlines = shown.boxes_xyxy if shown.angles is None else _around(shown.corners)
     placed: list[tuple[Rect, str, Color]] = []
     for i in best_first:

@@ -33,7 +33,7 @@ PROVIDERS = {
     "cpu": sessions.CPU,
 }
 
-#: Shapes of batches whose buffers are kept on the device: those of free size come in any number.
+#: Shapes of batches whose buffers are kept on the device: those of dynamic size come in any number.
 KEPT_INPUTS = 4
 
 #: Threads that spin while they wait for work take the cores from those that decode and draw. With 20 us of it D0 keeps its speed

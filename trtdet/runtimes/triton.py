@@ -436,7 +436,7 @@ def _check_tensors(
     largest = int(config.get("max_batch_size", 0))
     image = tuple(dim if isinstance(dim, int) else -1 for dim in spec.preprocessing.image_dims)
     slots = spec.nms.max_output_boxes
-    values = 5 if spec.selection == "rotated_nms" else 4  # a turned box has an angle
+    values = 5 if spec.selection == "rotated_nms" else 4  # a rotated box has an angle
     expected = {
         inputs[0]["name"]: (spec.preprocessing.dtype, image),
         "num_detections": ("int32", (1,)),
