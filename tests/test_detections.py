@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detections of one image: thresholds, decoding of outputs, TSV files, COCO's results format."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trtdet.detections import Detections, decode, read_tsv, to_coco_results, write_tsv
+from trtdet.geometry import ResizeTransform
+from trtdet.spec import ModelSpec, Nms, Preprocessing
+
+
+def detections(angles=(0.5, -1.0)) -> Detections:
+    return Detections(
+        np.array([[10, 20, 50, 40], [60, 60, 90, 80]], np.float32),
+        np.array([0.9, 0.4], np.float32),
+        np.array([1, 0], np.int32),
+        None if angles is None else np.array(angles, np.float32),
+    )
+
+
+def test_a_threshold_keeps_the_angles_of_what_it_keeps() -> None:
+    kept = detections().above(0.5)
+    assert len(kept) == 1 and kept.angles.tolist() == [0.5]
+    assert detections(None).above(0.5).angles is None
+    with pytest.raises(ValueError, match="expected 2 angles, got"):
+        detections((0.5,))
+
+
+def test_turned_boxes_are_not_cut_to_the_image() -> None:
+    """Cutting would move the centre. The scale is the same for both axes, so the angle stays."""
+    spec = ModelSpec("retinanet", Preprocessing((64, 64)), Nms(), (1,), box_order="xyxy")
+    outputs = {
+        "num_detections": np.array([[1]], np.int32),
+        "detection_boxes": np.array([[[-10, 0, 30, 20, 0.25]]], np.float32),
+        "detection_scores": np.array([[0.9]], np.float32),
+        "detection_classes": np.zeros((1, 1), np.int32),
+    }
+    (found,) = decode(outputs, spec, [ResizeTransform((100, 100), (0.5, 0.5))])
+    assert found.boxes_xyxy.tolist() == [[-20, 0, 60, 40]] and found.angles.tolist() == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("labels", "header", "columns"),
+    [
+        ((), False, 7),
+        ((), True, 7),
+        (("pear", "3"), True, 8),  # a label that reads like a number
+    ],
+)
+def test_tsv_keeps_the_angle(tmp_path: Path, labels: tuple, header: bool, columns: int) -> None:
+    path = tmp_path / "a.tsv"
+    write_tsv(path, detections(), labels=labels, header=header)
+    lines = path.read_text().splitlines()
+    assert {len(line.split("\t")) for line in lines} == {columns}
+    if header:
+        assert lines[0].split("\t")[6] == "angle"
+    back = read_tsv(path)
+    np.testing.assert_allclose(back.angles, [0.5, -1.0], atol=1e-6)
+    np.testing.assert_allclose(back.boxes_xyxy, detections().boxes_xyxy, atol=1e-3)
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_tsv_of_upright_boxes_has_no_angle(tmp_path: Path, header: bool) -> None:
+    path = tmp_path / "a.tsv"
+    write_tsv(path, detections(None), labels=("pear", "plum"), header=header)
+    assert "angle" not in path.read_text() and read_tsv(path).angles is None
+
+
+def test_json_has_odtks_form() -> None:
+    first, second = to_coco_results(detections((0, np.pi / 2)), 7, (1, 5), inclusive_corners=True)
+    assert first["bbox"] == [10, 20, 41, 21, 0] and first["category_id"] == 5  # the last pixel too
+    assert first["segmentation"] == [[10, 20, 10, 40, 50, 40, 50, 20]]  # without it
+    np.testing.assert_allclose(second["segmentation"], [[85, 55, 65, 55, 65, 85, 85, 85]], atol=1e-3)  # fmt: skip
+    (plain, _) = to_coco_results(detections((0, 0)), 7, (1, 5))
+    assert plain["bbox"] == [10, 20, 40, 20, 0]
+    assert "segmentation" not in to_coco_results(detections(None), 7, (1, 5))[0]
