@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What INT8 costs at several shares of the multiply-accumulates, on images that chose nothing: the table and the picture of docs/int8.md.
 
-  int8_share.py --onnx d0.onnx --input person_val100 --annotations person_val100.json --work out
+  int8_share.py --model d0.onnx --input person_val100 --annotations person_val100.json --work out
 
 The images, in the order of their names, fall into an even and an odd half. Calibration and choice see one half, without annotations; the other is judged in
 four views (as it is, mirrored, 3 % darker, both), every pair computed as written. Then the other way round; all detections are pooled. The intervals
@@ -175,7 +175,7 @@ def plot(path: Path, shares: Sequence[float], curve: NDArray[Any]) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     # fmt: off
-    parser.add_argument("--onnx", required=True, type=Path, help="the float32 ONNX file of create_onnx.py")
+    parser.add_argument("--model", required=True, type=Path, help="the float32 ONNX file of create_onnx.py")
     parser.add_argument("--input", required=True, type=Path, help="annotated images")
     parser.add_argument("--annotations", required=True, type=Path)
     parser.add_argument("--work", required=True, type=Path, help="folder for caches and detections")
@@ -207,9 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             path = args.work / f"{name}_{judged}.json"
             if not path.exists():
                 model = (
-                    load_model(args.onnx)[0]
+                    load_model(args.model)[0]
                     if share is None
-                    else prepared(args.onnx, args.work / seen, args.work / f"{seen}.cache", share, args.rest_precision)
+                    else prepared(args.model, args.work / seen, args.work / f"{seen}.cache", share, args.rest_precision)
                 )  # fmt: skip
                 path.write_text(json.dumps(results_of(model, halves[judged], args.work)))
             for view, found in zip(views, json.loads(path.read_text()), strict=True):
