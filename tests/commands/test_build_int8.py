@@ -23,8 +23,9 @@ from trtdet.engine.layers import LayerShares
 from trtdet.engine.sidecar import read_sidecar
 from trtdet.errors import EngineError
 from trtdet.nms import lowering
-from trtdet.precision import calibration, calibration_cache
+from trtdet.precision import calibration, calibration_cache, costs
 from trtdet.precision.body import Body, block_of
+from trtdet.precision.calibration_cache import read_cache
 from trtdet.precision.file import PrecisionFile
 from trtdet.precision.prepare import load_model
 
@@ -34,6 +35,11 @@ FP32_AP = 0.7987
 
 
 def build(model: Path, *options: object) -> int:
+    """All in INT8: what is left out by itself has its own tests."""
+    return build_chosen(model, "--int8_share", 1, *options)
+
+
+def build_chosen(model: Path, *options: object) -> int:
     return build_engine.main(["--onnx", str(model), "--precision", "int8", *map(str, options)])
 
 
@@ -163,12 +169,14 @@ def test_precision_json_is_obeyed_and_belongs_to_a_model(tiny_onnx: Path, calibr
 
 def test_a_model_with_its_own_pairs_needs_no_calibration(calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     path = tmp_path / "again.onnx"
-    assert build(calibrated / "int8.onnx", "--save_onnx", path) == 0
+    assert build_chosen(calibrated / "int8.onnx", "--save_onnx", path) == 0
     assert path.read_bytes() == (calibrated / "int8.onnx").read_bytes()
     error = capsys.readouterr().err
     assert "(as the model came, with its own Q/DQ)" in error and "are not used" not in error
-    assert build(calibrated / "int8.onnx", "--save_onnx", path, "--keep_fp32", "*/stem/*") == 0
-    assert "W the ONNX file brings its own Q/DQ: --calib_..., --keep_... and --precision_json are not used" in capsys.readouterr().err  # fmt: skip
+    assert (
+        build_chosen(calibrated / "int8.onnx", "--save_onnx", path, "--keep_fp32", "*/stem/*") == 0
+    )
+    assert "W the ONNX file brings its own Q/DQ: --calib_..., --keep_..., --int8_share and --precision_json are not used" in capsys.readouterr().err  # fmt: skip
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------------
@@ -534,6 +542,123 @@ def test_pairs_of_the_other_type_are_refused(calibrated: Path, fp8_onnx: Path, t
     assert build(fp8_onnx, "--save_onnx", path, "--precision", "fp8") == 0
     assert path.read_bytes() == fp8_onnx.read_bytes()
     assert "are not used" not in capsys.readouterr().err
+
+
+# --- what is left out by itself ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chosen(tiny_onnx: Path, calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with int8.onnx, less what costs most, and its tiny.cache, which holds the costs."""
+    folder = tmp_path_factory.mktemp("chosen")
+    for name in ("tiny.cache", "tiny.cache.json"):
+        (folder / name).write_bytes((calibrated / name).read_bytes())
+    options = ["--calib_input", IMAGES, "--calib_cache", folder / "tiny.cache"]
+    assert build_chosen(tiny_onnx, "--save_onnx", folder / "int8.onnx", *options) == 0
+    return folder
+
+
+def test_choice_keeps_the_share_and_takes_most_of_the_error_out(chosen: Path, tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    path = tmp_path / "m.onnx"
+    options = ["--save_onnx", path, "--calib_cache", chosen / "tiny.cache"]
+    assert build_chosen(tiny_onnx, *options) == 0  # no images: the cache says what each costs
+    error = capsys.readouterr().err
+    assert path.read_bytes() == (chosen / "int8.onnx").read_bytes()
+    share = float(re.search(r"INT8: ([\d.]+)% of the multiply-accumulates", error)[1])  # type: ignore[index]
+    assert 80 <= share < 81
+    found = re.search(r"left out: (\d+) of 121 convolutions, which make (\d+) % of the error of boxes and (\d+) % of that of scores", error)  # fmt: skip
+    assert found is not None
+    count, boxes, scores = map(int, found.groups())
+    types = input_types(onnx.load(path))
+    assert len(types["INT8"]) == 121 - count and len(types["FLOAT16"]) == 16 + count
+    assert boxes > 50 and scores > 50  # measured 2026-11-29: 65 and 76 of 25 images
+    assert f"stays: {count} x left out" in error
+
+
+def test_fewer_pairs_than_with_all_in_int8(chosen: Path, calibrated: Path) -> None:
+    pairs = [
+        sum(node.op_type == "QuantizeLinear" for node in onnx.load(folder / "int8.onnx").graph.node)
+        for folder in (chosen, calibrated)
+    ]
+    assert pairs[0] < pairs[1]
+
+
+def test_share_is_asked_for(chosen: Path, tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    path = tmp_path / "m.onnx"
+    options = ["--save_onnx", path, "--calib_cache", chosen / "tiny.cache", "--int8_share"]
+    left = {}
+    for share in (1, 0.9, 0.5):
+        assert build_chosen(tiny_onnx, *options, share) == 0
+        error = capsys.readouterr().err
+        left[share] = float(re.search(r"INT8: ([\d.]+)%", error)[1])  # type: ignore[index]
+    assert left[1] == 99.9 and 90 <= left[0.9] < 91 and 50 <= left[0.5] < 51
+    assert build_chosen(tiny_onnx, *options, 0.9, "--keep_fp16", "*/stem/*", "*/blocks_*") == 1
+    assert re.search(
+        r"error: --int8_share 0.9: what is kept by name, and what cannot be quantized, leaves 1\d\.\d% of the multiply-accumulates; lower it, or keep less",
+        error_of(capsys),
+    )
+
+
+def test_by_hand_goes_before_by_itself(chosen: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    options = ["--save_onnx", path, "--calib_cache", chosen / "tiny.cache", "--keep_fp16", "*/stem/*"]  # fmt: skip
+    assert build_chosen(tiny_onnx, *options) == 0
+    assert len(input_types(onnx.load(path))["INT8"]) == 120
+    assert build_chosen(tiny_onnx, *options, "--int8_share", 0.8) == 0
+    types = input_types(onnx.load(path))
+    assert 60 < len(types["INT8"]) < 118
+    assert {block_of(name) for name in types["INT8"]}.isdisjoint({"stem"})
+
+
+def test_without_images_nothing_is_chosen(tiny_onnx: Path, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    path = tmp_path / "m.onnx"
+    options = ["--save_onnx", path, "--calib_cache", calibrated / "tiny.cache"]
+    assert build_chosen(tiny_onnx, *options) == 0
+    assert "W all convolutions are INT8, which costs accuracy: no --calib_input to measure on" in capsys.readouterr().err  # fmt: skip
+    assert path.read_bytes() == (calibrated / "int8.onnx").read_bytes()
+    assert build_chosen(tiny_onnx, *options, "--int8_share", 0.9) == 1
+    assert "--int8_share 0.9: no --calib_input to measure on" in error_of(capsys)
+
+
+def test_measuring_goes_on_where_it_stopped(tiny_onnx: Path, cache: Path, chosen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Interrupted after the first block: the second run measures the others alone, and chooses the same."""
+    options = ["--save_onnx", tmp_path / "m.onnx", "--calib_input", IMAGES, "--calib_cache", cache]
+    measured: list[str] = []
+    alone = costs._alone
+
+    def interrupted(plan: Any, layer: Any, *rest: Any) -> Any:
+        measured.append(layer.name)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return alone(plan, layer, *rest)
+
+    monkeypatch.setattr(costs, "_alone", interrupted)
+    assert build_chosen(tiny_onnx, *options) == 130
+    assert len(read_cache(cache).costs["INT8"]) == 3  # stem, blocks_0
+    del measured[:-1]
+    monkeypatch.setattr(costs, "_alone", lambda plan, layer, *rest: measured.append(layer.name) or alone(plan, layer, *rest))  # fmt: skip
+    assert build_chosen(tiny_onnx, *options) == 0
+    assert len(measured) == 1 + 121 - 3
+    assert (tmp_path / "m.onnx").read_bytes() == (chosen / "int8.onnx").read_bytes()
+
+
+def test_images_of_nothing_are_warned_of(tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(8):
+        Image.new("RGB", (1, 1), (0, 0, 0)).save(photos / f"{i}.png")
+    assert build_chosen(tiny_onnx, "--save_onnx", tmp_path / "m.onnx", "--calib_input", photos) == 0
+    error = capsys.readouterr().err
+    assert "W --calib_input: 8 of 8 images are of one colour; give images of what the detector is to see" in error  # fmt: skip
+    assert "only 1 of 8 images differ from each other" in error
+    assert "8 of 8 images are far smaller than the network input (1x1 instead of 128x128)" in error
+    assert "the float32 model finds nothing in these images" in error
+    factors = [
+        float(np.abs(onnx.numpy_helper.to_array(w)).max())
+        for w in onnx.load(tmp_path / "m.onnx").graph.initializer
+        if "/scaled/constant" in w.name
+    ]
+    assert max(factors, default=0) < 1e5
 
 
 # --- D0 ---------------------------------------------------------------------------------------------------------------------

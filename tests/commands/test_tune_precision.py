@@ -3,6 +3,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +17,7 @@ from onnx import helper, numpy_helper
 from trtdet.commands import build_engine, cli, tune_precision
 from trtdet.precision import prepare
 from trtdet.precision.body import Body, ConvLayer
+from trtdet.precision.objective import Damage
 from trtdet.precision.options import Int8Options
 from trtdet.precision.sensitivity import Journal, LayerNoise, patterns, smallest_set
 from trtdet.run import tune as run_tune
@@ -94,9 +96,9 @@ def test_names_exactly_the_planted_convolution(planted: Path) -> None:
     assert (found["schema"], found["precision"]) == (1, "int8")
     assert "on 12 images, 89.6% of the multiply-accumulates in INT8, calibration by mse" in found["note"]  # fmt: skip
     header, first, second, *rest = [line.split("\t") for line in (planted / "table.tsv").read_text().splitlines()]  # fmt: skip
-    assert header[-3:] == ["sqnr_db_raw_boxes", "sqnr_db_class_logits", "precision"]
+    assert header[-4:] == ["error_percent", "box_loss", "score_loss", "precision"]
     assert (first[0], first[-1]) == (PLANTED, "fp16")
-    assert float(first[4]) > 99  # % of the noise
+    assert float(first[4]) > 99  # % of the error
     assert second[-1] == "int8"
     assert len(rest) == 121
     assert (planted / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -120,9 +122,9 @@ def test_goes_on_where_it_stopped(planted: Path, tmp_path: Path, monkeypatch: py
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(cli, "setup_logging", lambda verbose: None)  # it would take caplog's place
     lines = (planted / "precision.json.journal").read_text().splitlines()
-    assert (
-        len(lines) == 3 + 123
-    )  # float32, all in INT8, the planted one out; every convolution alone
+    kinds = Counter(json.loads(line)["kind"].partition(",")[0].partition(" ")[0] for line in lines)
+    # All in INT8, what build_engine.py leaves out, half of that, ..., the planted one; every convolution alone.
+    assert kinds["float32"] == 1 and kinds["alone"] == 123 and 3 <= kinds["int8"] <= 10
     measured: list[Collection[str] | None] = []
     evaluate = run_tune.Tuner._evaluate
 
@@ -157,7 +159,7 @@ def test_no_set_is_good_enough(planted: Path, tmp_path: Path, monkeypatch: pytes
         return {f"{name}/0": 0.5 if kept is None else 0.4 for name in METRICS}
 
     monkeypatch.setattr(run_tune.Tuner, "_evaluate", worse)
-    monkeypatch.setattr(run_tune.Tuner, "noises", lambda self: [LayerNoise(layer, {"x": 1.0}) for layer in self.layers])  # fmt: skip
+    monkeypatch.setattr(run_tune.Tuner, "noises", lambda self: [LayerNoise(layer, Damage(1.0, 1e-4, 1e-4), 1 / 123) for layer in self.layers])  # fmt: skip
     output = tmp_path / "precision.json"
     options = ["--calib_cache", planted / "planted.cache", "--table", tmp_path / "table.tsv"]
     assert tune(planted / "planted.onnx", output, *options, "--max_ap_drop", 0.05) == 1
@@ -264,6 +266,13 @@ def test_smallest_set(wanted: str, most: int) -> None:
     assert "".join(sorted(found)) == wanted
     assert len(asked) <= most
     assert len(asked) == len(set(asked)) or wanted != "a"
+
+
+def test_smallest_set_begins_where_it_is_told() -> None:
+    fits, asked = needs("a", "c")
+    found = smallest_set(layers(*range(20, 0, -1)), fits, first=5)
+    assert found is not None and sorted(found) == ["a", "c"]
+    assert asked[:3] == ["abcde", "ab", "abc"]
 
 
 def test_smallest_set_gives_back_the_most_macs_first() -> None:

@@ -68,7 +68,7 @@ def test_the_body_is_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(body_module, name, counted)
     options = {"images": IMAGES, "cache": tmp_path / "scales.cache"}
     found = prepare(toy.network(), toy.SPEC, "int8", ranges(options))
-    assert found.quantization and found.quantization.mac_share == 1
+    assert found.quantization and 0.8 <= found.quantization.mac_share < 1
     assert sorted(calls) == ["_conv_layers", "cut_to_body"]
     calls.clear()
     prepare(toy.network(), toy.SPEC, "fp16")
@@ -84,5 +84,5 @@ def test_the_spec_is_an_argument(tmp_path: Path) -> None:
     large = Body(model, spec.replace(preprocessing=spec.preprocessing.at((32, 32))))
     assert [b.macs for b in small.layers] == [8 * 27 * 64, 8 * 72 * 16, 3 * 8 * 64, 4 * 8 * 64, 3 * 8 * 16, 4 * 8 * 16]  # fmt: skip
     assert [b.macs for b in large.layers] == [4 * layer.macs for layer in small.layers]
-    found = prepare(model, spec.replace(sensitive_nodes=("box_*",)), "int8", ranges({"images": IMAGES}))  # fmt: skip
+    found = prepare(model, spec.replace(sensitive_nodes=("box_*",)), "int8", ranges({"images": IMAGES, "share": 1.0}))  # fmt: skip
     assert found.quantization and found.quantization.kept == dict.fromkeys(("box_0", "box_1"), "sensitive ('box_*')")  # fmt: skip

@@ -177,6 +177,7 @@ def add_calibration_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--calib_batch_size", type=positive_int, metavar="N", help=f"images at a time; the scales do not depend on it (default: {CALIBRATION_BATCH}, or the ONNX file's)")
     group.add_argument("--calib_method", choices=METHODS, help=f"how the range of an activation is chosen (default: as in an existing cache, else {options.DEFAULT_METHOD}; for fp8 {FP8_METHOD}, as fp8 needs no clipping)")
     group.add_argument("--calib_seed", type=int, default=options.DEFAULT_SEED, metavar="N", help="seed of the choice of images (default: %(default)s)")
+    group.add_argument("--int8_share", type=positive_unit_interval, metavar="SHARE", help=f"leave the convolutions that hurt most out of int8 or fp8, but keep at least this share of the multiply-accumulates in it; measured on 16 images of --calib_input and kept with --calib_cache; 1 leaves nothing out (default: {options.DEFAULT_SHARE}; 1 if --keep_fp16, --keep_fp32 or --precision_json say what stays out)")
     # fmt: on
     add(group, "--provider", note="a GPU calibrates faster, its scales differ in the last digits")
 
@@ -212,6 +213,7 @@ def calibration_from(args: argparse.Namespace) -> Int8Options:
         method=args.calib_method,
         seed=args.calib_seed,
         provider=CALIBRATION_PROVIDERS.get(args.provider, "auto"),
+        share=args.int8_share,
     )
 
 

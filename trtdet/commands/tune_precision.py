@@ -35,7 +35,7 @@ from trtdet.commands.options import (
     check_calibration_usage,
 )
 from trtdet.commands.values import positive_int
-from trtdet.precision.options import Int8Options
+from trtdet.precision.options import DEFAULT_SHARE, Int8Options
 from trtdet.run.options import (
     FEW_IMAGES,
     METRICS,
@@ -146,7 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     cli.setup_logging(args.verbose)
     options = TuneOptions(
-        args.max_ap_drop, args.metric, args.views, args.noise_images, args.threads
+        args.max_ap_drop,
+        args.metric,
+        args.views,
+        args.noise_images,
+        args.threads,
+        DEFAULT_SHARE if args.int8_share is None else args.int8_share,
     )
     return cli.run_main(
         lambda: run(

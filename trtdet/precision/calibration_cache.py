@@ -16,6 +16,7 @@ import numpy as np
 
 from trtdet import about, checks, files, reading
 from trtdet.precision.histograms import ChannelRow, ChannelStatistics
+from trtdet.precision.objective import Damage
 from trtdet.precision.options import DEFAULT_SEED, Method
 from trtdet.precision.scales import INT8
 from trtdet.spec import Preprocessing
@@ -121,11 +122,13 @@ class CalibrationCache:
         scales: tensor -> largest magnitude / 127, exactly as float32.
         channels: tensor -> statistics per channel, of the inputs of convolutions; empty for caches of other programs.
         origin: None for caches of other programs.
+        costs: name of a type of 8 bits -> convolution -> what it does alone in that type; as far as it was measured.
     """
 
     scales: dict[str, float]
     channels: dict[str, ChannelStatistics] = field(default_factory=dict, repr=False)
     origin: Origin | None = None
+    costs: dict[str, dict[str, Damage]] = field(default_factory=dict, repr=False)
 
     def amax(self, tensor: str) -> float:
         """The largest magnitude of a tensor that its scale represents; 0 where there is none."""
@@ -172,21 +175,28 @@ class CalibrationCache:
         The sidecar goes first: without it the cache would be taken for one of another program, unchecked. Where the work ends between
         the two, the sidecar's hash does not fit the cache beside it, or there is none.
         """
-        text = self.to_text(version)
-        sidecar = sidecar_path(path)
         if self.origin is None:
-            files.write_text(path, text)
-            sidecar.unlink(missing_ok=True)
+            sidecar_path(path).unlink(missing_ok=True)
+        else:
+            self.write_sidecar(path)
+        files.write_text(path, self.to_text(version))
+
+    def write_sidecar(self, path: Path) -> None:
+        """`<cache>.json` of the cache at `path`, alone: what is known beyond its scales has grown. Nothing for a cache of another program."""
+        if self.origin is None:
             return
         data = {
             "schema": _Sidecar.SCHEMA,
             "tool": f"trtdet {about.__version__}",
-            "scales_sha256": _hash_text(_scale_lines(text)),
+            "scales_sha256": _hash_text(_scale_lines(self.to_text())),
             **self.origin.to_dict(),
+            "costs": {
+                kind: {name: dataclasses.asdict(damage) for name, damage in costs.items()}
+                for kind, costs in self.costs.items()
+            },
             "channels": {name: c.to_dict() for name, c in self.channels.items()},
         }
-        files.write_text(sidecar, json.dumps(data, indent=1) + "\n")
-        files.write_text(path, text)
+        files.write_text(sidecar_path(path), json.dumps(data, indent=1) + "\n")
 
 
 def version_number(version: Sequence[int]) -> int:
@@ -285,10 +295,15 @@ class _Sidecar:
     seed: int
     preprocessing: dict[str, Any]
     channels: dict[str, ChannelRow]
+    costs: dict[str, dict[str, Damage]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checks.whole("num_images", self.num_images, 0, 2**31)
         checks.whole("seed", self.seed, 0, 2**63)
+        for kind, costs in self.costs.items():
+            for name, damage in costs.items():
+                for value in dataclasses.astuple(damage):
+                    checks.finite(f"costs, {kind}, {name}", value, 0, 1e300)
 
     @property
     def origin(self) -> Origin:
@@ -312,7 +327,7 @@ def _with_sidecar(cache: CalibrationCache, text: str, path: Path) -> Calibration
             f"{path}: does not belong to the cache beside it: scales_sha256 is that of other scales than stand in the cache; {remedy}"
         )
     channels = {name: row.statistics for name, row in found.channels.items()}
-    return CalibrationCache(cache.scales, channels, found.origin)
+    return CalibrationCache(cache.scales, channels, found.origin, found.costs)
 
 
 def _scale_lines(text: str) -> str:

@@ -108,10 +108,12 @@ def choose_equalizations(
 def statistics_of(
     layer: ConvLayer, weights: Weights, cache: CalibrationCache
 ) -> ChannelStatistics | None:
-    """Of a convolution's input, where they are known and a factor per channel is possible: not for groups of several channels."""
+    """Of a convolution's input, where they are known and a factor per channel is possible: not for groups of several channels, nor where all was 0."""
     statistics = cache.channels.get(layer.input)
     channels = weights.values.shape[0 if layer.depthwise else 1]
-    return statistics if statistics and len(statistics.mean) == channels else None
+    if statistics is None or len(statistics.mean) != channels or not statistics.largest.any():
+        return None
+    return statistics
 
 
 def only_producers(network: onnx.ModelProto, layers: Iterable[ConvLayer]) -> dict[str, str]:

@@ -37,6 +37,8 @@ DEFAULT_SEED = 47  # of NVIDIA's sample
 #: Images that calibration runs at a time, where the model's batch is dynamic. On a CPU 8 take five times
 #: the memory (D0: 4.2 GiB) and twice the time per image.
 CALIBRATION_BATCH = 1
+#: What the rest of 20 % brings and costs: docs/int8.md.
+DEFAULT_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Int8Options:
         provider: what of ONNX Runtime calibrates.
         keep_fp16, keep_fp32: patterns of node names, beside the model's own `sensitive_nodes`, which stay in FP16.
         precision_file: more of them, from tune_precision.py.
+        share: of all multiply-accumulates, how much stays in 8 bits at least; which convolutions leave it is measured. None: `DEFAULT_SHARE`,
+            but 1 where `keep_...` or `precision_file` say what stays out, or where there are no images to measure on.
     """
 
     images: Path | None = None
@@ -67,3 +71,4 @@ class Int8Options:
     keep_fp16: tuple[str, ...] = ()
     keep_fp32: tuple[str, ...] = ()
     precision_file: Path | None = None
+    share: float | None = None

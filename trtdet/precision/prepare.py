@@ -26,7 +26,7 @@ from trtdet.images.files import find_images, load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
 from trtdet.onnx_files import read_onnx
-from trtdet.precision import calibration, calibration_cache, floats
+from trtdet.precision import automatic, calibration, calibration_cache, floats
 from trtdet.precision.body import Body
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.file import read_precision_file
@@ -46,9 +46,11 @@ from trtdet.precision.quantization import (
     QuantizationReport,
     insert_qdq,
     own_type,
+    plan_quantization,
     prepare_implicit,
 )
 from trtdet.precision.scales import FP8, INT8
+from trtdet.precision.suitability import Suitability
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -201,7 +203,7 @@ def _prepare_quantized(
         )
     if own and int8 != Int8Options():
         logger.warning(
-            "the ONNX file brings its own Q/DQ: --calib_..., --keep_... and --precision_json are not used"
+            "the ONNX file brings its own Q/DQ: --calib_..., --keep_..., --int8_share and --precision_json are not used"
         )
         int8 = Int8Options()
     convs = [node.name for node in model.graph.node if node.op_type == "Conv"]
@@ -213,11 +215,12 @@ def _prepare_quantized(
     )
     default = FP8_METHOD if to == "fp8" else DEFAULT_METHOD
     cache = CalibrationCache({}) if own else scales_of(body, int8, target.cache_version, default)
+    but = () if own else _left_out(body, cache, settings, int8)
     scales = None
     if target.calibrator:
-        quantized, scales, report = prepare_implicit(body, cache, settings)
+        quantized, scales, report = prepare_implicit(body, cache, settings, but)
     else:
-        quantized, report = insert_qdq(body, cache, settings)
+        quantized, report = insert_qdq(body, cache, settings, but)
     for line in report.lines():
         logger.info(line)
     if rest == "fp32" or narrow:
@@ -227,6 +230,15 @@ def _prepare_quantized(
     typed, narrowed = floats.to_fp16(quantized, keep_fp32=wide, ranges=ranges)
     _log_report(narrowed)
     return Prepared(quantized, typed, narrowed, report, scales)
+
+
+def _left_out(
+    body: Body, cache: CalibrationCache, settings: QuantizationOptions, int8: Int8Options
+) -> tuple[str, ...]:
+    """Names of the convolutions that hurt detections most in 8 bits, as many as `int8.share` allows."""
+    plan = plan_quantization(body, cache, settings)
+    choice = automatic.choose(plan, int8, runs=not unknown_to_onnxruntime(body.model))
+    return choice.kept if choice else ()
 
 
 def kept_nodes(
@@ -341,6 +353,7 @@ def calibration_feeds(
     if fixed and batch_size not in (None, fixed):
         raise ValueError(f"--calib_batch_size {batch_size}: the ONNX file has a fixed batch of {fixed}; leave it out")  # fmt: skip
     size, repeats = (1, fixed) if fixed else (batch_size or CALIBRATION_BATCH, 1)
+    suitability = Suitability(body.spec.preprocessing.size_hw)
     with (
         logging_redirect_tqdm(),
         tqdm(total=len(paths), desc="calibrating", unit="image", disable=None) as bar,
@@ -349,10 +362,17 @@ def calibration_feeds(
         for batch in batches:
             yield {network_input.name: np.repeat(batch.images, repeats, axis=0)}
             seen.extend(batch.paths)
+            for image, transform in zip(batch.images, batch.transforms, strict=False):
+                planes_last = body.spec.preprocessing.layout == "NHWC"
+                suitability.add(
+                    image if planes_last else image.transpose(1, 2, 0), transform.source_wh
+                )
             bar.update(len(batch.images))
         skipped = len(batches.failures)
     if skipped == len(paths):
         raise ValueError(f"--calib_input: expected images that can be read, found {skipped} that cannot, the first of them {batches.failures[0][0]}")  # fmt: skip
+    for line in suitability.warnings():
+        logger.warning("--calib_input: %s; give images of what the detector is to see", line)
     if skipped:
         logger.warning("calibrated on %d of %d images: the others cannot be read", len(paths) - skipped, len(paths))  # fmt: skip
 

@@ -25,7 +25,7 @@ FP8 (E4M3) has an exponent of its own, so a small channel loses nothing beside a
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -121,10 +121,14 @@ def insert_qdq(
     body: Body,
     cache: CalibrationCache,
     options: QuantizationOptions = QuantizationOptions(),
+    but: Collection[str] = (),
 ) -> tuple[onnx.ModelProto, QuantizationReport]:
     """A copy of an FP32 model with its convolutions in INT8; the rest stays FP32, for `trtdet.precision.floats` to narrow.
 
     A model that already has QuantizeLinear nodes (trained with them) is returned as it is.
+
+    Args:
+        but: names of convolutions that stay FP32 besides.
 
     Raises:
         GraphError: no convolution can be quantized: the cache names none of the tensors.
@@ -132,13 +136,14 @@ def insert_qdq(
     if own_type(body.model) is not None:
         return body.model, report_of(body)
     plan = plan_quantization(body, cache, options)
-    return plan.quantize(), plan.report()
+    return plan.quantize(but), plan.report(but)
 
 
 def prepare_implicit(
     body: Body,
     cache: CalibrationCache,
     options: QuantizationOptions = QuantizationOptions(),
+    but: Collection[str] = (),
 ) -> tuple[onnx.ModelProto, CalibrationCache, QuantizationReport]:
     """For a weakly typed TensorRT, which rounds by itself: the model with its channels rescaled and biases corrected, without Q/DQ.
 
@@ -154,10 +159,10 @@ def prepare_implicit(
         )
     plan = plan_quantization(body, cache, options)
     rescaled, amax = write_convs(
-        body.model, plan.convolutions(), options.to, pairs=False, fp16_scales=options.fp16_scales
+        body.model, plan.convolutions(but), options.to, pairs=False, fp16_scales=options.fp16_scales
     )
     scales = {tensor: float(activation_scale(value, INT8)) for tensor, value in amax.items()}
-    return rescaled, CalibrationCache(cache.scales | scales), plan.report()
+    return rescaled, CalibrationCache(cache.scales | scales), plan.report(but)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +211,12 @@ class QuantizationPlan:
             for layer in self.body.layers
             if layer.name in self.weights
         }
+
+    def alone(self, layer: ConvLayer) -> NewConv:
+        """One of `layers` in 8 bits, the others as they are: what it asks of its input's channels takes nodes of its own."""
+        placed = self.equalized.get(layer.name)
+        own_nodes = placed.equalization if placed else None
+        return replace(self._convolution(layer, True, None), equalization=own_nodes)
 
     def report(self, but: Collection[str] = ()) -> QuantizationReport:
         """On `quantize(but)`."""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which convolutions INT8 hurts, and the smallest set that has to stay in FP16.
 
-Two measures. The noise that one quantized convolution puts on the heads is cheap and without scatter, so it ranks the convolutions; AP is
-what counts and takes a run over all annotated images, so it is asked only where a decision hangs on it. Errors of different
-convolutions are all but independent: their powers add up, and the noisiest few are most of the total.
+Two measures. What one quantized convolution does to the detections of float32 is cheap and without scatter, so it ranks the convolutions; AP is
+what counts and takes a run over all annotated images, so it is asked only where a decision hangs on it.
 """
 
 import hashlib
@@ -17,26 +16,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx
-from numpy.typing import NDArray
 
 from trtdet import checks, files, reading
 from trtdet.errors import GraphError
-from trtdet.graph import deformable_attention
 from trtdet.precision import quantization
 from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
-from trtdet.precision.floats import NMS_OPS
+from trtdet.precision.choice import gains
+from trtdet.precision.objective import Damage
 from trtdet.precision.quantization import QuantizationOptions, QuantizationPlan
-from trtdet.sessions import Session, open_session
 
 logger = logging.getLogger(__name__)
-
-
-#: Anchors of each image whose error counts: those that may become detections. The others are background, and their boxes mean nothing.
-BEST_ANCHORS = 100
-
-Feed = Mapping[str, NDArray[Any]]
 
 
 # ---- what may be quantized
@@ -60,113 +50,46 @@ def patterns(names: Iterable[str]) -> list[str]:
     return [escape(name) for name in names]
 
 
-# ---- noise on the heads
+# ---- noise on the detections
 
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """What one quantized convolution does to the heads.
+    """What one quantized convolution does to the detections: `trtdet.precision.objective`.
 
     Attributes:
-        noise: head -> power of the error over the variance of the values; "raw_boxes" -> 1e-3 is an SQNR of 30 dB.
+        gain: of the power of all errors, the share that goes where it is left out: the mean of that of boxes and that of scores.
     """
 
     layer: ConvLayer
-    noise: Mapping[str, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.noise.values())
+    damage: Damage
+    gain: float
 
 
-class NoiseMeter:
-    """Compares the heads of a quantized network with those of the float32 one, on a few images.
-
-    Where the NMS shows which head is boxes and which scores, the anchors that the float32 model rates best are compared, their scores in their best class;
-    elsewhere everything is.
-
-    Args:
-        feeds: kept in memory.
-        threads: of ONNX Runtime; None: its choice.
-    """
-
-    def __init__(self, body: Body, feeds: Sequence[Feed], *, threads: int | None = None) -> None:
-        self._feeds, self._threads = feeds, threads
-        self._heads = body.heads
-        self._boxes_scores = _nms_inputs(body.model, self._heads)
-        self._anchors: list[
-            tuple[NDArray[np.intp], NDArray[np.intp]]
-        ] = []  # per feed: anchor, class
-        self._reference = self._run(body.network)
-
-    def noise(self, network: onnx.ModelProto) -> dict[str, float]:
-        """Head -> power of the error over the variance of the float32 values.
-
-        Args:
-            network: quantized, up to the heads: `QuantizationPlan.quantize(..., network=True)`.
-        """
-        noise = {}
-        for head, found in self._run(network).items():
-            expected = self._reference[head]
-            power = float(np.square(found - expected, dtype=np.float64).mean())
-            noise[head] = power / max(float(expected.var(dtype=np.float64)), 1e-30)
-        return noise
-
-    def _run(self, network: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
-        session = _session(network, self._threads)
-        rows = []
-        for i, feed in enumerate(self._feeds):
-            values = dict(zip(self._heads, session.run(self._heads, dict(feed)), strict=True))
-            rows.append(self._best(i, values))
-        return {head: np.concatenate([row[head].ravel() for row in rows]) for head in self._heads}
-
-    def _best(self, feed: int, values: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
-        if self._boxes_scores is None:
-            return values
-        boxes, scores = (values[name] for name in self._boxes_scores)
-        if scores.ndim != 3 or boxes.shape[:2] != scores.shape[:2]:
-            return values
-        if feed == len(self._anchors):  # the float32 model, which is the first to run
-            highest = scores.max(2)
-            anchors = np.argsort(-highest, axis=1, kind="stable")[:, :BEST_ANCHORS]
-            classes = np.take_along_axis(scores.argmax(2), anchors, 1)
-            self._anchors.append((anchors, classes))
-        anchors, classes = self._anchors[feed]
-        rows = np.arange(len(anchors))[:, None]
-        chosen = (boxes[rows, anchors], scores[rows, anchors, classes])
-        return {**values, **dict(zip(self._boxes_scores, chosen, strict=True))}
-
-
-def _nms_inputs(model: onnx.ModelProto, heads: Sequence[str]) -> tuple[str, str] | None:
-    """The heads that are the boxes and the scores of the NMS; None where something stands between."""
-    for node in model.graph.node:
-        if node.op_type in NMS_OPS and set(node.input[:2]) <= set(heads):
-            return node.input[0], node.input[1]
-    return None
-
-
-def _session(body: onnx.ModelProto, threads: int | None) -> Session:
-    lowered = deformable_attention.lower(body)
-    return open_session(lowered, "the model", threads=threads, integer_kernels=False)
+def layer_noises(layers: Sequence[ConvLayer], costs: Mapping[str, Damage]) -> list[LayerNoise]:
+    """In the order of the graph."""
+    gain = gains(layers, costs)
+    return [LayerNoise(layer, costs[layer.name], gain[layer.name]) for layer in layers]
 
 
 # ---- the smallest set
 
 
 def smallest_set(
-    ranked: Sequence[ConvLayer], fits: Callable[[Collection[str]], bool]
+    ranked: Sequence[ConvLayer], fits: Callable[[Collection[str]], bool], *, first: int = 1
 ) -> list[str] | None:
     """Names of as few convolutions as possible that, left out of INT8, make a model fit that else does not; None where all but one are not enough.
 
-    The noisiest are left out first, 1, 2, 4, ... of them, then as many as bisection finds are needed. Of those, what the model
+    The first so many are left out, then twice, four times, ... as many, then as many as bisection finds are needed. Of those, what the model
     can do without goes back into INT8: the greatest multiply-accumulates first, in halves, quarters, ..., one by one.
 
     Args:
-        ranked: noisiest first.
+        ranked: what is to be left out first comes first.
+        first: so many are tried at first.
         fits: whether a model with these names left out is good enough. Asked about 2 log2(n) times, and for k names up to 2 k more.
     """
     names = [layer.name for layer in ranked]
-    failed, count = 0, 1
+    failed, count = 0, max(1, min(first, len(names) - 1))
     while count < len(names) and not fits(names[:count]):
         failed, count = count, count * 2
     if count >= len(names):
@@ -180,7 +103,7 @@ def smallest_set(
         else:
             failed = middle
     if count > 1:
-        logger.info("the %d noisiest are enough; which of them can go back into INT8?", count)
+        logger.info("%d are enough; which of them can go back into INT8?", count)
     macs = {layer.name: layer.macs for layer in ranked}
     return _put_back(sorted(names[:count], key=lambda name: -macs[name]), fits)
 
@@ -238,6 +161,10 @@ class Journal:
     def __len__(self) -> int:
         return len(self._known)
 
+    def known(self, kind: str, layers: Iterable[str]) -> dict[str, float] | None:
+        """What was measured of this configuration; None: nothing yet."""
+        return self._known.get(fingerprint(self._context, kind, sorted(layers)))
+
     def measure(
         self, kind: str, layers: Iterable[str], measure: Callable[[], Mapping[str, float]]
     ) -> dict[str, float]:
@@ -289,28 +216,21 @@ def cache_fingerprint(cache: CalibrationCache) -> str:
 # ---- table and plot
 
 
-def decibels(noise: float) -> float:
-    """Signal to noise."""
-    return float(-10 * np.log10(max(noise, 1e-30)))
-
-
 def table(found: Sequence[LayerNoise], kept: Collection[str]) -> str:
-    """TSV, noisiest first: how much of all the noise each convolution makes, its SQNR at each head, and its precision."""
-    heads = list(found[0].noise) if found else []
-    total = sum(entry.total for entry in found) or 1.0
+    """TSV, what is worst first: what each convolution, alone in INT8, does to boxes and scores, its share of all errors, and its precision."""
     macs = sum(entry.layer.macs for entry in found) or 1
-    columns = ["layer", "block", "kind", "macs_percent", "noise_percent"]
-    rows = [[*columns, *(f"sqnr_db_{head}" for head in heads), "precision"]]
-    for entry in sorted(found, key=lambda entry: -entry.total):
-        layer = entry.layer
+    rows = [["layer", "block", "kind", "macs_percent", "error_percent", "box_loss", "score_loss", "precision"]]  # fmt: skip
+    for entry in sorted(found, key=lambda entry: -entry.gain):
+        layer, damage = entry.layer, entry.damage.mean()
         rows.append(
             [
                 layer.name,
                 layer.block,
                 "depthwise" if layer.depthwise else "convolution",
                 f"{100 * layer.macs / macs:.3f}",
-                f"{100 * entry.total / total:.3f}",
-                *(f"{decibels(entry.noise[head]):.1f}" for head in heads),
+                f"{100 * entry.gain:.3f}",
+                f"{damage.box_loss:.6f}",
+                f"{damage.score_loss:.6f}",
                 "fp16" if layer.name in kept else "int8",
             ]
         )
@@ -332,7 +252,7 @@ def plot(path: Path, found: Sequence[LayerNoise], kept: Collection[str], *, titl
     figure = Figure(figsize=(max(8.0, 0.07 * len(ordered)), 5.0), layout="constrained")
     axes = figure.add_subplot()
     places = np.arange(len(ordered))
-    noise = np.array([entry.total for entry in ordered])
+    noise = np.array([entry.gain for entry in ordered])
     out = np.array([entry.layer.name in kept for entry in ordered], bool)
     depthwise = np.array([entry.layer.depthwise for entry in ordered], bool)
     for chosen, color, label in (
@@ -347,7 +267,7 @@ def plot(path: Path, found: Sequence[LayerNoise], kept: Collection[str], *, titl
     axes.set_xticks(middles, list(dict.fromkeys(blocks)), rotation=90, fontsize=8)
     highest = max(noise.max(), 1e-12)
     axes.set(yscale="log", ylim=(highest / 1e5, highest * 2), xlim=(-1, len(ordered)))
-    axes.set_ylabel("noise on the heads / signal")
+    axes.set_ylabel("share of the error of boxes and scores")
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trtdet.images.options import Resample
+from trtdet.precision.options import DEFAULT_SHARE
 from trtdet.runtimes.options import TritonUrl
 
 #: What ONNX Runtime runs on.
@@ -104,6 +105,7 @@ class TuneOptions:
         views: of each image; None: `VIEWS_OF_FEW`, 1 for `FEW_IMAGES` and more.
         noise_images: images on which each convolution is measured alone.
         threads: of ONNX Runtime; None: one per core.
+        share: of the multiply-accumulates: the search begins with what build_engine.py leaves out to keep so much in INT8.
     """
 
     max_drop: float = MAX_AP_DROP
@@ -111,3 +113,4 @@ class TuneOptions:
     views: int | None = None
     noise_images: int = NOISE_IMAGES
     threads: int | None = None
+    share: float = DEFAULT_SHARE

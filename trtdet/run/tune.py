@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,13 @@ from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.precision import calibration, calibration_cache, sensitivity
+from trtdet.precision.choice import choose
+from trtdet.precision.choice import rank as rank_layers
+from trtdet.precision.costs import Judge, measure_costs
 from trtdet.precision.file import PrecisionFile
+from trtdet.precision.objective import Damage
 from trtdet.precision.quantization import QuantizationPlan
-from trtdet.precision.sensitivity import Journal, LayerNoise, NoiseMeter
+from trtdet.precision.sensitivity import Journal, LayerNoise
 from trtdet.results import coco
 from trtdet.run.detect import detect
 from trtdet.run.options import FEW_IMAGES, METRICS, VIEWS_OF_FEW, TuneOptions
@@ -132,11 +136,16 @@ class Tuner:
         if good:
             return [], self.noises() if rank else []
         found = self.noises()
-        ranked = [entry.layer for entry in sorted(found, key=lambda entry: -entry.total)]
+        costs = {entry.layer.name: entry.damage for entry in found}
+        start = self._start(costs)
+        taken = set(start)
+        by_name = {layer.name: layer for layer in self.layers}
+        others = [layer for layer in rank_layers(self.layers, costs) if layer.name not in taken]
+        ranked = [*(by_name[name] for name in start), *others]
         if self.seconds:
             most = 2 * math.ceil(math.log2(len(ranked) + 1))
             logger.info("search: up to %d evaluations of %.0f s, and two for each convolution that may go back", most, self.seconds)  # fmt: skip
-        return sensitivity.smallest_set(ranked, self.fits), found
+        return sensitivity.smallest_set(ranked, self.fits, first=len(start)), found
 
     def fits(self, kept: Collection[str]) -> bool:
         """Whether the metric is within the limit with these convolutions left out of INT8."""
@@ -217,23 +226,29 @@ class Tuner:
     def noises(self) -> list[LayerNoise]:
         """Every convolution alone in INT8."""
         paths = calibration.choose_images(list(self.images), self.options.noise_images)
-        kind = f"noise on {calibration_cache.image_hash(paths)}"
-        names = {layer.name for layer in self.layers}
-        meter: NoiseMeter | None = None
-        found = []
+        kind = f"alone on {calibration_cache.image_hash(paths)}"
+        known = {}
+        for layer in self.layers:
+            values = self.journal.known(kind, [layer.name])
+            if values is not None:
+                known[layer.name] = Damage(**values)
 
-        def measure(name: str) -> dict[str, float]:
-            nonlocal meter
-            if meter is None:
-                feeds = [self._feed(path) for path in paths]
-                meter = NoiseMeter(self.body, feeds, threads=self.options.threads)
-            return meter.noise(self.plan.quantize(names - {name}, network=True))
+        def keep(costs: Mapping[str, Damage]) -> None:
+            for name, damage in costs.items():
+                self.journal.measure(kind, [name], partial(asdict, damage))
 
-        with logging_redirect_tqdm():
-            for layer in tqdm(self.layers, "sensitivity", unit="layer", disable=None):
-                noise = self.journal.measure(kind, [layer.name], partial(measure, layer.name))
-                found.append(LayerNoise(layer, noise))
-        return found
+        if len(known) < len(self.layers):
+            feeds = [self._feed(path) for path in paths]
+            judge = Judge(self.body, feeds, threads=self.options.threads)
+            known = measure_costs(self.plan, judge, known=known, keep=keep)
+        return sensitivity.layer_noises(self.layers, known)
+
+    def _start(self, costs: Mapping[str, Damage]) -> tuple[str, ...]:
+        """What build_engine.py leaves out by itself: the search begins with it."""
+        total = sum(layer.macs for layer in self.body.layers)
+        fixed = total - sum(layer.macs for layer in self.layers)
+        share = self.options.share
+        return choose(self.layers, costs, share, total_macs=total, kept_macs=fixed).kept
 
     def _feed(self, path: Path) -> dict[str, NDArray[Any]]:
         network_input = self.body.model.graph.input[0]

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice that build_engine.py makes by itself: which convolutions 8 bits hurt most, measured once and kept with the calibration cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtdet.images.files import find_images, load_image
+from trtdet.images.preprocess import preprocess
+from trtdet.precision import calibration, choice
+from trtdet.precision.body import Body
+from trtdet.precision.choice import Choice
+from trtdet.precision.costs import COST_IMAGES, Judge, measure_costs
+from trtdet.precision.objective import Damage
+from trtdet.precision.options import DEFAULT_SHARE, Int8Options
+from trtdet.precision.quantization import QuantizationPlan
+
+logger = logging.getLogger(__name__)
+
+
+def choose(plan: QuantizationPlan, options: Int8Options, *, runs: bool = True) -> Choice | None:
+    """The convolutions to leave out of 8 bits, beside those that the plan keeps; None where that is not asked for, or cannot be measured.
+
+    Args:
+        options: `share`, and where the images and the cache are.
+        runs: ONNX Runtime runs the model.
+
+    Raises:
+        ValueError: a share is asked for that cannot be had: nothing to measure on, or too much is kept already.
+    """
+    share = least_share(options)
+    if share >= 1:
+        return None
+    total = sum(layer.macs for layer in plan.body.layers)
+    fixed = total - sum(layer.macs for layer in plan.layers)
+    if options.share is not None and fixed > (1 - share) * total:
+        raise ValueError(
+            f"--int8_share {share:g}: what is kept by name, and what cannot be quantized, leaves {1 - fixed / total:.1%} of the "
+            "multiply-accumulates; lower it, or keep less"
+        )
+    costs = _costs(plan, options, runs=runs)
+    if costs is None:
+        return None
+    found = choice.choose(plan.layers, costs, share, total_macs=total, kept_macs=fixed)
+    for line in choice.table(plan.layers, costs, found.kept):
+        logger.debug(line)
+    logger.info(
+        "left out: %d of %d convolutions, which make %.0f %% of the error of boxes and %.0f %% of that of scores (power); -v lists them",
+        len(found.kept),
+        len(plan.layers),
+        100 * found.box_share,
+        100 * found.score_share,
+    )
+    return found
+
+
+def least_share(options: Int8Options) -> float:
+    """What `options` ask for: by hand goes before by itself."""
+    if options.share is not None:
+        return options.share
+    by_hand = options.keep_fp16 or options.keep_fp32 or options.precision_file
+    return 1.0 if by_hand else DEFAULT_SHARE
+
+
+def _costs(
+    plan: QuantizationPlan, options: Int8Options, *, runs: bool
+) -> Mapping[str, Damage] | None:
+    """Of the cache as far as it has them; the rest is measured, and written there."""
+    cache, kind = plan.cache, plan.options.to.name
+    known = cache.costs.get(kind, {})
+    if all(layer.name in known for layer in plan.layers):
+        return known
+    if options.images is None or not runs:
+        reason = "no --calib_input to measure on" if runs else "ONNX Runtime does not run this model"  # fmt: skip
+        if options.share is not None:
+            raise ValueError(
+                f"--int8_share {options.share:g}: {reason}, and the cache does not say what each convolution costs; give --calib_input, name "
+                "convolutions with --keep_fp16, or take --int8_share 1"
+            )
+        logger.warning("all convolutions are %s, which costs accuracy: %s", kind, reason)
+        return None
+
+    def keep(costs: Mapping[str, Damage]) -> None:
+        cache.costs[kind] = dict(costs)
+        if options.cache and options.cache.is_file():
+            cache.write_sidecar(options.cache)
+
+    feeds = cost_feeds(plan.body, options.images, options)
+    judge = Judge(plan.body, feeds)
+    if judge.coding is None:
+        logger.warning("the heads are not recognised as boxes and scores: convolutions are compared by the error of all that the heads say")  # fmt: skip
+    elif not judge.finds:
+        logger.warning("--calib_input: the float32 model finds nothing in these images, which says little of what convolutions matter; give images of what it is to detect")  # fmt: skip
+    return measure_costs(plan, judge, known=known, keep=keep)
+
+
+def cost_feeds(body: Body, source: Path, options: Int8Options) -> list[dict[str, NDArray[Any]]]:
+    """At most `COST_IMAGES` of the calibration's images, spread over all, as the network takes them; those that cannot be read are left out.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    paths = calibration.choose_images(
+        find_images(source, option="--calib_input"),
+        options.num_images,
+        fraction=options.fraction,
+        seed=options.seed,
+    )
+    network_input = body.model.graph.input[0]
+    batch = network_input.type.tensor_type.shape.dim[0].dim_value or 1
+    feeds = []
+    for path in calibration.choose_images(paths, COST_IMAGES, seed=options.seed):
+        try:
+            image, _ = preprocess(load_image(path), body.spec.preprocessing)
+        except (OSError, ValueError) as error:
+            logger.warning("--calib_input: %s is left out: %s", path, error)
+            continue
+        feeds.append({network_input.name: np.repeat(image[None], batch, axis=0)})
+    if not feeds:
+        raise ValueError(f"--calib_input: expected images that can be read, found none in {source}")
+    return feeds
