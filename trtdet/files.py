@@ -161,8 +161,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write `text` to `path` atomically, UTF-8; bytes of file names that are no text are escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def sha256(*paths: Path) -> str:

@@ -732,3 +732,20 @@ def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         image_batcher.main(arguments)
     assert caught.value.code == 2
+
+
+def test_what_is_no_regular_file_is_skipped_not_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    """A FIFO would hang, /dev/zero has no end, a link to itself leads nowhere."""
+    write_images(tmp_path, 2)
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("a.gif", "b.GIF", "README", "c.jp2"):
+        (tmp_path / name).touch()
+    with caplog.at_level("INFO"):
+        paths = find_images(tmp_path)
+    assert f"{tmp_path}: 4 other files are not read (2 .gif, 1 " in caplog.text
+    with ImageBatcher(paths, SMALL, 2) as batches:
+        assert sum(len(batch.paths) for batch in batches) == 2
+    assert sorted(path.name for path, _ in batches.failures) == ["fifo.png", "loop.png", "zero.png"]

@@ -74,3 +74,14 @@ def test_write_png_keeps_every_pixel(tmp_path: Path) -> None:
     write_png(tmp_path / "new" / "a.png", image)
     with Image.open(tmp_path / "new" / "a.png") as written:
         np.testing.assert_array_equal(np.asarray(written), image)
+
+
+def test_names_leave_room_for_a_suffix_whatever_the_alphabet() -> None:
+    """251 bytes before the suffix, and the suffix kept as two images share a stem: 255 bytes must hold what is added."""
+    stem = "\N{GRINNING FACE}" * 62
+    paths = [Path("photos", f"{stem}{end}") for end in ("a.jpg", "a.png", "b.png")]
+    names = output_names(paths, Path("photos"))
+    assert len(set(names)) == 3
+    for name in names:
+        assert len(with_suffix_added(name, ".tsv").name.encode()) <= 255
+        assert name.name.startswith("\N{GRINNING FACE}" * 50)

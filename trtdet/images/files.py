@@ -6,7 +6,9 @@ import io
 import logging
 import os
 import re
+import stat
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -117,11 +119,20 @@ def expand(sources: Sources, option: str = "--input") -> list[Path]:
 
 
 def _images_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
+    others: Counter[str] = Counter()
     for inner, subfolders, names in os.walk(folder):
         subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if suffix in SUFFIXES:
                 yield Path(inner, name)
+            else:
+                others[suffix or "no suffix"] += 1
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4))
+        logger.info("%s: %d other files are not read (%s)", folder, others.total(), kinds)
 
 
 def load_image(path: Path) -> ImageArray:
@@ -129,8 +140,10 @@ def load_image(path: Path) -> ImageArray:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: as in `decode_image`; names the file.
+        ValueError: as in `decode_image`, or no regular file: a FIFO would wait for ever, a device has no end; names the file.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path}: expected an image file, found a folder, a device or a FIFO")
     return decode_image(Path(path).read_bytes(), str(path))
 
 
@@ -206,6 +219,8 @@ def _to_rgb(image: Image.Image) -> ImageArray:
 def image_size(path: Path) -> tuple[int, int] | None:
     """Height and width of the upright image, from the file's header; None where it has none that can be read."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
         with Image.open(path) as image:
             width, height = image.size
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What output files are called, and how pictures are written."""
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +13,9 @@ from numpy.typing import NDArray
 
 from trtdet import files
 from trtdet.images.files import Sources, expand
+
+#: Bytes of an output's name, without its suffix.
+MAX_NAME_BYTES = 248
 
 
 def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
@@ -36,9 +41,21 @@ def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
         count = Counter(str(name).casefold() for name in chosen)
         again = [s and count[str(c).casefold()] == 1 for s, c in zip(short, chosen, strict=True)]
         if again == short:
-            return chosen
+            return [_fitting(name) for name in chosen]
         # A name that just got its suffix back can meet another image's stem (a.jpg and a.jpg.png): look again.
         short = again
+
+
+def _fitting(name: Path) -> Path:
+    """The same, short enough that a suffix can be added: file systems take 255 bytes, whatever the alphabet."""
+    encoded = os.fsencode(name.name)
+    if len(encoded) <= MAX_NAME_BYTES:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:8]
+    start = encoded[: MAX_NAME_BYTES - 9].decode(
+        "utf-8", "ignore"
+    )  # not in the middle of a character
+    return name.with_name(f"{start}~{digest}")
 
 
 def with_suffix_added(path: Path, suffix: str) -> Path:
