@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import toy_detector
 from onnx import TensorProto, helper, numpy_helper
@@ -117,3 +118,29 @@ def test_what_is_wrong_is_one_line(
 def test_without_an_option_the_file_comes_first(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"^.*a\.onnx: expected an ONNX file, found nothing there$"):  # fmt: skip
         read_onnx(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fault"),
+    [
+        ('["a"] y = Relu(x)', ""),
+        ('["b"] y = Relu(z) ["a"] z = Relu(x)', ""),  # ONNX Runtime sorts nodes itself
+        ('["a"] y = Add(x, z)', "nothing makes the tensor 'z' that Add 'a' reads"),
+        ('["a"] y = Relu(x) ["b"] y = Neg(x)', "two nodes make the tensor 'y', the second is Neg 'b'"),
+        ('["a"] z = Add(x, w) ["b"] w = Relu(z) ["c"] y = Relu(x)', "nodes feed each other in a circle, Add 'a' among them"),
+        ('["a"] z = Relu(x)', "nothing makes the output 'y'"),
+    ],
+)  # fmt: skip
+def test_a_graph_that_cannot_be_run_is_said_before_anything_is_done(
+    nodes: str, fault: str, tmp_path: Path
+) -> None:
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) {{ {nodes} }}'
+    )
+    onnx.save(model, tmp_path / "a.onnx")
+    if not fault:
+        assert read_onnx(tmp_path / "a.onnx").graph.output[0].name == "y"
+        return
+    with pytest.raises(GraphError) as caught:
+        read_onnx(tmp_path / "a.onnx", remedy=EXPORT_AGAIN)
+    assert str(caught.value) == f"{tmp_path / 'a.onnx'}: expected a graph that can be run, {fault}; export the model again"  # fmt: skip

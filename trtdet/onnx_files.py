@@ -30,7 +30,7 @@ def read_onnx(
 
     Raises:
         FileNotFoundError: no such file, or a directory.
-        GraphError: not an ONNX file, a damaged one, or one whose external data is missing.
+        GraphError: not an ONNX file, a damaged one, a graph that cannot be run, or one whose external data is missing.
     """
     import onnx
 
@@ -47,6 +47,8 @@ def read_onnx(
     if not model.graph.output or not model.opset_import:
         what = _kind(path) or "a file without outputs"
         raise GraphError(f"{path}: expected an ONNX model, found {what}; {remedy}")
+    if fault := wiring_fault(model.graph):
+        raise GraphError(f"{path}: expected a graph that can be run, {fault}; {remedy}")
     if weights:
         check_external_data(model, path)
         try:
@@ -55,6 +57,48 @@ def read_onnx(
             reason = " ".join(str(error).split())
             raise GraphError(f"{path}: its external data cannot be read ({reason}); {remedy}") from error  # fmt: skip
     return model
+
+
+def wiring_fault(graph: onnx.GraphProto) -> str:
+    """Why a graph cannot be run, whatever its operators; "" where nothing is found.
+
+    Looks at the tensors between nodes, not at what the bodies of If and Loop take from outside.
+    """
+    makers: dict[str, int] = {}
+    for index, node in enumerate(graph.node):
+        for tensor in filter(None, node.output):
+            if tensor in makers:
+                return f"two nodes make the tensor '{tensor}', the second is {node.op_type} '{node.name}'"
+            makers[tensor] = index
+    given = {*(i.name for i in graph.input), *(t.name for t in graph.initializer)}
+    given.update(sparse.values.name for sparse in graph.sparse_initializer)
+    waits = [0] * len(graph.node)
+    readers: dict[int, list[int]] = {}
+    for index, node in enumerate(graph.node):
+        for tensor in filter(None, node.input):
+            if tensor in makers:
+                waits[index] += 1
+                readers.setdefault(makers[tensor], []).append(index)
+            elif tensor not in given:
+                return (
+                    f"nothing makes the tensor '{tensor}' that {node.op_type} '{node.name}' reads"
+                )
+    ready = [index for index, count in enumerate(waits) if not count]
+    done = 0
+    while ready:
+        index = ready.pop()
+        done += 1
+        for reader in readers.get(index, ()):
+            waits[reader] -= 1
+            if not waits[reader]:
+                ready.append(reader)
+    if done < len(waits):
+        node = next(n for n, count in zip(graph.node, waits, strict=True) if count)
+        return f"nodes feed each other in a circle, {node.op_type} '{node.name}' among them"
+    for output in graph.output:
+        if output.name not in makers and output.name not in given:
+            return f"nothing makes the output '{output.name}'"
+    return ""
 
 
 def check_external_data(model: onnx.ModelProto, path: Path) -> None:
