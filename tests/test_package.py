@@ -68,8 +68,13 @@ def test_requirement_files_and_pyproject_say_the_same() -> None:
         assert requirements(ROOT / name) == sorted(listed), name
 
 
+#: Stages that are no script of their own.
+ONLY_STAGES = ("doctor",)
+
+
 def test_every_script_is_a_stage() -> None:
-    assert tuple(entry.STAGES) == SCRIPTS
+    assert tuple(entry.STAGES) == (*SCRIPTS, *ONLY_STAGES)
+    assert not [name for name in ONLY_STAGES if (ROOT / f"{name}.py").exists()]
 
 
 def test_the_command_hands_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

@@ -169,7 +169,7 @@ def test_a_missing_package_is_one_line(script: str, arguments: list[str], packag
     command = [sys.executable, "-S", "-E", str(ROOT / f"{script}.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    line = rf"error: the Python package ({package}) is not installed here; activate .*\.venv/bin/activate.*requirements\.txt\n"
+    line = rf"error: the Python package ({package}) is not installed here; activate .*\.venv/bin/activate.*requirements\.txt; 'python -m trtdet doctor' shows what is here\n"
     assert re.fullmatch(line, done.stderr), done.stderr
 
 

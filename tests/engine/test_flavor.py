@@ -89,7 +89,7 @@ def test_broken_installation_is_named_and_passed_over(install: Install, rtx: Any
     install(tensorrt=broken, tensorrt_rtx=rtx)
     assert find_flavor().name == "tensorrt_rtx"
     assert "tensorrt is installed but does not import: libnvinfer.so.10" in caplog.text
-    with pytest.raises(EngineError, match=r"no usable TensorRT \(tensorrt: libnvinfer.so.10.*pip install"):  # fmt: skip
+    with pytest.raises(EngineError, match=r"no usable TensorRT \(tensorrt: libnvinfer.so.10.*pip install.*'python -m trtdet doctor' shows what is here$"):  # fmt: skip
         find_flavor("tensorrt")
 
 

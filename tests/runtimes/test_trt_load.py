@@ -25,14 +25,14 @@ from trtdet.spec import Preprocessing
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        ({"version": "10.12.0.36"}, "was built by TensorRT 10.12.0.36, here is TensorRT 10.13.3.9; build it again here with build_engine.py"),
+        ({"version": "10.12.0.36"}, "was built by TensorRT 10.12.0.36, here is TensorRT 10.13.3.9; build it again here with build_engine.py; 'python -m trtdet doctor' shows what is here"),
         ({"version": "10.13.3.8"}, None),  # the same release; TensorRT itself has the last word
         ({"compute_capabilities": ("8.9", "8.6")}, "was built for compute capability 8.9, 8.6, here is GPU 0 (CPU stand-in, compute capability 9.0); build"),
         ({"compute_capabilities": ("8.0",), "hardware_compatible": True}, None),
         ({"compute_capabilities": ()}, None),  # not known
         ({"flavor": "tensorrt_rtx", "version": "1.7.1.116"}, "was built by TensorRT-RTX 1.7.1.116: no usable TensorRT"),
         ({"version": "10.0.0.6", "version_compatible": True}, "holds code that would run on the CPU, which is off by default; if you trust the file"),
-        ({"version": "11.0.0.1", "version_compatible": True}, "runs on TensorRT 11.0.0.1 or later, here is TensorRT 10.13.3.9"),
+        ({"version": "11.0.0.1", "version_compatible": True}, "runs on TensorRT 11.0.0.1 or later, here is TensorRT 10.13.3.9; build it again here with build_engine.py; 'python -m trtdet doctor'"),
         ({"platform": "windows-amd64"}, "was built on windows-amd64, here is "),
         ({"stripped": True}, "has no weights (--strip)"),
         ({"plugins": ("libmine.so",)}, "needs the plugin libraries libmine.so, not given: libmine.so; give them (--plugins)"),

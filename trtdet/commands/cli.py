@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from trtdet import about
 from trtdet.commands.habits import HABITS
-from trtdet.errors import EngineError, GraphError
+from trtdet.doctor.packages import requirement_file
+from trtdet.errors import DOCTOR, EngineError, GraphError
 from trtdet.files import printable
 
 logger = logging.getLogger(__name__)
@@ -25,17 +26,6 @@ logger = logging.getLogger(__name__)
 
 #: Errors that are the user's to fix: one line on stderr, exit status 1.
 USER_ERRORS = (GraphError, EngineError, ValueError, OSError)
-
-#: Top-level package -> the file that installs it; all others are in requirements.txt.
-REQUIREMENTS = {
-    "tensorflow": "requirements-tensorflow.txt",
-    "tf2onnx": "requirements-tensorflow.txt",
-    "cuda": "requirements-tensorrt.txt",
-    "tensorrt": "requirements-tensorrt.txt",
-    "tensorrt_rtx": "requirements-rtx.txt",
-    "tritonclient": "requirements-triton.txt",
-    "ray": "requirements-ray.txt",
-}
 
 #: Exit status of a run that is done but for some images that could not be read.
 SOME_SKIPPED = 3
@@ -102,10 +92,9 @@ def _missing(error: ModuleNotFoundError) -> str | None:
     package = (error.name or "").partition(".")[0]
     if not package or package == "trtdet":
         return None
-    file = REQUIREMENTS.get(package, "requirements.txt")
     return (
         f"the Python package {package} is not installed here; activate the environment that has it (. .venv/bin/activate), "
-        f"or pip install -r {file}"
+        f"or pip install -r {requirement_file(package)}; {DOCTOR}"
     )
 
 

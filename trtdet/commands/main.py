@@ -26,6 +26,7 @@ STAGES = {
     "deploy": "an engine to Triton, DeepStream or trtexec",
     "image_batcher": "what the network sees of an image",
     "visualize": "pictures of existing TSV files",
+    "doctor": "what works on this machine, and what is missing",
 }
 
 

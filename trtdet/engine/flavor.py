@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from trtdet.errors import EngineError
+from trtdet.errors import DOCTOR, EngineError
 from trtdet.machine import parse_version
 
 logger = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ def find_flavor(name: str | None = None) -> Flavor:
         if not flavor.is_rtx and flavor.version < OLDEST_TENSORRT:
             raise EngineError(f"{flavor}: expected TensorRT 8.6 or later; update it")
         return flavor
-    raise EngineError(f"no usable TensorRT ({'; '.join(reasons)}); {INSTALL_HINT}")
+    raise EngineError(f"no usable TensorRT ({'; '.join(reasons)}); {INSTALL_HINT}; {DOCTOR}")
 
 
 def _import_flavor(name: str) -> Flavor:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from trtdet.cuda import DeviceInfo
 from trtdet.engine.flavor import FLAVORS, Flavor, find_flavor
 from trtdet.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
-from trtdet.errors import EngineError
+from trtdet.errors import DOCTOR, EngineError
 from trtdet.machine import parse_version
 from trtdet.runtimes.base import Outputs
 from trtdet.spec import OUTPUT_NAMES, Layout, ModelSpec, Nms, Preprocessing
@@ -281,13 +281,15 @@ def check_fit(
         EngineError: one line: what the engine was built for, what is here, what to rebuild or give.
     """
 
-    def refuse(expected: str, found: str, action: str = "build it again here with build_engine.py") -> None:  # fmt: skip
+    rebuild = "build it again here with build_engine.py"
+
+    def refuse(expected: str, found: str, action: str = rebuild) -> None:
         raise EngineError(f"{path} {expected}, {found}; {action}")
 
     built = parse_version(info.version)
     if info.version_compatible:
         if flavor.version < built:
-            refuse(f"runs on {FLAVORS[info.flavor]} {info.version} or later", f"here is {flavor}")
+            refuse(f"runs on {FLAVORS[info.flavor]} {info.version} or later", f"here is {flavor}", f"{rebuild}; {DOCTOR}")  # fmt: skip
         if not allow_host_code:
             refuse(
                 "is version compatible: it holds code that would run on the CPU",
@@ -295,7 +297,7 @@ def check_fit(
                 "if you trust the file, allow it (--allow_host_code)",
             )
     elif flavor.version[:3] != built[:3]:
-        refuse(f"was built by {FLAVORS[info.flavor]} {info.version}", f"here is {flavor}")
+        refuse(f"was built by {FLAVORS[info.flavor]} {info.version}", f"here is {flavor}", f"{rebuild}; {DOCTOR}")  # fmt: skip
     if not _runs_on(device.compute_capability, info):
         capabilities = ", ".join(info.compute_capabilities) or "8.0 and later"
         refuse(f"was built for compute capability {capabilities}", f"here is {device}")

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is this machine ready: what works here, what is missing, and the command that brings it.
+
+    trtdet doctor
+    python -m trtdet doctor --json doctor.json
+
+Nothing is changed. It needs nothing but Python; packages are imported in processes of their own, to see whether they work. TensorFlow takes
+the most time, some seconds.
+
+The JSON file has the same facts for a bug report. It names no host and no user; folders in the home folder begin with ~.
+
+Exit status: 0 an ONNX file can be converted, run and evaluated; 1 it cannot; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from trtdet import files
+from trtdet.commands.cli import run_main, setup_logging
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as JSON (default: none)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def run(report: Path | None = None) -> int:
+    """Look, print, and write `report`; the exit status."""
+    from trtdet.doctor.facts import collect
+    from trtdet.doctor.judge import judge
+    from trtdet.doctor.text import render
+
+    if report is not None:
+        files.check_writable(report)
+    facts = collect()
+    diagnosis = judge(facts)
+    print(render(facts, diagnosis))
+    if report is not None:
+        content = {"facts": asdict(facts), "diagnosis": asdict(diagnosis)}
+        files.write_text(report, json.dumps(content, indent=2) + "\n")
+    return 0 if diagnosis.ready else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    setup_logging()
+    return run_main(lambda: run(args.json))
