@@ -18,6 +18,7 @@ from trtdet.commands import (
     compare,
     create_onnx,
     deploy,
+    doctor,
     eval_coco,
     image_batcher,
     infer,
@@ -32,6 +33,7 @@ from trtdet.images.options import parse_size
 STAGES = {
     "create_onnx.py": create_onnx, "build_engine.py": build_engine, "infer.py": infer, "eval_coco.py": eval_coco, "compare.py": compare,
     "tune_precision.py": tune_precision, "deploy.py": deploy, "image_batcher.py": image_batcher, "visualize.py": visualize,
+    "trtdet doctor": doctor,
 }  # fmt: skip
 
 #: Short letters of NVIDIA's sample, in its own stages.
@@ -137,7 +139,7 @@ def faults(parsers: dict[str, cli.ArgumentParser]) -> list[str]:
 
 
 def test_one_form_for_one_thing(parsers: dict[str, cli.ArgumentParser]) -> None:
-    assert len(parsers) == 14
+    assert len(parsers) == 15
     assert faults(parsers) == []
 
 
@@ -231,7 +233,8 @@ def _in_required_group(parser: argparse.ArgumentParser, action: argparse.Action)
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_before_anything_is_installed(script: str, option: str) -> None:
     """-S leaves out site-packages, -E the variables that could name them."""
-    done = subprocess.run([sys.executable, "-S", "-E", ROOT / script, option], capture_output=True, text=True, check=False)  # fmt: skip
+    path = ["-m", *script.split()] if " " in script else [str(ROOT / script)]
+    done = subprocess.run([sys.executable, "-S", "-E", *path, option], cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("trtdet " if option == "--version" else f"usage: {script} ")
 

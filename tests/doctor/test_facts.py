@@ -126,7 +126,7 @@ def doctor(*flags: str, home: Path) -> subprocess.CompletedProcess[str]:
 def test_this_machine_with_the_standard_library_alone(tmp_path: Path) -> None:
     done = doctor("-S", "-E", home=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
-    assert "-- create_onnx     an ONNX file     needs the packages of requirements.txt (5 are not there)" in done.stdout  # fmt: skip
+    assert "-- create_onnx     an ONNX file     needs the packages of requirements.txt (6 are not there)" in done.stdout  # fmt: skip
     assert done.stdout.endswith("with an ONNX file): cannot run\n")
     content = json.loads((tmp_path / "doctor.json").read_text())
     assert content["facts"]["modules"] == {}

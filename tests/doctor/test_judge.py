@@ -5,6 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from conftest import ROOT
+from test_imports import imports_of, modules, owner
 
 from trtdet.doctor.cards import knows_card, oldest_card, tensorrt_for
 from trtdet.doctor.facts import Distribution, Facts, Gpu, Module
@@ -14,7 +16,7 @@ from trtdet.doctor.text import render
 
 CPU_ORT = Module("1.31.1", providers=("AzureExecutionProvider", "CPUExecutionProvider"))
 GPU_ORT = Module("1.26.0", providers=("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"), cuda="12.8")  # fmt: skip
-BASE = {name: Module("1") for name in ("numpy", "onnx", "onnx_graphsurgeon", "PIL", "cv2", "pycocotools", "tqdm")}  # fmt: skip
+BASE = {name: Module("1") for name in ("numpy", "msgspec", "onnx", "onnx_graphsurgeon", "PIL", "cv2", "pycocotools", "tqdm")}  # fmt: skip
 FULL = {
     **BASE,
     "onnxruntime": CPU_ORT,
@@ -99,7 +101,7 @@ RUN_ENGINE = [("infer", "an engine"), ("eval_coco", "an engine")]
     [
         # Nothing but Python: a clone; a clone with an environment that is not active; an installed package.
         (machine(modules={"tensorflow": Module("2.21.0")}, without=(*BASE, "onnxruntime", "tensorrt", "cuda.bindings.runtime"), environment="", managed=True, **NO_GPU),
-         [("create_onnx", "an ONNX file"), ("create_onnx", "a SavedModel")], "the packages of requirements.txt (5 are not there)",
+         [("create_onnx", "an ONNX file"), ("create_onnx", "a SavedModel")], "the packages of requirements.txt (6 are not there)",
          "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"),
         (machine(without=(*BASE, "onnxruntime"), environment="", other_environment=True), [("infer", "an ONNX file")], "the packages of requirements.txt (7 are not there)", ". .venv/bin/activate"),
         (machine(without=tuple(BASE), checkout=False), [("infer", "an ONNX file")], "the packages of requirements.txt (6 are not there)", "pip install trtdet"),
@@ -130,7 +132,7 @@ def test_what_is_missing_and_what_brings_it(facts: Facts, rows: list[tuple[str, 
     broken = broken_rows(facts)
     for row in rows:
         needs, brings = broken[row]
-        assert needs == missing
+        assert needs == missing, row
         assert brings == command
 
 
@@ -142,10 +144,38 @@ def test_only_the_rows_that_need_it_break() -> None:
 
 @pytest.mark.parametrize(
     ("without", "ready"),
-    [((), True), (("pycocotools",), False), (("onnxruntime",), False), (("onnx_graphsurgeon",), False), (("tensorrt", "tensorflow", "tritonclient", "ray"), True)],
+    [((), True), (("pycocotools",), False), (("onnxruntime",), False), (("onnx_graphsurgeon",), False), (("msgspec",), False), (("tensorrt", "tensorflow", "tritonclient", "ray"), True)],
 )  # fmt: skip
 def test_the_main_chain(without: tuple[str, ...], ready: bool) -> None:
     assert judge(machine(without=without)).ready is ready
+
+
+#: What a stage imports for an option alone, or where it is lucky to have it: no row asks for it.
+FOR_OPTIONS = {
+    "infer": {"pycocotools"}, "compare": {"pycocotools"}, "deploy": {"pycocotools"},
+    "image_batcher": {"onnx", "msgspec"}, "visualize": {"onnx", "msgspec", "pycocotools"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", dict.fromkeys(name for name, *_ in ROWS))
+def test_rows_ask_for_what_the_stage_imports(stage: str) -> None:
+    known = modules(ROOT)
+    seen: set[str] = set()
+    pending = [f"trtdet.commands.{stage}"]
+    outside = set()
+    while pending:
+        module = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for name, _ in imports_of(known[module]):
+            if name.split(".")[0] == "trtdet":
+                pending.append(owner(name, known))
+            else:
+                outside.add(name.split(".")[0])
+    asked = {module for name, _, wanted, _ in ROWS if name == stage for module in wanted}
+    base = {name for name in (*BASE, "onnxruntime") if name in outside}
+    assert base - FOR_OPTIONS.get(stage, set()) == {m for m in asked if m in (*BASE, "onnxruntime")}
 
 
 BOTH_ORTS = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.26.0"}

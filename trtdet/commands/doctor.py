@@ -21,12 +21,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trtdet import files
-from trtdet.commands.cli import run_main, setup_logging
+from trtdet.commands.cli import ArgumentParser, run_main, setup_logging
+from trtdet.commands.options import add
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as JSON (default: none)")  # fmt: skip
+    parser = ArgumentParser(description=__doc__)
+    add(parser, "--json")
     return parser.parse_args(argv)
 
 

@@ -26,7 +26,7 @@ from trtdet.machine import available_cores, cpu_name, memory_gib
 
 #: Modules that are imported to see whether they work; each group in a process of its own.
 PROBED = (
-    ("numpy", "onnx", "onnx_graphsurgeon", "PIL", "cv2", "pycocotools", "tqdm"),
+    ("numpy", "msgspec", "onnx", "onnx_graphsurgeon", "PIL", "cv2", "pycocotools", "tqdm"),
     ("onnxruntime",),
     ("tensorrt",),
     ("tensorrt_rtx",),
@@ -35,7 +35,7 @@ PROBED = (
 )
 #: Distributions of which the version is enough.
 LISTED = (
-    "numpy", "onnx", "onnx-graphsurgeon", "pillow", "opencv-python-headless", "opencv-python", "pycocotools", "tqdm", "matplotlib",
+    "numpy", "msgspec", "onnx", "onnx-graphsurgeon", "pillow", "opencv-python-headless", "opencv-python", "pycocotools", "tqdm", "matplotlib",
     "onnxruntime", "onnxruntime-gpu",
     "tensorrt", "tensorrt-cu11", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-lean", "tensorrt-dispatch", "tensorrt-rtx",
     "cuda-python", "cuda-bindings",
