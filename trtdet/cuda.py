@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from trtdet.closing import Closing
-from trtdet.errors import EngineError
+from trtdet.errors import DOCTOR, EngineError
 from trtdet.machine import parse_version
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 HINTS = {
     "cudaErrorMemoryAllocation": "the GPU's memory is full; stop what else runs there, or use a smaller --batch_size",
     "cudaErrorNoDevice": "no NVIDIA GPU is visible here; give the ONNX file to run on the CPU",
-    "cudaErrorInsufficientDriver": "no NVIDIA driver, or one older than cuda-python; update it, or give the ONNX file to run on the CPU",
+    "cudaErrorInsufficientDriver": "no NVIDIA driver, or one older than cuda-python; update it, or give the ONNX file to run on the CPU; "
+    + DOCTOR,
     "cudaErrorInvalidDevice": "choose a device that nvidia-smi lists",
     "cudaErrorIllegalAddress": "a kernel read or wrote outside its memory; every later CUDA call of this process fails too",
 }
