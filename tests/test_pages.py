@@ -124,3 +124,28 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_forms_for_issues() -> None:
+    """They ask for what the program writes, in the form that GitHub takes."""
+    yaml = pytest.importorskip("yaml")
+    for name in ("bug", "gpu"):
+        form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+        assert form["name"] and form["description"]
+        fields = {item["id"]: item for item in form["body"] if item["type"] != "markdown"}
+        assert len(fields) == len(form["body"]) - 1
+        assert all(item["type"] in ("textarea", "input") and item["attributes"]["label"] for item in fields.values())  # fmt: skip
+        assert fields["doctor"]["validations"] == {"required": True}
+        for item in fields.values():
+            for code in inline(item["attributes"].get("description", "")):
+                words = ours(code if code.startswith("python") else f"python {code}")
+                if words is not None:
+                    import_module(f"trtdet.commands.{words[0]}").parse_args(words[1:])
+
+
+def test_the_notice_names_files_that_are_there() -> None:
+    names = [line for line in (ROOT / "NOTICE").read_text().splitlines() if re.match(r"(trtdet|examples|tests)/", line)]  # fmt: skip
+    assert len(names) >= 7
+    for line in names:
+        first = line.split(",")[0]
+        assert list(ROOT.glob(first)), first
