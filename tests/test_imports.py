@@ -15,7 +15,7 @@ from conftest import ROOT
 
 #: From the ground up: a room imports only from rooms before it.
 ORDER = (
-    "about", "errors", "files", "checks", "reading", "closing", "machine", "doctor", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
+    "about", "errors", "files", "checks", "reading", "closing", "machine", "terminal", "doctor", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
     "sources", "detections", "graph", "nms", "images", "precision", "engine", "runtimes", "results", "run", "deploy",
     "families", "conversion", "parity", "api", "commands",
 )  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from trtdet import labels
 from trtdet.labels import COCO_LABELS, label_of, read_labels
 
 
@@ -77,3 +78,32 @@ def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     path.write_bytes("café\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"labels\.txt: expected class names in UTF-8"):
         read_labels(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "ids"),
+    [(["person"], (0,)), (["Traffic Light", "car"], (9, 2)), (["car", "2", "CAR"], (2,)), (["89"], (89,)), (["unused 12"], (11,))],
+)  # fmt: skip
+def test_classes_by_name_or_id(words: list[str], ids: tuple[int, ...]) -> None:
+    assert labels.find_classes(words, labels.COCO_LABELS, 90) == ids
+
+
+@pytest.mark.parametrize(
+    ("word", "names", "message"),
+    [
+        ("preson", labels.COCO_LABELS, "there is no class 'preson'; did you mean person?"),
+        ("90", labels.COCO_LABELS, "there is no class '90'; the model has person, bicycle, car"),
+        ("xyz", ("a", "b"), "there is no class 'xyz'; the model has a, b"),
+        ("person", (), "the model has no names; give ids, 0 to 2, or --labels"),
+        ("\u0663", (), "the model has no names"),
+        ("9" * 5000, (), "the model has no names"),
+    ],
+)
+def test_classes_that_are_not_there(word: str, names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        labels.find_classes([word], names, 3 if not names else 90)
+    assert message in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_one_name_may_stand_for_several_classes() -> None:
+    assert labels.find_classes(["b"], ("a", "B", "b"), 3) == (1, 2)

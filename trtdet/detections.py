@@ -58,6 +58,12 @@ class Detections:
         angles = None if self.angles is None else self.angles[keep]
         return Detections(self.boxes_xyxy[keep], self.scores[keep], self.class_ids[keep], angles)
 
+    def of_classes(self, class_ids: Sequence[int]) -> "Detections":
+        """Those of these classes."""
+        keep = np.isin(self.class_ids, class_ids)
+        angles = None if self.angles is None else self.angles[keep]
+        return Detections(self.boxes_xyxy[keep], self.scores[keep], self.class_ids[keep], angles)
+
     @property
     def corners(self) -> FloatArray:
         """(n, 4, 2) float32 x y: top left, bottom left, bottom right, top right, where turning takes them."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class names: COCO's, and those in a text file."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ Labels = Sequence[str] | Mapping[int, str]
 
 #: What a run calls the class names beside its TSVs.
 LABELS_FILE = "labels.txt"
+
+#: So many names are listed in an error.
+SHOWN = 10
 
 #: COCO's 80 object names under their category ids, which run from 1 to 90 with ten gaps.
 #: Source: https://cocodataset.org, instances_val2017.json
@@ -79,6 +83,37 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
             "a class that is not used has an empty line"
         )
     return labels
+
+
+def find_classes(words: Sequence[str], labels: Sequence[str], num_classes: int) -> tuple[int, ...]:
+    """The class ids that names, or ids, stand for.
+
+    Args:
+        words: names in any case; a number that is no name is a class id, counted from 0.
+        labels: [class_id] -> name; () where the model has none.
+
+    Raises:
+        ValueError: neither a name nor an id; says which is nearest.
+    """
+    known: dict[str, list[int]] = {}
+    for class_id, name in enumerate(labels):
+        known.setdefault(name.casefold(), []).append(class_id)
+    found: list[int] = []
+    for word in words:
+        ids = known.get(word.casefold())
+        if ids is None and word.isascii() and word.isdigit() and len(word) < 9:
+            ids = [int(word)] if int(word) < num_classes else None
+        if ids is None:
+            near = difflib.get_close_matches(word.casefold(), known, 1)
+            if near:
+                advice = f"did you mean {labels[known[near[0]][0]]}?"
+            elif labels:
+                advice = f"the model has {', '.join(labels[:SHOWN])}{', ...' if len(labels) > SHOWN else ''}"
+            else:
+                advice = f"the model has no names; give ids, 0 to {num_classes - 1}, or --labels"
+            raise ValueError(f"--classes: there is no class '{word[:60]}'; {advice}")
+        found += ids
+    return tuple(dict.fromkeys(found))
 
 
 def names_of(labels: Sequence[str], num_classes: int) -> Sequence[str]:

@@ -21,7 +21,7 @@ import toy_detector
 from conftest import ROOT
 from toy_detector import image
 
-from trtdet import machine
+from trtdet import machine, terminal
 from trtdet.commands import infer, visualize
 from trtdet.detections import Detections
 from trtdet.errors import EngineError
@@ -179,6 +179,47 @@ def test_order_is_that_of_the_images(toy: Path, tmp_path: Path) -> None:
 # ---- thresholds and batches
 
 
+def test_classes_are_picked_by_name_or_id(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    names = toy_detector.LABELS
+    for class_id, name in enumerate("abc"):
+        image(photos / f"{name}.png", red=204, green=1, blue=class_id)
+
+    def found(*more: str) -> list[list[float]]:
+        assert run(toy, photos, out, *more) == 0
+        entries = json.loads((out / "detections.json").read_text())
+        tsvs = [row[5] for name in "abc" for row in rows(out / f"{name}.tsv")]
+        assert len(entries) == len(tsvs)
+        return tsvs
+
+    assert found() == [0, 1, 2]
+    assert found("--classes", names[2].upper()) == [2]
+    assert found("--classes", f"{names[0]}, 2") == [0, 2]
+    capsys.readouterr()
+    assert run(toy, photos, out, "--classes", names[2][:-1]) == 1
+    assert f"error: --classes: there is no class {names[2][:-1]!r}; did you mean {names[2]}?\n" in capsys.readouterr().err  # fmt: skip
+    assert run(toy, photos, out, "--classes", "3") == 1
+    assert "there is no class '3'; the model has " in capsys.readouterr().err
+
+
+def test_quiet_shows_trouble_alone(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    image(tmp_path / "a.png", red=204, green=1, blue=2)
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    assert run(toy, tmp_path, out) == 3
+    assert "I 1 images, 1 detections" in capsys.readouterr().err
+    for _ in range(2):
+        assert run(toy, tmp_path, out, "--quiet") == 3
+        captured = capsys.readouterr()
+        (line,) = captured.err.splitlines()
+        assert line.startswith("W ") and "b.png" in line
+        assert captured.out == f"{out / 'detections.json'}\n"
+        assert terminal.no_bar() is True
+    assert run(toy, tmp_path, out, "-v") == 3
+    assert terminal.no_bar() is None
+
+
 def test_score_threshold_only_raises(toy: Path, tmp_path: Path, capsys: Any) -> None:
     image(tmp_path / "a.png", red=204, green=4, blue=0)  # 0.8, 0.6, 0.4, 0.2
     for option in ("--score_threshold", "--nms_threshold", "-t"):
@@ -257,6 +298,9 @@ def test_no_engine_is_an_error(tmp_path: Path, capsys: Any) -> None:
         (["--input", "a", "--output", "b"], "--engine"),
         (["--engine", "m", "--benchmark", "--output", "b"], "leave --output out"),
         (["--engine", "m", "--benchmark", "--labels", "b", "--annotations", "c", "--no_images", "--tsv_header", "-t", "0.4"], "leave --labels, --annotations, --no_images, --tsv_header, --score_threshold out"),
+        (["--engine", "m", "--benchmark", "--classes", "person"], "leave --classes out"),
+        (["--engine", "m", "--input", "a", "--output", "b", "--classes", "person,"], "expected names such as person,car"),
+        (["--engine", "m", "--input", "a", "--output", "b", "-v", "--quiet"], "not allowed with argument"),
         (["--engine", "m", "--input", "a", "--output", "b", "--json", "x"], "needs --benchmark"),
         (["--engine", "m", "--input", "a", "--output", "b", "-t", "1.5"], "from 0 to 1"),
         (["--engine", "m", "--input", "a", "--output", "b", "--batch_size", "0"], "at least 1"),

@@ -156,6 +156,21 @@ def test_wrong_usage(options):
     assert status.value.code == 2
 
 
+def test_a_worker_keeps_the_classes_it_is_asked_for(toy, photos):
+    paths = sorted(photos.iterdir())
+    every = dict(ray.PathDetector(toy, RunOptions())(paths))
+    some = dict(ray.PathDetector(toy, RunOptions(), (1,))(paths))
+    kept = 0
+    for path, found in some.items():
+        if not isinstance(found, str):
+            assert set(found.class_ids.tolist()) <= {1}
+            assert len(found) == (every[path].class_ids == 1).sum()
+            kept += len(found)
+    assert kept > 0
+    options = RunOptions(score_threshold=0.0)
+    assert ray.ray_identity(toy, options, (1,)) != ray.ray_identity(toy, options)
+
+
 # ---- on a cluster
 
 

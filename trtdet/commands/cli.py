@@ -20,6 +20,7 @@ from trtdet.commands.habits import HABITS
 from trtdet.doctor.packages import requirement_file
 from trtdet.errors import DOCTOR, EngineError, GraphError
 from trtdet.files import printable
+from trtdet.terminal import PROJECT
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,17 @@ class _PrintableFormatter(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-def setup_logging(verbose: bool = False) -> None:
-    """Send this project's log to stderr; results alone go to stdout."""
+def setup_logging(verbose: bool = False, quiet: bool = False) -> None:
+    """Send this project's log to stderr; results alone go to stdout.
+
+    Args:
+        quiet: warnings and errors alone, and no progress bars.
+    """
     _open_closed_streams()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PrintableFormatter("%(levelname).1s %(message)s"))
-    level = logging.DEBUG if verbose else logging.INFO
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logging.getLogger(PROJECT).setLevel(logging.WARNING if quiet else logging.NOTSET)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # Third-party chatter is of interest only with -v.
     for name in ("tf2onnx", "tensorflow", "absl", "PIL", "matplotlib"):

@@ -160,7 +160,7 @@ def options_from(args: argparse.Namespace) -> CompareOptions:
 def main(argv: Sequence[str] | None = None) -> int:
 
     args = parse_args(argv)
-    cli.setup_logging(args.verbose)
+    cli.setup_logging(args.verbose, args.quiet)
     return cli.run_main(
         lambda: run(
             args.reference,

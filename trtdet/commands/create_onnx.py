@@ -187,7 +187,7 @@ def options_from(args: argparse.Namespace) -> Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    cli.setup_logging(args.verbose)
+    cli.setup_logging(args.verbose, args.quiet)
     source = args.saved_model or args.source_onnx
     is_onnx = source is args.source_onnx or source.suffix.lower() == ".onnx"
     return cli.run_main(lambda: run(source, args.onnx, options_from(args), is_onnx=is_onnx))

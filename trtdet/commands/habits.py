@@ -36,6 +36,7 @@ HABITS = {
     # YOLO
     "agnosticnms": "--nms_mode class_agnostic | create_onnx.py --nms_mode class_agnostic",
     "batch": "--batch_size N",
+    "classes": "--classes NAME,... | infer.py --classes NAME,...",
     "conf": "--score_threshold SCORE | --min_score SCORE | infer.py --score_threshold SCORE",
     "data": "--annotations FILE | --calib_input DIR | eval_coco.py --annotations FILE",
     "dynamic": "not needed: the batch is dynamic, and build_engine.py --batch_size MIN:OPT:MAX bounds it; size: create_onnx.py --input_shape N,-1,-1,3",

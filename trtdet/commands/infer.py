@@ -56,8 +56,8 @@ from typing import TYPE_CHECKING
 from trtdet import files
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
 from trtdet.commands.options import add, add_model_option, add_run_options, parse_run_args
-from trtdet.commands.values import positive_int
-from trtdet.labels import read_labels
+from trtdet.commands.values import parse_classes, positive_int
+from trtdet.labels import find_classes, read_labels
 from trtdet.results.options import DRAW_THRESHOLD
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import TritonUrl
@@ -79,6 +79,7 @@ NOT_MEASURED = {
     "no_images": "--no_images",
     "tsv_header": "--tsv_header",
     "score_threshold": "--score_threshold",
+    "classes": "--classes",
 }
 
 
@@ -89,6 +90,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(parser, "--output", "-o")
     add(parser, "--labels", "-l")
     add(parser, "--annotations", note="they give the images their ids in detections.json")
+    parser.add_argument("--classes", type=parse_classes, metavar="NAME,...", help="keep only detections of these classes: names, or ids counted from 0 (default: all)")  # fmt: skip
     add(parser, "--draw_threshold", note="TSVs and detections.json keep all")
     # fmt: off
     parser.add_argument("--no_images", action="store_true", help="write no pictures")
@@ -139,6 +141,7 @@ def run(
     pictures: bool = True,
     draw_threshold: float = DRAW_THRESHOLD,
     tsv_header: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> int:
     """Detect, draw and write; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.images.files import find_images, root_of
@@ -173,6 +176,7 @@ def run(
     with open_model(engine, options) as runtime:
         threshold = check_score_threshold(options.score_threshold, runtime.spec)
         texts = pick_labels(labels, runtime.spec)
+        wanted = None if classes is None else find_classes(classes, texts, runtime.spec.num_classes)
         start = time.perf_counter()
         with (
             open_batcher(runtime, paths, options, keep_sources=pictures) as batcher,
@@ -185,7 +189,7 @@ def run(
                 tsv_header=tsv_header,
                 draw_threshold=draw_threshold,
             ) as writer,
-            closing(detect(runtime, batcher, score_threshold=threshold)) as found,
+            closing(detect(runtime, batcher, score_threshold=threshold, classes=wanted)) as found,
             closing(progress(found, len(paths))) as results,
         ):
             for result in results:
@@ -212,7 +216,7 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
 
     args = parse_args(argv)
-    setup_logging(args.verbose)
+    setup_logging(args.verbose, args.quiet)
     options = RunOptions.from_args(args)
 
     def stage() -> int:
@@ -230,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 labels=args.labels,
                 annotations=args.annotations,
                 tsv_header=args.tsv_header,
+                classes=args.classes,
             )
             return SOME_SKIPPED if skipped else 0
         if not args.benchmark:
@@ -243,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pictures=not args.no_images,
                 draw_threshold=args.draw_threshold,
                 tsv_header=args.tsv_header,
+                classes=args.classes,
             )
         run_benchmark(
             args.engine,

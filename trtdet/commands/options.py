@@ -95,6 +95,7 @@ SHARED = {
     "--precision_json": _row("--precision_json", "FILE", "what tune_precision.py found for this model", "none", **FILE),
     "--name": _row("--name", "NAME", "what the model is called there", "detector"),
     "--verbose": _row("--verbose", None, "log details", **SWITCH),
+    "--quiet": _row("--quiet", None, "log warnings and errors alone, and show no progress", **SWITCH),
 }
 # fmt: on
 
@@ -135,8 +136,10 @@ def add_several(to: Target, *keys: str) -> None:
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
-    """-v, --verbose."""
-    add(parser, "--verbose", "-v")
+    """-v, --verbose, and --quiet; one of the two."""
+    group = parser.add_mutually_exclusive_group()
+    add(group, "--verbose", "-v")
+    add(group, "--quiet")
 
 
 def one_device(parser: ArgumentParser, args: argparse.Namespace) -> int:

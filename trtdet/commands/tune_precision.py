@@ -144,7 +144,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    cli.setup_logging(args.verbose)
+    cli.setup_logging(args.verbose, args.quiet)
     options = TuneOptions(
         args.max_ap_drop,
         args.metric,

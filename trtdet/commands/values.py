@@ -26,6 +26,14 @@ def positive_unit_interval(text: str) -> float:
     return value
 
 
+def parse_classes(text: str) -> tuple[str, ...]:
+    """argparse type: "person,traffic light" -> its names, without spaces around them."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names such as person,car, got {text!r}")
+    return names
+
+
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
     try:

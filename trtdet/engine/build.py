@@ -48,6 +48,7 @@ from trtdet.precision.options import Precision
 from trtdet.precision.prepare import Prepared
 from trtdet.precision.quantization import QuantizationReport
 from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
+from trtdet.terminal import no_bar
 
 if TYPE_CHECKING:
     import tensorrt
@@ -265,7 +266,7 @@ def _run_builder(
             desc="building",
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}",
             leave=False,
-            disable=None,
+            disable=no_bar(),
         ) as bar,
         logging_redirect_tqdm(),
         flavor.collected_errors() as errors,

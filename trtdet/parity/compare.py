@@ -18,6 +18,7 @@ from trtdet.results import coco
 from trtdet.run.detect import pick_labels
 from trtdet.run.evaluate import check_categories
 from trtdet.spec import ModelSpec
+from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def detect_all(side: Side, paths: Sequence[Path]) -> dict[Path, Found]:
     found = {}
     with (
         logging_redirect_tqdm(),
-        tqdm(total=len(paths), desc=side.info.name, unit="image", disable=None) as bar,
+        tqdm(total=len(paths), desc=side.info.name, unit="image", disable=no_bar()) as bar,
     ):
         for path, one in side.detect(paths):
             found[path] = one

@@ -52,6 +52,7 @@ from trtdet.precision.quantization import (
 from trtdet.precision.scales import FP8, INT8
 from trtdet.precision.suitability import Suitability
 from trtdet.spec import ModelSpec
+from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
 
@@ -356,7 +357,7 @@ def calibration_feeds(
     suitability = Suitability(body.spec.preprocessing.size_hw)
     with (
         logging_redirect_tqdm(),
-        tqdm(total=len(paths), desc="calibrating", unit="image", disable=None) as bar,
+        tqdm(total=len(paths), desc="calibrating", unit="image", disable=no_bar()) as bar,
         ImageBatcher(paths, body.spec.preprocessing, size) as batches,
     ):
         for batch in batches:

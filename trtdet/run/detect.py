@@ -20,6 +20,7 @@ from trtdet.runtimes.kinds import check_model
 from trtdet.runtimes.open import open_runtime
 from trtdet.runtimes.options import TritonUrl
 from trtdet.spec import ModelSpec
+from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
 
@@ -95,15 +96,26 @@ def pick_batch_size(runtime: Runtime, options: RunOptions) -> int:
 
 
 def detect(
-    runtime: Runtime, batcher: ImageBatcher, *, score_threshold: float = 0.0
+    runtime: Runtime,
+    batcher: ImageBatcher,
+    *,
+    score_threshold: float = 0.0,
+    classes: Sequence[int] | None = None,
 ) -> ImageResults:
-    """Run every batch of `batcher`; one result per image that could be read, in order."""
+    """Run every batch of `batcher`; one result per image that could be read, in order.
+
+    Args:
+        classes: ids of those to keep; None: all.
+    """
     for batch, found in runtime.map(batcher):
         size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
         images = decode(found, runtime.spec, batch.transforms, size_hw=size_hw)
         sources = batch.sources or (None,) * len(batch)
         for path, detections, source in zip(batch.paths, images, sources, strict=True):
-            yield ImageResult(path, detections.above(score_threshold), source)
+            kept = detections.above(score_threshold)
+            if classes is not None:
+                kept = kept.of_classes(classes)
+            yield ImageResult(path, kept, source)
         batch.release()
 
 
@@ -123,7 +135,7 @@ def check_score_threshold(score_threshold: float | None, spec: ModelSpec) -> flo
 
 def progress(results: ImageResults, total: int) -> ImageResults:
     """`results` behind a progress bar on stderr, where that is a terminal; log lines stay above it."""
-    with logging_redirect_tqdm(), tqdm(total=total, unit="image", disable=None) as bar:
+    with logging_redirect_tqdm(), tqdm(total=total, unit="image", disable=no_bar()) as bar:
         for result in results:
             yield result
             bar.update()

@@ -15,12 +15,14 @@ from tqdm import tqdm
 from trtdet import files
 from trtdet.engine.sidecar import read_spec
 from trtdet.images.files import Sources, find_images, root_of
+from trtdet.labels import find_classes
 from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
 from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
 from trtdet.run import ray_cluster
 from trtdet.run.detect import check_score_threshold, detect, open_batcher, open_model, pick_labels
 from trtdet.run.options import RunOptions
+from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +35,20 @@ RAY_BATCH = 8
 class PathDetector:
     """Detects in some image files at a time, with a model that stays open: what a worker of a Ray cluster does."""
 
-    def __init__(self, engine: Path, options: RunOptions) -> None:
+    def __init__(
+        self, engine: Path, options: RunOptions, classes: Sequence[int] | None = None
+    ) -> None:
         self._runtime = open_model(engine, options)
         self._options = options
+        self._classes = classes
 
     def __call__(self, paths: Sequence[Path]) -> Sequence[ray_cluster.Found]:
         threshold = self._options.score_threshold or 0.0
         with (
             open_batcher(self._runtime, paths, self._options) as batcher,
-            closing(detect(self._runtime, batcher, score_threshold=threshold)) as results,
+            closing(
+                detect(self._runtime, batcher, score_threshold=threshold, classes=self._classes)
+            ) as results,
         ):
             found = [(result.path, result.detections) for result in results]
         return [*found, *batcher.failures]
@@ -58,6 +65,7 @@ def run_on_ray(
     labels: Path | str | None = None,
     annotations: Path | None = None,
     tsv_header: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> int:
     """As infer.py without pictures, by the workers of a Ray cluster; detections.parquet too.
 
@@ -72,10 +80,11 @@ def run_on_ray(
     root = root_of(source)
     image_ids = pick_image_ids(paths, root, annotations)
     texts = pick_labels(labels, spec)
+    class_ids = None if classes is None else find_classes(classes, texts, spec.num_classes)
     options = dataclasses.replace(options, score_threshold=check_score_threshold(options.score_threshold, spec))  # fmt: skip
     by_absolute = {path.absolute(): path for path in paths}
     start = time.perf_counter()
-    identity = ray_identity(engine, options)
+    identity = ray_identity(engine, options, class_ids)
     detect_on_ray(engine.absolute(), list(by_absolute), output, options, address, workers, identity)
     count = boxes = skipped = 0
     with (
@@ -106,10 +115,13 @@ def run_on_ray(
     return skipped
 
 
-def ray_identity(engine: Path, options: RunOptions) -> dict[str, Any]:
+def ray_identity(
+    engine: Path, options: RunOptions, classes: Sequence[int] | None = None
+) -> dict[str, Any]:
     """What must not change between a run that was broken off and the one that goes on."""
     kept = ("score_threshold", "batch_size", "resample", "size", "resize", "max_size")
-    return {"engine_sha256": files.sha256(engine), **{name: getattr(options, name) for name in kept}}  # fmt: skip
+    own = {"engine_sha256": files.sha256(engine), "classes": None if classes is None else list(classes)}  # fmt: skip
+    return {**own, **{name: getattr(options, name) for name in kept}}
 
 
 def detect_on_ray(
@@ -139,10 +151,12 @@ def detect_on_ray(
             own: dict[str, Any] = {"workers": options.workers or workers.cpus}
             if is_onnx and not on_gpu:
                 own |= {"provider": "cpu", "threads": threads}
-            make = partial(PathDetector, engine, dataclasses.replace(options, **own))
+            make = partial(
+                PathDetector, engine, dataclasses.replace(options, **own), identity["classes"]
+            )
             batch_size = options.batch_size or RAY_BATCH
             start = time.perf_counter()
-            with tqdm(total=len(todo), unit="image", disable=None) as bar:
+            with tqdm(total=len(todo), unit="image", disable=no_bar()) as bar:
                 for table in ray_cluster.detect(todo, make, workers, batch_size=batch_size):
                     done.add(table)
                     bar.update(len(table))

@@ -37,6 +37,7 @@ from trtdet.run.options import FEW_IMAGES, METRICS, VIEWS_OF_FEW, TuneOptions
 from trtdet.runtimes.base import Outputs, default_batch_size
 from trtdet.runtimes.ort import OnnxRuntime
 from trtdet.spec import ModelSpec, Preprocessing
+from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ class Tuner:
                 pad_to_batch=runtime.batch_range[0] > 1,
             ) as batcher,
             closing(detect(runtime, batcher)) as found,
-            tqdm(total=len(self.images), desc=title, leave=False, unit="image", disable=None) as bar,
+            tqdm(total=len(self.images), desc=title, leave=False, unit="image", disable=no_bar()) as bar,
         ):  # fmt: skip
             for image in found:
                 results += to_coco_results(
