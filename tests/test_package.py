@@ -2,6 +2,7 @@
 """The package as users install it: its requirements, its wheel, its command."""
 
 import os
+import runpy
 import subprocess
 import sys
 import venv
@@ -91,6 +92,15 @@ def test_the_command_hands_on(capsys: pytest.CaptureFixture[str], monkeypatch: p
         with pytest.raises(SystemExit) as stopped:
             entry.main(words)
         assert stopped.value.code == 2
+
+
+def test_an_old_python_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 8, 10, "final", 0))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("trtdet", run_name="__main__")
+    assert str(stopped.value.code).startswith(
+        "error: trtdet needs Python 3.10 or later, this is 3."
+    )
 
 
 @pytest.mark.slow

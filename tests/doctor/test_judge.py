@@ -121,6 +121,12 @@ RUN_ENGINE = [("infer", "an engine"), ("eval_coco", "an engine")]
         (machine(**NO_GPU), RUN_ENGINE, "an NVIDIA GPU with its driver", ""),
         (machine(modules={"tensorrt_rtx": RTX}, without=("tensorrt",), **NO_GPU), RUN_ENGINE, "an NVIDIA GPU with its driver", ""),
         (machine(without=("tensorrt", "tensorrt-cu12"), driver="470.82.01", driver_cuda=None), RUN_ENGINE, "TensorRT", ""),
+        # CUDA for Python alone brings no TensorRT; on a Jetson that would hide JetPack's.
+        (machine(without=("cuda.bindings.runtime",)), RUN_ENGINE, "cuda-python", 'pip install "cuda-python>=12.9.1,<13"'),
+        (machine(ORIN, without=("cuda.bindings.runtime",)), RUN_ENGINE, "cuda-python", 'pip install "cuda-python>=12.9.1,<13"'),
+        (machine(without=("cuda.bindings.runtime", "pycocotools")), RUN_ENGINE[1:], "pycocotools, cuda-python", 'pip install -r requirements.txt "cuda-python>=12.9.1,<13"'),
+        # Windows.
+        (machine(without=("cv2",), system="Windows-10", environment="", managed=True), [("visualize", "TSV files")], "opencv-python-headless", "python3 -m venv .venv && .venv\\Scripts\\activate && pip install -r requirements.txt"),
         # TensorRT-RTX on a card of the data centre.
         (machine(modules={"tensorrt_rtx": RTX}, without=("tensorrt", "tensorrt-cu12"), gpus=(Gpu("NVIDIA H200", "9.0"),)), RUN_ENGINE, "a TensorRT that runs on this card", 'pip install --upgrade "tensorrt-cu12>=8.6,<12" "cuda-python>=12.9.1,<13"'),
         # A Jetson whose environment hides JetPack's TensorRT, and one without it.
@@ -197,6 +203,8 @@ UP_TO_DATE = 'pip install --upgrade "tensorrt-cu12>=8.6,<12" "cuda-python>=12.9.
         (machine(modules={"tensorrt": Module("10.3.0")}, gpus=(Gpu("RTX 5090", "12.0"),)), "TensorRT 10.3.0 came before this card; here is RTX 5090 (compute capability 12.0)", 'pip install --upgrade "tensorrt-cu12>=10.8,<12" "cuda-python>=12.9.1,<13"'),
         (machine(gpus=(Gpu("NVIDIA GB10", "12.1"),)), "TensorRT 10.13.3.9 came before this card; here is NVIDIA GB10 (compute capability 12.1)", 'pip install --upgrade "tensorrt-cu12>=10.14,<12" "cuda-python>=12.9.1,<13"'),
         (machine(modules={"tensorrt": Module("8.5.3.1")}), "TensorRT 8.5.3.1: 8.6 or later is needed", UP_TO_DATE),
+        (machine(ORIN, modules={"tensorrt": Module("8.5.2.2")}), "TensorRT 8.5.2.2: 8.6 or later is needed, which a newer JetPack brings (6.1: 10.3)", ""),
+        (machine(gpus=(Gpu("Tesla V100", "7.0"), Gpu("RTX 5090", "12.0"))), "TensorRT 10.13.3.9 runs on compute capability 7.5 and later; here is Tesla V100 (compute capability 7.0)", ""),
         # A driver too old for the CUDA in use; one whose CUDA nvidia-smi does not tell; one that does not answer.
         (machine(distributions={"tensorrt-cu13": "11.2.1"}, without=("tensorrt-cu12",)), "tensorrt-cu13 11.2.1 is for CUDA 13; driver 575.57.08 supports CUDA 12.9; CUDA 13 needs driver 580 or later", f"pip uninstall -y tensorrt-cu13 && {UP_TO_DATE}"),
         (machine(distributions={"cuda-bindings": "13.4.4"}), "cuda-bindings 13.4.4 is for CUDA 13; driver 575.57.08 supports CUDA 12.9; CUDA 13 needs driver 580 or later", UP_TO_DATE),
@@ -209,12 +217,11 @@ UP_TO_DATE = 'pip install --upgrade "tensorrt-cu12>=8.6,<12" "cuda-python>=12.9.
         (machine(modules={"tensorrt_rtx": RTX}, without=("tensorrt", "tensorrt-cu12"), gpus=(Gpu("NVIDIA H200", "9.0"),)), "TensorRT-RTX 1.7.1.116 runs on compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; NVIDIA H200 (compute capability 9.0) needs TensorRT (--flavor tensorrt)", UP_TO_DATE),
         # A Jetson with pip's TensorRT beside JetPack's.
         (machine(ORIN, distributions={"tensorrt": "11.2.1", "tensorrt-cu12": "11.2.1"}), "tensorrt 11.2.1, tensorrt-cu12 11.2.1 from pip hides JetPack's TensorRT in /usr/lib/python3.10/dist-packages/tensorrt; a Jetson (R36.4.3) needs that one", "pip uninstall -y tensorrt tensorrt-cu12"),
-        # Two TensorRTs of one module; a module that does not load; versions out of range; an old Python.
+        # Two TensorRTs of one module; a module that does not load; versions out of range.
         (machine(distributions={"tensorrt-cu11": "10.11.0"}), "tensorrt-cu11 and tensorrt-cu12 bring one module, tensorrt; the one installed last is used", f"pip uninstall -y tensorrt-cu11 && {UP_TO_DATE}"),
         (machine(modules={"tensorrt": Module(error="OSError: libnvinfer.so.10")}), "tensorrt is installed but does not import: OSError: libnvinfer.so.10", ""),
         (machine(distributions={"numpy": "1.24.4"}, requirements={"numpy": ">=1.26,<3"}), "numpy 1.24.4 is installed, trtdet takes >=1.26,<3", 'pip install "numpy>=1.26,<3"'),
         (machine(distributions={"onnxruntime-gpu": "1.18.0"}, requirements={"onnxruntime": ">=1.22,<1.32"}), "onnxruntime-gpu 1.18.0 is installed, trtdet takes >=1.22,<1.32", 'pip install "onnxruntime-gpu>=1.22,<1.32"'),
-        (machine(python="3.9.18"), "Python 3.9.18: 3.10 or later is needed", "sudo apt-get install python3.11-venv"),
     ],
 )  # fmt: skip
 def test_pairs_that_do_not_fit(facts: Facts, what: str, command: str) -> None:

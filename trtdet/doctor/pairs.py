@@ -19,7 +19,6 @@ from trtdet.machine import parse_version
 
 #: The oldest TensorRT that engine/flavor.py takes.
 OLDEST_TENSORRT = (8, 6)
-OLDEST_PYTHON = (3, 10)
 REPLACE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 
 
@@ -33,8 +32,6 @@ class Finding:
 
 def find_problems(facts: Facts) -> Iterator[Finding]:
     """All that is known not to fit, in the order in which it is best mended."""
-    if parse_version(facts.python) < OLDEST_PYTHON:
-        yield Finding(f"Python {facts.python}: 3.10 or later is needed", "sudo apt-get install python3.11-venv")  # fmt: skip
     yield from driver_problems(facts)
     yield from tensorrt_problems(facts)
     yield from onnxruntime_problems(facts)
@@ -114,7 +111,9 @@ def tensorrt_refuses(facts: Facts) -> list[str]:
         return []
     version = parse_version(module.version)
     if version < OLDEST_TENSORRT:
-        return [f"TensorRT {module.version}: 8.6 or later is needed"]
+        # docs.pytorch.org/TensorRT/getting_started/jetpack: JetPack 6.1 and 6.2 have TensorRT 10.3.
+        jetpack = ", which a newer JetPack brings (6.1: 10.3)" if facts.jetson else ""
+        return [f"TensorRT {module.version}: 8.6 or later is needed{jetpack}"]
     reasons = []
     for gpu in facts.gpus:
         capability = parse_version(gpu.capability) if gpu.capability else None
