@@ -119,7 +119,8 @@ def test_a_module_that_crashes_or_hangs_takes_nothing_with_it() -> None:
 
 def doctor(*flags: str, home: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *flags, "-m", "trtdet", "doctor", "--json", str(home / "doctor.json")]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    folders = {"HOME": str(home), "TMPDIR": str(home)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **folders}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -139,6 +140,7 @@ def test_this_machine(tmp_path: Path) -> None:
     done = doctor(home=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "doctor.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["doctor.json"]  # nothing else was written
     import numpy
     import onnxruntime
 

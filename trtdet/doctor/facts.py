@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ LISTED = (
 )  # fmt: skip
 PROBE = Path(__file__).with_name("probe.py")
 ROOT = Path(__file__).parents[2]
+#: Variables that name folders in which modules leave something when they are imported: Keras, Matplotlib, CUDA, anyone.
+CACHES = ("KERAS_HOME", "MPLCONFIGDIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME", "TMPDIR")
 #: Seconds for a group of modules, and for nvidia-smi.
 PROBE_SECONDS = 120
 TOOL_SECONDS = 30
@@ -192,6 +195,14 @@ def probe(names: Sequence[str], seconds: float = PROBE_SECONDS) -> dict[str, Mod
     """Import modules in a child process; those that are not installed are left out."""
     environment = {"ORT_DISABLE_TELEMETRY": "1", "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
     command = [sys.executable, *interpreter_flags(), str(PROBE), *names]
+    with tempfile.TemporaryDirectory(prefix="trtdet-doctor-", ignore_cleanup_errors=True) as folder:
+        return run_probe(command, names, seconds, {**environment, **dict.fromkeys(CACHES, folder)})
+
+
+def run_probe(
+    command: Sequence[str], names: Sequence[str], seconds: float, environment: Mapping[str, str]
+) -> dict[str, Module]:
+    """The child process of `probe`."""
     try:
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=seconds)  # fmt: skip
         output, ended = done.stdout, f"its import ended the process with status {done.returncode}"
