@@ -23,7 +23,7 @@ import pytest
 import yolo_networks
 from conftest import EXAMPLES, ROOT
 from pages import CHINESE, PAGES, Block, all_parsers, anchors, blocks, inline_commands, prose
-from test_imports import SCRIPTS
+from test_imports import ONLY_STAGES, SCRIPTS
 
 from trtdet.commands import build_engine
 from trtdet.commands import main as entry
@@ -31,10 +31,28 @@ from trtdet.spec import ModelSpec
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 INLINE = [(page, command) for page in PAGES for command in inline_commands(page)]
-STAGES = tuple(Path(name).stem for name in SCRIPTS)
+STAGES = (*(Path(name).stem for name in SCRIPTS), *ONLY_STAGES)
 
 #: First words of commands that are not of this project: not run.
-FOREIGN = ("docker", "make", "tritonserver", "trtexec", "git", "cd", ".", "source", "ray")
+FOREIGN = (
+    "docker",
+    "make",
+    "tritonserver",
+    "trtexec",
+    "git",
+    "cd",
+    ".",
+    "source",
+    "ray",
+    "wget",
+    "tar",
+    "env",
+    "pip",
+    "odtk",
+    "yolo",
+)
+#: Scripts of other projects that make a model.
+OTHER_SCRIPTS = ("object_detection/exporter_main_v2.py", "export_onnx.py")
 #: Commands that run tests or change the environment.
 NOT_RUN = ("bash tests/run.sh", "python -m pytest", "python -m venv", ".venv/bin/ruff")
 
@@ -100,7 +118,17 @@ STAND_INS: dict[str, Callable[[Path, Path], object]] = {
 }  # fmt: skip
 
 #: Options of other programs that look like ours.
-OTHERS = {"--calib", "--fp16", "--int8", "--grid", "--ipc"}
+OTHERS = {
+    "--calib",
+    "--fp16",
+    "--int8",
+    "--grid",
+    "--ipc",
+    "--ckpt_path",
+    "--hparams",
+    "--min_score_thresh",
+    "--gpus",
+}
 
 
 class Folder:
@@ -203,6 +231,8 @@ def parse(command: str) -> None:
         importlib.import_module(f"trtdet.commands.{name}").parse_args(arguments)
     elif words[:1] in (["python"], ["bash"]) and words[1].startswith("benchmarks/"):
         assert (ROOT / words[1]).is_file(), command
+    elif words[:1] == ["python"] and words[1] in OTHER_SCRIPTS:
+        pass
     else:
         assert words[0] in FOREIGN or command.startswith(NOT_RUN), (
             f"{command}: unknown to this test"
@@ -248,13 +278,18 @@ def test_commands_that_need_more_have_options_that_exist(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert block.language == "bash", f"{block.name}: expected a bash block"
+    if block.language == "python":
+        compile(block.text, block.name, "exec")
+        return
+    assert block.language == "bash", f"{block.name}: expected a bash or python block"
     assert block.commands, f"{block.name}: no command"
     for command in block.commands:
         parse(command)
 
 
-@pytest.mark.parametrize("block", [marked(b) for b in BLOCKS if b.language == "python"])
+@pytest.mark.parametrize(
+    "block", [marked(b) for b in BLOCKS if b.language == "python" and not b.is_parsed_only]
+)
 def test_python_runs(block: Block, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.open(block.page))
     exec(compile(block.text, block.name, "exec"), {"__name__": "page"})

@@ -20,6 +20,8 @@ ORDER = (
     "families", "conversion", "parity", "api", "commands",
 )  # fmt: skip
 SCRIPTS = ("create_onnx", "build_engine", "infer", "eval_coco", "compare", "tune_precision", "deploy", "image_batcher", "visualize")  # fmt: skip
+#: Stages that are no script of their own: `trtdet doctor`.
+ONLY_STAGES = ("doctor",)
 
 #: Heavy packages -> where they may be imported.
 HOMES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import EXAMPLES, ROOT
-from test_imports import SCRIPTS
+from test_imports import ONLY_STAGES, SCRIPTS
 
 from trtdet.about import __version__
 from trtdet.commands import main as entry
@@ -67,10 +67,6 @@ def test_requirement_files_and_pyproject_say_the_same() -> None:
     for name, extra in EXTRAS.items():
         listed = project["optional-dependencies"][extra] if extra else project["dependencies"]
         assert requirements(ROOT / name) == sorted(listed), name
-
-
-#: Stages that are no script of their own.
-ONLY_STAGES = ("doctor",)
 
 
 def test_every_script_is_a_stage() -> None:

@@ -30,6 +30,7 @@ from trtdet.precision.quantization import QuantizationPlan
 from trtdet.sessions import Session, open_session
 from trtdet.sources.base import cut_onnx
 from trtdet.sources.subgraphs import reads
+from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def measure_costs(
     types = element_types(network)
     with (
         logging_redirect_tqdm(),
-        tqdm(total=len(missing), desc="measuring", unit="convolution", disable=None) as bar,
+        tqdm(total=len(missing), desc="measuring", unit="convolution", disable=no_bar()) as bar,
     ):
         for layers in blocks.values():
             part = part_behind(network, {layer.name for layer in layers}, types)
