@@ -120,7 +120,7 @@ def test_build_engine_reads_what_was_found(planted: Path, tmp_path: Path) -> Non
 def test_goes_on_where_it_stopped(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     """A whole journal: nothing is measured again. One that ends within a line: that line is. Another model's: everything."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(cli, "setup_logging", lambda verbose: None)  # it would take caplog's place
+    monkeypatch.setattr(cli, "setup_logging", lambda *_: None)  # it would take caplog's place
     lines = (planted / "precision.json.journal").read_text().splitlines()
     kinds = Counter(json.loads(line)["kind"].partition(",")[0].partition(" ")[0] for line in lines)
     # All in INT8, what build_engine.py leaves out, half of that, ..., the planted one; every convolution alone.
