@@ -657,7 +657,7 @@ def test_wrong_options_are_errors(options: dict[str, Any]) -> None:
         ImageBatcher([], SMALL, **{"batch_size": 1, **options})
 
 
-# ---- run alone
+# ---- the command
 
 
 def test_main_writes_what_the_network_sees(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn image files into batches for a network. Run alone, it shows what the network sees.
+"""Show what the network sees of images.
 
     image_batcher.py --model model.onnx --input photos --output seen
 
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 #: Pictures at a time; nothing else depends on it here.
 BATCH_SIZE = 8
-
-# ---- run alone
 
 
 def read_preprocessing(model: Path) -> Preprocessing:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw detections into images. Run alone, it draws from TSVs that infer.py wrote:
+"""Draw detections into images, from TSVs that infer.py wrote:
 
     visualize.py --input photos --detections found --output pictures
     visualize.py --input photos --detections found --output pictures --annotations instances.json
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from trtdet.images.files import ImageArray, Sources
 
 logger = logging.getLogger(__name__)
-
-
-# ---- run alone
 
 
 def run(
