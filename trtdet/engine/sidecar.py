@@ -124,7 +124,7 @@ def write_engine(path: Path, plan: bytes, info: EngineInfo) -> EngineInfo:
     # Left from the inside out: the engine is in place before its sidecar.
     with files.atomic_path(sidecar) as new_sidecar, files.atomic_path(path) as new_engine:
         new_engine.write_bytes(plan)
-        info = dataclasses.replace(info, engine_sha256=files.sha256(new_engine))
+        info = dataclasses.replace(info, engine_sha256=hashlib.sha256(plan).hexdigest())
         text = json.dumps(info.to_dict(), indent=2) + "\n"
         new_sidecar.write_text(text, encoding="utf-8")
         sidecar.unlink(missing_ok=True)
