@@ -23,7 +23,7 @@ from trtdet.engine.layers import LayerShares
 from trtdet.engine.sidecar import read_sidecar
 from trtdet.errors import EngineError
 from trtdet.nms import lowering
-from trtdet.precision import calibration, calibration_cache, costs
+from trtdet.precision import body, calibration, calibration_cache, costs
 from trtdet.precision.body import Body, block_of
 from trtdet.precision.calibration_cache import read_cache
 from trtdet.precision.file import PrecisionFile
@@ -685,17 +685,30 @@ def test_rtx_builds_d0(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert info.layers["INT8"] > 300 and info.layers["FP16"] > 50
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("cache", ["", "no.cache"])
+def test_scales_come_from_somewhere(precision: str, cache: str, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Found before anything is worked out of the model, which is read once."""
+    read: list[object] = []
+    load = onnx.load
+    monkeypatch.setattr(onnx, "load", lambda path, **options: read.append(path) or load(path, **options))  # fmt: skip
+    monkeypatch.setattr(body, "cut_to_body", None)  # not called
+    options = ["--precision", precision, "--save_onnx", tmp_path / "x.onnx"]
+    options += ["--calib_cache", tmp_path / cache] if cache else []
+    assert build_engine.main(["--model", str(tiny_onnx), *map(str, options)]) == 1
+    found = f"no cache at {tmp_path / cache}" if cache else "neither"
+    assert error_of(capsys) == f"error: calibration: expected images or an existing cache, found {found}; give --calib_input DIR, or --calib_cache FILE"  # fmt: skip
+    assert read == [tiny_onnx] and not list(tmp_path.iterdir())
+
+
 # --- command line -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-p", "int8"], "--precision int8 takes images to calibrate on, --calib_input DIR, or an existing --calib_cache FILE\n"),
-        (["-p", "int8", "--calib_cache", "no.cache"], "or an existing --calib_cache FILE (nothing at no.cache)"),
         (["-p", "fp16", "--calib_input", "photos"], "--calib_... goes with --precision int8 and fp8"),
         (["-p", "fp16", "--calib_method", "mse"], "--calib_... goes with --precision int8 and fp8"),
-        (["-p", "fp8"], "--precision fp8 takes images to calibrate on"),
         (["-p", "fp32", "--keep_fp32", "*"], "--keep_fp32 and --precision_json do not go with --precision fp32"),
         (["-p", "fp16", "--keep_fp16", "*"], "--keep_fp16 goes with --precision int8 and fp8"),
         (["-p", "int8", "--calib_input", "photos", "--rest_precision", "fp32", "--keep_fp16", "*"], "with the rest in fp16"),
