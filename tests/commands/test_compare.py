@@ -50,6 +50,43 @@ def broken(summary: Summary) -> dict[str, float | None]:
     return {c["metric"]: c["value"] for c in summary["limits"] if not c["passed"]}
 
 
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("kind", ["fp32", "fp16"])
+def test_each_onnx_file_is_read_once(kind: str, external: bool, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Also where its weights are in a file of their own."""
+    source, candidate = tmp_path / "prepared.onnx", tmp_path / "candidate.onnx"
+    options = ["--model", tiny_onnx, "--precision", kind, "--save_onnx", source]
+    assert build_engine.main([str(a) for a in options]) == 0
+    onnx.save(onnx.load(source), candidate, save_as_external_data=external)
+    read: list[Path] = []
+    load = onnx.load
+    monkeypatch.setattr(onnx, "load", lambda path, **more: read.append(Path(path)) or load(path, **more))  # fmt: skip
+    status, summary = run(tiny_onnx, candidate, tmp_path)
+    assert (status, summary["passed"]) == (0, True)
+    assert [path.name for path in read[:2]] == [tiny_onnx.name, "candidate.onnx"]
+    # A model that is computed as a GPU does goes through a temporary file.
+    assert [p == candidate for p in read[2:]] == ([] if kind == "fp32" else [False])
+
+
+def test_tensors_before_the_heads_include_what_subgraphs_capture() -> None:
+    """`kept` is read by the body of an If alone, `unused` by nobody."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[1, 4] images) => (float[1, 4] raw_boxes) {
+          kept = Relu(images)
+          unused = Neg(images)
+          largest = ReduceMax<keepdims = 0>(images)
+          high = Less(largest, largest)
+          raw_boxes = If(high) <
+            then_branch = a () => (float[1, 4] t) { t = Neg(kept) },
+            else_branch = b () => (float[1, 4] e) { e = Abs(kept) }
+          >
+        }
+    """)
+    tensors = sides.tensors_before(model, frozenset({"raw_boxes"}))
+    assert tensors == ("kept", "largest", "high", "raw_boxes")
+
+
 # ---- honest candidates
 
 
