@@ -138,12 +138,18 @@ def test_rows_keep_every_bit(turned):
 
 
 def test_results_of_another_run_are_not_mixed_in(tmp_path):
-    with Results(tmp_path / "partial", {"engine": "a"}) as results:
+    with Results(tmp_path / "partial", {"engine": "a", "size": (8, 9)}) as results:
         results.add(ray_cluster.to_table([(Path("/a.jpg"), "broken")]))
-    with Results(tmp_path / "partial", {"engine": "a"}) as again:
+    with Results(tmp_path / "partial", {"engine": "a", "size": (8, 9)}) as again:
         assert again.done == {"/a.jpg"}
     with pytest.raises(ValueError, match="another model or other options; finish that one, or remove the folder"):  # fmt: skip
         Results(tmp_path / "partial", {"engine": "b"})
+    record = tmp_path / "partial" / "run.json"
+    assert json.loads(record.read_text()) == {"schema": 1, "run": {"engine": "a", "size": [8, 9]}}
+    for text, message in (('{"schema": 2}', "expected schema 1, found 2"), ("{", "expected JSON in UTF-8")):  # fmt: skip
+        record.write_text(text)
+        with pytest.raises(ValueError, match=rf"run\.json: {message}.*; remove the folder"):
+            Results(tmp_path / "partial", {"engine": "a", "size": (8, 9)})
 
 
 @pytest.mark.parametrize(

@@ -192,10 +192,25 @@ def test_batch_sizes_are_those_of_the_configuration(serve, smallest, expected):
                 runtime.infer(random_batches(1, 5)[0].images)
 
 
-def test_benchmark_takes_latency_alone_and_throughput_together(serve, capsys):
+def test_benchmark_takes_latency_alone_and_throughput_together(serve, capsys, tmp_path):
     server = make_server()
     url = serve(server)
-    assert infer.main(["--model", str(url), "--benchmark", "5", "--batch_size", "2"]) == 0
+    assert (
+        infer.main(
+            [
+                "--model",
+                str(url),
+                "--benchmark",
+                "5",
+                "--batch_size",
+                "2",
+                "--json",
+                str(tmp_path / "b.json"),
+            ]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "b.json").read_text())["schema"] == 1
     out = capsys.readouterr().out
     assert "Throughput: " in out and "Latency: min = " in out
     assert server.shared == 20 + 5 + 20 + 5  # warm-up and measurement of each pass
