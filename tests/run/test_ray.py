@@ -64,7 +64,7 @@ def check_outputs(output: Path, alone: Path, photos: Path) -> None:
     parquet = pyarrow.parquet.read_table(output / "detections.parquet")
     del found["detections.parquet"]
     assert found == expected
-    spec = ModelSpec.from_dict(json.loads(parquet.schema.metadata[METADATA_KEY.encode()]))
+    spec = ModelSpec.from_json(parquet.schema.metadata[METADATA_KEY.encode()].decode())
     assert spec.category_ids == toy_detector.CATEGORY_IDS
     rows = parquet.to_pylist()
     assert [row["path"] for row in rows] == [str(path) for path in sorted(photos.iterdir())]

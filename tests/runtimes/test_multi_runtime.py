@@ -247,7 +247,7 @@ def test_leaving_early_stops_every_worker(
                 if place == "consumer" and index == 3:
                     raise error
         generator.close()
-        assert all(one.in_flight == 0 for one in runtime._runtimes)
+        assert all(len(one._running) == 0 for one in runtime._runtimes)
         assert not [t.name for t in threading.enumerate() if t.name.startswith("gpu-")]
 
 
