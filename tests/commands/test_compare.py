@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx.parser
 import pytest
+import toy_network
 from conftest import EXAMPLES
 from detr_data import load
 from odtk_network import odtk_model
@@ -19,15 +20,18 @@ from onnx import TensorProto, helper, numpy_helper
 from trt_rig import Rig, write_engine
 
 from trtdet.commands import build_engine, compare, create_onnx
-from trtdet.detections import Detections
+from trtdet.detections import Detections, decode
 from trtdet.errors import GraphError
 from trtdet.images import preprocess
+from trtdet.onnx_files import read_onnx
 from trtdet.parity import compare as parity_compare
 from trtdet.parity import numbers, sides
 from trtdet.parity.numbers import Check, Comparison, TensorDifference, TensorStatistics, match
 from trtdet.parity.options import Limits
 from trtdet.precision import floats
 from trtdet.precision.emulation import emulate
+from trtdet.run import detect as run_detect
+from trtdet.run.options import RunOptions
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 IMAGES = EXAMPLES / "images"
@@ -66,6 +70,34 @@ def test_each_onnx_file_is_read_once(kind: str, external: bool, tiny_onnx: Path,
     assert [path.name for path in read[:2]] == [tiny_onnx.name, "candidate.onnx"]
     # A model that is computed as a GPU does goes through a temporary file.
     assert [p == candidate for p in read[2:]] == ([] if kind == "fp32" else [False])
+
+
+def test_a_model_of_any_size_is_decoded_at_the_size_it_is_fed(tmp_path: Path) -> None:
+    """As infer.py decodes it: boxes that are parts of the network input, here 32 x 24 and not the 16 x 16 of the spec."""
+    model = toy_network.free_network()
+    spec = ModelSpec.from_onnx(model)
+    spec.replace(boxes_normalized=True).attach(model)
+    onnx.save(model, tmp_path / "free.onnx")
+    options = RunOptions(size=(32, 24), provider="cpu", threads=1)
+    photos = sorted(IMAGES.iterdir())[:2]
+    read = read_onnx(tmp_path / "free.onnx")
+    with sides.ConvertedSide(tmp_path / "free.onnx", options, read) as side:
+        found = {path: one for path, (one, _) in side.detect(photos)}
+    with (
+        run_detect.open_model(tmp_path / "free.onnx", options) as runtime,
+        run_detect.open_batcher(runtime, photos, options) as batcher,
+    ):
+        expected = list(run_detect.detect(runtime, batcher))
+    with (
+        run_detect.open_model(tmp_path / "free.onnx", options) as runtime,
+        run_detect.open_batcher(runtime, photos, options) as batcher,
+    ):
+        (batch, outputs), *_ = runtime.map(batcher)
+        wrong = decode(outputs, runtime.spec, batch.transforms)[0]
+    assert [result.path for result in expected] == list(found) == photos
+    for result in expected:
+        np.testing.assert_array_equal(found[result.path].boxes_xyxy, result.detections.boxes_xyxy)
+    assert np.abs(wrong.boxes_xyxy - found[photos[0]].boxes_xyxy).max() > 1
 
 
 def test_tensors_before_the_heads_include_what_subgraphs_capture() -> None:
