@@ -539,7 +539,7 @@ def test_pairs_of_the_other_type_are_refused(calibrated: Path, fp8_onnx: Path, t
         assert build(model, *options, "--precision", asked) == 1
         assert error_of(capsys) == f"error: --precision {asked}: the ONNX file brings its own Q/DQ, in {own.upper()}; give --precision {own}, or the float32 file of create_onnx.py"  # fmt: skip
         assert list(tmp_path.iterdir()) == []
-    assert build(fp8_onnx, "--save_onnx", path, "--precision", "fp8") == 0
+    assert build_chosen(fp8_onnx, "--save_onnx", path, "--precision", "fp8") == 0
     assert path.read_bytes() == fp8_onnx.read_bytes()
     assert "are not used" not in capsys.readouterr().err
 
@@ -652,7 +652,9 @@ def test_images_of_nothing_are_warned_of(tiny_onnx: Path, tmp_path: Path, capsys
     assert "W --calib_input: 8 of 8 images are of one colour; give images of what the detector is to see" in error  # fmt: skip
     assert "only 1 of 8 images differ from each other" in error
     assert "8 of 8 images are far smaller than the network input (1x1 instead of 128x128)" in error
-    assert "the float32 model finds nothing in these images" in error
+    assert (
+        "largest magnitude" not in error
+    )  # none beyond FP16: constant channels made factors of 1e20
     factors = [
         float(np.abs(onnx.numpy_helper.to_array(w)).max())
         for w in onnx.load(tmp_path / "m.onnx").graph.initializer
