@@ -583,6 +583,20 @@ def test_fewer_pairs_than_with_all_in_int8(chosen: Path, calibrated: Path) -> No
     assert pairs[0] < pairs[1]
 
 
+def test_fp8_chooses_for_itself(tiny_onnx: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """By what it costs in FP8: the costs in INT8 that stand in the same cache are not its own."""
+    path = tmp_path / "m.onnx"
+    options = ["--save_onnx", path, "--precision", "fp8", "--calib_cache", cache, "--calib_method", "mse"]  # fmt: skip
+    assert build_chosen(tiny_onnx, *options, "--calib_input", IMAGES) == 0
+    error = capsys.readouterr().err
+    share = float(re.search(r"FP8: ([\d.]+)% of the multiply-accumulates", error)[1])  # type: ignore[index]
+    assert 80 <= share < 81
+    costs = read_cache(cache).costs
+    assert costs.keys() == {"FP8"} and len(costs["FP8"]) == 121
+    stored = {w.data_type for w in onnx.load(path).graph.initializer}
+    assert {TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT16} <= stored
+
+
 def test_share_is_asked_for(chosen: Path, tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     path = tmp_path / "m.onnx"
     options = ["--save_onnx", path, "--calib_cache", chosen / "tiny.cache", "--int8_share"]
