@@ -164,7 +164,7 @@ def test_convert_and_build_are_the_stages(tmp_path: Path) -> None:
         flavor="tensorrt_rtx",
         compute_capabilities=("8.9",),
     )
-    assert built.info.precision == "int8" and built.info.int8["mac_share"] > 0.9
+    assert built.info.precision == "int8" and 0.8 <= built.info.int8["mac_share"] < 0.9
     assert json.loads((tmp_path / "api.engine.json").read_text())["engine_sha256"] == built.info.engine_sha256  # fmt: skip
 
 

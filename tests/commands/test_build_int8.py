@@ -725,6 +725,8 @@ def test_scales_come_from_somewhere(precision: str, cache: str, tiny_onnx: Path,
     [
         (["-p", "fp16", "--calib_input", "photos"], "--calib_... goes with --precision int8 and fp8"),
         (["-p", "fp16", "--calib_method", "mse"], "--calib_... goes with --precision int8 and fp8"),
+        (["-p", "fp16", "--int8_share", "0.9"], "--int8_share goes with --precision int8 and fp8"),
+        (["-p", "int8", "--calib_input", "photos", "--int8_share", "0"], "expected a number above 0, up to 1, got '0'"),
         (["-p", "fp32", "--keep_fp32", "*"], "--keep_fp32 and --precision_json do not go with --precision fp32"),
         (["-p", "fp16", "--keep_fp16", "*"], "--keep_fp16 goes with --precision int8 and fp8"),
         (["-p", "int8", "--calib_input", "photos", "--rest_precision", "fp32", "--keep_fp16", "*"], "with the rest in fp16"),

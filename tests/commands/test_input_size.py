@@ -67,7 +67,7 @@ def test_rtx_builds_a_range_of_sizes(
     options += ["--compute_capability", "8.9", *(["--size", sizes] if sizes else [])]
     if precision == "int8":
         Image.fromarray(RANDOM.integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / "a.png")
-        options += ["--calib_input", str(tmp_path / "a.png")]
+        options += ["--calib_input", str(tmp_path / "a.png"), "--int8_share", "1"]
     assert build(network, path, *options) == 0
     info = read_sidecar(path)
     assert info is not None

@@ -122,7 +122,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ):
         parser.error(
             "without --engine nothing is built: leave out all but --model, --precision, --rest_precision, --save_onnx, --fp16_check_input, "
-            "--calib_..., --keep_... and --precision_json"
+            "--calib_..., --keep_..., --int8_share and --precision_json"
         )
     if args.fp16_check_input and "fp16" not in (args.precision, args.rest if args.precision in QUANTIZED_PRECISIONS else ""):  # fmt: skip
         parser.error(
@@ -151,6 +151,8 @@ def check_kept_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
 def check_int8_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Options of calibration with INT8 and FP8 alone. Whether these need any depends on the model: `precision.prepare` finds out."""
     if args.precision not in QUANTIZED_PRECISIONS:
+        if args.int8_share is not None:
+            parser.error("--int8_share goes with --precision int8 and fp8")
         if calibration_from(args) != Int8Options() or args.calib_batches:
             parser.error("--calib_... goes with --precision int8 and fp8")
         return
