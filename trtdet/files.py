@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -99,6 +100,16 @@ def printable(text: object) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in str(text)
     )
+
+
+def message_of(error: BaseException) -> str:
+    """An error in one line, the operating system's with the file first and without its number."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        reason = error.strerror[0].lower() + error.strerror[1:]
+        text = f"{error.filename}: {reason}" if error.filename else reason
+    text = re.sub(r"\[Errno -?\d+\] ", "", text)
+    return printable(" ".join(text.split())) or type(error).__name__
 
 
 def check_input(path: Path, option: str, what: str) -> None:

@@ -55,7 +55,7 @@ def parse_args(description: str, argv: Sequence[str] | None) -> argparse.Namespa
     trtexec = command("trtexec", "print trtexec's line for a model, run it, or show what it measured as infer.py --benchmark does")  # fmt: skip
     add_trtexec_options(trtexec)
     check_ = command("check", "check a model repository, or a folder for DeepStream")
-    add(check_, "--output", required=True, note="here the one that was written, and perhaps edited")
+    add(check_, "--output written", required=True)
     pad = command("pad_color", "make an ONNX file take frames padded with black, as DeepStream pads them")  # fmt: skip
     add(pad, "--model onnx", "--onnx", required=True)
     add(pad, "--output file", "-o", required=True)

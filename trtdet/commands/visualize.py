@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw detections into images. Run alone, it draws from TSVs that infer.py wrote:
+"""Draw the detections of infer.py into the images again, from its TSV files.
 
     visualize.py --input photos --detections found --output pictures
     visualize.py --input photos --detections found --output pictures --annotations instances.json
 
-With --annotations each picture shows the detections on the left and the ground truth on the right.
+With --annotations, each picture shows the detections on the left and the ground truth on the right.
 
 Exit status: 0 every image is drawn; 1 an error, or nothing could be drawn; 2 wrong usage;
 3 done, but some images could not be read or had no TSV (each is named on stderr).
@@ -85,7 +85,7 @@ def run(
         try:
             picture = draw_file(path, tsv, truth)
         except (OSError, ValueError) as error:
-            logger.warning("skipped: %s", error)
+            logger.warning("skipped: %s", files.message_of(error))
             return False
         write_png(output / with_suffix_added(names[path], ".png"), picture)
         return True

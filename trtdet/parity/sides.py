@@ -22,6 +22,7 @@ from trtdet.detections import Detections, decode
 from trtdet.errors import GraphError
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
 from trtdet.families.detr import BOXES
+from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
 from trtdet.images.files import ImageArray, load_image
 from trtdet.images.preprocess import preprocess
@@ -183,7 +184,7 @@ class TrainedSide(Closing):
             try:
                 image = load_image(path)
             except (OSError, ValueError) as error:
-                logger.warning("skipped: %s", error)
+                logger.warning("skipped: %s", message_of(error))
                 continue
             yield path, self._own_detections(image) if self._own else self._detections(image)
 
@@ -338,6 +339,8 @@ def is_as_trained(path: Path) -> bool:
     if not path.exists():
         raise FileNotFoundError(f"expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
     as_trained = path.is_dir()
+    if as_trained and not (path / "saved_model.pb").is_file():
+        raise FileNotFoundError(f"expected a SavedModel, an ONNX file or an engine, found a folder without saved_model.pb at {path}")  # fmt: skip
     if path.suffix.lower() == ".onnx" and not as_trained:
         as_trained = (
             ModelSpec.maybe_from_onnx(read_onnx(path, remedy=EXPORT_AGAIN, weights=False)) is None

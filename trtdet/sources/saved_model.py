@@ -40,7 +40,7 @@ class SavedModelSource(Closing):
         """
         if not (path / "saved_model.pb").is_file():
             raise FileNotFoundError(
-                f"--saved_model: expected a SavedModel directory (with saved_model.pb) or an .onnx file, found neither at {path}"
+                f"--saved_model: expected a SavedModel folder (with saved_model.pb) or an .onnx file, found neither at {path}"
             )
         self.path = path
         self.spec: ModelSpec | None = None
