@@ -119,7 +119,7 @@ def check_input(path: Path, option: str, what: str) -> None:
         FileNotFoundError: names the option, and says what was expected.
     """
     if not Path(path).is_file():
-        found = "a directory" if Path(path).is_dir() else "nothing"
+        found = "a folder" if Path(path).is_dir() else "nothing"
         raise FileNotFoundError(f"{option}: expected {what}, found {found} at {path}")
 
 

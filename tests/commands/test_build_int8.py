@@ -317,7 +317,7 @@ def test_images_that_cannot_be_read_are_left_out(tiny_onnx: Path, tmp_path: Path
     assert build(tiny_onnx, "--save_onnx", tmp_path / "m.onnx", "--calib_input", bad) == 1
     assert re.search(r"--calib_input: expected images that can be read, found 1 that cannot, the first of them .*b\.png", error_of(capsys))  # fmt: skip
     assert build(tiny_onnx, "--save_onnx", tmp_path / "m.onnx", "--calib_input", tmp_path / "none") == 1  # fmt: skip
-    assert error_of(capsys).startswith("error: --calib_input: expected an image or a directory")
+    assert error_of(capsys).startswith("error: --calib_input: expected an image or a folder")
 
 
 def test_provider_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,7 +376,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
     out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(OSError, match=r"--output: cannot write \S+/detections\.json: File too large; make room, or choose another directory"):  # fmt: skip  # noqa: SIM117
+        with pytest.raises(OSError, match=r"--output: cannot write \S+/detections\.json: File too large; make room, or choose another folder"):  # fmt: skip  # noqa: SIM117
             with writer(out, 300) as results:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
                 for number in range(300):
@@ -394,7 +394,7 @@ def test_an_output_that_is_a_file_is_an_error(toy: Path, tmp_path: Path, capsys:
     (tmp_path / "out").write_text("")
     for output in (tmp_path / "out", tmp_path / "out" / "deep"):
         assert run(toy, tmp_path / "in", output) == 1
-        assert re.search(rf"error: --output: cannot write {output}/detections\.json: (File exists|Not a directory); make room, or choose another directory", capsys.readouterr().err)  # fmt: skip
+        assert re.search(rf"error: --output: cannot write {output}/detections\.json: (File exists|Not a directory); make room, or choose another folder", capsys.readouterr().err)  # fmt: skip
 
 
 def test_a_slow_disk_holds_the_runtime_back(
@@ -612,7 +612,7 @@ def test_several_inputs_and_globs(toy: Path, tmp_path: Path, capsys: Any) -> Non
 
 def test_a_glob_of_nothing(toy: Path, tmp_path: Path, capsys: Any) -> None:
     assert run(toy, tmp_path / "*.jpg", tmp_path / "out") == 1
-    assert "--input: expected an image or a directory of images, found nothing at" in capsys.readouterr().err  # fmt: skip
+    assert "--input: expected an image or a folder of images, found nothing at" in capsys.readouterr().err  # fmt: skip
 
 
 def test_num_images_are_spread(toy: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def run(
 
     if not detections.is_dir():
         there = "a file" if detections.exists() else "nothing"
-        raise FileNotFoundError(f"--detections: expected a directory with TSVs of infer.py, found {there} at {detections}")  # fmt: skip
+        raise FileNotFoundError(f"--detections: expected a folder with TSVs of infer.py, found {there} at {detections}")  # fmt: skip
     if font_path:
         files.check_input(font_path, "--font", "a TrueType font")
     if annotations:

@@ -73,7 +73,7 @@ class Options:
 
 
 def open_source(path: Path, *, is_onnx: bool, mappings: Sequence[OpMapping] = ()) -> Source:
-    """A SavedModel directory or an ONNX file, in the latter custom operators replaced by plugins."""
+    """A SavedModel folder or an ONNX file, in the latter custom operators replaced by plugins."""
     if is_onnx:
         return OnnxSource(
             path, edit=lambda model: map_ops(model, mappings), lower=deformable_attention.lower

@@ -19,7 +19,7 @@ MAX_NAME_BYTES = 248
 
 
 def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
-    """A name without suffix for the outputs of each image, relative to the output directory.
+    """A name without suffix for the outputs of each image, relative to the output folder.
 
     `root/street/a.jpg` -> `street/a`. Where two images of a folder share a stem, both keep their suffix:
     `a.jpg`, `a.png` -> `a.jpg`, `a.png` (and `a.jpg.tsv`, `a.png.tsv` in the end). Add the suffix with `with_suffix_added`,
@@ -27,7 +27,7 @@ def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
 
     Args:
         paths: the images, all different, under `root`.
-        root: the directory given as input; for a single image, the image itself will do.
+        root: the folder given as input; for a single image, the image itself will do.
 
     Raises:
         ValueError: an image that is not under `root`.

@@ -101,7 +101,7 @@ class ResultWriter:
             self._json.flush()
 
     def check_output(self) -> None:
-        """Raise FileNotFoundError where the output directory is no longer the one of the start: earlier results are gone."""
+        """Raise FileNotFoundError where the output folder is no longer the one of the start: earlier results are gone."""
         if not Path(self._json.name).exists():
             raise FileNotFoundError(
                 f"--output: {self._output} has disappeared during the run; its results are lost, run again"
@@ -160,7 +160,7 @@ def naming_json(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"--output: cannot write {output / 'detections.json'}: {error.strerror or error}; make room, or choose another directory"
+            f"--output: cannot write {output / 'detections.json'}: {error.strerror or error}; make room, or choose another folder"
         ) from error
 
 

@@ -27,7 +27,7 @@ def open_runtime(path: "Path | TritonUrl", **options: Any) -> Runtime:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"--engine: expected an engine or an ONNX file, found nothing at {path}"
+            f"--model: expected an engine or an ONNX file, found nothing at {path}"
         )
     if path.suffix.lower() == ".onnx":
         from trtdet.runtimes.ort import OnnxRuntime

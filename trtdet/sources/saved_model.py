@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class SavedModelSource(Closing):
-    """A SavedModel directory with the signature `serving_default`. Use as a context manager."""
+    """A SavedModel folder with the signature `serving_default`. Use as a context manager."""
 
     def __init__(self, path: Path) -> None:
         """Load and freeze.
