@@ -302,7 +302,7 @@ def test_errors_name_the_next_step(
         return capsys.readouterr().err.splitlines()[-1]
 
     missing = tmp_path / "none.onnx"
-    assert error_of(tiny_onnx, missing) == f"error: expected a SavedModel, an ONNX file or an engine, found nothing at {missing}"  # fmt: skip
+    assert error_of(tiny_onnx, missing) == f"error: --candidate: expected a SavedModel, an ONNX file or an engine, found nothing at {missing}"  # fmt: skip
     assert "the reference finds nothing of this score in 12 images" in error_of(tiny_onnx, tiny_onnx, "--min_score", 1)  # fmt: skip
     (tmp_path / "text.onnx").write_text("no model")
     assert "expected an ONNX file" in error_of(tiny_onnx, tmp_path / "text.onnx")

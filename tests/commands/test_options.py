@@ -277,6 +277,8 @@ def error_of(script: str, line: str, capsys: pytest.CaptureFixture[str], patch: 
         ("infer.py", "--device cpu", "unknown option --device: here it is --devices N, and for an ONNX file --provider {cuda,cpu}"),
         ("eval_coco.py", "--output m.json", "unknown option --output: here it is --json FILE, and the page is --report FILE.html"),
         ("compare.py", "--input photos", "missing --reference MODEL, --candidate MODEL"),
+        ("infer.py", "model=m source=a", "missing --model FILE|URL; write --NAME VALUE, not model=m"),
+        ("create_onnx.py", "--saved_model d --onnx d.engine", "--onnx: an ONNX file, not an engine; write d.onnx, then build_engine.py --engine d.engine"),
         ("deploy.py", "", "give a command: triton, deepstream, trtexec, check, pad_color"),
         ("tune_precision.py", "--max_drop 0.1", "unknown option --max_drop: here it is --max_ap_drop DROP"),
     ],

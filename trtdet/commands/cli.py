@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 #: Errors that are the user's to fix: one line on stderr, exit status 1.
 USER_ERRORS = (GraphError, EngineError, ValueError, OSError)
 
+#: What engines are usually called.
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+
 #: Exit status of a run that is done but for some images that could not be read.
 SOME_SKIPPED = 3
 
@@ -189,6 +192,7 @@ class ArgumentParser(argparse.ArgumentParser):
         keywords.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, **keywords)
         self._commands: argparse._SubParsersAction[ArgumentParser] | None = None
+        self._pairs: list[str] = []  # words such as model=FILE
         self.add_argument("--version", action="version", version=f"trtdet {about.__version__}", help="print the version and exit")  # fmt: skip
 
     def add_subparsers(self, **keywords: Any) -> Any:
@@ -197,6 +201,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
+        self._pairs = [word for word in words if re.match(r"[a-z_]+=", word)]
         unknown = [word for word in self._own_words(words) if not self._is_known(word)]
         if unknown:
             names = dict.fromkeys(word.partition("=")[0] for word in unknown)
@@ -271,7 +276,8 @@ class ArgumentParser(argparse.ArgumentParser):
             return f"give a command: {', '.join(self._commands.choices)}"
         actions = {"/".join(a.option_strings): a for a in self._actions}
         known = [actions[name] for name in names.split(", ") if name in actions]
-        return "missing " + (", ".join(map(_usage_of, known)) or names)
+        advice = f"; write --NAME VALUE, not {self._pairs[0]}" if self._pairs else ""
+        return "missing " + (", ".join(map(_usage_of, known)) or names) + advice
 
     def format_usage(self) -> str:
         """One line: what is required, and that there is more."""

@@ -66,8 +66,12 @@ def run(
     root = root_of(source)
     names = dict(zip(paths, output_names(paths, root), strict=True))
     check_apart(output, names, source, recursive=recursive)
-    if not labels and (detections / LABELS_FILE).is_file():
-        labels = read_labels(detections / LABELS_FILE)
+    known_labels = detections / LABELS_FILE
+    if known_labels.is_file():
+        names_there = read_labels(known_labels)
+        if labels and len(labels) != len(names_there):
+            logger.warning("--labels has %d names, the model %d (%s); classes without a name are drawn as numbers", len(labels), len(names_there), known_labels)  # fmt: skip
+        labels = labels or names_there
     truth: dict[Path, Detections] | None = None
     if annotations:
         known = coco.read_annotations(annotations)

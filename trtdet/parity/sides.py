@@ -310,6 +310,10 @@ def open_in_memory(model: onnx.ModelProto, name: str, options: RunOptions) -> Ru
         return open_runtime(path, **chosen)
 
 
+#: The options that name the two models.
+SIDES = ("--reference", "--candidate")
+
+
 def open_sides(
     paths: tuple[Path, Path], options: RunOptions, stack: ExitStack, *, own_nms: bool = False
 ) -> tuple[Side, Side]:
@@ -320,7 +324,7 @@ def open_sides(
     """
     sides: dict[int, Side] = {}
     like = None
-    for as_trained, i in sorted((is_as_trained(path), i) for i, path in enumerate(paths)):
+    for as_trained, i in sorted((is_as_trained(path, SIDES[i]), i) for i, path in enumerate(paths)):
         if as_trained:
             sides[i] = TrainedSide(paths[i], own_nms=own_nms, like=like)
         else:
@@ -330,17 +334,17 @@ def open_sides(
     return sides[0], sides[1]
 
 
-def is_as_trained(path: Path) -> bool:
+def is_as_trained(path: Path, option: str) -> bool:
     """Whether this is a SavedModel or an ONNX file that create_onnx.py has not made.
 
     Raises:
         FileNotFoundError, GraphError: it is none of these, and no engine.
     """
     if not path.exists():
-        raise FileNotFoundError(f"expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
+        raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
     as_trained = path.is_dir()
     if as_trained and not (path / "saved_model.pb").is_file():
-        raise FileNotFoundError(f"expected a SavedModel, an ONNX file or an engine, found a folder without saved_model.pb at {path}")  # fmt: skip
+        raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found a folder without saved_model.pb at {path}")  # fmt: skip
     if path.suffix.lower() == ".onnx" and not as_trained:
         as_trained = (
             ModelSpec.maybe_from_onnx(read_onnx(path, remedy=EXPORT_AGAIN, weights=False)) is None

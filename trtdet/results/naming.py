@@ -82,8 +82,8 @@ def check_apart(
         target = folder.resolve()
         if target in read or searched.intersection((target, *target.parents)):
             raise ValueError(
-                f"--output: images are read from {folder} too, the next run would take the drawings for photographs; "
-                f"choose a folder apart, such as --output {_apart(target, searched or read)}"
+                f"--output: {folder} is also a folder that images are read from, and the next run would read its own drawings; "
+                f"choose another, such as --output {_apart(target, searched or read)}"
             )
 
 

@@ -158,6 +158,9 @@ def naming_json(output: Path) -> Iterator[None]:
     """Let an error of the block say which file could not be written: a full disk names none."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(p for p in (output, *output.parents) if p.exists())
+        raise OSError(f"--output: expected a folder, {file} is a file; choose another name") from error  # fmt: skip
     except OSError as error:
         raise OSError(
             f"--output: cannot write {output / 'detections.json'}: {error.strerror or error}; make room, or choose another folder"
