@@ -320,13 +320,13 @@ def test_main_skips_images_without_a_tsv(
 
 
 def test_labels_of_another_length_are_named(
-    case: dict[str, Any], caplog: pytest.LogCaptureFixture
+    case: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (case["tsvs"] / "labels.txt").write_text("one\ntwo\nthree\n")
     (case["tsvs"].parent / "two.txt").write_text("one\ntwo\n")
     arguments = [*case["arguments"], "--labels", str(case["tsvs"].parent / "two.txt")]
     assert visualize.main(arguments) == 0
-    assert "--labels has 2 names, the model 3" in caplog.text
+    assert "--labels has 2 names, the model 3" in capsys.readouterr().err
 
 
 def test_main_does_not_overwrite_its_input(

@@ -175,7 +175,7 @@ def run(
         naming.check_apart(output, names, source, recursive=options.recursive)
     if others := naming.left_over(output, names.values()):
         logger.warning(
-            "%s has results of %d other images, from an earlier run: they stay", output, others
+            "%s has results of %d other images, from an earlier run; they are kept", output, others
         )
     image_ids = pick_image_ids(paths, root, annotations)
     count = boxes = 0
