@@ -96,7 +96,7 @@ SHARED = {
     "--precision_json": _row("--precision_json", "FILE", "what tune_precision.py found for this model", "none", **FILE),
     "--name": _row("--name", "NAME", "what the model is called there", "detector"),
     "--verbose": _row("--verbose", None, "log details", **SWITCH),
-    "--quiet": _row("--quiet", None, "log warnings and errors alone, and show no progress", **SWITCH),
+    "--quiet": _row("--quiet", None, "log only warnings and errors, and show no progress", **SWITCH),
 }
 # fmt: on
 
