@@ -311,7 +311,7 @@ def test_errors_name_the_next_step(
             ["--reference", "a", "--candidate", "b", "--input", "c", "--report", "page.pdf"]
         )
     assert usage.value.code == 2
-    assert "--report: expected a name that ends in .html, got page.pdf" in capsys.readouterr().err
+    assert "--report: expected a name that ends in .html or .htm, got page.pdf" in capsys.readouterr().err
 
 
 def write_annotations(path: Path, **changes: Any) -> Path:

@@ -295,7 +295,7 @@ def test_no_engine_is_an_error(tmp_path: Path, capsys: Any) -> None:
     [
         (["--engine", "m.onnx"], "--input and --output are required"),
         (["--engine", "m.onnx", "--input", "a"], "--input and --output are required"),
-        (["--input", "a", "--output", "b"], "--engine"),
+        (["--input", "a", "--output", "b"], "missing --model FILE|URL"),
         (["--engine", "m", "--benchmark", "--output", "b"], "leave --output out"),
         (["--engine", "m", "--benchmark", "--labels", "b", "--annotations", "c", "--no_images", "--tsv_header", "-t", "0.4"], "leave --labels, --annotations, --no_images, --tsv_header, --score_threshold out"),
         (["--engine", "m", "--benchmark", "--classes", "person"], "leave --classes out"),
