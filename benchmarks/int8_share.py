@@ -11,6 +11,7 @@ of 95 % are of a paired bootstrap over the images, all views of an image togethe
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trtdet.detections import to_coco_results
 from trtdet.images.batcher import ImageBatcher

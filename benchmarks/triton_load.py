@@ -27,14 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trtdet import files
 from trtdet.commands.cli import run_main, setup_logging
-from trtdet.commands.values import positive_int
+from trtdet.commands.values import parse_url, positive_int
 from trtdet.errors import EngineError
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import find_images
 from trtdet.machine import describe_machine
 from trtdet.run.benchmark import Summary, noise
 from trtdet.runtimes.base import Outputs
-from trtdet.runtimes.options import TritonUrl, parse_url
+from trtdet.runtimes.options import TritonUrl
 from trtdet.runtimes.triton import TritonRuntime
 
 MAX_CLIENTS = 256

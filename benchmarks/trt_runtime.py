@@ -32,14 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trtdet import cuda
 from trtdet.commands.cli import run_main, setup_logging
-from trtdet.commands.values import positive_int
+from trtdet.commands.values import parse_devices, positive_int
 from trtdet.detections import decode
 from trtdet.files import atomic_path, write_text
 from trtdet.geometry import ResizeTransform
 from trtdet.machine import describe_machine
 from trtdet.runtimes.base import Outputs
 from trtdet.runtimes.multi import open_devices
-from trtdet.runtimes.options import parse_devices
 from trtdet.runtimes.trt import TensorRTRuntime
 
 #: What --check asks for.

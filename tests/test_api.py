@@ -101,6 +101,8 @@ def test_images_that_are_none_are_named(model: trtdet.Model, tmp_path: Path) -> 
         model([PHOTOS[0], np.zeros((4, 4))])
     with pytest.raises(FileNotFoundError, match="nothing at"):
         trtdet.load(tmp_path / "none.onnx")
+    with pytest.raises(ValueError, match=r"expected grpc://HOST:8001/MODEL or .*, got 'grpc://host:8001'"):  # fmt: skip
+        trtdet.load("grpc://host:8001")
 
 
 def test_threads_share_a_model(model: trtdet.Model) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 from conftest import ROOT
@@ -33,9 +34,17 @@ HOMES = {
     "cuda": ("trtdet.cuda", "trtdet.runtimes"),
     "cv2": ("trtdet.images", "trtdet.results"),
     "msgspec": ("trtdet.reading",),
+    "matplotlib": ("trtdet.results.coco", "trtdet.precision.sensitivity"),
+    "pycocotools": ("trtdet.results.coco",),
+    "ray": ("trtdet.run.ray_cluster",),
+    "pyarrow": ("trtdet.run.ray_cluster",),
+    "tritonclient": ("trtdet.runtimes.triton", "trtdet.deploy.triton"),
+    "aiohttp": ("trtdet.runtimes.triton",),
 }
 #: Imported inside the functions that need them, never with a module.
-AT_THE_POINT_OF_USE = frozenset((*HOMES.keys() - {"cv2"}, "matplotlib", "ray", "pyarrow", "tritonclient", "pycocotools", "aiohttp"))  # fmt: skip
+AT_THE_POINT_OF_USE = HOMES.keys() - {"cv2"}
+#: Modules that import by a name which is not written there: that of a stage, a TensorRT, a family, or a package that doctor looks for.
+BY_NAME = ("trtdet.commands.main", "trtdet.engine.flavor", "trtdet.families", "trtdet.doctor.probe")
 
 
 def imports_of(source: str) -> Iterator[tuple[str, bool]]:
@@ -48,11 +57,20 @@ def imports_of(source: str) -> Iterator[tuple[str, bool]]:
             if isinstance(child, ast.Import):
                 yield from ((alias.name, at_once) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                yield from ((f"{child.module}.{alias.name}", at_once) for alias in child.names)
+                start = "." * child.level + (child.module or "")
+                yield from ((f"{start}.{alias.name}", at_once) for alias in child.names)
+            elif _imports_by_function(child):
+                literal = child.args[0].value if isinstance(child.args[0], ast.Constant) else "?"
+                yield (str(literal), at_once)
             later = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
             yield from visit(child, at_once and not later)
 
     yield from visit(ast.parse(source), True)
+
+
+def _imports_by_function(node: ast.AST) -> TypeGuard[ast.Call]:
+    """Whether this is `import_module(...)`."""
+    return isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "import_module"
 
 
 def modules(root: Path) -> dict[str, str]:
@@ -125,6 +143,16 @@ def misplaced(known: dict[str, str]) -> list[str]:
     return found
 
 
+def unseen(known: dict[str, str]) -> list[str]:
+    """Imports that the other rules cannot follow: relative ones, and those of a name that is not written there."""
+    found = []
+    for module, source in known.items():
+        names = [name for name, _ in imports_of(source)]
+        found += [f"{module} imports {name}" for name in names if name.startswith(".")]
+        found += [f"{module} imports by name" for name in names if name == "?" and module not in BY_NAME]  # fmt: skip
+    return found
+
+
 def onnx_readers(known: dict[str, str]) -> list[str]:
     """Calls that read ONNX files, outside of their one home."""
     found = []
@@ -157,7 +185,7 @@ def beyond_the_standard_library(entry: str, known: dict[str, str]) -> set[str]:
             pending.append(parent)
         for name, at_once in imports_of(known[module]):
             package = name.split(".")[0]
-            if not at_once or package in sys.stdlib_module_names:
+            if not at_once or name == "?" or package in sys.stdlib_module_names:
                 continue
             if package == "trtdet":
                 pending.append(owner(name, known))
@@ -181,6 +209,17 @@ def test_every_room_has_its_place() -> None:
 
 def test_heavy_packages_are_imported_where_they_are_used() -> None:
     assert misplaced(modules(ROOT)) == []
+
+
+def test_every_import_can_be_followed() -> None:
+    assert unseen(modules(ROOT)) == []
+
+
+def test_what_import_module_loads_is_seen() -> None:
+    """CUDA and TensorRT are loaded so."""
+    known = modules(ROOT)
+    assert ("cuda.bindings.runtime", False) in set(imports_of(known["trtdet.cuda"]))
+    assert ("?", False) in set(imports_of(known["trtdet.engine.flavor"]))
 
 
 def test_onnx_files_are_read_in_one_place() -> None:
@@ -223,10 +262,15 @@ def test_the_rules_see_what_breaks_them() -> None:
     known["trtdet.nms"] = "if TYPE_CHECKING:\n    import tensorrt\nfrom trtdet.run.a import x"
     known["trtdet.engine"] = "import tensorrt"
     known["trtdet.images"] = "def f():\n    import cuda.bindings"
+    known["trtdet.results"] = "import importlib\nimportlib.import_module('matplotlib.figure')"
+    known["trtdet.deploy"] = (
+        "def f():\n    import_module('ray')\n    import_module(x)\nfrom . import y\nfrom ..spec import z"
+    )
     known["trtdet.commands"] = "from trtdet.spec import x"
     known["trtdet.files"] = "import onnx\nfrom onnx import load_model\nonnx.load(p)\nonnx.ModelProto().ParseFromString(b)\nonnx.save(m)"  # fmt: skip
     assert onnx_readers(known) == ["trtdet.files:2 load_model", "trtdet.files:3 load", "trtdet.files:4 ParseFromString"]  # fmt: skip
     assert upward(known) == ["trtdet.nms -> trtdet.run.a"]
     assert circles(known) == [["trtdet.run.a", "trtdet.run.b"]]
-    assert misplaced(known) == ["trtdet.engine imports tensorrt", "trtdet.images imports cuda.bindings"]  # fmt: skip
+    assert misplaced(known) == ["trtdet.engine imports tensorrt", "trtdet.images imports cuda.bindings", "trtdet.results imports matplotlib.figure", "trtdet.deploy imports ray"]  # fmt: skip
+    assert unseen(known) == ["trtdet.deploy imports ..y", "trtdet.deploy imports ..spec.z", "trtdet.deploy imports by name"]  # fmt: skip
     assert beyond_the_standard_library("trtdet.commands", known) == {"trtdet.spec imports numpy"}

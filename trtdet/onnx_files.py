@@ -50,12 +50,7 @@ def read_onnx(
     if fault := wiring_fault(model.graph):
         raise GraphError(f"{path}: expected a graph that can be run, {fault}; {remedy}")
     if weights:
-        check_external_data(model, path)
-        try:
-            onnx.load_external_data_for_model(model, str(path.resolve().parent))
-        except Exception as error:  # too short, outside of the folder, ...: errors of many kinds
-            reason = " ".join(str(error).split())
-            raise GraphError(f"{path}: its external data cannot be read ({reason}); {remedy}") from error  # fmt: skip
+        _read_external_data(model, path, remedy)
     return model
 
 
@@ -99,6 +94,35 @@ def wiring_fault(graph: onnx.GraphProto) -> str:
         if output.name not in makers and output.name not in given:
             return f"nothing makes the output '{output.name}'"
     return ""
+
+
+def with_weights(
+    model: onnx.ModelProto, path: Path, *, remedy: str = WRITE_AGAIN
+) -> onnx.ModelProto:
+    """A model that `read_onnx` read from `path` without weights, with them: a copy, or the model itself where it has them inside.
+
+    Raises:
+        GraphError: its external data is missing or damaged.
+    """
+    import onnx
+
+    if not any(external_files(model.graph)):
+        return model
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    _read_external_data(whole, path, remedy)
+    return whole
+
+
+def _read_external_data(model: onnx.ModelProto, path: Path, remedy: str) -> None:
+    import onnx
+
+    check_external_data(model, path)
+    try:
+        onnx.load_external_data_for_model(model, str(path.resolve().parent))
+    except Exception as error:  # too short, outside of the folder, ...: errors of many kinds
+        reason = " ".join(str(error).split())
+        raise GraphError(f"{path}: its external data cannot be read ({reason}); {remedy}") from error  # fmt: skip
 
 
 def check_external_data(model: onnx.ModelProto, path: Path) -> None:

@@ -226,12 +226,12 @@ class ModelSpec:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` is its inverse."""
+        """A JSON-ready dict; `from_json` reads its text."""
         return {"schema": self.SCHEMA, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, data: Any, name: str = "model spec") -> ModelSpec:
-        """The inverse of `to_dict`, of JSON as it was read.
+    def from_json(cls, text: str, name: str = "model spec", remedy: str = REMEDY) -> ModelSpec:
+        """The inverse of `to_dict`, of its text.
 
         Args:
             name: where it is from, for messages.
@@ -239,12 +239,6 @@ class ModelSpec:
         Raises:
             GraphError: another schema, fields missing or of the wrong kind, or values that cannot be.
         """
-        spec: ModelSpec = reading.convert(data, cls, name=name, remedy=REMEDY, error=GraphError)
-        return spec
-
-    @classmethod
-    def from_json(cls, text: str, name: str = "model spec", remedy: str = REMEDY) -> ModelSpec:
-        """The same of its text."""
         spec: ModelSpec = reading.parse(text, cls, name=name, remedy=remedy, error=GraphError)
         return spec
 

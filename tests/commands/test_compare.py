@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx.parser
 import pytest
+import toy_network
 from conftest import EXAMPLES
 from detr_data import load
 from odtk_network import odtk_model
@@ -19,15 +20,18 @@ from onnx import TensorProto, helper, numpy_helper
 from trt_rig import Rig, write_engine
 
 from trtdet.commands import build_engine, compare, create_onnx
-from trtdet.detections import Detections
+from trtdet.detections import Detections, decode
 from trtdet.errors import GraphError
 from trtdet.images import preprocess
+from trtdet.onnx_files import read_onnx
 from trtdet.parity import compare as parity_compare
 from trtdet.parity import numbers, sides
 from trtdet.parity.numbers import Check, Comparison, TensorDifference, TensorStatistics, match
 from trtdet.parity.options import Limits
 from trtdet.precision import floats
 from trtdet.precision.emulation import emulate
+from trtdet.run import detect as run_detect
+from trtdet.run.options import RunOptions
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 IMAGES = EXAMPLES / "images"
@@ -48,6 +52,71 @@ def run(reference: Path, candidate: Path, folder: Path, *options: object) -> tup
 def broken(summary: Summary) -> dict[str, float | None]:
     """metric -> value of the limits that are broken."""
     return {c["metric"]: c["value"] for c in summary["limits"] if not c["passed"]}
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("kind", ["fp32", "fp16"])
+def test_each_onnx_file_is_read_once(kind: str, external: bool, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Also where its weights are in a file of their own."""
+    source, candidate = tmp_path / "prepared.onnx", tmp_path / "candidate.onnx"
+    options = ["--model", tiny_onnx, "--precision", kind, "--save_onnx", source]
+    assert build_engine.main([str(a) for a in options]) == 0
+    onnx.save(onnx.load(source), candidate, save_as_external_data=external)
+    read: list[Path] = []
+    load = onnx.load
+    monkeypatch.setattr(onnx, "load", lambda path, **more: read.append(Path(path)) or load(path, **more))  # fmt: skip
+    status, summary = run(tiny_onnx, candidate, tmp_path)
+    assert (status, summary["passed"]) == (0, True)
+    assert [path.name for path in read[:2]] == [tiny_onnx.name, "candidate.onnx"]
+    # A model that is computed as a GPU does goes through a temporary file.
+    assert [p == candidate for p in read[2:]] == ([] if kind == "fp32" else [False])
+
+
+def test_a_model_of_any_size_is_decoded_at_the_size_it_is_fed(tmp_path: Path) -> None:
+    """As infer.py decodes it: boxes that are parts of the network input, here 32 x 24 and not the 16 x 16 of the spec."""
+    model = toy_network.free_network()
+    spec = ModelSpec.from_onnx(model)
+    spec.replace(boxes_normalized=True).attach(model)
+    onnx.save(model, tmp_path / "free.onnx")
+    options = RunOptions(size=(32, 24), provider="cpu", threads=1)
+    photos = sorted(IMAGES.iterdir())[:2]
+    read = read_onnx(tmp_path / "free.onnx")
+    with sides.ConvertedSide(tmp_path / "free.onnx", options, read) as side:
+        found = {path: one for path, (one, _) in side.detect(photos)}
+    with (
+        run_detect.open_model(tmp_path / "free.onnx", options) as runtime,
+        run_detect.open_batcher(runtime, photos, options) as batcher,
+    ):
+        expected = list(run_detect.detect(runtime, batcher))
+    with (
+        run_detect.open_model(tmp_path / "free.onnx", options) as runtime,
+        run_detect.open_batcher(runtime, photos, options) as batcher,
+    ):
+        (batch, outputs), *_ = runtime.map(batcher)
+        wrong = decode(outputs, runtime.spec, batch.transforms)[0]
+    assert [result.path for result in expected] == list(found) == photos
+    for result in expected:
+        np.testing.assert_array_equal(found[result.path].boxes_xyxy, result.detections.boxes_xyxy)
+    assert np.abs(wrong.boxes_xyxy - found[photos[0]].boxes_xyxy).max() > 1
+
+
+def test_tensors_before_the_heads_include_what_subgraphs_capture() -> None:
+    """`kept` is read by the body of an If alone, `unused` by nobody."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[1, 4] images) => (float[1, 4] raw_boxes) {
+          kept = Relu(images)
+          unused = Neg(images)
+          largest = ReduceMax<keepdims = 0>(images)
+          high = Less(largest, largest)
+          raw_boxes = If(high) <
+            then_branch = a () => (float[1, 4] t) { t = Neg(kept) },
+            else_branch = b () => (float[1, 4] e) { e = Abs(kept) }
+          >
+        }
+    """)
+    tensors = sides.tensors_before(model, frozenset({"raw_boxes"}))
+    assert tensors == ("kept", "largest", "high", "raw_boxes")
 
 
 # ---- honest candidates
@@ -311,7 +380,10 @@ def test_errors_name_the_next_step(
             ["--reference", "a", "--candidate", "b", "--input", "c", "--report", "page.pdf"]
         )
     assert usage.value.code == 2
-    assert "--report: expected a name that ends in .html or .htm, got page.pdf" in capsys.readouterr().err
+    assert (
+        "--report: expected a name that ends in .html or .htm, got page.pdf"
+        in capsys.readouterr().err
+    )
 
 
 def write_annotations(path: Path, **changes: Any) -> Path:

@@ -273,6 +273,7 @@ def test_metrics_file_and_table(case: list[str], tmp_path: Path, capsys: Any) ->
     output = tmp_path / "metrics.json"
     assert eval_coco.main([*case, "--json", str(output)]) == 0
     metrics = metrics_of(output)
+    assert metrics["schema"] == 1
     # Category 10: one of two found, 51 of 101 points; 20: found; 30: no object, not counted.
     assert metrics["AP"] == pytest.approx((51 / 101 + 1) / 2)
     assert metrics["AP50"] == metrics["AP75"] == metrics["AP"]

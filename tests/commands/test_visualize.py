@@ -262,7 +262,7 @@ def test_labels_of_takes_no_memory_for_gaps_between_the_ids() -> None:
     assert labels_of({}) == {}
 
 
-# ---- run alone
+# ---- the command
 
 
 @pytest.fixture

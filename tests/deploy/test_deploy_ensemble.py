@@ -19,6 +19,8 @@ from standin_triton_python_backend import StandInServer
 from test_imports import imports_of
 
 from trtdet.commands import deploy
+from trtdet.deploy import parameter, triton, triton_check
+from trtdet.deploy.parameter import PreprocessParameter
 from trtdet.detections import decode
 from trtdet.images.files import load_image
 from trtdet.images.preprocess import preprocess
@@ -191,7 +193,7 @@ def test_every_preprocessing_equals_the_host_pipeline(tmp_path: Path) -> None:
     encoded = np.array([_file(Image.fromarray(picture), "BMP") for picture in pictures], object)
     compared = 0
     for preprocessing in combinations():
-        text = json.dumps({"preprocessing": dataclasses.asdict(preprocessing)})
+        text = parameter.dumps(PreprocessParameter(preprocessing))
         server.initialize({**server.config, "parameters": {"trtdet": {"string_value": text}}})
         response = server.infer_unchecked({"image": encoded[:, None]})
         assert response.error is None
@@ -203,6 +205,43 @@ def test_every_preprocessing_equals_the_host_pipeline(tmp_path: Path) -> None:
             assert response.outputs["transform"][row].tolist() == np.float32(numbers).tolist()
             compared += 1
     assert compared == 384 * 52
+
+
+@pytest.mark.parametrize(
+    ("change", "on_the_server", "in_the_check"),
+    [
+        ({"schema": 2}, "expected schema 1, found 2", "expected schema 1, found 2"),
+        ({"schema": None}, "expected schema 1, found None", "expected schema 1, found null"),
+        (
+            {"category_ids": []},
+            "category_ids: expected a whole number from 1 to 1000000, found 0",
+            "category_ids: expected a whole number from 1 to 1000000, found 0",
+        ),
+        (
+            {"size_hw": [8]},
+            "size_hw: expected height and width, found",
+            "size_hw: expected a list of length 2, found a list of 1",
+        ),
+        ({"more": 1}, "unexpected keyword argument 'more'", ""),
+    ],
+)
+def test_a_parameter_of_another_form_is_refused(tmp_path, change, on_the_server, in_the_check):
+    """By the model on the server, and before that by `deploy.py check`, which passes over fields that it does not know."""
+    folder = deployed(tmp_path, D0) / "x_postprocess"
+    server = StandInServer(folder)
+    fields = json.loads(server.config["parameters"]["trtdet"]["string_value"])
+    assert fields["schema"] == 1
+    text = json.dumps(fields | change)
+    with pytest.raises(ValueError, match=rf"^config\.pbtxt: parameter 'trtdet': .*{on_the_server}.*; write the repository again with deploy\.py triton$"):  # fmt: skip
+        server.initialize({**server.config, "parameters": {"trtdet": {"string_value": text}}})
+    config = triton.parse_config((folder / "config.pbtxt").read_text())
+    assert list(triton_check._own_faults(config, folder)) == []
+    config.parameters["trtdet"].string_value = text
+    faults = list(triton_check._own_faults(config, folder))
+    expected = [
+        f"parameter 'trtdet': {in_the_check}; write the repository again with deploy.py triton"
+    ]
+    assert faults == (expected if in_the_check else [])
 
 
 # ---- the code in the repository
@@ -233,5 +272,5 @@ def test_a_server_needs_numpy_opencv_and_pillow_alone(tmp_path: Path) -> None:
             if early
         }
         outside[name] = at_once - sys.stdlib_module_names - {"trtdet", "triton_python_backend_utils"}  # fmt: skip
-        assert len(files) < 12
+        assert len(files) < 14
     assert outside == {"preprocess": {"numpy", "cv2", "PIL"}, "postprocess": {"numpy"}}

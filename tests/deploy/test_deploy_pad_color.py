@@ -104,6 +104,15 @@ def test_a_model_with_black_padding_is_left_as_it_is():
     assert model.SerializeToString() == before
 
 
+def test_the_file_is_read_once(tmp_path, tiny_onnx, monkeypatch):
+    read = []
+    load = onnx.load
+    monkeypatch.setattr(onnx, "load", lambda path, **more: read.append(path) or load(path, **more))
+    target = tmp_path / "black.onnx"
+    assert deploy.main(["pad_color", "--model", str(tiny_onnx), "--output", str(target)]) == 0
+    assert read == [tiny_onnx]
+
+
 def test_detections_of_the_whole_chain(tmp_path, tiny_onnx):
     """The converted file keeps its spec, and what is detected on black padding is what was detected on the padding of training."""
     from conftest import EXAMPLES

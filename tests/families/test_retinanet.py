@@ -254,16 +254,18 @@ def test_angle_is_atan2() -> None:
 
 def test_the_last_pixel_is_added_in_the_source_image() -> None:
     """Network box 10..19 inclusive, written as 10..20, at half scale: 20..38 inclusive, 20..39."""
-    spec = ModelSpec.from_dict(
-        {
-            "schema": 1,
-            "family": "retinanet",
-            "preprocessing": {"size_hw": [128, 128]},
-            "nms": {},
-            "category_ids": [1],
-            "box_order": "xyxy",
-            "inclusive_corners": True,
-        }
+    spec = ModelSpec.from_json(
+        json.dumps(
+            {
+                "schema": 1,
+                "family": "retinanet",
+                "preprocessing": {"size_hw": [128, 128]},
+                "nms": {},
+                "category_ids": [1],
+                "box_order": "xyxy",
+                "inclusive_corners": True,
+            }
+        )
     )
     outputs = {
         "num_detections": np.array([[2]], np.int32),

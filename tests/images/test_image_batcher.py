@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from trtdet.commands import image_batcher
-from trtdet.commands.image_batcher import read_preprocessing
 from trtdet.engine.options import BatchRange
 from trtdet.engine.sidecar import EngineInfo, write_engine
 from trtdet.images import batcher
@@ -657,7 +656,7 @@ def test_wrong_options_are_errors(options: dict[str, Any]) -> None:
         ImageBatcher([], SMALL, **{"batch_size": 1, **options})
 
 
-# ---- run alone
+# ---- the command
 
 
 def test_main_writes_what_the_network_sees(
@@ -690,14 +689,21 @@ def test_main_asks_the_model(tmp_path: Path) -> None:
     assert load_image(tmp_path / "seen" / "000.png").shape == (*toy_detector.SIZE_HW, 3)
 
 
-def test_an_engine_says_it_in_its_sidecar(tmp_path: Path) -> None:
+def test_an_engine_says_it_in_its_sidecar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = ModelSpec("automl", SMALL, Nms(), category_ids=(1,))
     info = EngineInfo(spec, "tensorrt", "10.13.3.9", "fp16", BatchRange(1, 1, 1))
     write_engine(tmp_path / "a.engine", b"plan", info)
-    assert read_preprocessing(tmp_path / "a.engine") == SMALL
     (tmp_path / "b.engine").write_bytes(b"ftrt\0plan")
-    with pytest.raises(FileNotFoundError, match=r"b\.engine\.json; --size"):
-        read_preprocessing(tmp_path / "b.engine")
+    (tmp_path / "photos").mkdir()
+    write_images(tmp_path / "photos", 1)
+    rest = ["--input", str(tmp_path / "photos"), "--output", str(tmp_path / "seen")]
+    assert image_batcher.main(["--model", str(tmp_path / "a.engine"), *rest]) == 0
+    assert load_image(tmp_path / "seen" / "000.png").shape == (*SMALL.size_hw, 3)
+    assert image_batcher.main(["--model", str(tmp_path / "b.engine"), *rest]) == 1
+    error = f"{tmp_path / 'b.engine'}: expected b.engine.json beside it, found none"
+    assert error in capsys.readouterr().err
 
 
 def test_main_reports_unreadable_images(tmp_path: Path) -> None:

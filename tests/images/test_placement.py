@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How images come into the network input: placement, rounding, and inputs of dynamic size."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_a_size_out_of_range_is_refused() -> None:
 
 def test_a_free_size_survives_the_file() -> None:
     spec = ModelSpec("toy", FREE, Nms(), (1,))
-    assert ModelSpec.from_dict(spec.to_dict()) == spec
+    assert ModelSpec.from_json(json.dumps(spec.to_dict())) == spec
     assert FREE.image_dims == ("H", "W", 3)
 
 

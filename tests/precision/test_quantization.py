@@ -150,6 +150,17 @@ def test_a_model_with_its_own_pairs_passes_through(cache: CalibrationCache) -> N
     assert twice is once
     assert report_again.already
     assert report_again.blocks == report.blocks
+    assert report_again.kept == {}
+
+
+def test_own_pairs_in_a_part_of_the_model_are_said(cache: CalibrationCache) -> None:
+    """They stay as they are, and so do the others: training left them out on purpose, or it did not, which nobody can tell."""
+    mixed, _ = insert_qdq(body(), cache, QuantizationOptions(keep=("*/stem/*", "box_net/*")))
+    again, report = insert_qdq(body(mixed), cache)
+    assert again is mixed
+    names = ("net/stem/conv", "box_net/depthwise", "box_net/pointwise")
+    assert report.kept == dict.fromkeys(names, "no Q/DQ in the model")
+    assert report.lines()[-1] == "stays: 3 x no Q/DQ in the model"
 
 
 def test_residual_additions_stay_in_floating_point(cache: CalibrationCache) -> None:

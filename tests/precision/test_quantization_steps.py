@@ -11,8 +11,9 @@ from trtdet.precision import quantization
 from trtdet.precision.body import Body, cut_to_body
 from trtdet.precision.calibration import calibrate
 from trtdet.precision.calibration_cache import CalibrationCache
-from trtdet.precision.equalization import Equalization
+from trtdet.precision.equalization import Equalization, best_equalization
 from trtdet.precision.histograms import ChannelStatistics
+from trtdet.precision.pairs import write_convs
 from trtdet.precision.quantization import (
     QuantizationOptions,
     insert_qdq,
@@ -95,6 +96,43 @@ def test_many_choices_from_one_plan(to: QuantizedType, cache: CalibrationCache) 
         assert network.graph.node == cut_to_body(found).graph.node
     assert plan.quantize().SerializeToString() == everything
     assert model == mobile_block()
+
+
+def test_one_alone_is_what_it_is_with_the_others_kept(cache: CalibrationCache) -> None:
+    """But that the factors of its input take nodes of its own, where they else go into another convolution."""
+    plan = plan_quantization(body(), cache)
+    in_another = {name for name, placed in plan.equalized.items() if placed.producer}
+    assert in_another
+    feeds = images(4, seed=3)
+    for layer in plan.layers:
+        alone = plan.alone(layer)
+        others = [other.name for other in plan.layers if other.name != layer.name]
+        usual = plan.convolutions(others)[layer.name]
+        assert alone.rounded is not None and usual.rounded is not None
+        assert np.array_equal(alone.rounded.rounded, usual.rounded.rounded)
+        assert (alone.equalization is None) == (layer.name not in plan.equalized)
+        model, _ = write_convs(body().model, {layer.name: alone}, INT8, pairs=True, fp16_scales=False)  # fmt: skip
+        (found,), (expected,) = run(model, feeds), run(plan.quantize(others), feeds)
+        assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max(), layer.name
+
+
+def test_inputs_that_were_always_zero_are_not_equalized(cache: CalibrationCache) -> None:
+    statistics = cache.channels["e_swish"]
+    zero = np.zeros_like(statistics.mean)
+    dead = CalibrationCache(
+        cache.scales, {**cache.channels, "e_swish": ChannelStatistics(zero, zero, zero, zero, 0.0)}
+    )
+    assert "net/blocks_0/depthwise" in plan_quantization(body(), cache).equalized
+    assert "net/blocks_0/depthwise" not in plan_quantization(body(), dead).equalized
+
+
+def test_channels_that_never_change_get_no_factor_to_speak_of() -> None:
+    """A shift to the middle of their range would leave nothing of it."""
+    weights = np.ones((2, 3, 1, 1))
+    value = np.array([1.0, -2.0, 0.5], np.float32)
+    constant = ChannelStatistics(value, value, value, value**2, 1e-6)
+    best, noise = best_equalization(weights, constant, 2 / 127, shift=True)
+    assert best.factors.max() <= 2**11 and np.isfinite(noise)
 
 
 def test_grouped_convolutions() -> None:

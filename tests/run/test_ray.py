@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--ray` on a real Ray cluster of two workers on this machine, and what of trtdet/run/ray_cluster.py needs none."""
 
+import hashlib
 import json
 import os
 import signal
@@ -13,11 +14,15 @@ import pytest
 
 pytest.importorskip("ray.data", reason="needs requirements-ray.txt")
 
+import deploy_models
 import pyarrow.parquet
 import toy_detector
 
+from trtdet import files
 from trtdet.commands import cli, infer
 from trtdet.detections import Detections
+from trtdet.engine.options import BatchRange
+from trtdet.engine.sidecar import EngineInfo, sidecar_path, write_engine
 from trtdet.errors import EngineError
 from trtdet.run import ray, ray_cluster
 from trtdet.run.options import RunOptions
@@ -59,7 +64,7 @@ def check_outputs(output: Path, alone: Path, photos: Path) -> None:
     parquet = pyarrow.parquet.read_table(output / "detections.parquet")
     del found["detections.parquet"]
     assert found == expected
-    spec = ModelSpec.from_dict(json.loads(parquet.schema.metadata[METADATA_KEY.encode()]))
+    spec = ModelSpec.from_json(parquet.schema.metadata[METADATA_KEY.encode()].decode())
     assert spec.category_ids == toy_detector.CATEGORY_IDS
     rows = parquet.to_pylist()
     assert [row["path"] for row in rows] == [str(path) for path in sorted(photos.iterdir())]
@@ -133,12 +138,18 @@ def test_rows_keep_every_bit(turned):
 
 
 def test_results_of_another_run_are_not_mixed_in(tmp_path):
-    with Results(tmp_path / "partial", {"engine": "a"}) as results:
+    with Results(tmp_path / "partial", {"engine": "a", "size": (8, 9)}) as results:
         results.add(ray_cluster.to_table([(Path("/a.jpg"), "broken")]))
-    with Results(tmp_path / "partial", {"engine": "a"}) as again:
+    with Results(tmp_path / "partial", {"engine": "a", "size": (8, 9)}) as again:
         assert again.done == {"/a.jpg"}
     with pytest.raises(ValueError, match="another model or other options; finish that one, or remove the folder"):  # fmt: skip
         Results(tmp_path / "partial", {"engine": "b"})
+    record = tmp_path / "partial" / "run.json"
+    assert json.loads(record.read_text()) == {"schema": 1, "run": {"engine": "a", "size": [8, 9]}}
+    for text, message in (('{"schema": 2}', "expected schema 1, found 2"), ("{", "expected JSON in UTF-8")):  # fmt: skip
+        record.write_text(text)
+        with pytest.raises(ValueError, match=rf"run\.json: {message}.*; remove the folder"):
+            Results(tmp_path / "partial", {"engine": "a", "size": (8, 9)})
 
 
 @pytest.mark.parametrize(
@@ -168,7 +179,23 @@ def test_a_worker_keeps_the_classes_it_is_asked_for(toy, photos):
             kept += len(found)
     assert kept > 0
     options = RunOptions(score_threshold=0.0)
-    assert ray.ray_identity(toy, options, (1,)) != ray.ray_identity(toy, options)
+    assert ray.ray_identity("a", options, (1,)) != ray.ray_identity("a", options)
+
+
+def test_an_engine_is_hashed_once(tmp_path, monkeypatch):
+    engine = tmp_path / "x.engine"
+    info = EngineInfo(deploy_models.D0, "tensorrt", "10.3.0", "fp16", BatchRange(1, 1, 1))
+    hashed = []
+    sha256 = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path) or sha256(path))
+    write_engine(engine, b"plan", info)
+    assert hashed == []  # the bytes are at hand
+    digest = hashlib.sha256(b"plan").hexdigest()
+    assert ray.read_spec_and_hash(engine) == (deploy_models.D0, digest)
+    assert hashed == [engine]
+    sidecar_path(engine).write_text(json.dumps(info.to_dict()))  # without a hash
+    assert ray.read_spec_and_hash(engine) == (deploy_models.D0, digest)
+    assert hashed == [engine, engine]
 
 
 # ---- on a cluster
@@ -186,7 +213,7 @@ def test_a_run_that_was_broken_off_goes_on(toy, photos, alone, tmp_path, capsys)
     options = RunOptions(score_threshold=0.0)
     half = sorted(photos.iterdir())[: IMAGES // 2]
     detector = ray.PathDetector(toy, RunOptions())
-    with Results(output / ray.PARTIAL, ray.ray_identity(toy, options)) as results:
+    with Results(output / ray.PARTIAL, ray.ray_identity(files.sha256(toy), options)) as results:
         results.add(ray_cluster.to_table(detector(half)))
     assert ray_main(toy, photos, output) == 3
     log = capsys.readouterr().err

@@ -243,7 +243,7 @@ def test_leaving_early_and_going_on(engine: GpuEngine) -> None:
             if index == 5:
                 break
         gc.collect()
-        assert runtime.in_flight == 0
+        assert len(runtime._running) == 0
         images = engine.images(4)
         assert_same(engine, runtime.infer(images), images)
 

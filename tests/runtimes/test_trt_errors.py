@@ -29,7 +29,7 @@ def test_error_of_tensorrt_names_batch_images_and_reason(
         assert str(caught.value) == (
             "batch 2: execute_async_v3 failed: IExecutionContext: a test made it fail (images: 2_0.jpg, 2_1.jpg)"
         )
-        assert runtime.in_flight == 0
+        assert len(runtime._running) == 0
         machine.contexts[0].fail_after = None
         assert_same(runtime.infer(noise(4)), noise(4))  # usable again
 
@@ -40,7 +40,7 @@ def test_wrong_batch_in_the_middle_is_named(rig: Callable[..., Rig], engine: Pat
     with TensorRTRuntime(engine) as runtime:
         with pytest.raises(ValueError, match=r"batch 2: input: expected a batch of 1 to 8, got 9 \(images: 2_0\.jpg, "):  # fmt: skip
             list(runtime.map(source))
-        assert runtime.in_flight == 0
+        assert len(runtime._running) == 0
 
 
 def test_asynchronous_fault_is_raised_where_it_is_noticed(
@@ -192,7 +192,7 @@ def test_leaving_map_early_leaves_nothing_in_flight(
                 if place == "consumer" and index == 3:
                     raise error
         generator.close()
-        assert runtime.in_flight == 0
+        assert len(runtime._running) == 0
         assert_same(runtime.infer(noise(4)), noise(4))
 
 
@@ -208,7 +208,7 @@ def test_interrupt_inside_submit_frees_the_slot(
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(cuda.Stream, "copy_out", interrupt)
             runtime.submit(noise(4))
-        assert (runtime.in_flight, runtime.depth) == (0, 3)
+        assert (len(runtime._running), runtime.depth) == (0, 3)
         assert not any(stream.queue for stream in machine.cudart._streams.values())
         assert_same(runtime.infer(noise(4)), noise(4))
 

@@ -41,7 +41,6 @@ from trtdet.engine.options import (
     parse_batch_range,
     parse_gib,
 )
-from trtdet.errors import GraphError
 from trtdet.precision.options import PRECISIONS, QUANTIZED_PRECISIONS, RESTS, Int8Options
 
 logger = logging.getLogger(__name__)
@@ -154,30 +153,12 @@ def check_kept_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def check_int8_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
-    """Options of calibration with INT8 and FP8 alone, and these with something to get scales from."""
+    """Options of calibration with INT8 and FP8 alone. Whether these need any depends on the model: `precision.prepare` finds out."""
     if args.precision not in QUANTIZED_PRECISIONS:
         if calibration_from(args) != Int8Options() or args.calib_batches:
             parser.error("--calib_... goes with --precision int8 and fp8")
         return
     check_calibration_usage(parser, args)
-    if args.calib_input or (args.calib_cache and args.calib_cache.is_file()):
-        return
-    if args.onnx.is_file() and _brings_qdq(args.onnx):
-        return
-    found = f" (nothing at {args.calib_cache})" if args.calib_cache else ""
-    parser.error(
-        f"--precision {args.precision} takes images to calibrate on, --calib_input DIR, or an existing --calib_cache FILE{found}"
-    )
-
-
-def _brings_qdq(path: Path) -> bool:
-    from trtdet.precision import quantization
-    from trtdet.precision.prepare import load_model
-
-    try:
-        return quantization.own_type(load_model(path)[0]) is not None
-    except (OSError, GraphError):
-        return False
 
 
 def int8_from(args: argparse.Namespace) -> Int8Options:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the root scripts share at the border: the parser of the command line, logging, exit codes."""
+"""What the commands share at the border: the parser of the command line, logging, exit codes."""
 
 import argparse
 import difflib

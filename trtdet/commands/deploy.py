@@ -203,12 +203,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def pad_color(args: argparse.Namespace) -> None:
-    from trtdet.deploy.model import open_onnx
+    from trtdet.deploy.model import describe_onnx
     from trtdet.deploy.pad_color import insert_pad_color
     from trtdet.onnx_files import read_onnx
+    from trtdet.runtimes.kinds import check_model
 
     files.check_outputs([args.output], [args.model])
-    model = read_onnx(open_onnx(args.model).path)
+    check_model(args.model)
+    model = read_onnx(args.model, option="--model")
+    describe_onnx(model, args.model)  # refuses what is not of create_onnx.py
     insert_pad_color(model)
     files.write_bytes(args.output, model.SerializeToString())
     print(args.output)

@@ -74,7 +74,13 @@ def run(
     """Evaluate; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.results import coco
     from trtdet.results.coco import ANNOTATIONS
-    from trtdet.run.evaluate import AUTOML_CAVEAT, automl_metrics, read_detections, run_model
+    from trtdet.run.evaluate import (
+        AUTOML_CAVEAT,
+        SCHEMA,
+        automl_metrics,
+        read_detections,
+        run_model,
+    )
 
     if automl_path and not (automl_path / "efficientdet" / "coco_metric.py").is_file():
         raise ValueError(
@@ -101,7 +107,7 @@ def run(
     if not done.results:
         logger.warning("no detections at all")
     evaluation = coco.evaluate(annotations, done.results, done.image_ids)
-    report = {**evaluation.metrics, "images": len(done.image_ids), **done.report}
+    report = {"schema": SCHEMA, **evaluation.metrics, "images": len(done.image_ids), **done.report}
     turned = evaluation.iou_type == "segm"
     if turned:
         report["iou_type"] = evaluation.iou_type

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn image files into batches for a network. Run alone, it shows what the network sees.
+"""Show what the network sees of images.
 
     image_batcher.py --model model.onnx --input photos --output seen
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
 from trtdet.commands.options import add, add_several, add_verbose, check_size_usage
 from trtdet.images.options import Resample
-from trtdet.spec import ModelSpec, Preprocessing
+from trtdet.spec import Preprocessing
 
 if TYPE_CHECKING:
     from trtdet.geometry import ResizeTransform
@@ -32,30 +32,6 @@ logger = logging.getLogger(__name__)
 
 #: Pictures at a time; nothing else depends on it here.
 BATCH_SIZE = 8
-
-# ---- run alone
-
-
-def read_preprocessing(model: Path) -> Preprocessing:
-    """What the host has to feed to a model: from an ONNX file's metadata, or from the `.json` beside an engine.
-
-    Raises:
-        FileNotFoundError, GraphError, EngineError: no such file, or nothing in it that says so.
-    """
-    from trtdet.engine.sidecar import read_sidecar, sidecar_path
-    from trtdet.onnx_files import read_onnx
-    from trtdet.runtimes.kinds import check_model
-
-    check_model(model)
-    if model.suffix.lower() == ".onnx":
-        return ModelSpec.from_onnx(read_onnx(model, option="--model", weights=False), model).preprocessing  # fmt: skip
-    info = read_sidecar(model)
-    if info is None:
-        raise FileNotFoundError(
-            f"--model: expected an ONNX file of create_onnx.py, or an engine of build_engine.py with its .json, found no "
-            f"{sidecar_path(model)}; --size H,W does without"
-        )
-    return info.spec.preprocessing
 
 
 def show(
@@ -135,13 +111,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(args.verbose, args.quiet)
 
     def run() -> int:
+        from trtdet.engine.sidecar import read_spec
         from trtdet.images.files import find_images, root_of
         from trtdet.images.preprocess import IMAGENET_MEAN, choose_input
         from trtdet.results.naming import check_apart, output_names
+        from trtdet.runtimes.kinds import check_model
 
         if args.model:
+            check_model(args.model)
             preprocessing, resize = choose_input(
-                read_preprocessing(args.model),
+                read_spec(args.model).preprocessing,
                 size=args.size,
                 resize=args.resize,
                 max_size=args.max_size,

@@ -151,7 +151,6 @@ def run(
 ) -> int:
     """Detect, draw and write; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.images.files import find_images, root_of
-    from trtdet.results import naming
     from trtdet.results.coco import ANNOTATIONS
     from trtdet.results.writer import pick_image_ids, result_writer
     from trtdet.run.detect import (
@@ -169,15 +168,8 @@ def run(
     if labels is not None:
         read_labels(labels)  # before the model is loaded, which says how many it needs
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
-    root = root_of(source)
-    names = dict(zip(paths, naming.output_names(paths, root), strict=True))
-    if pictures:
-        naming.check_apart(output, names, source, recursive=options.recursive)
-    if others := naming.left_over(output, names.values()):
-        logger.warning(
-            "%s has results of %d other images, from an earlier run; they are kept", output, others
-        )
-    image_ids = pick_image_ids(paths, root, annotations)
+    names = name_outputs(paths, source, output, options, pictures=pictures)
+    image_ids = pick_image_ids(paths, root_of(source), annotations)
     count = boxes = 0
     with open_model(engine, options) as runtime:
         threshold = check_score_threshold(options.score_threshold, runtime.spec)
@@ -205,18 +197,32 @@ def run(
             check_read(batcher, count)
         seconds = time.perf_counter() - start
     skipped = len(batcher.failures)
-    logger.info(
-        f"{count} images, {boxes} detections, {skipped} images skipped; "
-        f"{seconds:.1f} s, {count / seconds:.1f} images/s"
-    )
+    logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {seconds:.1f} s, {count / seconds:.1f} images/s")  # fmt: skip
     if pictures and writer.undrawn:
-        logger.info(
-            "pictures show detections from a score of %g on; %d are below it (--draw_threshold)",
-            draw_threshold,
-            writer.undrawn,
-        )
+        logger.info(f"pictures show detections from a score of {draw_threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
     print(output / "detections.json")
     return SOME_SKIPPED if skipped else 0
+
+
+def name_outputs(
+    paths: Sequence[Path], source: Sources, output: Path, options: RunOptions, *, pictures: bool
+) -> dict[Path, Path]:
+    """Image -> the name of its outputs; warns of those of an earlier run.
+
+    Raises:
+        ValueError: a picture would replace an image that is read.
+    """
+    from trtdet.images.files import root_of
+    from trtdet.results import naming
+
+    names = dict(zip(paths, naming.output_names(paths, root_of(source)), strict=True))
+    if pictures:
+        naming.check_apart(output, names, source, recursive=options.recursive)
+    if others := naming.left_over(output, names.values()):
+        logger.warning(
+            "%s has results of %d other images, from an earlier run; they are kept", output, others
+        )
+    return names
 
 
 def main(argv: Sequence[str] | None = None) -> int:

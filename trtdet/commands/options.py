@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from trtdet.commands.cli import ArgumentParser
 from trtdet.commands.values import (
+    parse_devices,
     parse_model,
     parse_page,
     parse_plot,
@@ -24,7 +25,6 @@ from trtdet.precision import options
 from trtdet.precision.options import CALIBRATION_BATCH, FP8_METHOD, METHODS, Int8Options
 from trtdet.results.options import DRAW_THRESHOLD
 from trtdet.run.options import MAX_AP_DROP, PROVIDERS, RunOptions
-from trtdet.runtimes.options import parse_devices
 
 #: What options are added to.
 Target = argparse.ArgumentParser | argparse._ActionsContainer

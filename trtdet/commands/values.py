@@ -2,9 +2,32 @@
 """Types of values on the command line: argparse calls them, and prints what they raise."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, TypeVar
 
-from trtdet.runtimes.options import TritonUrl, parse_url
+from trtdet.runtimes import options
+from trtdet.runtimes.options import TritonUrl
+
+T = TypeVar("T")
+
+
+def _argument(parse: Callable[[str], T], text: str) -> T:
+    """What `parse` makes of a text; argparse prints what is wrong with it."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parse_devices(text: str) -> tuple[int, ...] | Literal["all"]:
+    """argparse type: "all", or GPU numbers separated by commas."""
+    return _argument(options.parse_devices, text)
+
+
+def parse_url(text: str) -> TritonUrl:
+    """argparse type: a model on a server."""
+    return _argument(options.parse_url, text)
 
 
 def unit_interval(text: str) -> float:

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# ---- run alone
-
-
 def run(
     source: Sources,
     detections: Path,

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+
 from trtdet.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph import tidy
@@ -128,7 +130,15 @@ def open_onnx(path: Path) -> Deployable:
         FileNotFoundError, GraphError: no such file, or not one of create_onnx.py.
     """
     check_model(path)
-    model = read_onnx(path, option="--model", weights=False)
+    return describe_onnx(read_onnx(path, option="--model", weights=False), path)
+
+
+def describe_onnx(model: onnx.ModelProto, path: Path) -> Deployable:
+    """The same of a file that was read.
+
+    Raises:
+        GraphError: it is not one of create_onnx.py.
+    """
     spec = ModelSpec.from_onnx(model, path)
     names = {output.name for output in model.graph.output}
     if names != set(OUTPUT_NAMES):

@@ -6,7 +6,6 @@ Beside a plan stands its sidecar, as beside every engine: Triton does not look a
 Source of the rules: triton-inference-server core/src/model_config_utils.cc, tensorrt_backend/src/{model_state,instance_state}.cc
 """
 
-import dataclasses
 import json
 import logging
 import shlex
@@ -21,10 +20,11 @@ from typing import Any
 
 from google.protobuf import text_format as google_text_format
 
-from trtdet import files
-from trtdet.deploy import text_format
+from trtdet import files, reading
+from trtdet.deploy import parameter, text_format
 from trtdet.deploy.model import Deployable, Tensor, check_servable, label_lines
 from trtdet.deploy.options import DEFAULT_MAX_BATCH
+from trtdet.deploy.parameter import PostprocessParameter, PreprocessParameter
 from trtdet.deploy.server_code import python_model
 from trtdet.deploy.text_format import Word
 from trtdet.engine.sidecar import sidecar_path
@@ -43,8 +43,6 @@ LABELS_FILE = "labels.txt"
 TRANSFORM = Tensor("transform", "float32", (6,))
 #: The result of an ensemble, in source pixels.
 RESULT_NAMES = ("num_detections", "boxes_xyxy", "scores", "class_ids", "category_ids")
-#: The key of the JSON that the Python models of an ensemble read from their configuration.
-PARAMETER = "trtdet"
 #: Fields of a configuration that clients and model files depend on.
 INTERFACE = ("name", "platform", "backend", "max_batch_size", "data_type", "dims")
 
@@ -204,10 +202,9 @@ def python_config(
     max_batch: int,
     inputs: Sequence[dict[str, Any]],
     outputs: Sequence[dict[str, Any]],
-    parameter: dict[str, Any],
+    told: PreprocessParameter | PostprocessParameter,
     instances: int,
 ) -> dict[str, Any]:
-    text = json.dumps(parameter, separators=(",", ":"))
     return {
         "name": name,
         "backend": "python",
@@ -215,7 +212,9 @@ def python_config(
         "input": list(inputs),
         "output": list(outputs),
         "instance_group": [{"count": instances, "kind": Word("KIND_CPU")}],
-        "parameters": [{"key": PARAMETER, "value": {"string_value": text}}],
+        "parameters": [
+            {"key": parameter.PARAMETER, "value": {"string_value": parameter.dumps(told)}}
+        ],
     }
 
 
@@ -246,14 +245,14 @@ def ensemble_configs(
     results = [_tensor(tensor, batch) for tensor in result_tensors(model)]
     raw = [_tensor(tensor, batch) for tensor in model.outputs]
     spec = model.spec
-    before = {"preprocessing": dataclasses.asdict(spec.preprocessing)}
-    after = {
-        "size_hw": spec.preprocessing.size_hw,
-        "box_order": spec.box_order,
-        "boxes_normalized": spec.boxes_normalized,
-        "inclusive_corners": spec.inclusive_corners,
-        "category_ids": spec.category_ids,
-    }
+    before = PreprocessParameter(spec.preprocessing)
+    after = PostprocessParameter(
+        spec.preprocessing.size_hw,
+        spec.box_order,
+        spec.boxes_normalized,
+        spec.inclusive_corners,
+        spec.category_ids,
+    )
     workers = max(2, options.instances)
     network_input = _tensor(model.input, batch)
     names = [f"{name}_preprocess", name, f"{name}_postprocess"]
@@ -450,10 +449,9 @@ def _interface(text: str) -> list[str]:
 def _parameter_fields(value: str) -> list[str]:
     """Of a parameter in JSON, a line per field, in a fixed order; class names, which may be edited, left out."""
     try:
-        fields = json.loads(json.loads(value))
-    except (ValueError, TypeError):  # somebody's own parameter
-        return [value]
-    if not isinstance(fields, dict):
+        text = reading.parse(value, str, name="string_value", remedy="")
+        fields: dict[str, Any] = reading.parse(text, dict[str, Any], name="JSON", remedy="")
+    except ValueError:  # somebody's own parameter
         return [value]
     fields.pop("labels", None)
     flat: dict[str, Any] = {}

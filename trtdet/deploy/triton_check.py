@@ -9,8 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trtdet import reading
 from trtdet.deploy.model import Deployable, Tensor, open_engine, open_onnx
-from trtdet.deploy.triton import LABELS_FILE, TRITON_TYPES, config_class, leading_dims, parse_config
+from trtdet.deploy.parameter import PARAMETER, REMEDY, PostprocessParameter, PreprocessParameter
+from trtdet.deploy.triton import (
+    LABELS_FILE,
+    TRANSFORM,
+    TRITON_TYPES,
+    config_class,
+    leading_dims,
+    parse_config,
+)
 from trtdet.errors import EngineError, GraphError
 
 DEFAULT_FILES = {
@@ -79,6 +88,7 @@ def _own_faults(config: Any, folder: Path) -> Iterator[str]:
             yield f"tensor '{tensor.name}': expected name, data_type and dims"
         if any(dim < 1 and dim != -1 for dim in tensor.dims):
             yield f"'{tensor.name}': expected dims of 1 or more, or -1, found {list(tensor.dims)}"
+    yield from _parameter_faults(config)
     for group in config.instance_group:
         kind = group.Kind.Name(group.kind)
         if kind == "KIND_CPU" and (group.gpus or config.platform == "tensorrt_plan"):
@@ -89,6 +99,19 @@ def _own_faults(config: Any, folder: Path) -> Iterator[str]:
         config.instance_group or config.HasField("optimization") or config.backend
     ):
         yield "an ensemble has no backend, instance_group or optimization of its own"
+
+
+def _parameter_faults(config: Any) -> Iterator[str]:
+    """What a Python model of an ensemble is told."""
+    if PARAMETER not in config.parameters:
+        return
+    text = config.parameters[PARAMETER].string_value
+    is_before = any(tensor.name == TRANSFORM.name for tensor in config.output)
+    kind = PreprocessParameter if is_before else PostprocessParameter
+    try:
+        reading.parse(text, kind, name=f"parameter '{PARAMETER}'", remedy=REMEDY)
+    except ValueError as error:
+        yield str(error)
 
 
 def _file_faults(config: Any, folder: Path) -> Iterator[str]:

@@ -83,20 +83,10 @@ class EngineInfo:
                 raise ValueError(f"{name}: expected 64 hex digits or nothing, found {checks.shown(text)}")  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` is its inverse."""
+        """A JSON-ready dict, which `read_info` reads."""
         data = dataclasses.asdict(self)
         del data["spec"]
         return {"schema": self.SCHEMA, **data, "model_spec": self.spec.to_dict()}
-
-    @classmethod
-    def from_dict(cls, data: Any, name: str = "sidecar") -> "EngineInfo":
-        """The inverse of `to_dict`, of JSON as it was read. Fields of later versions are ignored.
-
-        Raises:
-            EngineError: another schema, fields missing or of the wrong kind, or values that cannot be.
-        """
-        info: EngineInfo = reading.convert(data, cls, name=name, remedy=REMEDY, error=EngineError)
-        return info
 
 
 def read_info(path: Path) -> EngineInfo:
@@ -124,7 +114,7 @@ def write_engine(path: Path, plan: bytes, info: EngineInfo) -> EngineInfo:
     # Left from the inside out: the engine is in place before its sidecar.
     with files.atomic_path(sidecar) as new_sidecar, files.atomic_path(path) as new_engine:
         new_engine.write_bytes(plan)
-        info = dataclasses.replace(info, engine_sha256=files.sha256(new_engine))
+        info = dataclasses.replace(info, engine_sha256=hashlib.sha256(plan).hexdigest())
         text = json.dumps(info.to_dict(), indent=2) + "\n"
         new_sidecar.write_text(text, encoding="utf-8")
         sidecar.unlink(missing_ok=True)

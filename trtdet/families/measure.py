@@ -120,9 +120,8 @@ def measure_preprocessing(
     mean = -low * std
     preprocessing = Preprocessing((height, width), mean=_rounded(mean), std=_rounded(std))
     if not fixed:
-        stripes = see(
-            2 * height, 2 * width, STRIPES
-        )  # halved: only the even columns, or the mean of both
+        # Halved: only the even columns, or the mean of both.
+        stripes = see(2 * height, 2 * width, STRIPES)
         sampling: Sampling = "corner" if np.abs(stripes - high).max() < 1e-4 else "half_pixel"
         preprocessing = dataclasses.replace(preprocessing, sampling=sampling)
     if fixed:  # the host does the placing: as the family's own code does
@@ -133,9 +132,8 @@ def measure_preprocessing(
         return dataclasses.replace(preprocessing, resize="stretch"), layout
     padding = _padding(narrow, high, family)
     _padding(low_image, high, family)
-    quarter = see(
-        4 * height, 2 * width + 3, 255
-    )  # becomes a column less than a half and a quarter wide
+    # Becomes a column less than a half and a quarter wide.
+    quarter = see(4 * height, 2 * width + 3, 255)
     columns = int((np.abs(quarter[0] - high).max(axis=-1) < 1e-4).sum())
     rounding: Rounding = "floor" if columns == (2 * width + 3) // 4 else "round"
     pad_rgb = _rounded(padding * std + mean)

@@ -45,7 +45,7 @@ def insert_topk(
             f"TopK: expected max_output_boxes of at most {TENSORRT_TOPK}, where TensorRT's TopK ends, found {k}; lower --max_detections"
         )
     num_boxes, num_classes = _check_heads(model, boxes, scores)
-    build = Builder(model, "nms/")  # the prefix by which precision.py knows to leave it in float32
+    build = Builder(model, "nms/")  # the prefix that precision/floats.py leaves in float32
     score, box_index, class_id, count = _select(build, scores, num_boxes, num_classes, nms)
     corners = decode_boxes(
         build, build.take_rows("kept_boxes", boxes, box_index, 4), None, nms.box_coding

@@ -24,19 +24,22 @@ from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
 from trtdet.families.detr import BOXES
 from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
+from trtdet.graph import deformable_attention
 from trtdet.images.files import ImageArray, load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
-from trtdet.onnx_files import EXPORT_AGAIN, read_onnx
+from trtdet.onnx_files import EXPORT_AGAIN, read_onnx, with_weights
 from trtdet.parity.numbers import SideInfo
 from trtdet.precision.emulation import emulate
-from trtdet.run.detect import open_batcher, open_model
+from trtdet.run.detect import decoded, open_batcher, open_model
 from trtdet.run.options import ENGINE_OPTIONS, ONNX_OPTIONS, RunOptions
 from trtdet.runtimes.base import Runtime
 from trtdet.runtimes.kinds import check_engine
 from trtdet.runtimes.open import open_runtime
 from trtdet.sessions import FATAL_ERRORS, open_session
 from trtdet.sources.base import Source, cut_onnx
+from trtdet.sources.onnx_file import OnnxSource
+from trtdet.sources.subgraphs import reads
 from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -110,14 +113,20 @@ class GraphPart:
 
 
 class ConvertedSide(Closing):
-    """An ONNX file of stage 1 or 2, or an engine: preprocessing and NMS are this project's."""
+    """An ONNX file of stage 1 or 2, or an engine: preprocessing and NMS are this project's.
 
-    def __init__(self, path: Path, options: RunOptions) -> None:
+    Args:
+        model: what `read_onnx(path, weights=False)` gave; None for an engine.
+    """
+
+    def __init__(
+        self, path: Path, options: RunOptions, model: onnx.ModelProto | None = None
+    ) -> None:
         self._options = options
-        model = read_onnx(path) if path.suffix.lower() == ".onnx" else None
-        self._model = emulate(model) if model and on_cpu(options) else model
-        if self._model is None or self._model is model:
-            self._runtime = open_model(path, options)
+        whole = with_weights(model, path) if model else None
+        self._model = emulate(whole) if whole and on_cpu(options) else whole
+        if self._model is None or self._model is whole:
+            self._runtime = open_model(path, options, model=model)
             kind = self._runtime.description
         else:
             self._runtime = open_in_memory(self._model, path.name, options)
@@ -129,11 +138,9 @@ class ConvertedSide(Closing):
     def detect(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Found]]:
         spec = self.info.spec
         with open_batcher(self._runtime, paths, self._options) as batcher:
-            for batch, outputs in self._runtime.map(batcher):
-                found = decode(outputs, spec, batch.transforms)
+            for batch, found in decoded(self._runtime, batcher):
                 for path, one, transform in zip(batch.paths, found, batch.transforms, strict=True):
                     yield path, (by_category(one, spec), transform)
-                batch.release()
 
     def tensor_reader(self, names: Sequence[str]) -> TensorReader:
         if self._model is None:
@@ -160,10 +167,18 @@ class TrainedSide(Closing):
     Args:
         own_nms: take its own detections, the last of its outputs; else the hard NMS that stage 1 reads from it.
         like: the converted model beside it, for what was chosen when it was converted.
+        model: what `read_onnx(path, weights=False)` gave; None for a SavedModel.
     """
 
-    def __init__(self, path: Path, *, own_nms: bool = False, like: ModelSpec | None = None) -> None:
-        self._source = conversion.open_source(path, is_onnx=path.is_file())
+    def __init__(
+        self,
+        path: Path,
+        *,
+        own_nms: bool = False,
+        like: ModelSpec | None = None,
+        model: onnx.ModelProto | None = None,
+    ) -> None:
+        self._source = open_trained(path, model)
         model, self._reading = conversion.convert(self._source, conversion_options(like))
         spec = with_normalisation(ModelSpec.from_onnx(model), self._reading, like)
         package = "onnxruntime" if path.is_file() else "tensorflow"
@@ -252,6 +267,14 @@ class TrainedSide(Closing):
         self._source.__exit__(None, None, None)
 
 
+def open_trained(path: Path, model: onnx.ModelProto | None) -> Source:
+    """A SavedModel, or an ONNX file that was read already."""
+    if model is None:
+        return conversion.open_source(path, is_onnx=False)
+    whole = with_weights(model, path, remedy=EXPORT_AGAIN)
+    return OnnxSource(path, lower=deformable_attention.lower, model=whole)
+
+
 def conversion_options(like: ModelSpec | None) -> conversion.Options:
     """With what the user of create_onnx.py chose for `like`; what the file says itself comes first."""
     if like is None:
@@ -324,41 +347,49 @@ def open_sides(
     """
     sides: dict[int, Side] = {}
     like = None
-    for as_trained, i in sorted((is_as_trained(path, SIDES[i]), i) for i, path in enumerate(paths)):
-        if as_trained:
-            sides[i] = TrainedSide(paths[i], own_nms=own_nms, like=like)
+    models = [read_graph(*named) for named in zip(paths, SIDES, strict=True)]
+    trained = [is_as_trained(*pair) for pair in zip(paths, models, strict=True)]
+    for i in sorted(range(len(paths)), key=trained.__getitem__):
+        model, models[i] = models[i], None  # not kept longer than its side needs it
+        if trained[i]:
+            sides[i] = TrainedSide(paths[i], own_nms=own_nms, like=like, model=model)
         else:
-            sides[i] = open_converted(paths[i], options)
+            sides[i] = open_converted(paths[i], options, model)
             like = sides[i].info.spec
         stack.enter_context(sides[i])
     return sides[0], sides[1]
 
 
-def is_as_trained(path: Path, option: str) -> bool:
-    """Whether this is a SavedModel or an ONNX file that create_onnx.py has not made.
+def read_graph(path: Path, option: str) -> onnx.ModelProto | None:
+    """What stands in an ONNX file, external data left in its files; None for a SavedModel and an engine.
 
     Raises:
-        FileNotFoundError, GraphError: it is none of these, and no engine.
+        FileNotFoundError, GraphError: it is none of these.
     """
     if not path.exists():
         raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
-    as_trained = path.is_dir()
-    if as_trained and not (path / "saved_model.pb").is_file():
-        raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found a folder without saved_model.pb at {path}")  # fmt: skip
-    if path.suffix.lower() == ".onnx" and not as_trained:
-        as_trained = (
-            ModelSpec.maybe_from_onnx(read_onnx(path, remedy=EXPORT_AGAIN, weights=False)) is None
-        )
-    elif path.is_file():
-        check_engine(path)
-    return as_trained
+    if path.is_dir():
+        if not (path / "saved_model.pb").is_file():
+            raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found a folder without saved_model.pb at {path}")  # fmt: skip
+        return None
+    if path.suffix.lower() == ".onnx":
+        return read_onnx(path, remedy=EXPORT_AGAIN, weights=False)
+    check_engine(path)
+    return None
 
 
-def open_converted(path: Path, options: RunOptions) -> Side:
+def is_as_trained(path: Path, model: onnx.ModelProto | None) -> bool:
+    """Whether this is a SavedModel or an ONNX file that create_onnx.py has not made."""
+    if model is None:
+        return path.is_dir()
+    return ModelSpec.maybe_from_onnx(model) is None
+
+
+def open_converted(path: Path, options: RunOptions, model: onnx.ModelProto | None) -> Side:
     """An ONNX file of create_onnx.py or an engine, with those of the options that it takes."""
     other = ENGINE_OPTIONS if path.suffix.lower() == ".onnx" else ONNX_OPTIONS
     unset: dict[str, Any] = dict.fromkeys(other)
-    return ConvertedSide(path, dataclasses.replace(options, **unset))
+    return ConvertedSide(path, dataclasses.replace(options, **unset), model)
 
 
 def find_detections(source: Source, feeds: Mapping[str, NDArray[Any]]) -> str:
@@ -390,7 +421,7 @@ def tensors_before(model: onnx.ModelProto, heads: frozenset[str]) -> tuple[str, 
     for node in reversed(model.graph.node):  # sorted, as ONNX demands
         if needed.isdisjoint(node.output):
             continue
-        needed.update(node.input)
+        needed.update(reads(node))
         if node.op_type != "Constant":
             names += [name for name in node.output if name in needed]
     return tuple(reversed(names))

@@ -9,10 +9,12 @@ from functools import cached_property
 
 import numpy as np
 import onnx
+from onnx.helper import make_tensor_value_info
 
 from trtdet.errors import GraphError
 from trtdet.graph.builder import fix_size
 from trtdet.precision.floats import begins_nms
+from trtdet.sources.base import cut_onnx
 from trtdet.sources.subgraphs import captured, reads
 from trtdet.spec import ModelSpec
 
@@ -125,7 +127,7 @@ def block_of(name: str) -> str:
 
 
 def cut_to_body(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that ends at the heads: what NMS and box decoding take from the network are its outputs.
+    """A copy that ends at the heads: what NMS and box decoding take from the network are its outputs, float32 where the file does not say.
 
     Raises:
         GraphError: nothing stands before the NMS.
@@ -148,40 +150,18 @@ def cut_to_body(model: onnx.ModelProto) -> onnx.ModelProto:
         raise GraphError(
             "model: expected a network before the NMS, found none; write it again with create_onnx.py"
         )
-    return _cut(model, list(heads))
+    weights = {weight.name for weight in model.graph.initializer}
+    inputs = [value.name for value in model.graph.input if value.name not in weights]
+    network = cut_onnx(model, inputs, heads)
+    for output in network.graph.output:
+        if not output.HasField("type"):
+            output.CopyFrom(make_tensor_value_info(output.name, onnx.TensorProto.FLOAT, None))
+    return network
 
 
 def _in_order(node: onnx.NodeProto) -> list[str]:
     """What a node reads: its inputs, then what its subgraphs capture."""
     return [*node.input, *sorted(captured(node))]
-
-
-def _cut(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
-    """Only what makes `outputs`, which become float32 outputs of unknown shape."""
-    needed = set(outputs)
-    nodes = []
-    for node in reversed(model.graph.node):
-        if needed.intersection(node.output):
-            nodes.append(node)
-            needed.update(reads(node))
-    weights = [w for w in model.graph.initializer if w.name in needed]
-    inputs = [i for i in model.graph.input if i.name in needed]
-    infos = {i.name: i for i in [*model.graph.value_info, *model.graph.output]}
-    graph = onnx.helper.make_graph(
-        nodes[::-1],
-        model.graph.name,
-        inputs,
-        [
-            infos.get(name, onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-            for name in outputs
-        ],
-        weights,
-        value_info=[i for i in model.graph.value_info if i.name in needed],
-    )
-    cut = onnx.helper.make_model(graph, opset_imports=model.opset_import)
-    cut.ir_version = model.ir_version
-    cut.metadata_props.extend(model.metadata_props)
-    return cut
 
 
 def _conv_layers(body: onnx.ModelProto) -> list[ConvLayer]:

@@ -287,9 +287,15 @@ def scales_of(
         built_version: of the TensorRT for which a new cache is written, unless the options name another.
 
     Raises:
-        ValueError: a cache of another model, preprocessing or other images, or of another method than is asked for; images that cannot be read.
+        ValueError: neither images nor a cache; a cache of another model, preprocessing or other images, or of another method than is asked for; images that cannot be read.
         EngineError: ONNX Runtime is not installed.
     """
+    cached = options.cache is not None and options.cache.is_file()
+    if not options.images and not cached:
+        found = f"no cache at {options.cache}" if options.cache else "neither"
+        raise ValueError(
+            f"calibration: expected images or an existing cache, found {found}; give --calib_input DIR, or --calib_cache FILE"
+        )
     paths = None
     if options.images:
         paths = calibration.choose_images(
@@ -302,7 +308,7 @@ def scales_of(
     origin = calibration_cache.origin(
         body.sha256, body.spec.preprocessing, paths, method, options.seed
     )
-    if options.cache and options.cache.is_file():
+    if options.cache and cached:
         cache = calibration_cache.read_cache(
             options.cache, origin, any_method=options.method is None
         )
@@ -315,8 +321,6 @@ def scales_of(
         ):
             logger.info("%s is now one for %s", options.cache, calibration_cache.header(options.cache_version))  # fmt: skip
         return cache
-    if paths is None:
-        raise ValueError(f"calibration: expected images or a cache, found no cache at {options.cache}; give --calib_input")  # fmt: skip
     if unknown := unknown_to_onnxruntime(body.model):
         raise EngineError(
             f"--calib_input: calibration runs the model in ONNX Runtime, which does not know {unknown}; give --calib_cache with scales made "
@@ -325,7 +329,7 @@ def scales_of(
     if not sessions.is_installed():
         raise EngineError(f"--calib_input runs the model in ONNX Runtime: {sessions.INSTALL}")
     seen: list[Path] = []
-    feeds = calibration_feeds(body, paths, options.batch_size, seen)
+    feeds = calibration_feeds(body, paths or (), options.batch_size, seen)
     # The images that were chosen are the manifest; those that can be read are counted.
     providers = calibration.providers(options.provider)
     cache = calibration.calibrate(body, feeds, method, origin=origin, providers=providers)

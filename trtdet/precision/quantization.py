@@ -368,8 +368,18 @@ def own_type(model: onnx.ModelProto) -> QuantizedType | None:
 
 def report_of(body: Body) -> QuantizationReport:
     """What of a model with its own Q/DQ is in 8 bits."""
-    shares = _shares(body.layers, quantized_convs(body.model))
-    return QuantizationReport(shares, already=True, type_name=(own_type(body.model) or INT8).name)
+    quantized = quantized_convs(body.model)
+    kept = {
+        layer.name: "no Q/DQ in the model"
+        for layer in body.layers
+        if layer.name not in quantized and not layer.pooled
+    }
+    return QuantizationReport(
+        _shares(body.layers, quantized),
+        kept,
+        already=True,
+        type_name=(own_type(body.model) or INT8).name,
+    )
 
 
 def quantized_convs(model: onnx.ModelProto) -> frozenset[str]:

@@ -204,6 +204,8 @@ def _summaries(times: Sequence[BatchTimes]) -> dict[str, Summary]:
     }
 
 
+#: Of the JSON file of a benchmark.
+SCHEMA = 1
 #: Batches before a benchmark starts to count.
 WARMUP = 20
 
@@ -220,6 +222,7 @@ def run_benchmark(
     with open_model(engine, options) as runtime:
         batch_size = pick_batch_size(runtime, options)
         report: dict[str, Any] = {
+            "schema": SCHEMA,
             "machine": describe_machine(),
             "model": engine.name,
             "runtime": runtime.description,

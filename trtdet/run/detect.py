@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open a model, make its batches, run it, decode: what every stage that runs a model shares."""
 
+from __future__ import annotations
+
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trtdet.detections import decode
-from trtdet.images.batcher import Allocate, ImageBatcher
+from trtdet.detections import Detections, decode
+from trtdet.images.batcher import Allocate, Batch, ImageBatcher
 from trtdet.images.files import ImageArray
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import names_of, read_labels
@@ -22,18 +25,27 @@ from trtdet.runtimes.options import TritonUrl
 from trtdet.spec import ModelSpec
 from trtdet.terminal import no_bar
 
+if TYPE_CHECKING:
+    import onnx
+
 logger = logging.getLogger(__name__)
 
 
-def open_model(engine: Path | TritonUrl, options: RunOptions) -> Runtime:
+def open_model(
+    engine: Path | TritonUrl, options: RunOptions, *, model: onnx.ModelProto | None = None
+) -> Runtime:
     """Open an engine, an ONNX file, or a model on a server.
+
+    Args:
+        model: what `read_onnx(engine, weights=False)` gave, of who has read it.
 
     Raises:
         ValueError: an option that its runtime does not have.
     """
     if isinstance(engine, Path):
         check_model(engine)
-    runtime = open_runtime(engine, **options.for_runtime(engine))
+    read = {} if model is None else {"model": model}
+    runtime = open_runtime(engine, **options.for_runtime(engine), **read)
     logger.info("%s: %s", engine, runtime.description)
     return runtime
 
@@ -107,15 +119,22 @@ def detect(
     Args:
         classes: ids of those to keep; None: all.
     """
-    for batch, found in runtime.map(batcher):
-        size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
-        images = decode(found, runtime.spec, batch.transforms, size_hw=size_hw)
+    for batch, images in decoded(runtime, batcher):
         sources = batch.sources or (None,) * len(batch)
         for path, detections, source in zip(batch.paths, images, sources, strict=True):
             kept = detections.above(score_threshold)
             if classes is not None:
                 kept = kept.of_classes(classes)
             yield ImageResult(path, kept, source)
+
+
+def decoded(
+    runtime: Runtime, batcher: ImageBatcher
+) -> Generator[tuple[Batch, Sequence[Detections]], None, None]:
+    """Run every batch of `batcher`: the batch, and what is in each of its images. A batch is released when the next one is asked for."""
+    for batch, outputs in runtime.map(batcher):
+        size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
+        yield batch, decode(outputs, runtime.spec, batch.transforms, size_hw=size_hw)
         batch.release()
 
 

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 #: Above this, a model leaves out detections that the metric would have counted.
 HIGH_SCORE_THRESHOLD = 0.01
 
+#: Of metrics.json.
+SCHEMA = 1
+
 AUTOML_CAVEAT = (
     "AutoML's metric looks only at images that have detections: objects in the other images are not "
     "counted as missed, so it can be higher than COCO's"

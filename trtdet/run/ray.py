@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from trtdet import files
-from trtdet.engine.sidecar import read_spec
+from trtdet.engine.sidecar import read_sidecar, read_spec
 from trtdet.images.files import Sources, find_images, root_of
 from trtdet.labels import find_classes
 from trtdet.results import naming
@@ -22,6 +22,7 @@ from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
 from trtdet.run import ray_cluster
 from trtdet.run.detect import check_score_threshold, detect, open_batcher, open_model, pick_labels
 from trtdet.run.options import RunOptions
+from trtdet.spec import ModelSpec
 from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def run_on_ray(
     ray_cluster.check_installed()
     if annotations:
         files.check_input(annotations, *ANNOTATIONS)
-    spec = read_spec(engine)
+    spec, digest = read_spec_and_hash(engine)
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
     root = root_of(source)
     image_ids = pick_image_ids(paths, root, annotations)
@@ -84,7 +85,7 @@ def run_on_ray(
     options = dataclasses.replace(options, score_threshold=check_score_threshold(options.score_threshold, spec))  # fmt: skip
     by_absolute = {path.absolute(): path for path in paths}
     start = time.perf_counter()
-    identity = ray_identity(engine, options, class_ids)
+    identity = ray_identity(digest, options, class_ids)
     detect_on_ray(engine.absolute(), list(by_absolute), output, options, address, workers, identity)
     count = boxes = skipped = 0
     with (
@@ -116,12 +117,24 @@ def run_on_ray(
 
 
 def ray_identity(
-    engine: Path, options: RunOptions, classes: Sequence[int] | None = None
+    model_sha256: str, options: RunOptions, classes: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """What must not change between a run that was broken off and the one that goes on."""
     kept = ("score_threshold", "batch_size", "resample", "size", "resize", "max_size")
-    own = {"engine_sha256": files.sha256(engine), "classes": None if classes is None else list(classes)}  # fmt: skip
+    own = {"model_sha256": model_sha256, "classes": None if classes is None else list(classes)}  # fmt: skip
     return {**own, **{name: getattr(options, name) for name in kept}}
+
+
+def read_spec_and_hash(engine: Path) -> tuple[ModelSpec, str]:
+    """The ModelSpec of a model file and the file's SHA-256; an engine, which is held against its sidecar, is hashed there and not again.
+
+    Raises:
+        FileNotFoundError, GraphError, EngineError: nothing that says what it is.
+    """
+    info = None if engine.suffix.lower() == ".onnx" else read_sidecar(engine)
+    if info is None:
+        return read_spec(engine), files.sha256(engine)
+    return info.spec, info.engine_sha256 or files.sha256(engine)
 
 
 def detect_on_ray(

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from trtdet import files
+from trtdet import files, reading
 from trtdet.closing import Closing
 from trtdet.detections import Detections
 from trtdet.errors import EngineError
@@ -240,6 +240,15 @@ def from_row(row: Mapping[str, Any]) -> Detections | str:
     )
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """What results that are done so far belong to: `run.json` beside them."""
+
+    SCHEMA: ClassVar[int] = 1
+
+    run: dict[str, Any]
+
+
 class Results(Closing):
     """What is done so far: a folder of Parquet files, from which a run that was broken off goes on.
 
@@ -247,7 +256,7 @@ class Results(Closing):
         run: what must be the same in the run that goes on, JSON-ready.
 
     Raises:
-        ValueError: the folder has results of another run.
+        ValueError: the folder has results of another run, or its record cannot be read.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
@@ -257,11 +266,16 @@ class Results(Closing):
         self._waiting: list[Any] = []
         self._flushed = time.monotonic()
         self._record = folder / "run.json"
-        self._run = json.dumps(run, indent=2, sort_keys=True) + "\n"
-        if self._record.is_file() and self._record.read_text(encoding="utf-8") != self._run:
-            raise ValueError(
-                f"{folder} has results of a run with another model or other options; finish that one, or remove the folder"
-            )
+        self._run = {
+            "schema": RunRecord.SCHEMA,
+            "run": json.loads(json.dumps(run)),
+        }  # as it is read
+        if self._record.is_file():
+            found = reading.read(self._record, RunRecord, remedy=f"remove the folder {folder}")
+            if found.run != self._run["run"]:
+                raise ValueError(
+                    f"{folder} has results of a run with another model or other options; finish that one, or remove the folder"
+                )
         self._parts = sorted(folder.glob("part-*.parquet"))
         self.done: set[str] = set()
         for part in self._parts:
@@ -281,7 +295,8 @@ class Results(Closing):
         self._flushed = time.monotonic()
         if self._waiting:
             if not self._parts:
-                files.write_text(self._record, self._run)
+                text = json.dumps(self._run, indent=2, sort_keys=True) + "\n"
+                files.write_text(self._record, text)
             part = self._folder / f"part-{len(self._parts):06d}.parquet"
             with files.atomic_path(part) as temporary:
                 parquet.write_table(pa.concat_tables(self._waiting), temporary)

@@ -8,7 +8,7 @@ from trtdet.runtimes.base import Runtime
 from trtdet.runtimes.options import TritonUrl
 
 
-def open_runtime(path: "Path | TritonUrl", **options: Any) -> Runtime:
+def open_runtime(path: Path | TritonUrl, **options: Any) -> Runtime:
     """Open an ONNX file with ONNX Runtime, a URL as a model on a Triton server, anything else as a TensorRT engine.
 
     Args:
@@ -19,7 +19,6 @@ def open_runtime(path: "Path | TritonUrl", **options: Any) -> Runtime:
         FileNotFoundError: no such file.
         GraphError, EngineError: the file is not what it should be; the message names the next step.
     """
-    from trtdet.runtimes.options import TritonUrl
     from trtdet.runtimes.triton import TritonRuntime
 
     if isinstance(path, TritonUrl):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a model on a server and GPUs are named. Standard library only: the command lines read it."""
 
-import argparse
 import socket
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +8,11 @@ from urllib.parse import urlsplit
 
 
 def parse_devices(text: str) -> tuple[int, ...] | Literal["all"]:
-    """argparse type: "all", or GPU numbers separated by commas, each once."""
+    """ "all", or GPU numbers separated by commas, each once.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if text == "all":
         return "all"
     try:
@@ -17,9 +20,7 @@ def parse_devices(text: str) -> tuple[int, ...] | Literal["all"]:
     except ValueError:
         devices = ()
     if not devices or min(devices) < 0 or len(set(devices)) < len(devices):
-        raise argparse.ArgumentTypeError(
-            f"expected 'all' or different GPU numbers as in 0,1, got {text!r}"
-        )
+        raise ValueError(f"expected 'all' or different GPU numbers as in 0,1, got {text!r}")
     return devices
 
 
@@ -65,7 +66,11 @@ def is_url(text: object) -> bool:
 
 
 def parse_url(text: str) -> TritonUrl:
-    """argparse type: grpc://HOST:PORT/MODEL, http://HOST:PORT/MODEL, and either with /VERSION behind it."""
+    """grpc://HOST:PORT/MODEL, http://HOST:PORT/MODEL, and either with /VERSION behind it.
+
+    Raises:
+        ValueError: another form.
+    """
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port or PORTS[parts.scheme]
@@ -74,8 +79,8 @@ def parse_url(text: str) -> TritonUrl:
     names = parts.path.strip("/").split("/") if host else []
     plain = host and not (parts.username or parts.query or parts.fragment)
     if not plain or not 1 <= len(names) <= 2 or not all(names):
-        raise argparse.ArgumentTypeError(f"expected {URL_FORM}, got {text!r}")
+        raise ValueError(f"expected {URL_FORM}, got {text!r}")
     if len(names) == 2 and not names[1].isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number as the version, got {text!r}")
+        raise ValueError(f"expected a number as the version, got {text!r}")
     address = f"[{host}]:{port}" if host and ":" in host else f"{host}:{port}"
     return TritonUrl(parts.scheme, address, *names)

@@ -47,6 +47,7 @@ class OnnxRuntime(Runtime):
 
     Args:
         path: an ONNX file written by create_onnx.py; external data is found beside it.
+        model: what `read_onnx(path, weights=False)` gave, of who has read it.
         provider: "auto" is the first of TensorRT, CUDA, CPU that this ONNX Runtime has. A named one is used or it is an error.
         threads: CPU threads of one operator; default: every core this process may use.
         optimize: False keeps the graph as it is written, to compare numbers (fusions alone move D0's logits by 1e-2).
@@ -62,13 +63,15 @@ class OnnxRuntime(Runtime):
         self,
         path: Path,
         *,
+        model: onnx.ModelProto | None = None,
         provider: Provider = "auto",
         threads: int | None = None,
         optimize: bool = True,
         integer_kernels: bool = True,
     ) -> None:
         path = Path(path)
-        model = read_onnx(path, weights=False)  # ONNX Runtime reads them itself
+        if model is None:
+            model = read_onnx(path, weights=False)  # ONNX Runtime reads them itself
         check_external_data(model, path)
         self.spec = ModelSpec.from_onnx(model, path)
         self._input, self.batch_range = _check_interface(model, self.spec, path)

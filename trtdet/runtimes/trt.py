@@ -131,11 +131,6 @@ class TensorRTRuntime(Runtime):
     # --- several in flight --------------------------------------------------------------------------------------------------
 
     @property
-    def in_flight(self) -> int:
-        """Batches submitted and not fetched."""
-        return len(self._running)
-
-    @property
     def depth(self) -> int:
         """How many batches can be in flight."""
         return len(self._running) + len(self._free)

@@ -28,15 +28,19 @@ class OnnxSource(Closing):
         path: Path,
         edit: Callable[[onnx.ModelProto], object] | None = None,
         lower: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None,
+        model: onnx.ModelProto | None = None,
     ) -> None:
         """Load.
 
         Args:
             edit: changes the model before it is looked at.
             lower: replaces plugins by what ONNX Runtime knows; what it returns is run.
+            model: what `path` holds, with its weights, of who has read it.
         """
         self.path = path
-        self.model = read_onnx(path, option="--source_onnx", remedy=EXPORT_AGAIN)
+        if model is None:
+            model = read_onnx(path, option="--source_onnx", remedy=EXPORT_AGAIN)
+        self.model = model
         if edit:
             edit(self.model)
         self._lower = lower

@@ -17,25 +17,16 @@ from numpy.typing import NDArray
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for what else runs in this process
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a trtdet that is installed
 
+from trtdet.deploy.parameter import postprocess_parameter
 from trtdet.detections import decode
 from trtdet.geometry import ResizeTransform
-from trtdet.spec import OUTPUT_NAMES, ModelSpec, Nms, Preprocessing
+from trtdet.spec import OUTPUT_NAMES
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        config = json.loads(args["model_config"])
-        fields = json.loads(config["parameters"]["trtdet"]["string_value"])
-        self.category_ids = np.asarray(fields.pop("category_ids"), np.int32)
-        size_hw = tuple(fields.pop("size_hw"))
-        # What decode asks of a spec; the rest is for stages before it.
-        self.spec = ModelSpec(
-            "",
-            Preprocessing(size_hw),
-            Nms(),
-            category_ids=tuple(self.category_ids.tolist()),
-            **fields,
-        )
+        self.spec = postprocess_parameter(json.loads(args["model_config"])).spec()
+        self.category_ids = np.asarray(self.spec.category_ids, np.int32)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self.respond(request) for request in requests]

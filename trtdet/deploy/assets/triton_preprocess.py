@@ -18,16 +18,11 @@ import triton_python_backend_utils as pb_utils
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for what else runs in this process
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a trtdet that is installed
 
+from trtdet.deploy.parameter import preprocess_parameter
 from trtdet.images.files import decode_image
 from trtdet.images.preprocess import preprocess
-from trtdet.spec import Preprocessing
 
 cv2.setNumThreads(1)  # instances and requests run side by side
-
-
-def tuples(value: Any) -> Any:
-    """JSON has no tuples: every list is one."""
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 class TritonPythonModel:
@@ -35,8 +30,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
-        fields = json.loads(config["parameters"]["trtdet"]["string_value"])["preprocessing"]
-        self.preprocessing = Preprocessing(**{name: tuples(x) for name, x in fields.items()})
+        self.preprocessing = preprocess_parameter(config).preprocessing
         outputs = [output["name"] for output in config["output"]]
         self.input_name = next(name for name in outputs if name != "transform")
 
