@@ -89,8 +89,8 @@ def without_graph(path: Path) -> None:
     ("make", "kind", "said"),
     [
         (lambda path: None, FileNotFoundError, "--onnx: expected an ONNX file, found nothing at {path}"),
-        (directory, FileNotFoundError, "--onnx: expected an ONNX file, found a directory at {path}"),
-        (directory_of_one, FileNotFoundError, "--onnx: expected an ONNX file, found a directory at {path}; give the file in it, {path}/best.onnx"),
+        (directory, FileNotFoundError, "--onnx: expected an ONNX file, found a folder at {path}"),
+        (directory_of_one, FileNotFoundError, "--onnx: expected an ONNX file, found a folder at {path}; give the file in it, {path}/best.onnx"),
         (saved_model, FileNotFoundError, "--onnx: expected an ONNX file, found a SavedModel at {path}; convert it with create_onnx.py --saved_model {path}"),
         (os.mkfifo, FileNotFoundError, "--onnx: expected an ONNX file, found no regular file at {path}"),
         (lambda path: path.write_bytes(b""), GraphError, "{path}: expected an ONNX model, found an empty file; export the model again"),

@@ -298,7 +298,7 @@ def convert(source: str | Path, output: str | Path, **options: Any) -> Conversio
     """Make an ONNX file that ends in NMS of a trained model, and compare it with the source before it is written, as create_onnx.py does.
 
     Args:
-        source: a SavedModel directory or an ONNX file.
+        source: a SavedModel folder or an ONNX file.
         output: the ONNX file to write.
         options: of `trtdet.conversion.convert.Options`, and of `trtdet.families.base.Hints` for what a file cannot say.
 

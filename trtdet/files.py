@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -101,6 +102,16 @@ def printable(text: object) -> str:
     )
 
 
+def message_of(error: BaseException) -> str:
+    """An error in one line, the operating system's with the file first and without its number."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        reason = error.strerror[0].lower() + error.strerror[1:]
+        text = f"{error.filename}: {reason}" if error.filename else reason
+    text = re.sub(r"\[Errno -?\d+\] ", "", text)
+    return printable(" ".join(text.split())) or type(error).__name__
+
+
 def check_input(path: Path, option: str, what: str) -> None:
     """Find out before long work whether a file that an option names is there.
 
@@ -108,7 +119,7 @@ def check_input(path: Path, option: str, what: str) -> None:
         FileNotFoundError: names the option, and says what was expected.
     """
     if not Path(path).is_file():
-        found = "a directory" if Path(path).is_dir() else "nothing"
+        found = "a folder" if Path(path).is_dir() else "nothing"
         raise FileNotFoundError(f"{option}: expected {what}, found {found} at {path}")
 
 

@@ -29,7 +29,7 @@ def read_onnx(
         weights: False leaves external data in its files, for who wants the graph alone, or lets ONNX Runtime read them.
 
     Raises:
-        FileNotFoundError: no such file, or a directory.
+        FileNotFoundError: no such file, or a folder.
         GraphError: not an ONNX file, a damaged one, a graph that cannot be run, or one whose external data is missing.
     """
     import onnx
@@ -159,7 +159,7 @@ def _check_there(path: Path, option: str) -> None:
         return
     what, advice = "nothing", ""
     if path.is_dir():
-        what = "a directory"
+        what = "a folder"
         models = sorted(path.glob("*.onnx"))
         if any((path / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt")):
             what, advice = "a SavedModel", f"; convert it with create_onnx.py --saved_model {path}"

@@ -643,7 +643,7 @@ def test_engine_without_its_sidecar_rather_than_with_an_old_one(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: --model/--onnx/-o"),
+        ([], "missing --model FILE"),
         (["--onnx", "a.onnx"], "nothing to write: give --engine, --save_onnx or both"),
         (["--onnx", "a.onnx", "--engine", "b.onnx"], "--engine: an engine, not ONNX; did you mean --save_onnx b.onnx?"),
         (["--onnx", "a.onnx", "--save_onnx", "a.onnx"], "expected different files"),

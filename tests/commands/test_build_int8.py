@@ -115,7 +115,7 @@ def test_patterns_keep_convolutions_in_the_type_they_name(tiny_onnx: Path, calib
     assert {block_of(name) for name in found["FLOAT"]} == {"stem", "blocks_0"}
     assert {block_of(name) for name in found["FLOAT16"] if "/se/" not in name} == {"blocks_1"}
     assert len(found["FLOAT"]) == 5 and len(found["INT8"]) == 121 - 1 - 2 - 3
-    assert "I stays: 1 x asked for ('*/stem/*')\n" in error
+    assert "I not in INT8: 1 x asked for ('*/stem/*')\n" in error
     # One Cast behind the float32 part, one at each head.
     assert sum(node.op_type == "Cast" for node in model.graph.node) == 3
     assert build(tiny_onnx, *options, "*/steam/*") == 1
@@ -317,7 +317,7 @@ def test_images_that_cannot_be_read_are_left_out(tiny_onnx: Path, tmp_path: Path
     assert build(tiny_onnx, "--save_onnx", tmp_path / "m.onnx", "--calib_input", bad) == 1
     assert re.search(r"--calib_input: expected images that can be read, found 1 that cannot, the first of them .*b\.png", error_of(capsys))  # fmt: skip
     assert build(tiny_onnx, "--save_onnx", tmp_path / "m.onnx", "--calib_input", tmp_path / "none") == 1  # fmt: skip
-    assert error_of(capsys).startswith("error: --calib_input: expected an image or a directory")
+    assert error_of(capsys).startswith("error: --calib_input: expected an image or a folder")
 
 
 def test_provider_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,7 +572,7 @@ def test_choice_keeps_the_share_and_takes_most_of_the_error_out(chosen: Path, ti
     types = input_types(onnx.load(path))
     assert len(types["INT8"]) == 121 - count and len(types["FLOAT16"]) == 16 + count
     assert boxes > 50 and scores > 50  # measured 2026-11-29: 65 and 76 of 25 images
-    assert f"stays: {count} x left out" in error
+    assert f"not in INT8: {count} x left out" in error
 
 
 def test_fewer_pairs_than_with_all_in_int8(chosen: Path, calibrated: Path) -> None:

@@ -107,7 +107,7 @@ def test_run_main_in_another_thread() -> None:
 
 
 def test_check_input(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^--x: expected a file of x, found a directory at "):  # fmt: skip
+    with pytest.raises(FileNotFoundError, match=r"^--x: expected a file of x, found a folder at "):  # fmt: skip
         files.check_input(tmp_path, "--x", "a file of x")
     with pytest.raises(FileNotFoundError, match=r"^--x: expected a file of x, found nothing at "):
         files.check_input(tmp_path / "no", "--x", "a file of x")
@@ -123,8 +123,8 @@ def test_check_input(tmp_path: Path) -> None:
         (eval_coco, "-e m.onnx -i in -a no.json", "--annotations: expected COCO annotations"),
         (eval_coco, "--detections no.json -a yes.json", "--detections: expected detections in COCO's results format, such as infer.py's detections.json, found nothing at no.json"),
         (visualize, "--input in --detections in -o out --labels no.txt", "--labels: expected a text file"),
-        (visualize, "--input in --detections in -o out --annotations in", "--annotations: expected COCO annotations, such as instances_val2017.json, found a directory at in"),
-        (visualize, "--input in --detections no -o out", "--detections: expected a directory with TSVs of infer.py, found nothing at no"),
+        (visualize, "--input in --detections in -o out --annotations in", "--annotations: expected COCO annotations, such as instances_val2017.json, found a folder at in"),
+        (visualize, "--input in --detections no -o out", "--detections: expected a folder with TSVs of infer.py, found nothing at no"),
     ],
 )  # fmt: skip
 def test_files_that_are_missing_are_named(

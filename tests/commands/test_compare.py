@@ -371,7 +371,7 @@ def test_errors_name_the_next_step(
         return capsys.readouterr().err.splitlines()[-1]
 
     missing = tmp_path / "none.onnx"
-    assert error_of(tiny_onnx, missing) == f"error: expected a SavedModel, an ONNX file or an engine, found nothing at {missing}"  # fmt: skip
+    assert error_of(tiny_onnx, missing) == f"error: --candidate: expected a SavedModel, an ONNX file or an engine, found nothing at {missing}"  # fmt: skip
     assert "the reference finds nothing of this score in 12 images" in error_of(tiny_onnx, tiny_onnx, "--min_score", 1)  # fmt: skip
     (tmp_path / "text.onnx").write_text("no model")
     assert "expected an ONNX file" in error_of(tiny_onnx, tmp_path / "text.onnx")
@@ -380,7 +380,10 @@ def test_errors_name_the_next_step(
             ["--reference", "a", "--candidate", "b", "--input", "c", "--report", "page.pdf"]
         )
     assert usage.value.code == 2
-    assert "--report: expected a name that ends in .html, got page.pdf" in capsys.readouterr().err
+    assert (
+        "--report: expected a name that ends in .html or .htm, got page.pdf"
+        in capsys.readouterr().err
+    )
 
 
 def write_annotations(path: Path, **changes: Any) -> Path:
@@ -463,7 +466,7 @@ def test_other_files_are_told_from_engines(name: str, start: bytes, what: str, t
     path = tmp_path / name
     path.write_bytes(start)
     assert run(tiny_onnx, path, tmp_path) == (1, {})
-    assert f"error: {path}: expected a SavedModel (a directory), an ONNX file (.onnx) or an engine of build_engine.py, found {what}" in capsys.readouterr().err  # fmt: skip
+    assert f"error: {path}: expected a SavedModel (a folder), an ONNX file (.onnx) or an engine of build_engine.py, found {what}" in capsys.readouterr().err  # fmt: skip
 
 
 def test_images_that_cannot_be_read_are_named(tiny_onnx: Path, tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_contradictions_are_refused(
 def test_bad_sources_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     for option, path, message in (
-        ("--saved_model", tmp_path / "nowhere", "expected a SavedModel directory"),
+        ("--saved_model", tmp_path / "nowhere", "expected a SavedModel folder"),
         ("--source_onnx", tmp_path / "nowhere.onnx", "expected an ONNX file, found nothing"),
         ("--source_onnx", tmp_path / "broken.onnx", "expected an ONNX file, found a text file"),
     ):

@@ -161,7 +161,7 @@ def test_pictures_do_not_overwrite_the_input(toy: Path, tmp_path: Path, capsys: 
     path = image(tmp_path / "in" / "a.png", red=51, green=4, blue=0)
     before = path.read_bytes()
     assert run(toy, path.parent, path.parent) == 1
-    assert "the next run would take the drawings for photographs" in capsys.readouterr().err
+    assert "the next run would read its own drawings" in capsys.readouterr().err
     assert path.read_bytes() == before
 
 
@@ -295,7 +295,7 @@ def test_no_engine_is_an_error(tmp_path: Path, capsys: Any) -> None:
     [
         (["--engine", "m.onnx"], "--input and --output are required"),
         (["--engine", "m.onnx", "--input", "a"], "--input and --output are required"),
-        (["--input", "a", "--output", "b"], "--engine"),
+        (["--input", "a", "--output", "b"], "missing --model FILE|URL"),
         (["--engine", "m", "--benchmark", "--output", "b"], "leave --output out"),
         (["--engine", "m", "--benchmark", "--labels", "b", "--annotations", "c", "--no_images", "--tsv_header", "-t", "0.4"], "leave --labels, --annotations, --no_images, --tsv_header, --score_threshold out"),
         (["--engine", "m", "--benchmark", "--classes", "person"], "leave --classes out"),
@@ -376,7 +376,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
     out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(OSError, match=r"--output: cannot write \S+/detections\.json: File too large; make room, or choose another directory"):  # fmt: skip  # noqa: SIM117
+        with pytest.raises(OSError, match=r"--output: cannot write \S+/detections\.json: File too large; make room, or choose another folder"):  # fmt: skip  # noqa: SIM117
             with writer(out, 300) as results:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
                 for number in range(300):
@@ -394,7 +394,7 @@ def test_an_output_that_is_a_file_is_an_error(toy: Path, tmp_path: Path, capsys:
     (tmp_path / "out").write_text("")
     for output in (tmp_path / "out", tmp_path / "out" / "deep"):
         assert run(toy, tmp_path / "in", output) == 1
-        assert re.search(rf"error: --output: cannot write {output}/detections\.json: (File exists|Not a directory); make room, or choose another directory", capsys.readouterr().err)  # fmt: skip
+        assert f"error: --output: expected a folder, {tmp_path / 'out'} is a file; choose another name\n" in capsys.readouterr().err  # fmt: skip
 
 
 def test_a_slow_disk_holds_the_runtime_back(
@@ -612,7 +612,7 @@ def test_several_inputs_and_globs(toy: Path, tmp_path: Path, capsys: Any) -> Non
 
 def test_a_glob_of_nothing(toy: Path, tmp_path: Path, capsys: Any) -> None:
     assert run(toy, tmp_path / "*.jpg", tmp_path / "out") == 1
-    assert "--input: expected an image or a directory of images, found nothing at" in capsys.readouterr().err  # fmt: skip
+    assert "--input: expected an image or a folder of images, found nothing at" in capsys.readouterr().err  # fmt: skip
 
 
 def test_num_images_are_spread(toy: Path, tmp_path: Path) -> None:
@@ -661,7 +661,7 @@ def test_drawings_are_never_read(toy: Path, tmp_path: Path, capsys: Any, recursi
     options = ["--recursive"] if recursive else []
     assert run(toy, tmp_path / "in", inside, *options) == int(recursive)
     assert run(toy, tmp_path / "in", tmp_path / "in", *options) == 1
-    assert f"choose a folder apart, such as --output {tmp_path / 'in_out'}" in capsys.readouterr().err  # fmt: skip
+    assert f"choose another, such as --output {tmp_path / 'in_out'}" in capsys.readouterr().err  # fmt: skip
     assert run(toy, tmp_path / "in" / "a.jpg", tmp_path / "in") == 1
     assert run(toy, tmp_path / "in", tmp_path / "in", "--no_images") == 0  # nothing is drawn
 

@@ -319,12 +319,22 @@ def test_main_skips_images_without_a_tsv(
     assert visualize.main(case["arguments"]) == 1
 
 
+def test_labels_of_another_length_are_named(
+    case: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (case["tsvs"] / "labels.txt").write_text("one\ntwo\nthree\n")
+    (case["tsvs"].parent / "two.txt").write_text("one\ntwo\n")
+    arguments = [*case["arguments"], "--labels", str(case["tsvs"].parent / "two.txt")]
+    assert visualize.main(arguments) == 0
+    assert "--labels has 2 names, the model 3" in capsys.readouterr().err
+
+
 def test_main_does_not_overwrite_its_input(
     case: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*case["arguments"][:-1], str(case["photos"])]
     assert visualize.main(arguments) == 1
-    assert "the next run would take the drawings for photographs" in capsys.readouterr().err
+    assert "the next run would read its own drawings" in capsys.readouterr().err
     assert (load_image(case["photos"] / "a.png") == GREY).all()
 
 

@@ -721,7 +721,7 @@ def test_main_does_not_overwrite_its_input(
     before = path.read_bytes()
     arguments = ["--size", "16,16", "--input", str(tmp_path), "--output", str(tmp_path)]
     assert image_batcher.main(arguments) == 1
-    assert "the next run would take the drawings for photographs" in capsys.readouterr().err
+    assert "the next run would read its own drawings" in capsys.readouterr().err
     assert path.read_bytes() == before
 
 

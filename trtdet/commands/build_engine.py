@@ -3,15 +3,19 @@
 
   build_engine.py --model d0.onnx --engine d0.engine --precision fp16 --batch_size 1:4:8
 
-writes d0.engine, which trtexec, Triton and DeepStream load too, and d0.engine.json, which tells infer.py and eval_coco.py what it
-is. TensorRT-RTX builds without a GPU. With --save_onnx, what TensorRT is given is written as an ONNX file, precision included:
-it runs in ONNX Runtime (BF16 not on a CPU), and on a Jetson `trtexec --onnx=FILE --stronglyTyped --saveEngine=d0.engine` builds the same engine
-without Python.
+writes d0.engine, which trtexec, Triton and DeepStream load too, and d0.engine.json, which tells
+infer.py and eval_coco.py about it. TensorRT-RTX builds without a GPU.
 
-  build_engine.py --model d0.onnx --engine d0.engine --precision int8 --calib_input photos --calib_cache d0.cache
+  build_engine.py --model d0.onnx --engine d0.engine --precision int8 \\
+      --calib_input photos --calib_cache d0.cache
 
-measures the activations once, in ONNX Runtime, and puts convolutions in INT8 (QuantizeLinear/DequantizeLinear pairs), the rest in
-FP16. docs/int8.md says what it costs. --precision fp8 does the same in FP8, for GPUs from Ada (8.9) on.
+measures the activations in ONNX Runtime and puts convolutions in INT8 (with QuantizeLinear and
+DequantizeLinear nodes) and the rest in FP16. docs/int8.md says what it costs. --precision fp8 does
+the same in FP8, for GPUs from Ada (8.9) on.
+
+--save_onnx writes the ONNX file that TensorRT gets, precision included. It runs in ONNX Runtime
+(BF16 not on a CPU). On a Jetson without Python, trtexec builds the same engine from it:
+`trtexec --onnx=FILE --stronglyTyped --saveEngine=d0.engine`.
 """
 
 from __future__ import annotations
@@ -80,8 +84,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(parser, "--model onnx", "--onnx", "-o", required=True, dest="onnx")
     # fmt: off
     parser.add_argument("--engine", "--output", "-e", dest="engine", type=Path, metavar="FILE", help="write the engine to this file, and FILE.json beside it (default: none, see --save_onnx)")
-    parser.add_argument("--precision", "-p", default="fp16", choices=PRECISIONS, help="of the network; preprocessing, box decoding and NMS are always float32 (default: fp16)")
-    parser.add_argument("--rest_precision", dest="rest", default="fp16", choices=RESTS, help="with int8 and fp8, of what is not in 8 bits (default: %(default)s)")
+    parser.add_argument("--precision", "-p", default="fp16", choices=PRECISIONS, help="precision of the network; preprocessing, box decoding and NMS are always float32 (default: fp16)")
+    parser.add_argument("--rest_precision", dest="rest", default="fp16", choices=RESTS, help="with int8 and fp8: precision of the layers that are not in 8 bits (default: %(default)s)")
     # fmt: on
     add(parser, "--batch_size range", "-b")
     # fmt: off
@@ -89,11 +93,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # fmt: on
     add(parser, "--size range")
     # fmt: off
-    parser.add_argument("--save_onnx", type=Path, metavar="FILE", help="write the ONNX model with its precision applied; without --engine, that is all (default: none; needs no TensorRT)")
-    parser.add_argument("--fp16_check_input", type=Path, metavar="PATH", help="images to check on whether FP16 holds the activations (default: a photograph that comes with this)")
-    keep = parser.add_argument_group("what stays out of it", "PATTERN is of names of nodes in the ONNX file, for int8 and fp8 of convolutions, such as '*/stem/*'; each option may be given several times")
-    keep.add_argument("--keep_fp16", nargs="+", action="extend", default=[], metavar="PATTERN", help="these stay in FP16 rather than int8 or fp8 (default: those that the ONNX file names as sensitive, which stay in any case)")
-    keep.add_argument("--keep_fp32", nargs="+", action="extend", default=[], metavar="PATTERN", help="these stay float32 (default: none)")
+    parser.add_argument("--save_onnx", type=Path, metavar="FILE", help="write the ONNX model with its precision applied; without --engine nothing else is written, and TensorRT is not needed (default: none)")
+    parser.add_argument("--fp16_check_input", type=Path, metavar="PATH", help="images on which to check that activations fit in FP16 (default: a photograph of the package)")
+    keep = parser.add_argument_group("layers that keep a higher precision", "PATTERN matches names of nodes in the ONNX file, such as '*/stem/*'; with int8 and fp8, of convolutions. Each option may be given several times.")
+    keep.add_argument("--keep_fp16", nargs="+", action="extend", default=[], metavar="PATTERN", help="keep these in FP16 with int8 or fp8 (default: those that the ONNX file marks as sensitive; they are always kept)")
+    keep.add_argument("--keep_fp32", nargs="+", action="extend", default=[], metavar="PATTERN", help="keep these in float32 (default: none)")
     # fmt: on
     add(keep, "--precision_json")
     int8 = parser.add_argument_group("INT8 and FP8")
@@ -102,15 +106,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     int8.add_argument("--weak_typing", action="store_true", help="INT8 through TensorRT's calibrator, and FP16 by flag (TensorRT to 10; always with --dla_core)")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--flavor", choices=list(FLAVORS), help="which TensorRT builds it (default: the first of these that is installed)")
-    where.add_argument("--compute_capability", type=lambda text: tuple(text.split(",")), default=(), metavar="8.9[,12.0]", help="GPUs that TensorRT-RTX builds for, which need not be here (default: all from 8.0 on)")
-    where.add_argument("--dla_core", type=int, metavar="N", help="build for this DLA core of a Jetson; the GPU does what it cannot (default: none)")
+    where.add_argument("--compute_capability", type=lambda text: tuple(text.split(",")), default=(), metavar="8.9[,12.0]", help="GPUs that TensorRT-RTX builds for; none has to be in this machine (default: all from 8.0 on)")
+    where.add_argument("--dla_core", type=int, metavar="N", help="build for this DLA core of a Jetson; the GPU runs the layers that it cannot (default: none)")
     where.add_argument("--version_compatible", action="store_true", help="the engine runs on later releases of TensorRT too")
     where.add_argument("--hardware_compatible", action="store_true", help="the engine runs on every GPU from Ampere on")
-    where.add_argument("--strip", action="store_true", help="leave the weights out; refitting them from the ONNX file is the application's, infer.py does not")
+    where.add_argument("--strip", action="store_true", help="leave the weights out; your application refits them from the ONNX file, infer.py cannot")
     how = parser.add_argument_group("how it is built")
     how.add_argument("--workspace", "-w", type=parse_gib, metavar="GIB", help="scratch memory that a layer may use, in GiB (default: the GPU's memory)")
-    how.add_argument("--timing_cache", type=Path, metavar="FILE", help="reuse the timings in this file, and keep new ones there: later builds are faster (default: none)")
-    how.add_argument("--optimization_level", type=int, choices=range(6), metavar="0..5", help="from a fast build to a fast engine (default: TensorRT's, 3)")
+    how.add_argument("--timing_cache", type=Path, metavar="FILE", help="reuse the timings in this file and add new ones: later builds are faster (default: none)")
+    how.add_argument("--optimization_level", type=int, choices=range(6), metavar="0..5", help="0 builds fastest, 5 gives the fastest engine (default: TensorRT's, 3)")
     # fmt: on
     add(how, "--plugins")
     add_verbose(parser)

@@ -19,7 +19,7 @@ from trtdet import about
 from trtdet.commands.habits import HABITS
 from trtdet.doctor.packages import requirement_file
 from trtdet.errors import DOCTOR, EngineError, GraphError
-from trtdet.files import printable
+from trtdet.files import message_of, printable
 from trtdet.terminal import PROJECT
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 #: Errors that are the user's to fix: one line on stderr, exit status 1.
 USER_ERRORS = (GraphError, EngineError, ValueError, OSError)
+
+#: What engines are usually called.
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 
 #: Exit status of a run that is done but for some images that could not be read.
 SOME_SKIPPED = 3
@@ -104,16 +107,6 @@ def _missing(error: ModuleNotFoundError) -> str | None:
     )
 
 
-def message_of(error: BaseException) -> str:
-    """An error in one line, the operating system's with the file first and without its number."""
-    text = str(error)
-    if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        reason = error.strerror[0].lower() + error.strerror[1:]
-        text = f"{error.filename}: {reason}" if error.filename else reason
-    text = re.sub(r"\[Errno -?\d+\] ", "", text)
-    return printable(" ".join(text.split())) or type(error).__name__
-
-
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[threading.Event]:
     """Let SIGTERM do what Ctrl-C does: by itself it ends the process where it stands, with temporary files left behind.
@@ -163,7 +156,7 @@ def parse_given(
 # ---- the command line
 
 #: Where the help texts start, and where lines end on a wide terminal.
-HELP_COLUMN, HELP_WIDTH = 28, 120
+HELP_COLUMN, HELP_WIDTH = 28, 102
 #: How alike two names must be for one to be taken for the other; 1 is equal.
 LIKENESS = 0.6
 
@@ -199,6 +192,7 @@ class ArgumentParser(argparse.ArgumentParser):
         keywords.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, **keywords)
         self._commands: argparse._SubParsersAction[ArgumentParser] | None = None
+        self._pairs: list[str] = []  # words such as model=FILE
         self.add_argument("--version", action="version", version=f"trtdet {about.__version__}", help="print the version and exit")  # fmt: skip
 
     def add_subparsers(self, **keywords: Any) -> Any:
@@ -207,6 +201,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
+        self._pairs = [word for word in words if re.match(r"[a-z_]+=", word)]
         unknown = [word for word in self._own_words(words) if not self._is_known(word)]
         if unknown:
             names = dict.fromkeys(word.partition("=")[0] for word in unknown)
@@ -270,7 +265,19 @@ class ArgumentParser(argparse.ArgumentParser):
         return f"that is {other}" if ".py" in other.split(" ")[0] else other or f"{self.prog} --help lists all"  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
+        head, _, missing = message.partition("the following arguments are required: ")
+        if missing and not head:
+            message = self._missing(missing)
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
+
+    def _missing(self, names: str) -> str:
+        """What to add to the command line, in the form that it takes there."""
+        if self._commands is not None and names == self._commands.metavar:
+            return f"give a command: {', '.join(self._commands.choices)}"
+        actions = {"/".join(a.option_strings): a for a in self._actions}
+        known = [actions[name] for name in names.split(", ") if name in actions]
+        advice = f"; write --NAME VALUE, not {self._pairs[0]}" if self._pairs else ""
+        return "missing " + (", ".join(map(_usage_of, known)) or names) + advice
 
     def format_usage(self) -> str:
         """One line: what is required, and that there is more."""

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare two forms of a detector: what is right, and what was made of it. Anyone can check a conversion or a precision with it.
+"""Compare two forms of a detector, such as a trained model and its ONNX file, or FP32 and INT8.
 
   compare.py --reference efficientdet-d0 --candidate d0.onnx --input photos --report report.html
-  compare.py --reference d0.onnx --candidate d0_int8.onnx --input val2017 --annotations instances_val2017.json
+  compare.py --reference d0.onnx --candidate d0_int8.onnx --input val2017 \\
+      --annotations instances_val2017.json
   compare.py --reference d0.onnx --candidate d0.engine --input photos --json summary.json
 
-Each is a SavedModel, an ONNX file as it was trained, an ONNX file of create_onnx.py or `build_engine.py --save_onnx`, or an engine.
+Each model is a SavedModel, an ONNX file as it was trained, an ONNX file of create_onnx.py or of
+`build_engine.py --save_onnx`, or an engine.
 
-  tensors     of the same name, where both are graphs: largest and mean difference, cosine, SQNR; on a CPU FP16 and BF16
-              files are computed as a GPU does, every result rounded
-  detections  paired by overlap and category: missing, extra, other class, differences of score and box
+  tensors     of the same name, if neither model is an engine: largest and mean difference,
+              cosine, SQNR; on a CPU, FP16 and BF16 files are computed with every result rounded,
+              as a GPU does
+  detections  paired by overlap and category: missing, extra, other class, differences of score
+              and box
   AP          of both, with --annotations
 
-A model as it was trained does its own preprocessing here. Its boxes go through the hard NMS that create_onnx.py reads from it, so that
-soft NMS, which TensorRT lacks, is no difference; with --own_nms they are what the model itself puts out. What its file cannot say is taken
-from the other model: --resize_mode, --rotated_nms, --size and --preprocessor of create_onnx.py.
+A model as it was trained does its own preprocessing. Its boxes go through the hard NMS that
+create_onnx.py would give it, because TensorRT has no soft NMS; --own_nms takes the detections of
+the model itself. Settings that its file does not contain come from the other model: --resize_mode,
+--rotated_nms, --size and --preprocessor of create_onnx.py.
 
-Exit status: 0 within all limits; 1 a limit is broken (one line each on stderr), or an error; 2 wrong usage; 3 within the limits, but
-some images could not be read.
+Exit status: 0 within all limits; 1 a limit is exceeded (one line each on stderr), or an error;
+2 wrong usage; 3 within the limits, but some images could not be read.
 """
 
 from __future__ import annotations
@@ -100,23 +105,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     limits = Limits()
     # fmt: off
-    parser.add_argument("--reference", type=Path, required=True, metavar="MODEL", help="what is right: a SavedModel folder, an ONNX file or an engine")
-    parser.add_argument("--candidate", type=Path, required=True, metavar="MODEL", help="what is compared with it, of the same kinds")
+    parser.add_argument("--reference", type=Path, required=True, metavar="MODEL", help="the model taken as correct: a SavedModel folder, an ONNX file or an engine")
+    parser.add_argument("--candidate", type=Path, required=True, metavar="MODEL", help="the model compared with it, of the same kinds")
     # fmt: on
     add(parser, "--input", required=True)
     add(parser, "--annotations", note="AP is compared too")
     add_several(parser, "--json", "--report")
     what = parser.add_argument_group("what is compared")
     # fmt: off
-    what.add_argument("--min_score", type=unit_interval, default=MIN_SCORE, metavar="SCORE", help="detections from this score on need a partner in the other model (default: %(default)s)")
+    what.add_argument("--min_score", type=unit_interval, default=MIN_SCORE, metavar="SCORE", help="detections of at least this score must be in the other model too (default: %(default)s)")
     what.add_argument("--min_iou", type=positive_unit_interval, default=0.5, metavar="IOU", help="overlap from which two boxes are the same object (default: %(default)s)")
     # fmt: on
     add_several(what, "--num_images", "--recursive")
     # fmt: off
-    what.add_argument("--tensor_images", type=non_negative_int, default=TENSOR_IMAGES, metavar="N", help="compare tensors on so many of the images (default: %(default)s; 0: none)")
-    what.add_argument("--own_nms", action="store_true", help="of an AutoML model as it was trained: the detections it puts out itself, by its own, often soft, NMS")
-    what.add_argument("--worst", type=positive_int, default=WORST_IMAGES, metavar="N", help="images that the report shows, those that differ most (default: %(default)s)")
-    limit = parser.add_argument_group("limits", "Exit status 1 if one is exceeded. Shares are of the reference's detections; differences hold for 95 % of the pairs. The defaults are for FP16; docs/parity.md has limits for INT8.")
+    what.add_argument("--tensor_images", type=non_negative_int, default=TENSOR_IMAGES, metavar="N", help="compare tensors on this many images (default: %(default)s; 0: none)")
+    what.add_argument("--own_nms", action="store_true", help="for an AutoML model as it was trained: take its own detections, with its own, often soft, NMS")
+    what.add_argument("--worst", type=positive_int, default=WORST_IMAGES, metavar="N", help="show this many images in the report, those that differ most first (default: %(default)s)")
+    limit = parser.add_argument_group("limits", "Exit status 1 if one is exceeded. Shares are shares of the reference's detections. 95 % of the pairs must stay within a limit of a difference. The defaults are for FP16; docs/parity.md has limits for INT8.")
     limit.add_argument("--max_missing", type=unit_interval, default=limits.max_missing, metavar="SHARE", help="detections that the candidate does not have (default: %(default)s)")
     limit.add_argument("--max_extra", type=non_negative, default=limits.max_extra, metavar="SHARE", help="detections that only the candidate has (default: %(default)s)")
     limit.add_argument("--max_flips", type=unit_interval, default=limits.max_flips, metavar="SHARE", help="detections of another class (default: %(default)s)")

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a trained detector to an ONNX file that ends in EfficientNMS, ready for build_engine.py, trtexec or infer.py.
+"""Convert a trained detector to an ONNX file that ends in NMS, for build_engine.py or infer.py.
 
   create_onnx.py --saved_model efficientdet-d0 --onnx d0.onnx
+  create_onnx.py --source_onnx yolo.onnx --onnx yolo_nms.onnx
 
-Input size, normalisation, anchors, classes and NMS are read from the model; options override. The result is compared with the
-source, on a photograph, before it is written: the exit status is 1 when it differs.
+Input size, normalisation, anchors, classes and NMS are read from the model; options override them.
+The result is compared with the source on a photograph before it is written. If they differ, nothing
+is written and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -76,39 +78,39 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--onnx", "--output", "-o", dest="onnx", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--family", default="auto", choices=["auto", *FAMILIES], help="kind of detector (default: auto, it is detected)")
     shape = parser.add_argument_group("input")
-    shape.add_argument("--input_shape", type=parse_input_shape, metavar="N,H,W,3|N,3,H,W", help="batch, size and layout; N or -1 for a dynamic batch; -1,-1 for H,W: a dynamic size, where the model has that (default: dynamic batch, the model's size, NHWC)")
+    shape.add_argument("--input_shape", type=parse_input_shape, metavar="N,H,W,3|N,3,H,W", help="batch, size and layout; N or -1 for a dynamic batch; -1,-1 for H,W: a dynamic size, if the model allows it (default: dynamic batch, the model's size, NHWC)")
     # fmt: on
     add(
         shape,
         "--size",
         "--input_size",
         "-i",
-        note="it can only confirm the size of another",
+        note="a fixed size cannot be changed",
         dest="input_size",
     )
     # fmt: off
-    shape.add_argument("--input_format", "-f", choices=["NHWC", "NCHW"], help="the layout alone (default: NHWC)")
+    shape.add_argument("--input_format", "-f", choices=["NHWC", "NCHW"], help="the layout, without a shape (default: NHWC)")
     shape.add_argument("--input_dtype", choices=["float32", "uint8"], help="uint8 moves a quarter of the bytes (default: as the model's own code resizes: uint8 for YOLO, else float32)")
-    shape.add_argument("--preprocessor", "-p", choices=sorted(PREPROCESSORS), help="normalise like this, whatever the model says; unit: RGB 0 to 1 (default: as the model)")
-    shape.add_argument("--resize_mode", choices=["letterbox", "stretch"], help="keep the aspect of images or not (default: as the model was trained)")
+    shape.add_argument("--preprocessor", "-p", choices=sorted(PREPROCESSORS), help="normalisation, in place of the model's own; unit: RGB from 0 to 1 (default: the model's)")
+    shape.add_argument("--resize_mode", choices=["letterbox", "stretch"], help="keep the aspect ratio of images or not (default: as the model was trained)")
     # fmt: on
     detections = parser.add_argument_group("detections")
     add(detections, "--score_threshold", "--nms_threshold", "-t")
     add(detections, "--iou_threshold")
     add(detections, "--max_detections", "--nms_detections", "-d")
     # fmt: off
-    detections.add_argument("--nms_mode", default="model", choices=["model", "per_class", "class_agnostic"], help="which boxes compete (default: model, as it was trained)")
+    detections.add_argument("--nms_mode", default="model", choices=["model", "per_class", "class_agnostic"], help="whether boxes of different classes suppress each other (default: model, as it was trained)")
     detections.add_argument("--nms", default="plugin", choices=["plugin", "onnx", "graph", "none"], help="EfficientNMS_TRT, ONNX NonMaxSuppression, ordinary operators, or no NMS (default: plugin; later stages replace it where it is missing)")
     detections.add_argument("--legacy_plugins", action="store_true", help="BatchedNMS_TRT instead, for TensorRT before 8")
     # fmt: on
     add(detections, "--labels", note="they are stored in the ONNX file")
     # fmt: off
-    detections.add_argument("--rotated_nms", choices=["exact", "odtk", "probiou"], help="overlap of rotated boxes: of their true outlines, as ODTK's own kernel computes it, or as Ultralytics does (default: probiou for YOLO, else exact)")
+    detections.add_argument("--rotated_nms", choices=["exact", "odtk", "probiou"], help="how the overlap of rotated boxes is computed: exactly, as ODTK's kernel does, or as Ultralytics does (default: probiou for YOLO, else exact)")
     other = parser.add_argument_group("other")
     other.add_argument("--opset", type=int, choices=range(11, 19), metavar="11..18", help="ONNX opset (default: 17, or 11 with --legacy_plugins; an ONNX source keeps its own if that is at least 13)")
     other.add_argument("--tf2onnx", type=Path, metavar="FILE", help="keep the raw conversion of the network in this file (default: it is not kept)")
     other.add_argument("--deformable_attention", choices=["keep", "plugin", "gather"], help="GridSample as it is, as MultiscaleDeformableAttnPlugin_TRT, or in ordinary operators (default: gather)")
-    other.add_argument("--map_op", type=parse_mapping, action="append", default=[], metavar="OP=PLUGIN[:VERSION]", help="replace a custom operator of an ONNX source by a TensorRT plugin; may be repeated. ONNX Runtime does not know plugins: takes --no_verify (default: none)")
+    other.add_argument("--map_op", type=parse_mapping, action="append", default=[], metavar="OP=PLUGIN[:VERSION]", help="replace a custom operator of an ONNX source by a TensorRT plugin; may be repeated; needs --no_verify, as ONNX Runtime cannot run plugins (default: none)")
     other.add_argument("--no_verify", action="store_true", help="write without comparing with the source")
     # fmt: on
     add_verbose(parser)
@@ -118,6 +120,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     names_size = args.input_shape and args.input_shape[1]
     if args.input_shape and (args.input_format or (names_size and args.input_size)):
         parser.error("--input_shape says size and layout; leave out --size and --input_format")
+    if args.onnx.suffix.lower() in cli.ENGINE_SUFFIXES:
+        parser.error(f"--onnx: an ONNX file, not an engine; write {args.onnx.with_suffix('.onnx')}, then build_engine.py --engine {args.onnx}")  # fmt: skip
     if args.map_op and not args.source_onnx:
         parser.error("--map_op edits an ONNX file; give --source_onnx")
     if args.map_op and not args.no_verify:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On from an engine: a model repository for Triton, a folder for DeepStream, a line for trtexec. docs/deploy.md has the traps.
+"""Deploy a model: a model repository for Triton, a folder for DeepStream, or the trtexec command.
 
   deploy.py triton --model d0.engine --output models --name d0 --ensemble
   deploy.py deepstream --model d0.engine --output d0_deepstream
@@ -7,8 +7,9 @@
   deploy.py check --output models
   deploy.py pad_color --model d0.onnx --output d0_black.onnx
 
-Shapes, types, batch sizes, classes and preprocessing come from the engine's .json and the ONNX file's metadata. What is written is
-checked as it stands; `check` does that again, for files that were edited.
+Shapes, types, batch sizes, classes and preprocessing come from the engine's .json and the ONNX
+file's metadata. What is written is checked at once; `check` checks it again after you edited it.
+docs/deploy.md lists the pitfalls.
 """
 
 import argparse

@@ -52,11 +52,11 @@ def parse_args(description: str, argv: Sequence[str] | None) -> argparse.Namespa
     add_triton_options(triton)
     deepstream = command("deepstream", "write a folder for DeepStream, and print the commands that run it")  # fmt: skip
     add_deepstream_options(deepstream)
-    trtexec = command("trtexec", "print trtexec's line for a model, run it, or show what it measured as infer.py --benchmark does")  # fmt: skip
+    trtexec = command("trtexec", "print the trtexec command for a model, run it, or show its results like infer.py --benchmark")  # fmt: skip
     add_trtexec_options(trtexec)
     check_ = command("check", "check a model repository, or a folder for DeepStream")
-    add(check_, "--output", required=True, note="here the one that was written, and perhaps edited")
-    pad = command("pad_color", "make an ONNX file take frames padded with black, as DeepStream pads them")  # fmt: skip
+    add(check_, "--output written", required=True)
+    pad = command("pad_color", "make an ONNX file accept frames padded with black, as DeepStream pads")  # fmt: skip
     add(pad, "--model onnx", "--onnx", required=True)
     add(pad, "--output file", "-o", required=True)
     args = parser.parse_args(argv)
@@ -128,7 +128,7 @@ def add_trtexec_options(to: ArgumentParser) -> None:
     # fmt: off
     what.add_argument("--parse_times", type=Path, metavar="FILE", help="show a file of trtexec --exportTimes (default: none)")
     what.add_argument("--parse_log", type=Path, metavar="FILE", help="show a log of trtexec (default: none)")
-    to.add_argument("--tensorrt_version", type=parse_trt_version, metavar="10.13", help="print the line for this TensorRT (default: the installed trtexec's)")
+    to.add_argument("--tensorrt_version", type=parse_trt_version, metavar="10.13", help="print the command for this TensorRT (default: the installed trtexec's)")
     to.add_argument("--run", action="store_true", help="run it too, and show the table")
     # fmt: on
     add(to, "--batch_size", note="with --parse_log what its --shapes says")

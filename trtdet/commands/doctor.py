@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is this machine ready: what works here, what is missing, and the command that brings it.
+"""Check this machine: what works, what is missing, and the command that installs it.
 
     trtdet doctor
     python -m trtdet doctor --json doctor.json
 
-Nothing is changed. It needs nothing but Python; packages are imported in processes of their own, to see whether they work. TensorFlow takes
-the most time, some seconds.
+Nothing is changed. It needs only Python: packages are imported in separate processes to see whether
+they work. This takes some seconds, most of them for TensorFlow.
 
-The JSON file has the same facts for a bug report. It names no host and no user; folders in the home folder begin with ~.
+The JSON file has the same facts for a bug report. It names no host and no user; paths in the home
+folder begin with ~.
 
 Exit status: 0 an ONNX file can be converted, run and evaluated; 1 it cannot; 2 wrong usage.
 """

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a detector with COCO's metric: run it over the annotated images of a directory and print its mAP.
+"""Measure mAP with COCO's metric: run a detector over annotated images, or read its detections.
 
-    eval_coco.py --model model.engine --input val2017 --annotations instances_val2017.json --json metrics.json
+    eval_coco.py --model model.engine --input val2017 --annotations instances_val2017.json
     eval_coco.py --detections detections.json --annotations instances_val2017.json
 
-The metric is pycocotools' over ALL images that are both in the directory and in the annotation file, those without any detection
-included. Images are found by the annotation file's file_name. --detections FILE keeps the detections in COCO's results format;
-without --model such a file is evaluated instead (of infer.py, or of any other program): over the images in --input where that
-is given, else over all images of the annotation file.
+The metric is pycocotools', over ALL images that are both in --input and in the annotation file,
+also those without a detection. Images are found by file_name in the annotation file.
 
-An mAP needs the detections of low score too: convert with create_onnx.py --score_threshold 0.001.
+--detections FILE with --model writes the detections, in COCO's results format. Without --model it
+evaluates that file, of infer.py or any other program: over the images in --input if that is given,
+else over all images of the annotation file.
 
-Exit status: 0 done; 1 an error, or no image could be read; 2 wrong usage; 3 done, but some images could not be read (each is
-named on stderr; all their objects count as missed).
+mAP needs detections of low score too: convert with create_onnx.py --score_threshold 0.001.
+
+Exit status: 0 done; 1 an error, or no image could be read; 2 wrong usage; 3 done, but some images
+could not be read (each is named on stderr; all their objects count as missed).
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 
     image_batcher.py --model model.onnx --input photos --output seen
 
-writes one PNG per image, the pixels that the network gets (rounded, where it takes floats), and prints how each image was scaled.
+writes one PNG per image with the pixels that the network gets (rounded, if it takes floats), and
+prints how each image was scaled.
 
-Exit status: 0 every image is shown; 1 an error; 2 wrong usage; 3 done, but some images could not be read.
+Exit status: 0 every image is shown; 1 an error; 2 wrong usage; 3 done, but some images could not be
+read.
 """
 
 from __future__ import annotations

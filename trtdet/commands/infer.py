@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find objects in images: one picture and one TSV per image, and detections.json.
+"""Find objects in images: one picture and one TSV file per image, and detections.json.
 
     infer.py --model model.engine --input photos --output found
     infer.py --model model.onnx --input photo.jpg --output found --score_threshold 0.4
@@ -7,37 +7,43 @@
     infer.py --model grpc://localhost:8001/model --input photos --output found
     infer.py --model model.engine --input photos --output found --ray local
 
-The output directory gets, for photos/a.jpg:
+For photos/a.jpg, the output folder gets:
 
-    a.png            the image with its detections drawn in, from --draw_threshold on
+    a.png            the image with its detections, those of at least --draw_threshold
     a.tsv            one line per detection, tab separated: xmin ymin xmax ymax score class;
-                     pixels of the source image, class counted from 0
-    detections.json  all images, COCO results format. image_id is the number in the file name where
-                     every file name is a different number (as COCO's are), else the file name; with
-                     --annotations it is the id that file gives the image.
-    labels.txt       the class names, one per line, where there are any; visualize.py reads them
+                     in pixels of the source image, class counted from 0
+    detections.json  all images, in COCO's results format. image_id is the number in the file
+                     name if each file name has a different number (as COCO's have), else the
+                     file name; with --annotations it is the id in that file.
+    labels.txt       the class names, one per line, if the model has any; for visualize.py
 
---ray shares the images among the workers of a Ray cluster, one per GPU, or per core (--threads) for an ONNX file. The outputs are the same,
-but for the pictures, and detections.parquet has one row per image. A run that was broken off goes on where it was when it is started again.
+--ray splits the images over the workers of a Ray cluster: one per GPU, or for an ONNX file one per
+core (--threads). It writes no pictures, and also detections.parquet with one row per image. An
+interrupted run continues when it is started again.
 
-Memory does not grow with the number of images. Decoded images, height x width x 3 bytes each, are held one per core; to draw pictures on also
-those of the batches ahead (two, or two images per core) and in flight (three per GPU), and four per core that wait for the disk: for 16 cores, batches
-of 8 and photographs of 12 megapixels 5 GB. --no_images does without them, and --batch_size and --workers make them fewer.
+Memory does not grow with the number of images. It holds decoded images of height x width x 3 bytes:
+one per core and, to draw pictures, also those of the batches that are ready (two, or two images per
+core) or running (three per GPU), and four per core that wait for the disk. With 16 cores, batches
+of 8 and photographs of 12 megapixels that is 5 GB. --no_images, or a smaller --batch_size or
+--workers, needs less.
 
-A JPEG that ends too early counts as one that cannot be read. One that is damaged in the middle does not: libjpeg decodes it with wrong pixels from there on,
-and says so on stderr ("Corrupt JPEG data") without the name of the file.
+A JPEG that ends too early is reported as unreadable. One that is damaged in the middle is not:
+libjpeg decodes it with wrong pixels and prints "Corrupt JPEG data" on stderr, without the name.
 
-Boxes are cut to the image. One that lies outside altogether, in the padding, is left without width or height; it is kept, as COCO's
-metric counts it too.
+Boxes are clipped to the image. A box that lies wholly outside, in the padding, has no width or no
+height after that; it is kept, because COCO's metric counts it too.
 
---benchmark reports what trtexec's performance summary reports, under the same names: throughput; minimum, maximum, mean, median and
-percentiles of latency (copy in + compute + copy out), enqueue time, H2D, GPU compute and D2H. trtexec's numbers for the same are those of
+--benchmark reports the figures of trtexec's performance summary, under the same names: throughput;
+minimum, maximum, mean, median and percentiles of latency (copy in + compute + copy out); enqueue
+time, H2D, GPU compute and D2H. To get the same from trtexec 8.6 to 10:
 
-    trtexec --loadEngine=model.engine --shapes=INPUT:8x512x512x3 --iterations=200 --duration=0 --useCudaGraph
+    trtexec --loadEngine=model.engine --shapes=INPUT:8x512x512x3 --iterations=200 --duration=0 \\
+        --useCudaGraph
 
-with TensorRT 8.6 to 10, and with --includeDataTransfers --noSpinWait instead of --useCudaGraph from 11 on; for the latencies with --exposeDMA
-too, as here they are taken in a pass of their own, one batch after the other. With several GPUs, throughput is that of all together,
-latencies and times are those of the first. "End to end from files" adds decoding and resizing.
+From 11 on, write --includeDataTransfers --noSpinWait in place of --useCudaGraph. Add --exposeDMA
+for the latencies: they are measured here in a separate pass, one batch after another. With several
+GPUs, throughput is that of all GPUs together, and all other figures are those of the first. "End to
+end from files" includes decoding and resizing.
 
 Exit status: 0 every image is done; 1 an error, or no image could be read; 2 wrong usage;
 3 done, but some images could not be read (each is named on stderr).
@@ -95,12 +101,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # fmt: off
     parser.add_argument("--no_images", action="store_true", help="write no pictures")
     parser.add_argument("--tsv_header", action="store_true", help="TSVs get a first line with the column names and a seventh column with the label")
-    parser.add_argument("--benchmark", type=positive_int, nargs="?", const=200, metavar="ITERATIONS", help="measure so many batches after a warm-up, in trtexec's terms (above), and write nothing; with --input from files too, decoding included, else on noise (default: off; 200 without a number)")
+    parser.add_argument("--benchmark", type=positive_int, nargs="?", const=200, metavar="ITERATIONS", help="measure this many batches after a warm-up, in trtexec's terms (above), and write no results; with --input also end to end from files (default: off; 200 without a number)")
     # fmt: on
     add(parser, "--json", note="goes with --benchmark")
     # fmt: off
-    parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or on one that is started here ('local'); every machine must see model, images and this program under the same paths (default: none)")
-    parser.add_argument("--ray_workers", type=positive_int, metavar="N", help="with --ray: so many workers (default: what fits)")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or start one here ('local'); every machine must see model, images and this program under the same paths (default: none)")
+    parser.add_argument("--ray_workers", type=positive_int, metavar="N", help="with --ray: number of workers (default: what fits)")
     # fmt: on
     add_run_options(parser)
     args = parse_run_args(parser, argv)
@@ -214,7 +220,7 @@ def name_outputs(
         naming.check_apart(output, names, source, recursive=options.recursive)
     if others := naming.left_over(output, names.values()):
         logger.warning(
-            "%s has results of %d other images, from an earlier run: they stay", output, others
+            "%s has results of %d other images, from an earlier run; they are kept", output, others
         )
     return names
 

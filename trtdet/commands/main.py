@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every stage as a command of an installed package: trtdet STAGE ..., with the options of the scripts.
+"""All stages under one command. Each has the options of the script of its name.
 
 trtdet create_onnx --saved_model efficientdet-d0 --onnx d0.onnx
-trtdet build_engine --onnx d0.onnx --engine d0.engine
-trtdet infer --engine d0.engine --input photos --output found
+trtdet build_engine --model d0.onnx --engine d0.engine
+trtdet infer --model d0.engine --input photos --output found
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from trtdet.commands import cli
 
 #: Stage -> what it does. Each is a module of this package, imported when it is called.
 STAGES = {
-    "create_onnx": "a trained model to an ONNX file that ends in NMS",
-    "build_engine": "that ONNX file to a TensorRT engine",
-    "infer": "an engine or ONNX file and images to pictures and TSV files",
-    "eval_coco": "an engine or ONNX file and COCO annotations to mAP",
-    "compare": "two forms of a model to a report of what differs",
-    "tune_precision": "the convolutions that INT8 must leave out",
-    "deploy": "an engine to Triton, DeepStream or trtexec",
-    "image_batcher": "what the network sees of an image",
-    "visualize": "pictures of existing TSV files",
-    "doctor": "what works on this machine, and what is missing",
+    "create_onnx": "convert a trained model to an ONNX file that ends in NMS",
+    "build_engine": "build a TensorRT engine from that ONNX file",
+    "infer": "find objects in images: pictures and TSV files",
+    "eval_coco": "measure mAP on images with COCO annotations",
+    "compare": "compare two forms of a model, such as FP32 and INT8",
+    "tune_precision": "find the convolutions that must stay in FP16 with INT8",
+    "deploy": "write files for Triton or DeepStream, or the trtexec command",
+    "image_batcher": "show images as the network gets them",
+    "visualize": "draw existing TSV files into pictures",
+    "doctor": "check what works on this machine, and what is missing",
 }
 
 

@@ -65,14 +65,15 @@ SHARED = {
     "--input": _row("--input", "PATH", "images: files, folders and globs such as 'photos/*.jpg', one or several", "none", type=Path, **SEVERAL),
     "--output": _row("--output", "DIR", "the folder to write to; made if missing", "none", **FILE),
     "--output file": _row("--output", "FILE", "the file to write", "none", **FILE),
+    "--output written": _row("--output", "DIR", "the folder that deploy.py wrote", "none", **FILE),
     "--annotations": _row("--annotations", "FILE", "COCO annotations of the images, such as instances_val2017.json", "none", **FILE),
     "--labels": _row("--labels", "FILE", "class names, one per line; 'coco' for COCO's", f"the model's, COCO's for {len(COCO_LABELS)} classes", **FILE),
     "--batch_size": _row("--batch_size", "N", "images per batch", "what suits the model", type=positive_int),
-    "--batch_size range": _row("--batch_size", "N|MIN:OPT:MAX", "images per batch, or a range with OPT as the one to tune for", "the ONNX file's, 1 where that is dynamic", type=parse_batch),
+    "--batch_size range": _row("--batch_size", "N|MIN:OPT:MAX", "images per batch, or a range; TensorRT tunes for OPT", "the ONNX file's, 1 where that is dynamic", type=parse_batch),
     "--size": _row("--size", "H,W", "input size, for a model that leaves it open: H,W or HxW, or one number for a square", "the model's", type=parse_size),
-    "--size range": _row("--size", "SIZE|MIN:OPT:MAX", "input size, for a model that leaves it open: H,W or HxW, or one number for a square; or a range with OPT as the one to tune for", "the ONNX file's alone", type=parse_sizes),
-    "--resize": _row("--resize", "SHORTER", "for a model of dynamic input size: scale the shorter side of each image to so many pixels; a batch gets the smallest input that holds it", "off", type=positive_int),
-    "--max_size": _row("--max_size", "LONGER", "with --resize: the longer side has at most so many pixels", str(DEFAULT_MAX_SIZE), type=positive_int),
+    "--size range": _row("--size", "SIZE|MIN:OPT:MAX", "input size, for a model that leaves it open: H,W or HxW, or one number for a square; or a range; TensorRT tunes for OPT", "the ONNX file's", type=parse_sizes),
+    "--resize": _row("--resize", "SHORTER", "for a model of dynamic input size: scale the shorter side of each image to this many pixels; a batch gets the smallest input that holds all its images", "off", type=positive_int),
+    "--max_size": _row("--max_size", "LONGER", "with --resize: the longer side has at most this many pixels", str(DEFAULT_MAX_SIZE), type=positive_int),
     "--resample": _row("--resample", None, "how images are scaled: bilinear as TensorFlow does it, antialias as Pillow does it", "as the model was trained", choices=get_args(Resample)),
     "--score_threshold": _row("--score_threshold", "SCORE", "leave out detections below this score", "the model's threshold", type=unit_interval),
     "--iou_threshold": _row("--iou_threshold", "IOU", "overlap from which NMS suppresses a box", "the model's", type=positive_unit_interval),
@@ -95,7 +96,7 @@ SHARED = {
     "--precision_json": _row("--precision_json", "FILE", "what tune_precision.py found for this model", "none", **FILE),
     "--name": _row("--name", "NAME", "what the model is called there", "detector"),
     "--verbose": _row("--verbose", None, "log details", **SWITCH),
-    "--quiet": _row("--quiet", None, "log warnings and errors alone, and show no progress", **SWITCH),
+    "--quiet": _row("--quiet", None, "log only warnings and errors, and show no progress", **SWITCH),
 }
 # fmt: on
 
@@ -171,8 +172,8 @@ def add_calibration_options(group: argparse._ArgumentGroup) -> None:
     """Where the scales come from; see `calibration_from`."""
     # fmt: off
     group.add_argument("--calib_input", type=Path, metavar="DIR", help="images to calibrate on, as the detector will see them; no annotations are needed (default: none, --calib_cache has the scales)")
-    group.add_argument("--calib_cache", type=Path, metavar="FILE", help="TensorRT's calibration cache: used if it exists and is of this model and these images, else written (default: the scales are not kept)")
-    group.add_argument("--calib_cache_version", type=parse_version, metavar="X.Y.Z", help="the TensorRT that is to read the cache (trtexec --calib, DeepStream, a DLA); it takes no other's, so the first line is written for it, in an existing cache too (default: the TensorRT that builds, else 8.6.1)")
+    group.add_argument("--calib_cache", type=Path, metavar="FILE", help="TensorRT's calibration cache: used if it was made for this model and these images, else written (default: the scales are not kept)")
+    group.add_argument("--calib_cache_version", type=parse_version, metavar="X.Y.Z", help="the TensorRT version that will read the cache (trtexec --calib, DeepStream, a DLA), as each reads only its own; changes the first line of an existing cache too (default: the TensorRT that builds, else 8.6.1)")
     number = group.add_mutually_exclusive_group()
     number.add_argument("--calib_num_images", type=positive_int, metavar="N", help=f"calibrate on at most N images, chosen at random (default: {options.DEFAULT_NUM_IMAGES})")
     number.add_argument("--calib_batches", type=positive_int, metavar="N", help="calibrate on at most N batches of --calib_batch_size images (default: --calib_num_images decides)")

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the convolutions that INT8 hurts: the fewest that, left in FP16, keep AP within a limit of float32's.
+"""Find the fewest convolutions that must stay in FP16 so that INT8 keeps AP within a limit.
 
   tune_precision.py --model d0.onnx --calib_input photos --calib_cache d0.cache \\
       --input val --annotations val.json --max_ap_drop 0.005 --output precision.json
 
-writes precision.json for build_engine.py --precision_json, and prints what it costs. It runs on the CPU, in ONNX Runtime, without TensorRT.
-Everything in INT8 is tried first: where that is good enough, nothing is left out. Else each convolution is quantized
-alone and the noise on the heads is measured on a few images, the noisiest are left out until AP is within the limit, and what is not
-needed goes back. --table and --plot write the noise of every convolution.
+writes precision.json for build_engine.py --precision_json, and prints what it costs. It runs in
+ONNX Runtime, on the CPU, without TensorRT.
 
-Every result goes to <output>.journal at once: the same command after an interruption goes on where it stopped.
+It tries everything in INT8 first. If that loses too much AP, it quantizes each convolution alone
+and measures the noise on the heads with a few images. It keeps the noisiest in FP16 until AP is
+within the limit, then returns those to INT8 that were not needed. --table and --plot write the
+noise of every convolution.
 
-The set is chosen by its AP on these images; measure it on others (build_engine.py --save_onnx, eval_coco.py) before you trust the last
-digit. Exit status: 0 written; 1 an error, or no such set: nothing is written then; 2 wrong usage.
+Every result goes to <output>.journal at once: after an interruption, the same command continues.
+
+The set is chosen by its AP on these images. Measure it on others (build_engine.py --save_onnx,
+eval_coco.py) before you rely on small differences.
+
+Exit status: 0 written; 1 an error, or there is no such set and nothing is written; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -113,21 +118,21 @@ def run(
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add(parser, "--model onnx", "--onnx", required=True, dest="onnx")
-    add(parser, "--input", required=True, note="other ones than those of the calibration")
+    add(parser, "--input", required=True, note="not those used for calibration")
     add(parser, "--annotations", required=True)
     add(
         parser,
         "--output file",
         "-o",
         required=True,
-        note="precision.json; FILE.journal comes beside it",
+        note="for build_engine.py --precision_json; FILE.journal is written beside it",
     )
-    add(parser, "--max_ap_drop", note="it is AP of --metric that is meant, below float32's")
+    add(parser, "--max_ap_drop", note="below float32's, in the AP that --metric names")
     # fmt: off
     parser.add_argument("--metric", choices=METRICS, default="AP", help="AP75 where boxes have to be tight (default: %(default)s)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the noise of every convolution to this file, tab separated (default: none)")
     # fmt: on
-    add(parser, "--plot", note="it is the noise of every convolution")
+    add(parser, "--plot", note="here the noise of every convolution")
     # fmt: off
     parser.add_argument("--views", type=positive_int, metavar="N", help=f"show each image N times, as it is, mirrored, and a little darker: AP on few images scatters (default: {VIEWS_OF_FEW} for less than {FEW_IMAGES} images, else 1)")
     parser.add_argument("--noise_images", type=positive_int, default=NOISE_IMAGES, metavar="N", help="annotated images on which the noise is measured (default: %(default)s)")

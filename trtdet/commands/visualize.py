@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw detections into images, from TSVs that infer.py wrote:
+"""Draw the detections of infer.py into the images again, from its TSV files.
 
     visualize.py --input photos --detections found --output pictures
     visualize.py --input photos --detections found --output pictures --annotations instances.json
 
-With --annotations each picture shows the detections on the left and the ground truth on the right.
+With --annotations, each picture shows the detections on the left and the ground truth on the right.
 
 Exit status: 0 every image is drawn; 1 an error, or nothing could be drawn; 2 wrong usage;
 3 done, but some images could not be read or had no TSV (each is named on stderr).
@@ -54,7 +54,7 @@ def run(
 
     if not detections.is_dir():
         there = "a file" if detections.exists() else "nothing"
-        raise FileNotFoundError(f"--detections: expected a directory with TSVs of infer.py, found {there} at {detections}")  # fmt: skip
+        raise FileNotFoundError(f"--detections: expected a folder with TSVs of infer.py, found {there} at {detections}")  # fmt: skip
     if font_path:
         files.check_input(font_path, "--font", "a TrueType font")
     if annotations:
@@ -63,8 +63,12 @@ def run(
     root = root_of(source)
     names = dict(zip(paths, output_names(paths, root), strict=True))
     check_apart(output, names, source, recursive=recursive)
-    if not labels and (detections / LABELS_FILE).is_file():
-        labels = read_labels(detections / LABELS_FILE)
+    known_labels = detections / LABELS_FILE
+    if known_labels.is_file():
+        names_there = read_labels(known_labels)
+        if labels and len(labels) != len(names_there):
+            logger.warning("--labels has %d names, the model %d (%s); classes without a name are drawn as numbers", len(labels), len(names_there), known_labels)  # fmt: skip
+        labels = labels or names_there
     truth: dict[Path, Detections] | None = None
     if annotations:
         known = coco.read_annotations(annotations)
@@ -82,7 +86,7 @@ def run(
         try:
             picture = draw_file(path, tsv, truth)
         except (OSError, ValueError) as error:
-            logger.warning("skipped: %s", error)
+            logger.warning("skipped: %s", files.message_of(error))
             return False
         write_png(output / with_suffix_added(names[path], ".png"), picture)
         return True

@@ -73,7 +73,7 @@ class Options:
 
 
 def open_source(path: Path, *, is_onnx: bool, mappings: Sequence[OpMapping] = ()) -> Source:
-    """A SavedModel directory or an ONNX file, in the latter custom operators replaced by plugins."""
+    """A SavedModel folder or an ONNX file, in the latter custom operators replaced by plugins."""
     if is_onnx:
         return OnnxSource(
             path, edit=lambda model: map_ops(model, mappings), lower=deformable_attention.lower
@@ -183,7 +183,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
     size_hw = found.preprocessing.size_hw
     if options.size_hw and options.size_hw != size_hw:
         raise GraphError(
-            f"--input_shape asks for {size_text(options.size_hw)} (height x width), the model was exported for {size_text(size_hw)}; leave the "
+            f"--size or --input_shape asks for {size_text(options.size_hw)} (height x width), the model was exported for {size_text(size_hw)}; leave the "
             "option out, or export the model again at the other size"
         )
     preprocessing = dataclasses.replace(

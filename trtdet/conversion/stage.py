@@ -53,5 +53,10 @@ def convert_file(
         spec.preprocessing.mean, spec.preprocessing.std,
     )  # fmt: skip
     form = options.nms_form if spec.selection == "nms" else spec.selection
-    logger.info("NMS (%s): %s", form, spec.nms)
+    nms = spec.nms
+    overlap = f"IoU threshold {nms.iou_threshold:g}, {'across classes' if nms.class_agnostic else 'per class'}, "
+    logger.info(
+        "NMS (%s): score threshold %g, %sat most %d detections",
+        form, nms.score_threshold, "" if spec.selection == "topk" else overlap, nms.max_output_boxes,
+    )  # fmt: skip
     return Conversion(onnx_path, spec, differences)

@@ -122,7 +122,7 @@ def read_nms(graph: SourceGraph) -> tuple[Nms, list[Note]]:
     notes = []
     if (sigma and not combined) or iou >= 1:
         kind = f"gaussian soft NMS (sigma {2 * sigma:g})" if sigma else f"soft NMS (IoU {iou:g})"
-        text = f"{kind} becomes hard NMS at IoU {DEFAULT_IOU_THRESHOLD}, the only one TensorRT has; --iou_threshold changes where it suppresses"
+        text = f"{kind} is replaced by hard NMS at IoU {DEFAULT_IOU_THRESHOLD}, as TensorRT has no soft NMS; --iou_threshold sets another IoU"
         notes.append(Note(text, "iou_threshold"))
         iou = DEFAULT_IOU_THRESHOLD
     if score > 0.01:

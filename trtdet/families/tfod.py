@@ -189,7 +189,7 @@ def read_nms(graph: SourceGraph, num_classes: int, max_detections: int) -> tuple
         )
     notes = []
     if sigma:
-        text = f"soft NMS (sigma {2 * sigma:g}) becomes hard NMS, the only one TensorRT has; --iou_threshold changes where it suppresses"
+        text = f"soft NMS (sigma {2 * sigma:g}) is replaced by hard NMS, as TensorRT has no soft NMS; --iou_threshold sets another IoU"
         notes.append(Note(text, "iou_threshold"))
     if score > 0.01:
         text = f"the export keeps only scores of at least {score:g}, and so will this model; for mAP use --score_threshold 0.001"

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet.closing import Closing
+from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform
 from trtdet.images.files import ImageArray, image_size, load_image
 from trtdet.images.options import Resample
@@ -268,7 +269,7 @@ class ImageBatcher(Closing):
         try:
             image = (self._load or load_image)(path)
         except (OSError, ValueError) as error:
-            return " ".join(str(error).split())
+            return message_of(error)
         preprocessing, scale = self.preprocessing, None
         if self._resize:
             preprocessing, scale = self._fixed(out.shape), self._resize.scale(image.shape)

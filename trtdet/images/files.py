@@ -112,7 +112,7 @@ def expand(sources: Sources, option: str = "--input") -> list[Path]:
             found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         if not found:
             raise FileNotFoundError(
-                f"{option}: expected an image or a directory of images, found nothing at {path}"
+                f"{option}: expected an image or a folder of images, found nothing at {path}"
             )
         paths += found
     return paths

@@ -22,6 +22,7 @@ from trtdet.detections import Detections, decode
 from trtdet.errors import GraphError
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
 from trtdet.families.detr import BOXES
+from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
 from trtdet.graph import deformable_attention
 from trtdet.images.files import ImageArray, load_image
@@ -198,7 +199,7 @@ class TrainedSide(Closing):
             try:
                 image = load_image(path)
             except (OSError, ValueError) as error:
-                logger.warning("skipped: %s", error)
+                logger.warning("skipped: %s", message_of(error))
                 continue
             yield path, self._own_detections(image) if self._own else self._detections(image)
 
@@ -332,6 +333,10 @@ def open_in_memory(model: onnx.ModelProto, name: str, options: RunOptions) -> Ru
         return open_runtime(path, **chosen)
 
 
+#: The options that name the two models.
+SIDES = ("--reference", "--candidate")
+
+
 def open_sides(
     paths: tuple[Path, Path], options: RunOptions, stack: ExitStack, *, own_nms: bool = False
 ) -> tuple[Side, Side]:
@@ -342,7 +347,7 @@ def open_sides(
     """
     sides: dict[int, Side] = {}
     like = None
-    models = [read_graph(path) for path in paths]
+    models = [read_graph(*named) for named in zip(paths, SIDES, strict=True)]
     trained = [is_as_trained(*pair) for pair in zip(paths, models, strict=True)]
     for i in sorted(range(len(paths)), key=trained.__getitem__):
         model, models[i] = models[i], None  # not kept longer than its side needs it
@@ -355,15 +360,17 @@ def open_sides(
     return sides[0], sides[1]
 
 
-def read_graph(path: Path) -> onnx.ModelProto | None:
+def read_graph(path: Path, option: str) -> onnx.ModelProto | None:
     """What stands in an ONNX file, external data left in its files; None for a SavedModel and an engine.
 
     Raises:
         FileNotFoundError, GraphError: it is none of these.
     """
     if not path.exists():
-        raise FileNotFoundError(f"expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
+        raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
     if path.is_dir():
+        if not (path / "saved_model.pb").is_file():
+            raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found a folder without saved_model.pb at {path}")  # fmt: skip
         return None
     if path.suffix.lower() == ".onnx":
         return read_onnx(path, remedy=EXPORT_AGAIN, weights=False)

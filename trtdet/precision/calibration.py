@@ -56,7 +56,7 @@ def choose_images(
 ) -> list[Path]:
     """At most `count` of all images, and at most `fraction` of them, at random with a fixed seed, sorted.
 
-    The first images of a directory are often of one kind: COCO's are sorted by date of upload.
+    The first images of a folder are often of one kind: COCO's are sorted by date of upload.
     """
     wanted = min(count, max(1, round(fraction * len(paths))))
     ordered = sorted(paths)

@@ -46,7 +46,7 @@ class Int8Options:
     """Where the scales of INT8 and FP8 come from, and what stays out of them.
 
     Attributes:
-        images: an image or a directory of them; None: the cache alone.
+        images: an image or a folder of them; None: the cache alone.
         cache: read where it exists, else written; None: the scales are not kept.
         num_images, fraction: at most so many images, and at most this share of all.
         batch_size: None: `CALIBRATION_BATCH`, or one by one where the model's batch is fixed.

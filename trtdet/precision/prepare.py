@@ -388,7 +388,7 @@ def measure_ranges(
     """Largest magnitude of each activation over some images; None where ONNX Runtime is not installed.
 
     Args:
-        check_input: an image or a directory of them; None: a photograph that comes with this project.
+        check_input: an image or a folder of them; None: a photograph that comes with this project.
     """
     if not sessions.is_installed():
         if check_input:

@@ -110,7 +110,10 @@ class QuantizationReport:
             f"{b.name:<20}{b.macs / total:>7.1%}{b.int8_macs / max(b.macs, 1):>8.1%}  {b.int8_convs} of {b.convs}"
             for b in self.blocks
         ]
-        lines += [f"stays: {n} x {reason}" for reason, n in Counter(self.kept.values()).items()]
+        lines += [
+            f"not in {self.type_name}: {n} x {reason}"
+            for reason, n in Counter(self.kept.values()).items()
+        ]
         return lines
 
 

@@ -102,7 +102,7 @@ def check_objects(annotations: Annotations, image_ids: Collection[int]) -> None:
 
 
 def relative_name(path: Path, root: Path) -> str:
-    """`path` below the input directory with forward slashes; its bare name where the input is one file."""
+    """`path` below the input folder with forward slashes; its bare name where the input is one file."""
     return path.name if path == root else path.relative_to(root).as_posix()
 
 

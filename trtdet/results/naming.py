@@ -19,7 +19,7 @@ MAX_NAME_BYTES = 248
 
 
 def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
-    """A name without suffix for the outputs of each image, relative to the output directory.
+    """A name without suffix for the outputs of each image, relative to the output folder.
 
     `root/street/a.jpg` -> `street/a`. Where two images of a folder share a stem, both keep their suffix:
     `a.jpg`, `a.png` -> `a.jpg`, `a.png` (and `a.jpg.tsv`, `a.png.tsv` in the end). Add the suffix with `with_suffix_added`,
@@ -27,7 +27,7 @@ def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
 
     Args:
         paths: the images, all different, under `root`.
-        root: the directory given as input; for a single image, the image itself will do.
+        root: the folder given as input; for a single image, the image itself will do.
 
     Raises:
         ValueError: an image that is not under `root`.
@@ -82,8 +82,8 @@ def check_apart(
         target = folder.resolve()
         if target in read or searched.intersection((target, *target.parents)):
             raise ValueError(
-                f"--output: images are read from {folder} too, the next run would take the drawings for photographs; "
-                f"choose a folder apart, such as --output {_apart(target, searched or read)}"
+                f"--output: {folder} is also a folder that images are read from, and the next run would read its own drawings; "
+                f"choose another, such as --output {_apart(target, searched or read)}"
             )
 
 

@@ -101,7 +101,7 @@ class ResultWriter:
             self._json.flush()
 
     def check_output(self) -> None:
-        """Raise FileNotFoundError where the output directory is no longer the one of the start: earlier results are gone."""
+        """Raise FileNotFoundError where the output folder is no longer the one of the start: earlier results are gone."""
         if not Path(self._json.name).exists():
             raise FileNotFoundError(
                 f"--output: {self._output} has disappeared during the run; its results are lost, run again"
@@ -158,9 +158,12 @@ def naming_json(output: Path) -> Iterator[None]:
     """Let an error of the block say which file could not be written: a full disk names none."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(p for p in (output, *output.parents) if p.exists())
+        raise OSError(f"--output: expected a folder, {file} is a file; choose another name") from error  # fmt: skip
     except OSError as error:
         raise OSError(
-            f"--output: cannot write {output / 'detections.json'}: {error.strerror or error}; make room, or choose another directory"
+            f"--output: cannot write {output / 'detections.json'}: {error.strerror or error}; make room, or choose another folder"
         ) from error
 
 

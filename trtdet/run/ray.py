@@ -27,7 +27,7 @@ from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
 
-#: Where --ray keeps what is done so far, in the output directory.
+#: Where --ray keeps what is done so far, in the output folder.
 PARTIAL = "detections.partial"
 #: --ray hands out images by multiples of --batch_size, or of this.
 RAY_BATCH = 8

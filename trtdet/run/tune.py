@@ -153,11 +153,12 @@ class Tuner:
         drop, error = self.drop(kept)
         fits = drop <= self.options.max_drop + 1e-9
         logger.info(
-            "%s: %.4f%s below float32, %s",
+            "%s: %s %+.4f%s against float32, %s the limit",
             f"{len(kept)} in FP16" if kept else "all in INT8",
-            drop,
+            self.options.metric,
+            -drop,
             f" (+- {error:.4f})" if self.views > 1 else "",
-            "good" if fits else "not enough",
+            "within" if fits else "beyond",
         )
         return fits
 

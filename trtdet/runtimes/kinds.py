@@ -56,5 +56,5 @@ def check_engine(path: Path) -> None:
         what = files.kind_of(file.read(512))
     if what:
         raise GraphError(
-            f"{path}: expected a SavedModel (a directory), an ONNX file (.onnx) or an engine of build_engine.py, found {what}"
+            f"{path}: expected a SavedModel (a folder), an ONNX file (.onnx) or an engine of build_engine.py, found {what}"
         )

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class SavedModelSource(Closing):
-    """A SavedModel directory with the signature `serving_default`. Use as a context manager."""
+    """A SavedModel folder with the signature `serving_default`. Use as a context manager."""
 
     def __init__(self, path: Path) -> None:
         """Load and freeze.
@@ -40,7 +40,7 @@ class SavedModelSource(Closing):
         """
         if not (path / "saved_model.pb").is_file():
             raise FileNotFoundError(
-                f"--saved_model: expected a SavedModel directory (with saved_model.pb) or an .onnx file, found neither at {path}"
+                f"--saved_model: expected a SavedModel folder (with saved_model.pb) or an .onnx file, found neither at {path}"
             )
         self.path = path
         self.spec: ModelSpec | None = None
