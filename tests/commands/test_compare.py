@@ -43,7 +43,8 @@ Summary = dict[str, Any]
 def run(reference: Path, candidate: Path, folder: Path, *options: object) -> tuple[int, Summary]:
     """The exit status and the summary."""
     output = folder / "summary.json"
-    arguments = ["--reference", reference, "--candidate", candidate, "--input", IMAGES]
+    arguments = ["--reference", reference, "--candidate", candidate]
+    arguments += [] if "--input" in options else ["--input", IMAGES]  # several add up
     arguments += ["--annotations", ANNOTATIONS, "--json", output, "--tensor_images", 1, *options]
     status = compare.main([str(a) for a in arguments])
     return status, json.loads(output.read_text()) if output.is_file() else {}
