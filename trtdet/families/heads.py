@@ -296,7 +296,7 @@ def _preprocessing(
         pad_rgb=pad or (0.0, 0.0, 0.0),
         rounding=known.rounding,
         antialias=known.antialias,
-        longest=known.longest if known.longest and known.longest < max(size_hw) else None,
+        longest=known.longest if known.longest and known.longest < min(size_hw) else None,
     )
 
 
