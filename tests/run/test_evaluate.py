@@ -99,7 +99,8 @@ def test_an_ap_of_nothing(tmp_path: Path) -> None:
     annotations = coco.read_annotations(dataset(tmp_path))
     detection = {"image_id": 1, "category_id": 5, "bbox": [1, 1, 10, 10], "score": 0.9}
     with pytest.raises(
-        ValueError, match=r"no detection is of the annotated categories: detections have 5, .* has 1"
+        ValueError,
+        match=r"no detection is of the annotated categories: detections have 5, .* has 1",
     ):
         check_matches(Run([detection], [1], 0, {}), annotations, {"AP": 0.0})
     with pytest.raises(ValueError, match="no detection is of the annotated images"):
