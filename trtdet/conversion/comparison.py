@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
 from trtdet.families.base import ANCHORS, CLASS_LOGITS, RAW_BOXES, Final, Found, Reading
+from trtdet.families.evidence import BOXES, CONVENTION
 from trtdet.families.outputs import photographs
 from trtdet.geometry import in_layout, yxyx_to_xyxy
 from trtdet.graph import deformable_attention, tidy
@@ -337,6 +338,13 @@ def check_plausible(
         if len(chosen)
         else 1.0
     )
+    by_convention = any(f.name == BOXES and f.origin.startswith(CONVENTION) for f in spec.evidence)
+    if by_convention and ordered < LEAST_ORDERED:
+        logger.warning(
+            "only %.0f %% of the best boxes on four photographs have positive sides; are these trained weights?",
+            100 * ordered,
+        )
+        ordered = 1.0
     if ordered < LEAST_ORDERED or near < LEAST_NEAR:
         what = "positive sides" if ordered < LEAST_ORDERED else "their centre near the picture"
         raise GraphError(

@@ -17,6 +17,7 @@ pixel has that colour, which is no whole number; only after resizing, or as uint
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -189,8 +190,13 @@ def read_sigmoid(
     how: str,
     labels: tuple[str, ...] = (),
     antialias: bool = True,
+    unused: Sequence[int] = (),
 ) -> Reading:
-    """A set prediction with a sigmoid over every class: the best of all query and class pairs, no NMS."""
+    """A set prediction with a sigmoid over every class: the best of all query and class pairs, no NMS.
+
+    Args:
+        unused: classes that no image was trained for, and that are never chosen; those beyond the last are left aside.
+    """
     evidence = Evidence(str(source.path), hints.assume)
     export = read_export(source, hints, evidence, trusted=how.startswith("read: metadata"))
     evidence.add(ev.FAMILY, family, how)
@@ -220,8 +226,20 @@ def read_sigmoid(
             box_coding=1,
         )
     )
+    if len(unused) and export.num_logits > max(unused) and not export.outputs.activated:
+        heads = {"pred_boxes": export.boxes, "logits": export.logits}
+        made = partial(assemble_used, unused=tuple(unused))
+        return dataclasses.replace(reading, spec=spec, heads=heads, assemble=made)
     return dataclasses.replace(
         reading, spec=spec, heads={RAW_BOXES: export.boxes, CLASS_LOGITS: export.logits}
+    )
+
+
+def assemble_used(build: Builder, spec: ModelSpec, *, unused: tuple[int, ...]) -> Heads:
+    """The logits, those of unused classes so low that they are never chosen; the boxes as they are."""
+    is_unused = np.isin(np.arange(spec.num_classes), unused)[None, None]
+    return Heads(
+        "pred_boxes", build.node("Where", "used_logits", is_unused, np.float32(-100), "logits")
     )
 
 

@@ -16,6 +16,7 @@ from trtdet.families import detr, heads
 from trtdet.families.base import NO_HINTS, Declaration, Hints, Reading
 from trtdet.families.heads import Framework
 from trtdet.families.pixels import Convention, Normal
+from trtdet.labels import COCO_80_IDS
 from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource
 
@@ -115,7 +116,7 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             kept = 100
         return detr.read_sigmoid(
             source, hints, family=_like(family), convention=Convention(f"LibreYOLO's {family}", normal), kept=kept,
-            how="read: metadata model_family", labels=labels, antialias=known.antialias,
+            how="read: metadata model_family", labels=labels, antialias=known.antialias, unused=unused_of(family, labels),
         )  # fmt: skip
     if family in DENSE:
         return heads.read(source, hints, framework_of(found, labels))
@@ -135,6 +136,13 @@ def framework_of(found: Mapping[str, str], labels: tuple[str, ...]) -> Framework
     if found.get("letterbox_pad"):
         changes["placement"] = "center" if found["letterbox_pad"] == "center" else "top_left"
     return known.with_changes(**changes)
+
+
+def unused_of(family: str, labels: tuple[str, ...]) -> tuple[int, ...]:
+    """Columns that LibreYOLO leaves out of a head with one for each of COCO's ids 0 to 90, before it takes the best."""
+    if family not in ("lwdetr", "deformable_detr", "dinodetr") or len(labels) != len(COCO_80_IDS):
+        return ()
+    return tuple(i for i in range(91) if i not in COCO_80_IDS)
 
 
 def _like(family: str) -> str:
