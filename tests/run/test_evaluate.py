@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -93,6 +94,22 @@ def test_a_box_from_the_segmentation(tmp_path: Path, segmentation: Any, box: lis
     path = dataset(tmp_path, bbox=None, segmentation=segmentation)
     (entry,) = coco.read_annotations(path).objects
     assert entry["bbox"] == box
+
+
+def test_the_box_of_a_compressed_mask_is_that_of_pycocotools() -> None:
+    from pycocotools import mask
+
+    from trtdet.results.coco_files import _box_of_mask
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        pixels = np.zeros((37, 53), np.uint8, order="F")
+        y, x = rng.integers(0, 30), rng.integers(0, 45)
+        pixels[y : y + rng.integers(1, 8), x : x + rng.integers(1, 8)] = 1
+        pixels[rng.integers(0, 37), rng.integers(0, 53)] = 1
+        encoded = mask.encode(pixels)
+        found = _box_of_mask(encoded["counts"].decode(), *encoded["size"])
+        assert found == mask.toBbox(encoded).tolist()
 
 
 def test_an_ap_of_nothing(tmp_path: Path) -> None:

@@ -214,18 +214,51 @@ def _box_of(segmentation: Any) -> list[float]:
         ValueError: it is neither.
     """
     if isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
-        from pycocotools import mask
-
-        encoded = segmentation
-        if isinstance(segmentation["counts"], list):
-            encoded = mask.frPyObjects(segmentation, *segmentation["size"])
-        return [float(x) for x in mask.toBbox(encoded)]
+        return _box_of_mask(segmentation["counts"], *segmentation["size"])
     if not segmentation:
         raise ValueError("bbox: expected x, y, width, height, or a segmentation, found neither")
     _check_segmentation(segmentation)
     xs = [x for polygon in segmentation for x in polygon[::2]]
     ys = [y for polygon in segmentation for y in polygon[1::2]]
     return [float(min(xs)), float(min(ys)), float(max(xs) - min(xs)), float(max(ys) - min(ys))]
+
+
+def _box_of_mask(counts: Any, height: int, width: int) -> list[float]:
+    """The bbox of a mask in COCO's run-length encoding: lengths of zeros and ones in turn, column by column."""
+    lengths = _lengths(counts) if isinstance(counts, str) else [int(n) for n in counts]
+    if sum(lengths) != height * width:
+        raise ValueError(f"segmentation: expected runs of {height} x {width} pixels, found {sum(lengths)} pixels")  # fmt: skip
+    rows, columns, start = [], [], 0
+    for number, length in enumerate(lengths):
+        if number % 2 and length:
+            first, last = start, start + length - 1
+            columns += [first // height, last // height]
+            whole = (
+                first // height != last // height
+            )  # a run over the end of a column touches both borders
+            rows += [0, height - 1] if whole else [first % height, last % height]
+        start += length
+    if not rows:
+        raise ValueError("segmentation: expected a mask with pixels, found an empty one")
+    x, y = min(columns), min(rows)
+    return [float(x), float(y), float(max(columns) - x + 1), float(max(rows) - y + 1)]
+
+
+def _lengths(text: str) -> list[int]:
+    """The lengths of a compressed encoding: five bits a character, from the third on the difference to the one before the last."""
+    lengths: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+        value = shift = 0
+    return lengths
 
 
 def _check_box(box: Sequence[float], *, lowest_side: float) -> None:
