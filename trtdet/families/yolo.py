@@ -170,12 +170,17 @@ def matches(source: Source) -> bool:
     if "libreyolo_version" in keys:
         return False
     if {"names", "stride"} <= keys:
-        return not _is_set_prediction(source)
+        return not is_set_prediction(source)
     return "names" not in keys and maybe_without_metadata(source) is not None
 
 
-def _is_set_prediction(source: OnnxSource) -> bool:
+def is_set_prediction(source: Source) -> bool:
     """Whether the rows are those of Ultralytics' RT-DETR: no grid has so many cells, and they are wider than detections."""
+    if not isinstance(source, OnnxSource) or source.spec:
+        return False
+    keys = {prop.key for prop in source.model.metadata_props}
+    if not {"names", "stride"} <= keys or "libreyolo_version" in keys:
+        return False
     shapes = _declared_outputs(source.model)
     size_hw = _declared_size(source.graph)
     metadata = read_metadata(source.model)
