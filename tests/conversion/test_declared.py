@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import yolo_networks as networks
-from onnx import helper
+from onnx import helper, numpy_helper
 from test_mutations import IMAGES, found_by, pair
 
 from trtdet.commands import create_onnx
@@ -221,6 +221,51 @@ def test_a_family_file_that_is_none(
     status, _ = convert(save(pair(), tmp_path / "m.onnx"), "--family", str(family))
     assert status == 1
     assert message in error_of(capsys)
+
+
+def test_boxes_scores_and_labels(tmp_path: Path) -> None:
+    """Selected detections in three outputs: the rows of the export, labels and all."""
+    model = networks.v8(end="topk")
+    del model.metadata_props[:]
+    graph = model.graph
+    parts = numpy_helper.from_array(np.array([4, 1, 1]), "parts")
+    two = numpy_helper.from_array(np.array([2]), "two")
+    graph.initializer.extend([parts, two])
+    graph.node.extend([
+        helper.make_node("Split", ["output0", "parts"], ["d_boxes", "d_score", "d_label"], axis=2),
+        helper.make_node("Squeeze", ["d_score", "two"], ["d_scores"]),
+        helper.make_node("Squeeze", ["d_label", "two"], ["d_float"]),
+        helper.make_node("Cast", ["d_float"], ["d_labels"], to=7),
+    ])  # fmt: skip
+    del graph.output[:]
+    k = networks.K
+    for name, kind, shape in (
+        ("d_labels", 7, [1, k]),
+        ("d_boxes", 1, [1, k, 4]),
+        ("d_scores", 1, [1, k]),
+    ):
+        graph.output.append(helper.make_tensor_value_info(name, kind, shape))
+    source = save(model, tmp_path / "m.onnx")
+    status, out = convert(
+        source, *IMAGES, "--num_classes", "3", "--box_format", "xyxy", "--input_format", "NCHW"
+    )
+    assert status == 0
+    converted = onnx.load(out)
+    spec = ModelSpec.from_onnx(converted)
+    assert (spec.selection, spec.num_classes, spec.nms.max_output_boxes) == ("topk", 3, k)
+    image = (
+        np.random.default_rng(2)
+        .integers(0, 256, (1, 3, networks.HEIGHT, networks.WIDTH))
+        .astype(np.float32)
+    )
+    boxes, scores, labels = run_onnx(
+        model, ["d_boxes", "d_scores", "d_labels"], {"images": image / 255}
+    )
+    names = ["detection_boxes", "detection_scores", "detection_classes"]
+    got = run_onnx(converted, names, {"input": image.astype(spec.preprocessing.dtype)})
+    np.testing.assert_allclose(got[1][0], scores[0], atol=1e-5)
+    np.testing.assert_allclose(got[0][0], boxes[0], atol=1e-2)
+    assert got[2][0].tolist() == labels[0].tolist()
 
 
 def test_best_class(tmp_path: Path) -> None:

@@ -124,11 +124,11 @@ def maybe_outputs(source: Source, hints: Hints, *, trusted: bool = False) -> Set
     """
     if not isinstance(source, OnnxSource) or source.spec:
         return None
+    if not trusted and not has_attention(source):
+        return None
     seen = probe(source, hints)
     if not seen:
         return _by_name(source)
-    if not trusted and not has_attention(source):
-        return None
     shapes = {name: value.shape for name, value in seen.items()}
     boxes = [
         n for n, s in shapes.items() if len(s) == 3 and s[2] == 4 and (trusted or _is_unit(seen[n]))
