@@ -2,6 +2,7 @@
 """Class names: COCO's, and those in a text file."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ COCO_80_LABELS: tuple[str, ...] = tuple(_COCO_NAMES.values())
 
 
 def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[str, ...]:
-    """Read class names, one per line in class-id order; `coco` stands for the built-in `COCO_LABELS`.
+    """Read class names, one per line in class-id order, or a label map (.pbtxt); `coco` stands for COCO's 90 names, or 80 where the model has those.
 
     An empty line is a class without a name and becomes "unused N" (N = class id + 1); empty lines at the end are dropped.
 
@@ -58,7 +59,7 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
         ValueError: no names, one of more than 256 characters or with control characters (a tab among them), or not `num_classes` of them, or not UTF-8.
     """
     if str(path) == "coco":
-        labels = COCO_LABELS
+        labels = COCO_80_LABELS if num_classes == len(COCO_80_LABELS) else COCO_LABELS
     else:
         files.check_input(
             Path(path), "--labels", "a text file with one class name per line, or the word coco"
@@ -69,7 +70,10 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
             raise ValueError(
                 f"{path}: expected class names in UTF-8, found other bytes ({error})"
             ) from error
-        lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+        if Path(path).suffix == ".pbtxt":
+            lines = list(parse_label_map(text, path))
+        else:
+            lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
         for number, line in enumerate(lines, 1):
             try:
                 checks.text("a class name", line, checks.LABEL)
@@ -114,6 +118,31 @@ def find_classes(words: Sequence[str], labels: Sequence[str], num_classes: int) 
             raise ValueError(f"--classes: there is no class '{word[:60]}'; {advice}")
         found += ids
     return tuple(dict.fromkeys(found))
+
+
+def parse_label_map(text: str, path: Path | str) -> tuple[str, ...]:
+    """Class names of TensorFlow's label map (.pbtxt), [id - 1] -> display_name, else name; ids that are left out are "unused N".
+
+    Raises:
+        ValueError: an item without a positive id or a name, or an id twice.
+    """
+    names: dict[int, str] = {}
+    for item in re.findall(r"item\s*\{(.*?)\}", re.sub(r"#.*", "", text), re.S):
+        number = re.search(r"\bid\s*:\s*(\d+)", item)
+        quoted = r"""\s*:\s*(?:"([^"]*)"|'([^']*)')"""
+        name = re.search(r"\bdisplay_name" + quoted, item) or re.search(r"\bname" + quoted, item)
+        if number is None or name is None or int(number[1]) < 1 or int(number[1]) in names:
+            raise ValueError(
+                f"{path}: expected items of a label map, each with an id from 1 of its own and a name, found {' '.join(item.split())[:80]!r}"
+            )
+        names[int(number[1])] = name[1] or name[2] or ""
+    return tuple(names.get(i, f"unused {i}") for i in range(1, max(names, default=0) + 1))
+
+
+def fit_labels(labels: tuple[str, ...], num_classes: int) -> tuple[str, ...]:
+    """COCO's 80 names in place of its 90 for a model of 80 classes; other labels as they are."""
+    is_coco = labels == COCO_LABELS and num_classes == len(COCO_80_LABELS)
+    return COCO_80_LABELS if is_coco else labels
 
 
 def names_of(labels: Sequence[str], num_classes: int) -> Sequence[str]:

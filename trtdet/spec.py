@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 PREPROCESSORS = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "scale_range": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
-    "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # 0 to 1; for YOLO also RGB, centred
+    "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # 0 to 1
+    "raw": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # 0 to 255
 }
 
 #: The `metadata_props` key under which the JSON of a `ModelSpec` stands.
@@ -45,8 +46,18 @@ Rounding = Literal["floor", "floor64", "round"]
 Sampling = Literal["half_pixel", "corner"]
 #: What follows the heads: EfficientNMS, NMS of rotated boxes, or the best K without suppression.
 Selection = Literal["nms", "rotated_nms", "topk"]
+#: What the four numbers of a box are: corners, corner and size, or centre and size.
+BoxFormat = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
 #: How the overlap of rotated boxes is computed: `trtdet.nms.rotated_reference`.
 RotatedMode = Literal["exact", "odtk", "probiou"]
+
+#: Names of the columns of a box, in their order.
+COLUMN_NAMES: dict[BoxFormat, tuple[str, ...]] = {
+    "xyxy": ("x1", "y1", "x2", "y2"),
+    "yxyx": ("y1", "x1", "y2", "x2"),
+    "cxcywh": ("cx", "cy", "w", "h"),
+    "xywh": ("x", "y", "w", "h"),
+}
 
 #: The four outputs of every model after stage 1, in this order: int32 [N,1], float32 [N,K,4], float32 [N,K], int32 [N,K].
 OUTPUT_NAMES = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
@@ -79,6 +90,7 @@ class Preprocessing:
         False  # average over the area when shrinking (Pillow), or not (TensorFlow, OpenCV)
     )
     bgr: bool = False  # the network was trained on BGR
+    longest: int | None = None  # letterbox: where the longer side ends (YOLO-NAS: 636 of 640)
     # Smallest and largest (height, width) of an input whose size is dynamic, and what both must be a multiple of.
     size_range: tuple[tuple[int, int], tuple[int, int]] | None = None
     size_multiple: int = 1
@@ -181,6 +193,20 @@ class Nms:
 
 
 @dataclass(frozen=True)
+class Fact:
+    """One fact about a model, and what says it.
+
+    Attributes:
+        origin: starts with "read", "measured", "given" (an option), "convention" (of a recognised family), "default" (of stage 1, not a
+            fact about the network), or "ASSUMED".
+    """
+
+    name: str
+    value: str
+    origin: str
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A detector, described so that no later stage asks which network it was.
 
@@ -202,6 +228,7 @@ class ModelSpec:
     inclusive_corners: bool = False  # ODTK: a box contains its last pixel, in the source image too
     sensitive_nodes: tuple[str, ...] = ()  # node-name patterns that low precision hurts
     source: dict[str, str] = field(default_factory=dict)  # provenance: file, hash, tool versions
+    evidence: tuple[Fact, ...] = ()  # where each of these facts comes from
 
     def __post_init__(self) -> None:
         checks.text("family", self.family)

@@ -424,7 +424,10 @@ def test_an_unknown_model_shows_its_outputs_and_where_to_go(
     onnx.save(model, tmp_path / "other.onnx")
     paths = ["--source_onnx", str(tmp_path / "other.onnx"), "--onnx", str(tmp_path / "out.onnx")]
     for options, message in (
-        ([], "none matches its outputs heat, sizes; name it with --family, or add its family"),
+        (
+            [],
+            "none matches its outputs heat, sizes; nearest are heads: it takes boxes and scores [N, A, ...]; its inputs: image",
+        ),
         (
             ["--family", "retinanet"],
             "score_1 to score_5 and box_1 to box_5 of ODTK's export, found heat, sizes",

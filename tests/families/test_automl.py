@@ -231,10 +231,21 @@ def test_anchors_that_decode_elsewhere_are_refused() -> None:
     )  # folded away
 
 
-def test_matches_needs_both_heads(tmp_path: Path) -> None:
+def test_matches_needs_both_heads_put_together(tmp_path: Path) -> None:
+    """Heads that come out level by level, as PyTorch's EfficientDet exports them, are not AutoML's."""
     path = tmp_path / "toy.onnx"
-    text = 'g (float[1] x) => (float[1] y) {{ ["class_net/a"] b = Relu(x) ["{0}"] y = Relu(b) }}'
-    write_model(path, text.format("box_net/b"))
-    assert automl.matches(OnnxSource(path))
-    write_model(path, text.format("head/b"))
-    assert not automl.matches(OnnxSource(path))
+    head = (
+        '["{0}a"] {1}a = Relu(x) ["{0}r"] {1}r = Reshape({1}a, s) ["{0}b"] {1}b = Relu(x) '
+        '["{0}t"] {1}t = Reshape({1}b, s) ["{1}"] {1} = {2}({1}r, {1}t)'
+    )
+    for second, join, whole in (
+        ("box_net/", "Concat<axis=0>", True),
+        ("head/", "Concat<axis=0>", False),
+        ("box_net/", "Add", False),
+    ):
+        text = (
+            "g (float[1] x) => (float[n] y, float[n] z) { s = Constant<value = int64[1] {1}>() "
+            + head.format("class_net/", "y", join) + " " + head.format(second, "z", join) + " }"
+        )  # fmt: skip
+        write_model(path, text)
+        assert automl.matches(OnnxSource(path)) == whole

@@ -59,7 +59,10 @@ def test_the_mask_input_decides_how_images_come(tiny, tmp_path):
     assert spec.preprocessing.pad_rgb == spec.preprocessing.mean == (123.675, 116.28, 103.53)
     assert (spec.family, spec.selection, spec.num_classes) == ("detr", "topk", 4)
     assert spec.nms.max_output_boxes == 10  # its queries
-    assert [note.option for note in reading.notes] == ["preprocessor", "resize_mode"]
+    assert [note.option for note in reading.notes] == ["resize_mode"]
+    assert {f.name: f.origin for f in reading.facts}[
+        "normalisation"
+    ] == "convention: DETR; the file has none inside"
 
 
 def test_batch_equals_single_images(tiny, tmp_path):
@@ -177,13 +180,34 @@ def renamed(model, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("pred_boxes", "boxes", "expected an ONNX file with the outputs logits or pred_logits and pred_boxes"),
         ("pixel_mask", "other", r"expected an image \[N, 3, H, W\] and at most a mask .* found pixel_values \[None, 3, 64, 96\], other"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said(tiny, tmp_path, old, new, message):
     with pytest.raises(GraphError, match=message):
         detr.read(source_of(renamed(tiny[0], old, new), tmp_path))
+
+
+def test_a_dropped_output_is_said(tiny, tmp_path):
+    for position in range(2):
+        dropped = onnx.ModelProto()
+        dropped.CopyFrom(tiny[0])
+        del dropped.graph.output[position]
+        source = source_of(dropped, tmp_path)
+        assert not detr.matches(source)
+        with pytest.raises(GraphError, match=r"expected logits .* and boxes"):
+            detr.read(source)
+
+
+def test_renamed_and_reordered_outputs(tiny, tmp_path):
+    """Outputs are told by shapes and values."""
+    model = renamed(renamed(tiny[0], "pred_boxes", "a"), "logits", "b")
+    first, second = model.graph.output
+    outputs = [onnx.ValueInfoProto.FromString(x.SerializeToString()) for x in (second, first)]
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    converted, _, _ = convert(model, tmp_path)
+    assert_detections(detect(converted, tiny[1]), tiny[1].letterbox, tiny[1])
 
 
 def test_a_free_size_must_be_named(tiny, tmp_path):

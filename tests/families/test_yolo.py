@@ -366,15 +366,14 @@ def test_logits_are_refused(tmp_path: Path) -> None:
 
 
 def test_class_ids_without_names_ask_for_labels(tmp_path: Path) -> None:
-    """Only the selection is left of the model: no head before it, no metadata."""
+    """Only the selection is left of the model: no head before it, no names."""
     model = networks.v8(end="topk")
-    del model.metadata_props[:]
+    metadata = {p.key: p.value for p in model.metadata_props if p.key != "names"}
+    helper.set_model_props(model, metadata | {"names": "{}"})
     with pytest.raises(
         GraphError, match="holds class ids, found none in the metadata; give --labels"
     ):
         yolo.read(source_of(model, tmp_path))
-    spec = yolo.read(source_of(model, tmp_path), Hints(labels=("a", "b", "c"))).spec
-    assert (spec.num_classes, spec.selection) == (3, "topk")
 
 
 # ---- images
@@ -437,7 +436,8 @@ def test_a_plugin_inside_is_converted_unseen(
         np.testing.assert_array_equal(a, b)
     assert "ONNX Runtime does not know trt.plugins::MyPlugin: " in capsys.readouterr().err
     wanted = ModelSpec.from_onnx(expected)
-    assert wanted.replace(source={}) == ModelSpec.from_onnx(found).replace(source={})
+    unseen = ModelSpec.from_onnx(found)
+    assert wanted.replace(source={}, evidence=()) == unseen.replace(source={}, evidence=())
 
 
 def test_an_nms_inside_behind_a_plugin_is_refused(tmp_path: Path) -> None:
@@ -453,17 +453,22 @@ def test_unknown_shapes_behind_a_plugin_are_refused(tmp_path: Path) -> None:
         yolo.read(source_of(model, tmp_path))
 
 
-def test_images_of_a_file_without_metadata_are_assumed_and_can_be_said(
+def test_images_of_a_yolox_come_as_yolox_takes_them_and_can_be_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     networks.save(tmp_path / "source.onnx", networks.yolox())
     paths = ["--source_onnx", str(tmp_path / "source.onnx"), "--onnx", str(tmp_path / "out.onnx")]
     assert create_onnx.main(paths) == 0
-    warning = capsys.readouterr().err
-    assert "BGR 0-255, top left on 114 is assumed" in warning
-    assert "give --preprocessor unit" in warning
-    assert create_onnx.main([*paths, "--preprocessor", "unit"]) == 0
-    assert "assumed" not in capsys.readouterr().err
-    seen = ModelSpec.from_onnx(onnx.load(tmp_path / "out.onnx")).preprocessing
+    evidence = {f.name: f for f in ModelSpec.from_onnx(onnx.load(tmp_path / "out.onnx")).evidence}
+    assert evidence["normalisation"].value == "BGR 0-255"
+    assert evidence["normalisation"].origin == "convention: YOLOX; the file has none inside"
+    assert "normalisation" in capsys.readouterr().err
+    said = ["--preprocessor", "unit", "--channel_order", "rgb", "--placement", "center"]
+    assert create_onnx.main([*paths, *said]) == 0
+    spec = ModelSpec.from_onnx(onnx.load(tmp_path / "out.onnx"))
+    seen = spec.preprocessing
     assert (seen.bgr, seen.mean, seen.std) == (False, (0, 0, 0), (255, 255, 255))
     assert (seen.pad_rgb, seen.placement) == ((114, 114, 114), "center")
+    origins = {f.name: f.origin for f in spec.evidence}
+    assert origins["normalisation"] == "given: --preprocessor unit"
+    assert origins["resize"] == "given: --placement"

@@ -4,9 +4,11 @@
   create_onnx.py --saved_model efficientdet-d0 --onnx d0.onnx
   create_onnx.py --source_onnx yolo.onnx --onnx yolo_nms.onnx
 
-Input size, normalisation, anchors, classes and NMS are read from the model; options override them.
-The result is compared with the source on a photograph before it is written. If they differ, nothing
-is written and the exit status is 1.
+Input size, normalisation, anchors, classes and NMS are read from the model; options override them. A
+table says where each fact comes from: read, measured, given by an option, or the convention of a
+known family. What none of these tells is asked for. The result is compared with the source on
+photographs before it is written, down to the detections if the source selects some itself. If they
+differ, nothing is written and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from trtdet.commands import cli
 from trtdet.commands.cli import ArgumentParser
+from trtdet.commands.declaring import add_declaring_options, check_declaring, declaration_from
 from trtdet.commands.options import add, add_verbose
 from trtdet.families import FAMILIES
 from trtdet.labels import read_labels
@@ -36,6 +39,8 @@ def run(source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool) 
     done = convert_file(source_path, onnx_path, options, is_onnx=is_onnx)
     for difference in done.differences:
         print(f"{difference.name}: max abs difference {difference.maximum:.3g}, mean {difference.mean:.3g}")  # fmt: skip
+    for line in done.compared:
+        print(line)
     print(done.path)
 
 
@@ -59,6 +64,15 @@ def parse_input_shape(text: str) -> tuple[int | None, tuple[int, int] | None, La
     return batch, None if size_hw == (-1, -1) else size_hw, "NHWC" if c == 3 else "NCHW"
 
 
+def parse_family(text: str) -> str:
+    """argparse type: 'auto', the name of a family, or a Python file."""
+    if text == "auto" or text in FAMILIES or text.endswith(".py"):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"expected auto, one of {', '.join(FAMILIES)}, or a Python file (.py), got {text!r}"
+    )
+
+
 def parse_mapping(text: str) -> OpMapping:
     """argparse type: 'CustomOp=PluginName[:version]'."""
     from trtdet.graph.map_op import OpMapping
@@ -76,7 +90,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--saved_model", "--model", "-m", dest="saved_model", type=Path, metavar="DIR|FILE", help="the model: a SavedModel folder, or an ONNX file as with --source_onnx")
     source.add_argument("--source_onnx", type=Path, metavar="FILE", help="the model as an ONNX file (YOLO, DETR, ...): needs no TensorFlow")
     parser.add_argument("--onnx", "--output", "-o", dest="onnx", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
-    parser.add_argument("--family", default="auto", choices=["auto", *FAMILIES], help="kind of detector (default: auto, it is detected)")
+    parser.add_argument("--family", default="auto", type=parse_family, metavar="NAME|FILE.py", help=f"kind of detector, one of {', '.join(FAMILIES)}, or a Python file with a family of your own (default: auto, it is detected)")
     shape = parser.add_argument_group("input")
     shape.add_argument("--input_shape", type=parse_input_shape, metavar="N,H,W,3|N,3,H,W", help="batch, size and layout; N or -1 for a dynamic batch; -1,-1 for H,W: a dynamic size, if the model allows it (default: dynamic batch, the model's size, NHWC)")
     # fmt: on
@@ -91,7 +105,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # fmt: off
     shape.add_argument("--input_format", "-f", choices=["NHWC", "NCHW"], help="the layout, without a shape (default: NHWC)")
     shape.add_argument("--input_dtype", choices=["float32", "uint8"], help="uint8 moves a quarter of the bytes (default: as the model's own code resizes: uint8 for YOLO, else float32)")
-    shape.add_argument("--preprocessor", "-p", choices=sorted(PREPROCESSORS), help="normalisation, in place of the model's own; unit: RGB from 0 to 1 (default: the model's)")
+    shape.add_argument("--preprocessor", "-p", choices=sorted(PREPROCESSORS), help="normalisation, in place of the model's own; unit: 0 to 1, raw: 0 to 255 (default: the model's, or the convention of its family)")
     shape.add_argument("--resize_mode", choices=["letterbox", "stretch"], help="keep the aspect ratio of images or not (default: as the model was trained)")
     # fmt: on
     detections = parser.add_argument_group("detections")
@@ -99,13 +113,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(detections, "--iou_threshold")
     add(detections, "--max_detections", "--nms_detections", "-d")
     # fmt: off
-    detections.add_argument("--nms_mode", default="model", choices=["model", "per_class", "class_agnostic"], help="whether boxes of different classes suppress each other (default: model, as it was trained)")
+    detections.add_argument("--nms_mode", default="model", choices=["model", "per_class", "class_agnostic", "best_class"], help="whether boxes of different classes suppress each other; best_class: a box counts for its best class alone, then NMS per class (default: model, as it was trained)")
     detections.add_argument("--nms", default="plugin", choices=["plugin", "onnx", "graph", "none"], help="EfficientNMS_TRT, ONNX NonMaxSuppression, ordinary operators, or no NMS (default: plugin; later stages replace it where it is missing)")
     detections.add_argument("--legacy_plugins", action="store_true", help="BatchedNMS_TRT instead, for TensorRT before 8")
     # fmt: on
     add(detections, "--labels", note="they are stored in the ONNX file")
     # fmt: off
     detections.add_argument("--rotated_nms", choices=["exact", "odtk", "probiou"], help="how the overlap of rotated boxes is computed: exactly, as ODTK's kernel does, or as Ultralytics does (default: probiou for YOLO, else exact)")
+    add_declaring_options(parser)
     other = parser.add_argument_group("other")
     other.add_argument("--opset", type=int, choices=range(11, 19), metavar="11..18", help="ONNX opset (default: 17, or 11 with --legacy_plugins; an ONNX source keeps its own if that is at least 13)")
     other.add_argument("--tf2onnx", type=Path, metavar="FILE", help="keep the raw conversion of the network in this file (default: it is not kept)")
@@ -122,6 +137,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--input_shape says size and layout; leave out --size and --input_format")
     if args.onnx.suffix.lower() in cli.ENGINE_SUFFIXES:
         parser.error(f"--onnx: an ONNX file, not an engine; write {args.onnx.with_suffix('.onnx')}, then build_engine.py --engine {args.onnx}")  # fmt: skip
+    check_declaring(args, parser)
     if args.map_op and not args.source_onnx:
         parser.error("--map_op edits an ONNX file; give --source_onnx")
     if args.map_op and not args.no_verify:
@@ -180,6 +196,12 @@ def options_from(args: argparse.Namespace) -> Options:
             labels=labels,
             rotated_nms=args.rotated_nms,
             deformable_attention=args.deformable_attention,
+            channel_order=args.channel_order,
+            placement=args.placement,
+            pad_rgb=args.pad_color,
+            num_classes=args.num_classes,
+            declared=declaration_from(args),
+            assume=args.assume,
         ),
         opset=args.opset or (11 if args.legacy_plugins else None),
         raw_path=args.tf2onnx,

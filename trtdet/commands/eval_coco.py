@@ -78,6 +78,7 @@ def run(
         AUTOML_CAVEAT,
         SCHEMA,
         automl_metrics,
+        check_matches,
         read_detections,
         run_model,
     )
@@ -107,6 +108,7 @@ def run(
     if not done.results:
         logger.warning("no detections at all")
     evaluation = coco.evaluate(annotations, done.results, done.image_ids)
+    check_matches(done, annotations, evaluation.metrics)
     report = {"schema": SCHEMA, **evaluation.metrics, "images": len(done.image_ids), **done.report}
     turned = evaluation.iou_type == "segm"
     if turned:

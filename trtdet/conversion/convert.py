@@ -14,25 +14,28 @@ import onnx_graphsurgeon as gs
 
 from trtdet import about, files
 from trtdet.errors import GraphError
-from trtdet.families import load_families
+from trtdet.families import FAMILIES, load_families, load_family
 from trtdet.families.base import (
     CLASS_LOGITS,
     NO_HINTS,
     RAW_BOXES,
     Hints,
     Reading,
+    best_class_only,
     pick_family,
     read_converted,
 )
+from trtdet.families.evidence import BATCH, GIVEN, KEPT, NORMALISATION, SELECTION, with_options
 from trtdet.graph import deformable_attention, tidy
 from trtdet.graph.builder import Builder
-from trtdet.graph.map_op import OpMapping, map_ops
+from trtdet.graph.map_op import OpMapping, custom_ops, map_ops
+from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.nms import lowering, plugin
 from trtdet.nms.rotated import insert_rotated_nms
 from trtdet.nms.topk import insert_topk
-from trtdet.sources.base import Source
+from trtdet.sources.base import Source, run_onnx
 from trtdet.sources.onnx_file import OnnxSource
-from trtdet.spec import PREPROCESSORS, InputDtype, Layout, ModelSpec
+from trtdet.spec import PREPROCESSORS, Fact, InputDtype, Layout, ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +89,48 @@ def open_source(path: Path, *, is_onnx: bool, mappings: Sequence[OpMapping] = ()
 def convert(source: Source, options: Options) -> tuple[onnx.ModelProto, Reading]:
     """The ONNX model with its spec attached, not yet verified, and what was found in the source.
 
+    A batch that cannot be freed stays as it is in the source, unless the options ask for one.
+
     Raises:
         GraphError: the source is not what a family expects, or an option contradicts it.
     """
+    reading = read_source(source, options)
+    model = assemble(source, reading, options)
+    if options.batch is None and reading.batch and not takes_two(model, reading):
+        logger.warning(
+            "the export is fixed to a batch of %d, and so is this model; export it with a dynamic batch for another",
+            reading.batch,
+        )
+        model = assemble(source, reading, dataclasses.replace(options, batch=reading.batch))
+    return model, reading
+
+
+def takes_two(model: onnx.ModelProto, reading: Reading) -> bool:
+    """Whether the heads can be computed for two images; also where ONNX Runtime does not know an operator, so that nothing can be told."""
+    preprocessing = ModelSpec.from_onnx(model).preprocessing
+    images = np.zeros((2, *preprocessing.image_shape), preprocessing.dtype)
+    lowered = deformable_attention.lower(model)
+    try:
+        run_onnx(lowered, list(reading.heads), {tidy.INPUT: images})
+    except GraphError:
+        return bool(custom_ops(lowered))
+    return True
+
+
+def read_source(source: Source, options: Options) -> Reading:
+    """What the family finds."""
     if source.spec:
-        reading = read_converted(source, source.spec)
-    else:
-        reading = pick_family(source, load_families(), options.family).read(source, options.hints)
+        return read_converted(source, source.spec)
+    name = options.family
+    if name == "auto" and options.hints.declared:
+        name = "heads"
+    if name.endswith(".py"):
+        return load_family(Path(name)).read(source, options.hints)
+    return pick_family(source, load_families(), name).read(source, options.hints)
+
+
+def assemble(source: Source, reading: Reading, options: Options) -> onnx.ModelProto:
+    """The ONNX model of a reading, with its spec attached."""
     spec = specify(reading, options)
     for note in reading.notes:
         if note.option not in options.given:
@@ -113,11 +151,19 @@ def convert(source: Source, options: Options) -> tuple[onnx.ModelProto, Reading]
     if reading.assemble:
         build = Builder(model, "decode/")
         made = reading.assemble(build, spec)
+        if options.nms_mode == "best_class":
+            lowest = -100.0 if spec.nms.score_activation else 0.0
+            scores = best_class_only(build, made.scores, lowest=lowest)
+            made = dataclasses.replace(made, scores=scores)
         for tensor, name in ((made.boxes, RAW_BOXES), (made.scores, CLASS_LOGITS)):
             passed_on = tensor in reading.heads
             build.output(build.node("Identity", name, tensor) if passed_on else tensor, name)
         build.append_to(model)
-    return select(model, reading, spec, options), reading
+    elif options.nms_mode == "best_class":
+        raise GraphError(
+            "--nms_mode best_class: this model's scores are its network's own outputs, and its NMS takes every class of a box; leave it out"
+        )
+    return select(model, reading, spec, options)
 
 
 def finish_network(
@@ -225,16 +271,39 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
     if options.nms_form == "legacy":
         settings["class_agnostic"] = False  # BatchedNMS has no other mode; insert_legacy warns
     given = {name: value for name, value in settings.items() if value is not None}
-    if options.labels and len(options.labels) != found.num_classes:
+    labels = fit_labels(options.labels, found.num_classes)
+    if labels and len(labels) != found.num_classes:
         raise ValueError(
-            f"--labels: expected {found.num_classes} lines, one per class of the model, found {len(options.labels)}"
+            f"--labels: expected {found.num_classes} lines, one per class of the model, found {len(labels)}"
         )
+    category_ids = COCO_80_IDS if labels == COCO_80_LABELS else found.category_ids
     return found.replace(
         preprocessing=preprocessing,
+        evidence=evidence_of(reading, options),
         nms=dataclasses.replace(found.nms, **given),
-        labels=options.labels or found.labels,
+        labels=labels or found.labels,
+        category_ids=category_ids,
         rotated_mode=options.hints.rotated_nms or found.rotated_mode,
     )
+
+
+def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:
+    """The facts of a reading, with those that options replaced."""
+    given: dict[str, tuple[str, str]] = {}
+    if options.max_detections is not None:
+        given[KEPT] = (str(options.max_detections), "--max_detections")
+    if options.nms_mode != "model":
+        given[SELECTION] = (
+            f"NMS, {options.nms_mode.replace('_', ' ')}",
+            f"--nms_mode {options.nms_mode}",
+        )
+    if options.preprocessor and not any(
+        f.name == NORMALISATION and f.origin.startswith(GIVEN) for f in reading.facts
+    ):
+        given[NORMALISATION] = (options.preprocessor, f"--preprocessor {options.preprocessor}")
+    if options.batch is not None:
+        given[BATCH] = (str(options.batch), "--input_shape, or the export's own")
+    return with_options(reading.facts, given)
 
 
 def refuse_without_effect(reading: Reading, options: Options) -> None:
@@ -248,9 +317,27 @@ def refuse_without_effect(reading: Reading, options: Options) -> None:
         raise GraphError(
             f"--rotated_nms: this {found.family} model has no rotated boxes; leave it out"
         )
-    if hints.deformable_attention and (found.family != "deformable_detr" or not reading.rewrite):
+    deformable = ("deformable_detr", "rtdetr", "rfdetr")
+    if hints.deformable_attention and (found.family not in deformable or not reading.rewrite):
         raise GraphError(
             f"--deformable_attention: this {found.family} model has none that could be rewritten; leave it out, or convert from the source"
+        )
+    images = {
+        "--channel_order": hints.channel_order,
+        "--placement": hints.placement,
+        "--pad_color": hints.pad_rgb,
+    }
+    useless = [option for option, value in images.items() if value]
+    if found.family in ("detr", "deformable_detr", "rtdetr", "rfdetr"):
+        useless = [option for option in useless if option != "--channel_order"]
+    known = {*FAMILIES} - {"yolo", "heads"}
+    if found.family in known and useless:
+        raise GraphError(
+            f"{useless[0]}: how images come into this {found.family} model is known; leave it out"
+        )
+    if hints.declared and found.family in {*FAMILIES} - {"heads"}:
+        raise GraphError(
+            f"the outputs of this {found.family} model are known; leave out the options that declare them, or add --family heads"
         )
     if hints.resize and hints.resize != found.preprocessing.resize:
         raise GraphError(

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 from file to file: read, convert, verify, write."""
+"""Stage 1 from file to file: read, convert, verify, compare detections, write."""
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from trtdet import files
+from trtdet.conversion.comparison import compare_to_the_end
 from trtdet.conversion.convert import Options, convert, open_source, provenance, size_text
 from trtdet.conversion.verification import Difference, verify
+from trtdet.families.evidence import table
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -21,11 +23,13 @@ class Conversion:
         path: the ONNX file.
         spec: what stands in its metadata.
         differences: each head against the source's; none where that was not asked for.
+        compared: what the comparison of detections showed, in lines.
     """
 
     path: Path
     spec: ModelSpec
     differences: tuple[Difference, ...]
+    compared: tuple[str, ...] = ()
 
 
 def convert_file(
@@ -41,7 +45,10 @@ def convert_file(
     with open_source(source_path, is_onnx=is_onnx, mappings=options.map_ops) as source:
         logger.info("read %s", source_path)
         model, reading = convert(source, options)
+        for line in table(ModelSpec.from_onnx(model).evidence).splitlines():
+            logger.info("%s", line)
         differences = tuple(verify(source, reading, model)) if options.verify else ()
+        compared = tuple(compare_to_the_end(source, reading, model)) if options.verify else ()
     if not options.verify:
         logger.warning("not verified (--no_verify)")
     spec = ModelSpec.from_onnx(model).replace(source=provenance(source_path))
@@ -59,4 +66,4 @@ def convert_file(
         "NMS (%s): score threshold %g, %sat most %d detections",
         form, nms.score_threshold, "" if spec.selection == "topk" else overlap, nms.max_output_boxes,
     )  # fmt: skip
-    return Conversion(onnx_path, spec, differences)
+    return Conversion(onnx_path, spec, differences, compared)

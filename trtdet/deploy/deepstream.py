@@ -147,6 +147,11 @@ def nvinfer_groups(
     preprocessing = spec.preprocessing
     height, width = preprocessing.size_hw
     letterbox = preprocessing.resize == "letterbox"
+    if preprocessing.longest:
+        raise ValueError(
+            f"DeepStream makes pictures as large as the network input; this model takes them {preprocessing.longest} pixels long in an input of "
+            f"{height}x{width}; export it for {preprocessing.longest} pixels, or serve it with Triton"
+        )
     properties: dict[str, str | int | float] = {
         "gpu-id": options.gpu,
         "gie-unique-id": 1,

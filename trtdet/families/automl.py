@@ -7,26 +7,42 @@ heads), constants give anchors and NMS, and test images sent through the model g
 Source of the conventions: google/automl efficientdet, inference.py, dataloader.py, tf2/postprocess.py, tf2/anchors.py @6a54c874.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
-from trtdet.families.base import CLASS_LOGITS, NO_HINTS, RAW_BOXES, Hints, Note, Reading
+from trtdet.families import evidence as ev
+from trtdet.families.base import (
+    CLASS_LOGITS,
+    NO_HINTS,
+    RAW_BOXES,
+    Final,
+    Found,
+    Hints,
+    Note,
+    Reading,
+)
+from trtdet.families.evidence import Evidence
 from trtdet.families.measure import (
     centre_size,
     declared_layout,
+    declared_size,
     find_head,
     find_stem,
     measure_preprocessing,
     scalar,
     tensor,
 )
+from trtdet.families.pixels import Normal
+from trtdet.families.tf_selection import TfSelection, candidates_before
 from trtdet.geometry import in_layout
 from trtdet.graph.map_op import check_runs
 from trtdet.sources.base import Source, SourceGraph
-from trtdet.spec import ModelSpec, Nms
+from trtdet.spec import Fact, ModelSpec, Nms, Preprocessing
 
 NAME = "automl"
 
@@ -39,9 +55,19 @@ NMS_OPS = ("NonMaxSuppression", "CombinedNonMaxSuppression")
 
 
 def matches(source: Source) -> bool:
-    """Whether both head scopes are there."""
+    """Whether both heads are there, their levels put together."""
+    try:
+        return all(find_head(source.graph, scope, NAME) for scope in (CLASS_SCOPE, BOX_SCOPE))
+    except GraphError:
+        return False
+
+
+def why_not(source: Source) -> str:
+    """What is missing of an EfficientDet's heads, where some of it is there."""
     names = [node.name for node in source.graph.nodes.values()]
-    return all(any(scope in name for name in names) for scope in (CLASS_SCOPE, BOX_SCOPE))
+    if not any(scope in name for name in names for scope in (CLASS_SCOPE, BOX_SCOPE)):
+        return ""
+    return f"its levels are not put together below {CLASS_SCOPE} and {BOX_SCOPE}"
 
 
 def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
@@ -72,8 +98,12 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             f"found {boxes_value.shape} at '{boxes.name}'"
         )
     nms, nms_notes = read_nms(graph)
-    decoded = nms_boxes(graph)
+    candidates = candidates_before(graph, NMS_OPS)
+    # Behind a TopK boxes come in the order of their scores.
+    decoded = None if candidates else nms_boxes(graph)
     measured = measure_anchors(source, decoded, {**feed, tensor(boxes): np.zeros_like(boxes_value)})
+    selection = read_selection(graph, nms, candidates, preprocessing.size_hw)
+    final = maybe_final(source, feed, selection)
     return Reading(
         spec=ModelSpec(
             family=NAME,
@@ -91,7 +121,112 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
         notes=(*notes, *nms_notes),
         decoded_boxes=decoded if measured is not None else None,
         image_layout=declared_layout(graph),
+        facts=facts(
+            graph, preprocessing, nms, num_classes, image_input, has_final=final is not None
+        ),
+        final=final,
     )
+
+
+def read_selection(
+    graph: SourceGraph, nms: Nms, candidates: int, size_hw: tuple[int, int]
+) -> TfSelection | None:
+    """What the export does behind its heads; None where it has no NMS."""
+    nodes = [node for node in graph.all_nodes() if node.op in NMS_OPS]
+    if not nodes:
+        return None
+    node = nodes[0]
+    constants = [scalar(graph.maybe_constant(t, node.function)) for t in node.inputs[2:]]
+    combined = node.op == "CombinedNonMaxSuppression"
+    per_class = not nms.class_agnostic
+    limits = constants[1:] if combined else constants
+    _, iou, score, sigma = (*(x or 0.0 for x in limits), 0.0)[:4]
+    return TfSelection(
+        per_class=per_class,
+        every_class=combined,
+        candidates=0 if combined else candidates,
+        iou_threshold=iou,
+        score_threshold=score,
+        sigma=0.0 if combined else sigma,
+        most_per_class=nms.max_output_boxes,
+        most=nms.max_output_boxes,
+        clip=None if per_class and not combined else size_hw,
+    )
+
+
+def maybe_final(
+    source: Source, feed: dict[str, NDArray[Any]], selection: TfSelection | None
+) -> Final | None:
+    """The source's own detections: rows image id, y1 x1 y2 x2, score, class from 1. None where it has none, or cannot run them."""
+    if selection is None or len(source.graph.outputs) != 1:
+        return None
+    (output,) = source.graph.outputs.values()
+    try:
+        (value,) = source.run([output], feed)
+    except GraphError:
+        return None  # ONNX Runtime does not know all of TensorFlow's NMS
+    if value.ndim != 3 or value.shape[2] != 7:
+        return None
+    return Final(
+        (output,), partial(read_rows, columns=(2, 1, 4, 3)), selection, selection.differs,
+        other_read=partial(read_rows, columns=(1, 2, 3, 4)),
+    )  # fmt: skip
+
+
+def read_rows(values: Sequence[NDArray[Any]], *, columns: tuple[int, ...]) -> Found:
+    """Detections of the first image of rows [N, K, 7]."""
+    rows = values[0][0].astype(np.float32)
+    return Found(rows[:, list(columns)], rows[:, 5], np.round(rows[:, 6]).astype(np.int64) - 1)
+
+
+def facts(
+    graph: SourceGraph,
+    preprocessing: Preprocessing,
+    nms: Nms,
+    num_classes: int,
+    image_input: str,
+    *,
+    has_final: bool,
+) -> tuple[Fact, ...]:
+    """Where all of it comes from."""
+    evidence = Evidence(NAME)
+    height, width = preprocessing.size_hw
+    evidence.add(ev.FAMILY, NAME, f"read: the heads below {CLASS_SCOPE} and {BOX_SCOPE}")
+    evidence.add(
+        ev.INPUT,
+        f"'{image_input}' {declared_layout(graph)} {height}x{width}",
+        f"{ev.MEASURED}what reaches the first convolution",
+    )
+    normal = Normal(preprocessing.mean, preprocessing.std)
+    evidence.add(
+        ev.NORMALISATION,
+        f"{normal}, in the network",
+        f"{ev.MEASURED}flat images at the first convolution",
+    )
+    pad = ",".join(f"{x:g}" for x in preprocessing.pad_rgb)
+    resize = "stretch" if preprocessing.resize == "stretch" else f"letterbox, top left on {pad}"
+    how = (
+        f"{ev.CONVENTION}AutoML; the input has a fixed size"
+        if declared_size(graph)
+        else f"{ev.MEASURED}half-filled images"
+    )
+    evidence.add(ev.RESIZE, resize, how)
+    evidence.add(ev.BATCH, graph.batch or "dynamic", "read: the shape of its output")
+    compared = "; compared to the end" if has_final else ""
+    evidence.add(ev.BOXES, "yxyx, relative to anchors", f"read: the anchors in the file{compared}")
+    evidence.add(ev.SCORES, "sigmoid", f"{ev.CONVENTION}AutoML{compared}")
+    evidence.add(ev.BACKGROUND, "none", f"{ev.CONVENTION}AutoML{compared}")
+    evidence.add(ev.CLASSES, num_classes, "read: the shape of the logits")
+    evidence.add(
+        ev.CATEGORY_IDS, f"1..{num_classes}", f"{ev.CONVENTION}AutoML counts classes from 1"
+    )
+    has_nms = any(node.op in NMS_OPS for node in graph.all_nodes())
+    origin = "read: its NMS" if has_nms else "default: the file has no NMS"
+    evidence.add(
+        ev.SELECTION, "NMS across classes" if nms.class_agnostic else "NMS per class", origin
+    )
+    evidence.add(ev.KEPT, nms.max_output_boxes, origin)
+    return evidence.settle()
 
 
 def read_nms(graph: SourceGraph) -> tuple[Nms, list[Note]]:

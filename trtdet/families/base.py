@@ -17,7 +17,7 @@ from trtdet.errors import GraphError
 from trtdet.graph.builder import Builder
 from trtdet.graph.tidy import NETWORK_INPUT
 from trtdet.sources.base import Source
-from trtdet.spec import Layout, ModelSpec, ResizeMode, RotatedMode
+from trtdet.spec import BoxFormat, Fact, Layout, ModelSpec, Placement, ResizeMode, RotatedMode
 
 #: Tensors that stage 1 writes whatever follows them: [N, A, 4] (rotated: 5) boxes in the coding of `spec.nms`, and [N, A, C] logits, or
 #: probabilities where `spec.nms.score_activation` is off.
@@ -39,6 +39,35 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Declaration:
+    """What the command line says of a detector's outputs; None and "": not said.
+
+    Attributes:
+        boxes, scores, labels: names of outputs (or inner tensors).
+        rows: name of one output that holds all of it. columns: what its columns are; "scores" stands for the rest, one for each class.
+        box_format: corners, corner and size, or centre and size. box_units: of the network input, or 0 to 1.
+        activation: what makes probabilities of the scores.
+        background: which of the scores is for no object.
+        scores_layout: boxes before classes, or after.
+        label_base: number of the first class in `labels`.
+        selected: detections that need no NMS.
+    """
+
+    boxes: str = ""
+    scores: str = ""
+    labels: str = ""
+    rows: str = ""
+    columns: tuple[str, ...] = ()
+    box_format: BoxFormat | None = None
+    box_units: Literal["pixels", "unit"] | None = None
+    activation: Literal["none", "sigmoid", "softmax"] | None = None
+    background: Literal["first", "last", "none"] | None = None
+    scores_layout: Literal["NAC", "NCA"] | None = None
+    label_base: Literal[0, 1] | None = None
+    selected: bool | None = None
+
+
+@dataclass(frozen=True)
 class Hints:
     """What the command line says of a source, for families whose files cannot say it. None: not said.
 
@@ -48,6 +77,10 @@ class Hints:
         resize: how images come into the network's shape.
         rotated_nms: true polygon overlap, that of ODTK's own kernel, or that of Ultralytics.
         deformable_attention: how GridSample is written.
+        channel_order: of the network's input. placement, pad_rgb: of a letterboxed image.
+        num_classes: of a model that holds class ids alone.
+        declared: what its outputs are.
+        assume: take the usual choice for what nothing says.
     """
 
     size_hw: tuple[int, int] | None = None
@@ -56,6 +89,12 @@ class Hints:
     labels: tuple[str, ...] = ()
     rotated_nms: RotatedMode | None = None
     deformable_attention: Literal["keep", "plugin", "gather"] | None = None
+    channel_order: Literal["rgb", "bgr"] | None = None
+    placement: Placement | None = None
+    pad_rgb: tuple[float, float, float] | None = None
+    num_classes: int | None = None
+    declared: "Declaration | None" = None
+    assume: bool = False
 
 
 NO_HINTS = Hints()
@@ -93,6 +132,8 @@ class Reading:
         rewrite: edits the cut network before it gets its input; removes the inputs named in `feeds`.
         feeds: further inputs of the source, and what they are for one image that fills the network input (batch of one).
         size_multiple: what height and width must be a multiple of, in a network that takes images of any size; None: its size is fixed.
+        facts: where all of it comes from.
+        final: how the source's own detections are read; None: it has none.
     """
 
     spec: ModelSpec
@@ -110,10 +151,56 @@ class Reading:
     rewrite: Callable[[gs.Graph], None] | None = None
     feeds: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     size_multiple: int | None = None
+    facts: tuple[Fact, ...] = ()
+    final: "Final | None" = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Detections of one image: boxes (n, 4) x1 y1 x2 y2 in pixels of the network input, scores (n,) 0 to 1, class ids (n,)."""
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    class_ids: NDArray[np.int64]
+
+
+#: (boxes (a, 4), x1 y1 x2 y2 in pixels of the network input; probabilities (a, c)) of one image -> what is selected of them.
+Select = Callable[[NDArray[np.float32], NDArray[np.float32]], Found]
+
+
+@dataclass(frozen=True)
+class Final:
+    """How the detections that the source itself selects are read, for a comparison to the end.
+
+    Attributes:
+        fetches: tensors of the source. feeds: further inputs, for one image that fills the network input.
+        read: their values for a batch whose first image is looked at -> its detections. other_read: the same in another order of axes,
+            for exports that do not say theirs: taken where it agrees better.
+        select: the source's own selection in NumPy, soft NMS and padding rules included.
+        differs: what the converted file does otherwise on purpose; "": nothing, it must give the source's detections too.
+    """
+
+    fetches: tuple[str, ...]
+    read: Callable[[Sequence[NDArray[Any]]], Found]
+    select: Select | None = None
+    differs: str = ""
+    feeds: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    other_read: Callable[[Sequence[NDArray[Any]]], Found] | None = None
+
+
+def best_class_only(build: Builder, scores: str, *, lowest: float = 0.0) -> str:
+    """scores [N, A, C] with `lowest` in place of all but the best of each box"""
+    best = build.reduce("ReduceMax", "best_score", scores, 2, keepdims=True)
+    is_best = build.node("Equal", "is_best", scores, best)
+    return build.node("Where", "best_scores", is_best, scores, np.float32(lowest))
 
 
 class Family(Protocol):
-    """One kind of detector."""
+    """One kind of detector.
+
+    A module may have two names more: `IS_GENERAL`, true for a family that is asked only where no other matches, and
+    `why_not(source) -> str`, the fact that keeps a source near to it from being one of it; "" where it is far from it.
+    """
 
     NAME: str
 
@@ -139,6 +226,8 @@ def pick_family(source: Source, families: Sequence[Family], name: str = "auto") 
     if name != "auto":
         return next(family for family in families if name == family.NAME)
     hits = [family for family in families if family.matches(source)]
+    if known := [family for family in hits if not getattr(family, "IS_GENERAL", False)]:
+        hits = known
     names = [family.NAME for family in families]
     if len(hits) > 1:
         matching = [family.NAME for family in hits]
@@ -146,9 +235,15 @@ def pick_family(source: Source, families: Sequence[Family], name: str = "auto") 
             f"{source.path}: expected a model of one of {names}, {matching} all match; name it with --family"
         )
     if not hits:
+        nearest = [
+            f"{family.NAME}: {why}"
+            for family in families
+            if (tell := getattr(family, "why_not", None)) and (why := tell(source))
+        ]
         raise GraphError(
-            f"{source.path}: expected a model of one of {names}, none matches its outputs {_named(source.graph.outputs)}; name it with "
-            "--family, or add its family: docs/adding_a_family.md"
+            f"{source.path}: expected a model of one of {names}, none matches its outputs {_named(source.graph.outputs)}; "
+            + (f"nearest are {'; '.join(nearest)}; " if nearest else "")
+            + "name one with --family, declare the outputs, or add a family: --family FILE.py, docs/adding_a_family.md"
         )
     return hits[0]
 

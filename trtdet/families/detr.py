@@ -17,6 +17,7 @@ pixel has that colour, which is no whole number; only after resizing, or as uint
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,21 +27,47 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from trtdet.errors import GraphError
-from trtdet.families.base import NO_HINTS, Heads, Hints, Note, Reading
+from trtdet.families import evidence as ev
+from trtdet.families.base import (
+    CLASS_LOGITS,
+    NO_HINTS,
+    RAW_BOXES,
+    Final,
+    Heads,
+    Hints,
+    Note,
+    Reading,
+)
+from trtdet.families.evidence import Evidence
+from trtdet.families.pixels import (
+    Convention,
+    Normal,
+    Pixels,
+    decide_normalisation,
+    declared_shapes,
+    find_pixels,
+    maybe_image,
+)
+from trtdet.families.set_outputs import (
+    Kind,
+    SetOutputs,
+    is_deformable,
+    kind_of,
+    maybe_outputs,
+    other_feeds,
+    read_detections,
+)
+from trtdet.geometry import in_layout
 from trtdet.graph.builder import Builder
-from trtdet.graph.deformable_attention import PLUGIN_OP, Mode, lower, name_positions, rewrite
+from trtdet.graph.deformable_attention import Mode, lower, name_positions, rewrite
 from trtdet.graph.map_op import check_runs
 from trtdet.graph.static_shapes import fix_shapes
+from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
 from trtdet.sources.base import Source, run_onnx
 from trtdet.sources.onnx_file import OnnxSource
-from trtdet.spec import PREPROCESSORS, ModelSpec, Nms, Preprocessing, ResizeMode
+from trtdet.spec import PREPROCESSORS, Layout, ModelSpec, Nms, Preprocessing, ResizeMode
 
 NAME = "detr"
-
-#: Names of the outputs: of transformers and Optimum, of facebookresearch/detr.
-LOGITS, BOXES = ("logits", "pred_logits"), "pred_boxes"
-#: Operators by which Deformable DETR and what followed it are told apart.
-DEFORMABLE_OPS = frozenset(["GridSample", PLUGIN_OP])
 
 IMAGENET_MEAN, IMAGENET_STD = PREPROCESSORS["imagenet"]
 #: Levels of 0-255 by which padding may differ from the mean: uint8 rounds it.
@@ -54,35 +81,82 @@ class Export:
     """What an ONNX file of a DETR says of itself.
 
     Attributes:
-        image: input tensor [N,3,H,W].
+        image: input tensor. pixels: how it enters the first convolution.
         mask: input tensor [N,h,w], 1 where the picture is; empty: none. mask_hw: its size. mask_type: its `TensorProto.DataType`.
-        pixels: the tensor that enters the first convolution.
-        logits: output tensor.
+        outputs: the heads.
         size_hw: of the image. batch: None where it is free.
         num_queries: Q. num_logits: of each.
     """
 
-    image: str
+    outputs: SetOutputs
+    entry: Pixels
     mask: str
     mask_hw: tuple[int, int]
     mask_type: int
-    pixels: str
-    logits: str
     size_hw: tuple[int, int]
     batch: int | None
     num_queries: int = 0
     num_logits: int = 0
 
+    @property
+    def pixels(self) -> str:
+        """The tensor that enters the first convolution."""
+        return self.entry.tensor
+
+    @property
+    def logits(self) -> str:
+        return self.outputs.logits
+
+    @property
+    def boxes(self) -> str:
+        return self.outputs.boxes
+
 
 def matches(source: Source) -> bool:
-    """Whether the outputs are called as DETR's are, and no operator is Deformable DETR's."""
-    return has_outputs(source) and not is_deformable(source)
+    """Whether the outputs are a set prediction whose boxes have no reference points."""
+    return kind_is(source, "softmax")
 
 
-def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
+def why_not(source: Source) -> str:
+    """What is wrong with outputs that are called as DETR's are."""
+    if not isinstance(source, OnnxSource) or source.spec:
+        return ""
+    names = [info.name for info in source.model.graph.output]
+    if not any("pred_boxes" in n or "logits" in n for n in names):
+        return ""
+    return f"expected logits [N, Q, C] and boxes [N, Q, 4] of 0 to 1 and nothing else, found {', '.join(names[:6])}"
+
+
+def kind_is(source: Source, kind: Kind) -> bool:
+    """Whether the outputs are a set prediction of this kind, in a file that does not say its family itself."""
+    if not isinstance(source, OnnxSource):
+        return False
+    if any(prop.key == "libreyolo_version" for prop in source.model.metadata_props):
+        return False
+    outputs = maybe_outputs(source, NO_HINTS)
+    return outputs is not None and kind_of(source, outputs) == kind
+
+
+def read(
+    source: Source,
+    hints: Hints = NO_HINTS,
+    *,
+    convention: Convention | None = None,
+    how: str = "read: boxes are the sigmoid of a linear layer, without reference points",
+    labels: tuple[str, ...] = (),
+) -> Reading:
     """See `trtdet.families.base.Family.read`."""
-    export = read_export(source, hints)
-    reading = describe(source, export, hints, family=NAME, num_classes=export.num_logits - 1)
+    known = convention or Convention("DETR", IMAGENET)
+    evidence = Evidence(str(source.path), hints.assume)
+    export = read_export(source, hints, evidence, trusted=how.startswith("read: metadata"))
+    evidence.add(ev.FAMILY, NAME, how)
+    evidence.add(ev.SCORES, "softmax", f"{ev.CONVENTION}{known.of}")
+    evidence.add(ev.BACKGROUND, "last", f"{ev.CONVENTION}{known.of}")
+    evidence.add(ev.SELECTION, "the best class of each query, no NMS", f"{ev.CONVENTION}{known.of}")
+    reading = describe(
+        source, export, hints, evidence, family=NAME, num_classes=export.num_logits - 1,
+        convention=known, kept=min(MAX_DETECTIONS, export.num_queries), labels=labels,
+    )  # fmt: skip
     spec = reading.spec.replace(
         nms=Nms(
             score_threshold=0.0,
@@ -92,124 +166,261 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             box_coding=1,
         )
     )
-    heads = {"logits": export.logits, "pred_boxes": BOXES}
-    return dataclasses.replace(reading, spec=spec, heads=heads, assemble=assemble)
+    heads = {"logits": export.logits, "pred_boxes": export.boxes}
+    made = partial(assemble, activated=export.outputs.activated)
+    return dataclasses.replace(reading, spec=spec, heads=heads, assemble=made)
 
 
-def assemble(build: Builder, spec: ModelSpec) -> Heads:
+def assemble(build: Builder, spec: ModelSpec, *, activated: bool = False) -> Heads:
     """softmax(logits), the last class left out; the boxes as they are."""
-    probabilities = build.node("Softmax", "probabilities", "logits", axis=-1)
+    probabilities = "logits"
+    if not activated:
+        probabilities = build.node("Softmax", "probabilities", "logits", axis=-1)
     scores = build.slice_last("object_probabilities", probabilities, 0, spec.num_classes)
     return Heads("pred_boxes", scores)
 
 
-# ---- what both families share ----------------------------------------------------------------------------------------------
+def read_sigmoid(
+    source: Source,
+    hints: Hints,
+    *,
+    family: str,
+    convention: Convention,
+    kept: int,
+    how: str,
+    labels: tuple[str, ...] = (),
+    antialias: bool = True,
+    unused: Sequence[int] = (),
+) -> Reading:
+    """A set prediction with a sigmoid over every class: the best of all query and class pairs, no NMS.
 
-
-def has_outputs(source: Source) -> bool:
-    names = (
-        {info.name for info in source.model.graph.output}
-        if isinstance(source, OnnxSource)
-        else set()
+    Args:
+        unused: classes that no image was trained for, and that are never chosen; those beyond the last are left aside.
+    """
+    evidence = Evidence(str(source.path), hints.assume)
+    export = read_export(source, hints, evidence, trusted=how.startswith("read: metadata"))
+    evidence.add(ev.FAMILY, family, how)
+    scores = "probabilities" if export.outputs.activated else "sigmoid"
+    evidence.add(ev.SCORES, scores, f"{ev.CONVENTION}{convention.of}")
+    evidence.add(ev.BACKGROUND, "none", f"{ev.CONVENTION}{convention.of}")
+    evidence.add(
+        ev.SELECTION,
+        "the best of all query and class pairs, no NMS",
+        f"{ev.CONVENTION}{convention.of}",
     )
-    return source.spec is None and BOXES in names and not names.isdisjoint(LOGITS)
+    kept = min(kept, export.num_queries * export.num_logits)
+    if export.outputs.kept:
+        kept = export.outputs.kept
+    attention: Mode = "keep"
+    if is_deformable(source):
+        attention = hints.deformable_attention or DEFAULT_ATTENTION
+    reading = describe(
+        source, export, hints, evidence, family=family, num_classes=export.num_logits,
+        convention=convention, kept=kept, deformable_attention=attention, labels=labels, antialias=antialias,
+    )  # fmt: skip
+    spec = reading.spec.replace(
+        nms=Nms(
+            score_threshold=0.0,
+            max_output_boxes=kept,
+            score_activation=not export.outputs.activated,
+            box_coding=1,
+        )
+    )
+    if len(unused) and export.num_logits > max(unused) and not export.outputs.activated:
+        heads = {"pred_boxes": export.boxes, "logits": export.logits}
+        made = partial(assemble_used, unused=tuple(unused))
+        return dataclasses.replace(reading, spec=spec, heads=heads, assemble=made)
+    return dataclasses.replace(
+        reading, spec=spec, heads={RAW_BOXES: export.boxes, CLASS_LOGITS: export.logits}
+    )
 
 
-def is_deformable(source: Source) -> bool:
-    return any(node.op in DEFORMABLE_OPS for node in source.graph.nodes.values())
+def assemble_used(build: Builder, spec: ModelSpec, *, unused: tuple[int, ...]) -> Heads:
+    """The logits, those of unused classes so low that they are never chosen; the boxes as they are."""
+    is_unused = np.isin(np.arange(spec.num_classes), unused)[None, None]
+    return Heads(
+        "pred_boxes", build.node("Where", "used_logits", is_unused, np.float32(-100), "logits")
+    )
 
 
-def read_export(source: Source, hints: Hints) -> Export:
-    """Inputs and outputs, by name and shape.
+# ---- what all families of set predictions share ----------------------------------------------------------------------------
+
+IMAGENET = Normal(IMAGENET_MEAN, IMAGENET_STD)
+DEFAULT_ATTENTION: Mode = "gather"
+
+
+def read_export(
+    source: Source, hints: Hints, evidence: Evidence, *, trusted: bool = False
+) -> Export:
+    """Inputs and outputs.
+
+    Args:
+        trusted: the file says that it is a set prediction, so boxes need not look like some.
 
     Raises:
-        GraphError: they are not those of a DETR, or the size is dynamic and not given.
+        GraphError: they are not those of a set prediction, or the size is dynamic and not given.
     """
-    if not isinstance(source, OnnxSource) or not has_outputs(source):
+    if not isinstance(source, OnnxSource):
         raise GraphError(
-            f"{source.path}: expected an ONNX file with the outputs {' or '.join(LOGITS)} and {BOXES}; export the model with "
-            "output_names=['logits', 'pred_boxes']"
+            f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
     graph = source.model.graph
     inputs = {i.name: i for i in graph.input if i.name in source.graph.inputs}
-    shapes = {
-        name: tuple(d.dim_value or None for d in info.type.tensor_type.shape.dim)
-        for name, info in inputs.items()
-    }
-    images = [name for name, shape in shapes.items() if len(shape) == 4 and shape[1] in (3, None)]
+    shapes = declared_shapes(source)
+    image = maybe_image(source)
     masks = [name for name, shape in shapes.items() if len(shape) == 3 and "mask" in name.lower()]
-    if len(images) != 1 or len(images) + len(masks) != len(shapes) or len(masks) > 1:
+    sizes = [name for name, shape in shapes.items() if len(shape) == 2]
+    if (
+        image is None
+        or 1 + len(masks) + len(sizes) != len(shapes)
+        or len(masks) > 1
+        or len(sizes) > 1
+    ):
         found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise GraphError(
             f"{source.path}: expected an image [N, 3, H, W] and at most a mask [N, H, W] called so, found {found}; export the model "
             "with these inputs"
         )
-    batch, _, height, width = shapes[images[0]]
-    if height is None or width is None:
-        if hints.size_hw is None:
-            raise GraphError(
-                f"{source.path}: its input takes any size; name the one that it shall have: --size H,W"
-            )
-        height, width = hints.size_hw
+    name, layout = image
+    dims = shapes[name][2:] if layout == "NCHW" else shapes[name][1:3]
+    size_hw = (dims[0], dims[1]) if dims[0] and dims[1] else hints.size_hw
+    if size_hw is None:
+        raise GraphError(
+            f"{source.path}: its input takes any size; name the one that it shall have: --size H,W"
+        )
+    check_runs(source, NAME, [info.name for info in graph.output])
+    outputs = maybe_outputs(source, hints, trusted=trusted)
+    if outputs is None:
+        _run_as_it_is(source, shapes[name][0] or 1, name, layout, size_hw)
+        raise GraphError(
+            f"{source.path}: expected logits [N, queries, classes] and boxes [N, queries, 4], centre and size from 0 to 1, and no other output, "
+            f"found {', '.join(i.name for i in graph.output)}; export the model with these outputs, or declare them with --boxes_output and "
+            "--scores_output"
+        )
     mask = masks[0] if masks else ""
-    sides = shapes[mask][1:] if mask else (height, width)
-    conv = next((n for n in source.graph.nodes.values() if n.op == "Conv"), None)
-    if conv is None:
-        raise GraphError(f"{source.path}: expected a convolution behind '{images[0]}', found none")
+    sides = shapes[mask][1:] if mask else size_hw
+    entry = find_pixels(source, hints, feeds=other_feeds(source, size_hw))
+    if entry.layout != "NCHW":
+        raise GraphError(
+            f"{source.path}: expected channels before height and width at the first convolution; export the model from PyTorch"
+        )
     export = Export(
-        image=images[0],
+        outputs=outputs,
+        entry=entry,
         mask=mask,
-        mask_hw=(sides[0] or height, sides[1] or width),
+        mask_hw=(sides[0] or size_hw[0], sides[1] or size_hw[1]),
         mask_type=inputs[mask].type.tensor_type.elem_type if mask else TensorProto.INT64,
-        pixels=conv.inputs[0],
-        logits=next(info.name for info in graph.output if info.name in LOGITS),
-        size_hw=(height, width),
-        batch=batch,
+        size_hw=size_hw,
+        batch=shapes[name][0],
     )
+    evidence.add(ev.INPUT, f"'{name}' {layout} {size_hw[0]}x{size_hw[1]}", "read: its shape")
     num_queries, num_logits = _head_sizes(source, export)
-    return dataclasses.replace(export, num_queries=num_queries, num_logits=num_logits)
+    export = dataclasses.replace(export, num_queries=num_queries, num_logits=num_logits)
+    if export.batch is None and not _takes_two(source, export):
+        export = dataclasses.replace(export, batch=1)
+        evidence.add(
+            ev.BATCH,
+            "1",
+            f"{ev.MEASURED}its shape is dynamic, but the export itself fails with 2 images",
+        )
+    else:
+        batch = "dynamic" if export.batch is None else str(export.batch)
+        evidence.add(ev.BATCH, batch, "read: the shape of the input")
+    return export
+
+
+def _run_as_it_is(
+    source: OnnxSource, batch: int, image: str, layout: Layout, size_hw: tuple[int, int]
+) -> None:
+    """Let ONNX Runtime say why the model does not run, if that is so.
+
+    Raises:
+        GraphError: what it says.
+    """
+    feeds = {name: np.repeat(v, batch, axis=0) for name, v in other_feeds(source, size_hw).items()}
+    if {image, *feeds} != set(source.graph.inputs):
+        return
+    fed = in_layout(np.zeros((batch, *size_hw, 3), np.float32), layout)
+    try:
+        source.run([info.name for info in source.model.graph.output], {image: fed, **feeds})
+    except GraphError as error:
+        raise _explained(source, error) from error
+
+
+def _explained(source: Source, error: GraphError) -> GraphError:
+    if "GridSample" not in str(error):
+        return error
+    return GraphError(
+        f"{source.path}: ONNX Runtime cannot run its GridSample: torch's older exporter computes positions in float64 where the "
+        f"batch is fixed; export it with a dynamic batch (dynamic_axes) or with dynamo=True ({error})"
+    )
+
+
+def _feeds(export: Export, batch: int) -> dict[str, np.ndarray]:
+    n, (height, width) = batch, export.size_hw
+    feeds: dict[str, np.ndarray] = {export.pixels: np.zeros((n, 3, height, width), np.float32)}
+    if export.mask:
+        feeds[export.mask] = _ones_mask(export, n)
+    return feeds
+
+
+def _takes_two(source: Source, export: Export) -> bool:
+    """Whether two images go through, and give what one gives."""
+    feeds = _feeds(export, 2)
+    try:
+        for value in source.run([export.logits, export.boxes], feeds):
+            if len(value) != 2:
+                return False
+    except GraphError:
+        return False
+    return True
 
 
 def _head_sizes(source: Source, export: Export) -> tuple[int, int]:
-    """Numbers of queries and of logits each, measured on a grey image.
+    """Numbers of queries and of logits each.
 
     Raises:
         GraphError: the model does not run, or its outputs do not fit each other.
     """
-    n = export.batch or 1
-    feeds = {export.image: np.zeros((n, 3, *export.size_hw), np.float32)}
-    check_runs(source, NAME, [export.logits, BOXES])
-    if export.mask:
-        feeds[export.mask] = _ones_mask(export, n)
+    feeds = _feeds(export, export.batch or 1)
     try:
-        logits, boxes = source.run([export.logits, BOXES], feeds)
+        logits, boxes = source.run([export.logits, export.boxes], feeds)
     except GraphError as error:
-        if "GridSample" not in str(error):
-            raise
-        raise GraphError(
-            f"{source.path}: ONNX Runtime cannot run its GridSample: torch's older exporter computes positions in float64 where the "
-            f"batch is fixed; export it with a dynamic batch (dynamic_axes) or with dynamo=True ({error})"
-        ) from error
+        raise _explained(source, error) from error
     if logits.ndim != 3 or boxes.shape != (*logits.shape[:2], 4):
         raise GraphError(
-            f"{source.path}: expected {export.logits} [N, queries, classes] and {BOXES} [N, queries, 4], found {list(logits.shape)} and "
+            f"{source.path}: expected {export.logits} [N, queries, classes] and {export.boxes} [N, queries, 4], found {list(logits.shape)} and "
             f"{list(boxes.shape)}"
         )
     return logits.shape[1], logits.shape[2]
 
 
 def describe(
-    source: Source,
+    source: OnnxSource | Source,
     export: Export,
     hints: Hints,
+    evidence: Evidence,
     *,
     family: str,
     num_classes: int,
+    convention: Convention,
+    kept: int,
     deformable_attention: Mode = "keep",
+    labels: tuple[str, ...] = (),
+    antialias: bool = True,
 ) -> Reading:
     """Everything but what is selected from the heads."""
     resize: ResizeMode = hints.resize or ("letterbox" if export.mask else "stretch")
-    mean, std, notes = normalisation(source, export, hints)
+    normal = decide_normalisation(evidence, export.entry, hints, convention)
+    mean, std, notes = normal.mean, normal.std, list[Note]()
+    note_facts(evidence, export, hints, resize, convention.of, kept)
+    evidence.add(
+        ev.CLASSES, num_classes,
+        "read: the number of logits" + (", less the background class" if num_classes < export.num_logits else ""),
+    )  # fmt: skip
+    if hints.preprocessor and export.mask and not any(mean) and resize == "letterbox":
+        text = "padding is black with this normalisation: black rows and columns at the end of a picture count as padding"
+        notes.append(Note(text, "resize_mode"))
     if export.mask and hints.resize is None:
         notes.append(
             Note(
@@ -222,17 +433,20 @@ def describe(
         export.size_hw,
         mean=mean,
         std=std,
+        bgr=normal.bgr,
         pad_rgb=mean,
         resize=resize,
         rounding="round",
-        antialias=True,
+        antialias=antialias,
     )
     spec = ModelSpec(
         family=family,
         preprocessing=preprocessing,
         nms=Nms(),
-        category_ids=tuple(range(num_classes)),
-        labels=hints.labels if len(hints.labels) == num_classes else (),
+        category_ids=COCO_80_IDS
+        if labels == COCO_80_LABELS and num_classes == 80
+        else tuple(range(num_classes)),
+        labels=next((x for x in (labels, hints.labels) if len(x) == num_classes), ()),
         box_order="xyxy",
         boxes_normalized=True,
         selection="topk",
@@ -254,45 +468,41 @@ def describe(
             deformable_attention=deformable_attention,
         ),
         feeds={export.mask: _ones_mask(export, 1)} if export.mask else {},
+        facts=evidence.settle(),
+        final=final_of(export),
     )
 
 
-def normalisation(
-    source: Source, export: Export, hints: Hints
-) -> tuple[tuple[float, float, float], tuple[float, float, float], list[Note]]:
-    """Mean and standard deviation of RGB 0-255: as asked for, as measured before the first convolution, or ImageNet's."""
-    if hints.preprocessor:
-        mean, std = PREPROCESSORS[hints.preprocessor]
-        if export.mask and not any(mean) and hints.resize != "stretch":
-            text = "padding is black with this normalisation: black rows and columns at the end of a picture count as padding"
-            return mean, std, [Note(text, "resize_mode")]
-        return mean, std, []
-    if export.pixels != export.image:
-        shape = (export.batch or 1, 3, *export.size_hw)
-        black, white = (
-            source.run([export.pixels], {export.image: np.full(shape, level, np.float32)})[0]
-            for level in (0.0, 1.0)
+def note_facts(
+    evidence: Evidence, export: Export, hints: Hints, resize: ResizeMode, of: str, kept: int
+) -> None:
+    """The facts that all set predictions share."""
+    if hints.resize:
+        evidence.add(ev.RESIZE, resize, f"{ev.GIVEN}--resize_mode {resize}")
+    elif export.mask:
+        evidence.add(
+            ev.RESIZE, "letterbox, top left on the mean, with a mask", "read: its mask input"
         )
-        fits = black.shape == shape
-        slope, offset = (x.reshape(shape[0], 3, -1)[0].mean(1) for x in (white - black, black))
-        spread = max(
-            np.ptp(x.reshape(shape[0], 3, -1)[0], axis=1).max() for x in (white - black, black)
-        )
-        if not fits or spread > 1e-3 or (slope <= 0).any():
-            raise GraphError(
-                f"{source.path}: expected at most (x - mean) / std between '{export.image}' and the first convolution, found something "
-                "else; export the network without its preprocessing"
-            )
-        std, mean = 1 / slope, -offset / slope
-        unit = 255.0 if (std <= 1).all() else 1.0  # the export takes images of 0 to 1
-        if slope.max() != 1 or offset.any():
-            return _triple(mean * unit), _triple(std * unit), []
-    note = Note(
-        f"nothing in the file says how images are normalised; ImageNet's mean {IMAGENET_MEAN} and standard deviation are assumed, as "
-        "DETR was trained; --preprocessor names another",
-        "preprocessor",
+    else:
+        evidence.add(ev.RESIZE, resize, f"{ev.CONVENTION}{of}, without a mask input")
+    evidence.add(ev.BOXES, "cxcywh, 0 to 1", f"{ev.MEASURED}their values; {ev.CONVENTION}{of}")
+    evidence.add(ev.CATEGORY_IDS, "class index", f"{ev.CONVENTION}{of}")
+    evidence.add(
+        ev.KEPT,
+        kept,
+        "read: the rows of its outputs" if export.outputs.kept else f"{ev.CONVENTION}{of}",
     )
-    return IMAGENET_MEAN, IMAGENET_STD, [note]
+
+
+def final_of(export: Export) -> Final | None:
+    """The source's own detections, where post-processing is in the export."""
+    outputs = export.outputs
+    if outputs.detections is None:
+        return None
+    height, width = export.size_hw
+    order = (height, width) if outputs.sizes_hw else (width, height)
+    feeds = {outputs.sizes: np.array([order], np.int64)} if outputs.sizes else {}
+    return Final(outputs.detections, partial(read_detections, outputs), feeds=feeds)
 
 
 def rewrite_network(
@@ -303,9 +513,11 @@ def rewrite_network(
     Raises:
         GraphError: the network does not run.
     """
+    for tensor in graph.outputs:
+        tensor.dtype = tensor.dtype or np.dtype(np.float32)
     model = gs.export_onnx(graph)
     if export.mask and preprocessing.resize == "letterbox":
-        _insert_share(model, _insert_mask(model, export, preprocessing.std))
+        _insert_share(model, _insert_mask(model, export, preprocessing.std), export.boxes)
     elif export.mask:
         _insert_ones(model, export)
     model = fix_shapes(model, {export.pixels: [None, 3, *export.size_hw]}, batch=export.batch)
@@ -313,11 +525,11 @@ def rewrite_network(
     if export.batch and export.mask and preprocessing.resize == "letterbox":
         _check_masks(lower(model), export)
     if deformable_attention != "keep":
-        name_positions(model, [BOXES])
+        name_positions(model, [export.boxes])
     rewritten = gs.import_onnx(model)
     graph.nodes, graph.inputs, graph.outputs = rewritten.nodes, rewritten.inputs, rewritten.outputs
     for tensor in graph.outputs:
-        channels = 4 if tensor.name == BOXES else export.num_logits
+        channels = 4 if tensor.name == export.boxes else export.num_logits
         tensor.shape = ["N", export.num_queries, channels]
     graph.opset, graph.import_domains = rewritten.opset, rewritten.import_domains
 
@@ -404,14 +616,14 @@ def _insert_mask(model: onnx.ModelProto, export: Export, std: tuple[float, float
     return share
 
 
-def _insert_share(model: onnx.ModelProto, share: str) -> None:
+def _insert_share(model: onnx.ModelProto, share: str, boxes: str) -> None:
     """Boxes relative to the network input in place of those relative to the picture, under the same name."""
     build = Builder(model, "")
-    of_picture = f"{BOXES}/of_picture"
+    of_picture = f"{boxes}/of_picture"
     for node in model.graph.node:
         for names in (node.input, node.output):
-            names[:] = [of_picture if name == BOXES else name for name in names]
-    build.output(build.node("Mul", f"{BOXES}/of_input", of_picture, share), BOXES)
+            names[:] = [of_picture if name == boxes else name for name in names]
+    build.output(build.node("Mul", f"{boxes}/of_input", of_picture, share), boxes)
     build.append_to(model)
 
 
@@ -428,8 +640,3 @@ def _prepend(model: onnx.ModelProto, build: Builder, *, without: str) -> None:
 
 def _ones_mask(export: Export, batch: int) -> np.ndarray:
     return np.ones((batch, *export.mask_hw), helper.tensor_dtype_to_np_dtype(export.mask_type))
-
-
-def _triple(values: np.ndarray) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue

@@ -29,14 +29,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from trtdet.errors import GraphError
+from trtdet.families import evidence as ev
 from trtdet.families.base import Heads, Hints, Note, Reading
+from trtdet.families.evidence import Evidence
+from trtdet.families.pixels import Normal
 from trtdet.graph.builder import Builder
 from trtdet.graph.map_op import inferred_shapes, unknown_ops
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
 from trtdet.nms.lowering import decode_boxes
 from trtdet.sources.base import Source, SourceGraph
 from trtdet.sources.onnx_file import OnnxSource
-from trtdet.spec import PREPROCESSORS, ModelSpec, Nms, Preprocessing
+from trtdet.spec import PREPROCESSORS, Fact, ModelSpec, Nms, Preprocessing
 
 NAME = "retinanet"
 
@@ -92,7 +95,40 @@ def read(source: Source, hints: Hints) -> Reading:
         batch=graph.batch,
         size_multiple=_size_multiple(graph, size_hw, layout),
         notes=_notes(size_hw, unknown_ops(source, HEADS)),
+        facts=_facts(graph, layout, size_hw, hints),
     )
+
+
+def _facts(
+    graph: SourceGraph, layout: "HeadLayout", size_hw: tuple[int, int], hints: Hints
+) -> tuple[Fact, ...]:
+    """Where all of it comes from: the file has the network alone, the rest is ODTK's."""
+    evidence = Evidence(NAME)
+    odtk = f"{ev.CONVENTION}ODTK"
+    evidence.add(ev.FAMILY, NAME, f"read: the outputs {SCORES[0]} to {BOXES[-1]}")
+    evidence.add(
+        ev.INPUT,
+        f"'{graph.inputs[0]}' NCHW {size_hw[0]}x{size_hw[1]}",
+        "read: its shape, or --size",
+    )
+    evidence.add(ev.NORMALISATION, Normal(MEAN, STD), odtk)
+    given = f"{ev.GIVEN}--resize_mode {hints.resize}" if hints.resize else odtk
+    evidence.add(ev.RESIZE, hints.resize or "letterbox, top left on the mean", given)
+    evidence.add(ev.BATCH, graph.batch or "dynamic", "read: the shape of its output")
+    evidence.add(
+        ev.BOXES,
+        "rotated, relative to anchors" if layout.rotated else "xyxy, relative to anchors",
+        f"read: the channels of {BOXES[0]}",
+    )
+    evidence.add(ev.SCORES, "probabilities", odtk)
+    evidence.add(ev.BACKGROUND, "none", odtk)
+    evidence.add(ev.CLASSES, layout.num_classes, f"read: the channels of {SCORES[0]}")
+    evidence.add(
+        ev.CATEGORY_IDS, "COCO's 80" if layout.num_classes == 80 else "class index + 1", odtk
+    )
+    evidence.add(ev.SELECTION, "NMS of rotated boxes" if layout.rotated else "NMS per class", odtk)
+    evidence.add(ev.KEPT, 100, odtk)
+    return evidence.settle()
 
 
 @dataclass(frozen=True)

@@ -10,28 +10,44 @@ box_coders/faster_rcnn_box_coder.py, of tf-models-research-object-detection 2.8.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
-from trtdet.families.base import CLASS_LOGITS, NO_HINTS, RAW_BOXES, Heads, Hints, Note, Reading
+from trtdet.families import evidence as ev
+from trtdet.families.base import (
+    CLASS_LOGITS,
+    NO_HINTS,
+    RAW_BOXES,
+    Final,
+    Found,
+    Heads,
+    Hints,
+    Note,
+    Reading,
+)
+from trtdet.families.evidence import Evidence
 from trtdet.families.measure import (
     centre_size,
     declared_layout,
+    declared_size,
     find_head,
     find_stem,
     measure_preprocessing,
     scalar,
     tensor,
 )
+from trtdet.families.pixels import Normal
+from trtdet.families.tf_selection import TfSelection
 from trtdet.geometry import in_layout
 from trtdet.graph.builder import Builder
 from trtdet.graph.map_op import check_runs
 from trtdet.nms import reference
 from trtdet.sources.base import Source, SourceGraph
-from trtdet.spec import ModelSpec, Nms
+from trtdet.spec import Fact, ModelSpec, Nms, Preprocessing
 
 NAME = "tfod"
 
@@ -111,7 +127,110 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
         decoded_boxes=decoded if plain else None,
         decoded_unit_yx=(height, width),
         image_layout=declared_layout(graph),
+        facts=facts(
+            graph,
+            preprocessing,
+            nms,
+            image_input,
+            scores=activation,
+            background=background,
+            num_classes=converted.shape[-1],
+        ),
+        final=maybe_final(graph, nms, (height, width)),
     )
+
+
+def maybe_final(graph: SourceGraph, nms: Nms, size_hw: tuple[int, int]) -> Final | None:
+    """The exporter's own detections: boxes y1 x1 y2 x2 from 0 to 1, classes counted from 1; None where an output is missing."""
+    names = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
+    if any(name not in graph.outputs for name in names):
+        return None
+    node = next(node for node in graph.all_nodes() if node.op == "NonMaxSuppression")
+    constants = [scalar(graph.maybe_constant(t, node.function)) for t in node.inputs[2:]]
+    most, iou, score, sigma = (*(x or 0.0 for x in constants), 0.0)[:4]
+    selection = TfSelection(
+        per_class=not nms.class_agnostic,
+        every_class=not nms.class_agnostic,
+        candidates=0,
+        iou_threshold=iou,
+        score_threshold=score,
+        sigma=sigma,
+        most_per_class=int(most),
+        most=nms.max_output_boxes,
+        clip=size_hw,
+    )
+    height, width = size_hw
+
+    def read(values: Sequence[NDArray[Any]]) -> Found:
+        boxes, scores, classes, count = (value[0] for value in values)
+        n = int(np.asarray(count).reshape(-1)[0])
+        pixels = boxes[:n, [1, 0, 3, 2]] * np.array([width, height] * 2, np.float32)
+        return Found(
+            pixels.astype(np.float32),
+            scores[:n].astype(np.float32),
+            np.round(classes[:n]).astype(np.int64) - 1,
+        )
+
+    return Final(tuple(graph.outputs[name] for name in names), read, selection, selection.differs)
+
+
+def facts(
+    graph: SourceGraph,
+    preprocessing: Preprocessing,
+    nms: Nms,
+    image_input: str,
+    *,
+    scores: str,
+    background: bool,
+    num_classes: int,
+) -> tuple[Fact, ...]:
+    """Where all of it comes from."""
+    evidence = Evidence(NAME)
+    height, width = preprocessing.size_hw
+    evidence.add(ev.FAMILY, NAME, f"read: the heads below {CLASS_SCOPE} and {BOX_SCOPE}")
+    evidence.add(
+        ev.INPUT,
+        f"'{image_input}' {declared_layout(graph)} {height}x{width}",
+        f"{ev.MEASURED}what reaches the first convolution",
+    )
+    normal = Normal(preprocessing.mean, preprocessing.std)
+    evidence.add(
+        ev.NORMALISATION,
+        f"{normal}, in the network",
+        f"{ev.MEASURED}flat images at the first convolution",
+    )
+    how = (
+        f"{ev.CONVENTION}TFOD; the input has a fixed size"
+        if declared_size(graph)
+        else f"{ev.MEASURED}half-filled images"
+    )
+    pad = ",".join(f"{x:g}" for x in preprocessing.pad_rgb)
+    evidence.add(
+        ev.RESIZE,
+        "stretch" if preprocessing.resize == "stretch" else f"letterbox, top left on {pad}",
+        how,
+    )
+    evidence.add(ev.BATCH, graph.batch or "dynamic", "read: the shape of its output")
+    evidence.add(
+        ev.BOXES,
+        "yxyx, relative to anchors",
+        f"{ev.MEASURED}chosen values sent through its decoding",
+    )
+    evidence.add(ev.SCORES, scores.lower(), f"{ev.MEASURED}raw_detection_scores from the logits")
+    evidence.add(
+        ev.BACKGROUND,
+        "first" if background else "none",
+        f"{ev.MEASURED}the columns of raw_detection_scores",
+    )
+    evidence.add(ev.CLASSES, num_classes, "read: the shape of raw_detection_scores")
+    evidence.add(ev.CATEGORY_IDS, f"1..{num_classes}", f"{ev.CONVENTION}TFOD counts classes from 1")
+    evidence.add(
+        ev.SELECTION,
+        "NMS across classes" if nms.class_agnostic else "NMS per class",
+        "read: its NMS",
+    )
+    evidence.add(ev.KEPT, nms.max_output_boxes, "read: the shape of detection_boxes")
+    return evidence.settle()
 
 
 def measure_box_coder(

@@ -9,8 +9,9 @@
 | grid [N, A, 5+C] | YOLOX | offsets to a grid, objectness, class scores | NMS |
 | end to end [N, K, 6], OBB [N, K, 7] | v10, 26, exports with NMS inside | x1 y1 x2 y2 (OBB: cx cy w h), score, class (, angle) | the best K |
 
-All scores are behind their sigmoid. Ultralytics and YOLOv5 write names, stride and task into the file's metadata; the others write
-nothing, and are told apart by shapes and by what their rows are on a grey image.
+All scores are behind their sigmoid. Ultralytics and YOLOv5 write names, stride and task into the file's metadata. The others write
+nothing: three boxes in each cell are those of v5 and v7, an objectness of exactly 1 is v6's, offsets to a grid are YOLOX's. Any other
+head without metadata is for `trtdet.families.heads`, which asks how images come in.
 """
 
 import ast
@@ -26,7 +27,27 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
-from trtdet.families.base import NO_HINTS, Heads, Hints, Note, Reading
+from trtdet.families import evidence as ev
+from trtdet.families.base import (
+    NO_HINTS,
+    Final,
+    Found,
+    Heads,
+    Hints,
+    Note,
+    Reading,
+    best_class_only,
+)
+from trtdet.families.evidence import Evidence
+from trtdet.families.outputs import batch_of, check_finite, measure_format, unexplained
+from trtdet.families.pixels import (
+    Convention,
+    Normal,
+    Pixels,
+    decide_normalisation,
+    find_pixels,
+    maybe_image,
+)
 from trtdet.graph.builder import Builder
 from trtdet.graph.map_op import inferred_shapes, unknown_ops
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
@@ -54,6 +75,8 @@ IOU_THRESHOLD, IOU_THRESHOLD_OBJECTNESS = 0.7, 0.45
 #: Ultralytics' default.
 MAX_DETECTIONS = 300
 GREY = 114.0
+#: What YOLOX's networks take.
+YOLOX_NORMAL = Normal((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), bgr=True)
 
 #: Values of a row beside boxes and scores that are left out, by the task in the metadata.
 LEFT_OUT = {"segment": "masks", "pose": "keypoints"}
@@ -132,21 +155,88 @@ class Head:
         """Whether a box is x1 y1 x2 y2 rather than cx cy w h, of which few are wider than they are far from the left edge."""
         if self.kind != "raw":
             return self.kind == "end_to_end"
+        if self.levels is not None and self.is_seen:
+            measured, _ = measure_format([self.rows[:, :4].astype(np.float64)], self.levels.size_hw)
+            if measured in ("xyxy", "cxcywh"):
+                return measured == "xyxy"
         return bool((self.rows[:, 2:4] >= self.rows[:, :2]).all(axis=1).mean() > 0.95)
 
 
 def matches(source: Source) -> bool:
-    """Whether the metadata is that of a YOLO export, or without any, the first output has the shape of one."""
+    """Whether the metadata is that of a YOLO export, or without any, the outputs are what only v5, v6, v7 or YOLOX export."""
     if not isinstance(source, OnnxSource) or source.spec:
         return False
     keys = {prop.key for prop in source.model.metadata_props}
+    if "libreyolo_version" in keys:
+        return False
     if {"names", "stride"} <= keys:
-        return True
+        return not is_set_prediction(source)
+    return "names" not in keys and maybe_without_metadata(source) is not None
+
+
+def is_set_prediction(source: Source) -> bool:
+    """Whether the rows are those of Ultralytics' RT-DETR: no grid has so many cells, and they are wider than detections."""
+    if not isinstance(source, OnnxSource) or source.spec:
+        return False
+    keys = {prop.key for prop in source.model.metadata_props}
+    if not {"names", "stride"} <= keys or "libreyolo_version" in keys:
+        return False
+    shapes = _declared_outputs(source.model)
     size_hw = _declared_size(source.graph)
-    return size_hw is not None and any(
-        len(shape) == 3 and _levels_of(shape, size_hw) is not None
-        for shape in _declared_outputs(source.model).values()
-    )
+    metadata = read_metadata(source.model)
+    names = metadata.names
+    return not metadata.is_rotated and len(shapes) == 1 and any(
+        len(shape) == 3 and shape[2] == 4 + len(names) and shape[2] != 6
+        and not (size_hw and _levels_of(shape, size_hw))
+        for shape in shapes.values()
+    )  # fmt: skip
+
+
+def maybe_without_metadata(
+    source: OnnxSource, size_hw: tuple[int, int] | None = None
+) -> str | None:
+    """Which YOLO a file without metadata is by its outputs: "YOLOv5 and v7", "YOLOv6", "YOLOX"; None: none of them, or not surely.
+
+    Args:
+        size_hw: where the size of the input is free.
+    """
+    size_hw = _declared_size(source.graph) or size_hw
+    image = maybe_image(source)
+    if size_hw is None or image is None or len(source.graph.inputs) != 1:
+        return None
+    shapes = _declared_outputs(source.model)
+    outputs = list(shapes)
+    if unknown_ops(source, outputs):
+        values = _unseen(source.model, outputs)
+    else:
+        try:
+            pixels = find_pixels(source, NO_HINTS, usual_size=size_hw)
+            values = _look(source, pixels, size_hw, outputs)
+        except GraphError:
+            return None
+    heads = [
+        (name, value, levels)
+        for name, value in values.items()
+        if value.ndim == 3 and (levels := _levels_of(value.shape, size_hw)) is not None
+        and value.shape[1] == levels.count
+        and all(n in (0, m) for n, m in zip(shapes[name][1:], value.shape[1:], strict=False))
+    ]  # fmt: skip
+    if len(heads) != 1:
+        return None
+    name, value, levels = heads[0]
+    if any(len(v.shape) == 3 and n != name for n, v in values.items()):
+        return None  # boxes beside it
+    if levels.boxes_per_cell == 3:
+        return "YOLOv5 and v7"
+    if not _is_seen(value):
+        return "YOLOX"
+    if (value[..., 4] == 1).all() and value.shape[2] > 5 and _is_decoded(value, levels):
+        return "YOLOv6"
+    offsets = not _is_decoded(value, levels) and not _is_decoded(value[..., 2:], levels)
+    scores = value[..., 4:]
+    if offsets and scores.min() >= 0 and scores.max() <= 1 and np.abs(value[..., :2]).max() < 64:
+        return "YOLOX"
+    return None
 
 
 def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
@@ -157,27 +247,43 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
         )
     metadata = read_metadata(source.model)
     _check_source(source, metadata)
-    (image_input,) = source.graph.inputs
     size_hw = _size(source.graph, metadata, hints)
-    look = partial(_look, source, image_input, size_hw)
+    evidence = Evidence(str(source.path), hints.assume)
+    pixels = find_pixels(source, hints, usual_size=size_hw)
+    look = partial(_look, source, pixels, size_hw)
     outputs = list(_declared_outputs(source.model))
     unknown = unknown_ops(source, outputs)
     values = _unseen(source.model, outputs) if unknown else look(outputs)
+    for name, value in values.items():
+        if not unknown:
+            check_finite(source, name, value)
     head = find_head(values, size_hw, metadata, hints)
+    final = head
     if head.kind == "end_to_end" and not unknown:
         head = before_selection(source, head, look, size_hw, metadata)
     elif metadata.nms_inside:
         raise _no_head_before_nms(source)
     if head.is_seen:
         _check_scores(head)
+    _check_explained(source, head, final, values)
     is_yolox = _is_yolox(head, metadata)
-    has_yolox_images = is_yolox and hints.preprocessor != "unit"
-    preprocessing = (
-        _yolox_preprocessing(size_hw) if has_yolox_images else _ultralytics_preprocessing(size_hw)
+    kind = "Ultralytics and YOLOv5" if metadata.names else maybe_without_metadata(source, size_hw)
+    evidence.add(
+        ev.FAMILY,
+        f"{NAME} ({head.kind})",
+        "read: metadata" if metadata.names else f"{ev.MEASURED}only {kind} exports such rows",
     )
-    if hints.resize:
-        preprocessing = dataclasses.replace(preprocessing, resize=hints.resize)
+    convention = None
+    if kind:
+        convention = Convention(kind, YOLOX_NORMAL if is_yolox else Convention("").normal)
+    normal = decide_normalisation(evidence, pixels, hints, convention)
+    preprocessing = _preprocessing(evidence, hints, normal, size_hw, kind, is_yolox=is_yolox)
     labels = metadata.names or (COCO_80_LABELS if head.num_classes == len(COCO_80_LABELS) else ())
+    batch, said = pixels.batch, "read: the shape of the input"
+    if not unknown:
+        batch, said = batch_of(source, pixels, [head.tensor], size_hw)
+    evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
+    _note_facts(evidence, source, pixels, head, metadata, kind or "", labels, size_hw)
     return Reading(
         spec=ModelSpec(
             family=NAME,
@@ -191,18 +297,153 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             anchored=head.kind == "grid",
             sensitive_nodes=find_dfl(source.graph, head.tensor),
         ),
-        image_input=image_input,
-        network_input=image_input,
-        network_layout="NCHW",
-        image_layout="NCHW",
+        image_input=pixels.tensor,
+        network_input=pixels.tensor,
+        network_layout=pixels.layout,
+        image_layout=pixels.layout,
         heads={HEAD: head.tensor},
         rewrite=partial(_declare_head, head=head),
         assemble=_assembler(head, metadata, is_yolox=is_yolox),
         anchors=head.levels.grid() if head.kind == "grid" and head.levels else None,
-        batch=source.graph.batch,
-        notes=_notes(metadata, head, unknown, is_yolox=is_yolox),
+        batch=batch,
+        notes=_notes(metadata, head, unknown),
         size_multiple=_size_multiple(source.graph, head),
+        facts=evidence.settle(),
+        final=_final(final, head, metadata) if not unknown else None,
     )
+
+
+def _check_explained(
+    source: OnnxSource, head: Head, final: Head, values: Mapping[str, NDArray[Any]]
+) -> None:
+    """Refuse outputs beside the head that may hold boxes or scores; masks, and levels before they are put together, do not."""
+    seen = {name: [value] for name, value in values.items()}
+    used = [name for name in (final.tensor, head.tensor) if name in seen]
+    left = (
+        [n for n in unexplained(source, used, seen) if n in values and values[n].ndim == 3]
+        if head.is_seen
+        else []
+    )
+    if left:
+        raise GraphError(
+            f"yolo: '{head.tensor}' is read, but nothing explains the outputs {', '.join(left)} beside it; declare the outputs with --boxes_output "
+            "and --scores_output"
+        )
+
+
+def _preprocessing(
+    evidence: Evidence,
+    hints: Hints,
+    normal: Normal,
+    size_hw: tuple[int, int],
+    kind: str | None,
+    *,
+    is_yolox: bool,
+) -> Preprocessing:
+    base = _yolox_preprocessing(size_hw) if is_yolox else _ultralytics_preprocessing(size_hw)
+    resize = hints.resize or base.resize
+    placement = hints.placement or base.placement
+    pad = hints.pad_rgb or base.pad_rgb
+    given = [
+        option
+        for option, value in (
+            ("--resize_mode", hints.resize),
+            ("--placement", hints.placement),
+            ("--pad_color", hints.pad_rgb),
+        )
+        if value
+    ]
+    text = (
+        "stretch"
+        if resize == "stretch"
+        else f"letterbox, {placement.replace('_', ' ')} on {pad[0]:g}"
+    )
+    evidence.add(ev.RESIZE, text, ev.GIVEN + " ".join(given) if given else f"{ev.CONVENTION}{kind}")
+    return dataclasses.replace(
+        base,
+        mean=normal.mean,
+        std=normal.std,
+        bgr=normal.bgr,
+        resize=resize,
+        placement=placement,
+        pad_rgb=pad,
+    )
+
+
+def _note_facts(
+    evidence: Evidence,
+    source: OnnxSource,
+    pixels: Pixels,
+    head: Head,
+    metadata: Metadata,
+    kind: str,
+    labels: tuple[str, ...],
+    size_hw: tuple[int, int],
+) -> None:
+    evidence.add(
+        ev.INPUT,
+        f"'{pixels.image}' {pixels.image_layout} {size_hw[0]}x{size_hw[1]}",
+        "read: its shape"
+        if _declared_size(source.graph)
+        else "read: metadata imgsz, or --input_size",
+    )
+    form = "xyxy" if head.has_corners and not metadata.is_rotated else "cxcywh"
+    how = (
+        "the rows of the export are compared to the end"
+        if head.kind == "end_to_end"
+        else "their distance from the cells of the grid"
+    )
+    evidence.add(
+        ev.BOXES,
+        f"{form}, pixels",
+        f"{ev.MEASURED}{how}" if head.is_seen else f"{ev.CONVENTION}{kind}",
+    )
+    text = "objectness x class" if head.kind in ("objectness", "grid") else "probabilities"
+    evidence.add(
+        ev.SCORES,
+        text,
+        f"{ev.MEASURED}all are 0 to 1" if head.is_seen else f"{ev.CONVENTION}{kind}",
+    )
+    evidence.add(ev.BACKGROUND, "none", f"{ev.CONVENTION}{kind}")
+    origin = "read: metadata names" if metadata.names else "read: the number of columns"
+    evidence.add(ev.CLASSES, head.num_classes, origin)
+    coco = labels == COCO_80_LABELS
+    evidence.add(
+        ev.CATEGORY_IDS,
+        "COCO's 80" if coco else f"1..{head.num_classes}",
+        "read: COCO's names"
+        if coco and metadata.names
+        else "convention: COCO's ids of its 80 classes"
+        if coco
+        else "convention: class index + 1",
+    )
+    selection = {
+        "topk": "the best rows, no NMS",
+        "nms": "NMS per class",
+        "rotated_nms": "NMS of rotated boxes",
+    }[_selection(head, metadata)]
+    evidence.add(
+        ev.SELECTION,
+        selection,
+        "read: the export selects" if head.keeps else f"{ev.CONVENTION}{kind}",
+    )
+    evidence.add(
+        ev.KEPT,
+        head.keeps or MAX_DETECTIONS,
+        "read: rows of the export" if head.keeps else "default: --max_detections",
+    )
+
+
+def _final(final: Head, head: Head, metadata: Metadata) -> Final | None:
+    """The rows of an end-to-end export, for the comparison to the end; of one with NMS inside, by its own thresholds."""
+    if final.kind != "end_to_end" or metadata.is_rotated or metadata.nms_inside:
+        return None
+
+    def rows(values: Sequence[NDArray[Any]]) -> Found:
+        found = values[0][0].astype(np.float32)
+        return Found(found[:, :4], found[:, 4], np.round(found[:, 5]).astype(np.int64))
+
+    return Final((final.tensor,), rows)
 
 
 # ---- what the file says
@@ -217,6 +458,7 @@ def read_metadata(model: onnx.ModelProto) -> Metadata:
     found = {prop.key: prop.value for prop in model.metadata_props}
     names = _literal(found, "names") or ()
     if isinstance(names, Mapping):
+        names = {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in names.items()}
         if sorted(names) != list(range(len(names))):
             raise GraphError(
                 f"metadata 'names': expected one name for each class id from 0, found the ids {sorted(names)[:5]}"
@@ -257,7 +499,7 @@ def _check_source(source: OnnxSource, metadata: Metadata) -> None:
         raise GraphError(
             f"{source.path}: expected a detector, found a model for the task '{metadata.task}'"
         )
-    if len(source.graph.inputs) != 1 or source.graph.image_shape[1:2] != (3,):
+    if len(source.graph.inputs) != 1 or maybe_image(source) is None:
         raise GraphError(
             f"yolo: expected one input [N, 3, H, W], the images, found {list(source.graph.inputs)}, the first of shape "
             f"{list(source.graph.image_shape)}"
@@ -270,11 +512,12 @@ def _check_source(source: OnnxSource, metadata: Metadata) -> None:
 
 
 def _declared_size(graph: SourceGraph) -> tuple[int, int] | None:
-    """Height and width of the input, None where they are free or channels do not come first."""
+    """Height and width of the input, None where they are free."""
     shape = graph.image_shape
-    if len(shape) != 4 or shape[1] != 3 or not shape[2] or not shape[3]:
+    if len(shape) != 4:
         return None
-    return shape[2], shape[3]
+    height, width = shape[1:3] if shape[3] == 3 and shape[1] != 3 else shape[2:]
+    return (height, width) if height and width else None
 
 
 def _size(graph: SourceGraph, metadata: Metadata, hints: Hints) -> tuple[int, int]:
@@ -301,7 +544,7 @@ def _size_multiple(graph: SourceGraph, head: Head) -> int | None:
 def _declared_outputs(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """Output -> its shape, 0 where that is free."""
     return {
-        info.name: tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
+        info.name: tuple(max(d.dim_value, 0) for d in info.type.tensor_type.shape.dim)
         for info in model.graph.output
     }
 
@@ -310,11 +553,14 @@ def _declared_outputs(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 
 
 def _look(
-    source: OnnxSource, image_input: str, size_hw: tuple[int, int], tensors: Sequence[str]
+    source: OnnxSource, pixels: Pixels, size_hw: tuple[int, int], tensors: Sequence[str]
 ) -> dict[str, NDArray[Any]]:
-    """Outputs or inner tensors for a grey image."""
-    grey = np.full((source.graph.batch or 1, 3, *size_hw), GREY / 255, np.float32)
-    return dict(zip(tensors, source.run(tensors, {image_input: grey}), strict=True))
+    """Outputs or inner tensors for a grey image, of 0 to 1 where it enters the network."""
+    level = GREY if pixels.kept and pixels.unit == 1.0 else GREY / 255
+    n = pixels.batch or 1
+    shape = (n, 3, *size_hw) if pixels.layout == "NCHW" else (n, *size_hw, 3)
+    grey = np.full(shape, level, np.float32)
+    return dict(zip(tensors, source.run(tensors, {pixels.tensor: grey}), strict=True))
 
 
 def _unseen(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -468,19 +714,8 @@ def _check_scores(head: Head) -> None:
 
 
 def _is_yolox(head: Head, metadata: Metadata) -> bool:
-    """Whether the network wants YOLOX's images: BGR 0-255, top left.
-
-    v5 and v7 have three boxes per cell; v6 one, and 1.0 for an objectness that it does not have.
-    """
-    if head.kind == "grid":
-        return True
-    return (
-        head.kind == "objectness"
-        and not metadata.names
-        and head.levels is not None
-        and head.levels.boxes_per_cell == 1
-        and bool(np.ptp(head.rows[:, 4]) > 0)
-    )
+    """Whether the network wants YOLOX's images: BGR 0-255, top left."""
+    return head.kind == "grid" and not metadata.names
 
 
 def find_dfl(graph: SourceGraph, head: str) -> tuple[str, ...]:
@@ -542,9 +777,7 @@ def _category_ids(labels: tuple[str, ...], num_classes: int) -> tuple[int, ...]:
     return COCO_80_IDS if labels == COCO_80_LABELS else tuple(range(1, num_classes + 1))
 
 
-def _notes(
-    metadata: Metadata, head: Head, unknown: Sequence[str], *, is_yolox: bool
-) -> tuple[Note, ...]:
+def _notes(metadata: Metadata, head: Head, unknown: Sequence[str]) -> tuple[Note, ...]:
     notes = []
     if unknown:
         text = (
@@ -552,12 +785,6 @@ def _notes(
             f"the head '{head.kind}', its values are not looked at"
         )
         notes.append(Note(text, ""))
-    if is_yolox and not metadata.names:
-        text = (
-            "nothing in the file says how images come in; as for YOLOX, BGR 0-255, top left on 114 is assumed; for a network that takes "
-            "RGB 0-1, centred, give --preprocessor unit"
-        )
-        notes.append(Note(text, "preprocessor"))
     if left_out := LEFT_OUT.get(metadata.task):
         notes.append(
             Note(
@@ -595,7 +822,7 @@ def _assembler(
         return partial(_assemble_end_to_end, is_rotated=metadata.is_rotated)
     if head.kind == "raw":
         return partial(_assemble_raw, is_rotated=metadata.is_rotated)
-    return partial(_assemble_objectness, best_class_only=is_yolox)
+    return partial(_assemble_objectness, only_best=is_yolox)
 
 
 def _assemble_raw(build: Builder, spec: ModelSpec, *, is_rotated: bool) -> Heads:
@@ -608,17 +835,15 @@ def _assemble_raw(build: Builder, spec: ModelSpec, *, is_rotated: bool) -> Heads
     return Heads(boxes, build.slice_last("scores", rows, first, last))
 
 
-def _assemble_objectness(build: Builder, spec: ModelSpec, *, best_class_only: bool) -> Heads:
+def _assemble_objectness(build: Builder, spec: ModelSpec, *, only_best: bool) -> Heads:
     """[N, A, 5+C]  ->  boxes [N, A, 4], scores [N, A, C] = objectness x class score"""
     objectness = build.slice_last("objectness", HEAD, 4, 5)
     classes = build.slice_last("class_scores", HEAD, 5, 5 + spec.num_classes)
     scores = build.node("Mul", "scores", objectness, classes)
     if (
-        best_class_only
+        only_best
     ):  # YOLOX counts a box once, also for mAP; v5 and v7 count it for each of its classes
-        best = build.reduce("ReduceMax", "best_score", scores, 2, keepdims=True)
-        is_best = build.node("Equal", "is_best", scores, best)
-        scores = build.node("Where", "best_scores", is_best, scores, np.float32(0))
+        scores = best_class_only(build, scores)
     return Heads(build.slice_last("boxes", HEAD, 0, 4), scores)
 
 

@@ -13,6 +13,7 @@ each time is a constant. What depends on the batch:
 | ScatterND that overwrites the first k of the last axis, `x[..., :k] = y` | Concat(y, x[..., k:]) |
 | GatherND of every element in order | Reshape |
 | Resize of masks [1, N, H, W] to their nearest neighbour | Gather of rows and columns |
+| an operand of Concat that has no elements | left out |
 | anything else | stays |
 
 So the network keeps its dynamic batch, and TensorRT, precision and INT8 see constants.
@@ -78,6 +79,8 @@ def fix_shapes(
             _gather_from_resize(fixed, node, measured)
         elif node.op_type == "GatherND":
             _reshape_from_gather(fixed, node, measured, frees=batch is not None)
+        elif node.op_type == "Concat":
+            _leave_out_empty(node, measured)
         for position, name in enumerate(node.input):
             value = measured.maybe_constant(name, node)
             if value is not None:
@@ -469,6 +472,13 @@ def _concat_from_scatter(model: onnx.ModelProto, node: onnx.NodeProto, measured:
     node.CopyFrom(helper.make_node("Slice", [data, *bounds], [rest], rest))
     position = list(model.graph.node).index(node)
     model.graph.node.insert(position + 1, concat)
+
+
+def _leave_out_empty(node: onnx.NodeProto, measured: _Measured) -> None:
+    """Concat of tensors some of which have no elements, whatever the batch: of the others alone."""
+    kept = [n for n in node.input if not (v := measured.values(n)) or any(x.size for x in v)]
+    if kept and len(kept) < len(node.input):
+        node.input[:] = kept
 
 
 def _constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:

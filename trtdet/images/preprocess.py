@@ -183,6 +183,8 @@ def placement_of(
     if preprocessing.resize == "stretch":
         transform = ResizeTransform((source_w, source_h), (float(scale_x), float(scale_y)))
         return (input_h, input_w), transform
+    if preprocessing.longest is not None and ratio is None:
+        ratio = preprocessing.longest / max(source_h, source_w)
     # At least one pixel: 4000 x 2 in 512 x 512 would be 512 x 0.
     if preprocessing.rounding == "floor":
         scale = min(scale_y, scale_x) if ratio is None else np.float32(ratio)

@@ -15,6 +15,7 @@ from trtdet.parity.numbers import Comparison, ImageComparison, TensorStatistics
 from trtdet.parity.options import CompareOptions
 from trtdet.parity.sides import Found, Side
 from trtdet.results import coco
+from trtdet.results.categories import match_categories
 from trtdet.run.detect import pick_labels
 from trtdet.run.evaluate import check_categories
 from trtdet.spec import ModelSpec
@@ -175,14 +176,26 @@ def average_precision(
     """
     coco.check_objects(annotations, ids.values())
     results: tuple[list[coco.Result], list[coco.Result]] = ([], [])
+    matched = {
+        side.info.name: match_categories(
+            side.info.spec.labels,
+            side.info.spec.category_ids,
+            annotations.categories,
+            annotations.path,
+        )
+        for side in sides
+    }
     for image in images:
         if image.path not in ids:
             continue
         for found, side, rows in zip(
             (image.reference, image.candidate), sides, results, strict=True
         ):
-            same = [*range(int(found.class_ids.max(initial=0)) + 1), -1]  # [category id], -1 too
-            corners = side.info.spec.inclusive_corners
+            spec = side.info.spec
+            ids_of = dict(zip(spec.category_ids, matched[side.info.name], strict=True))
+            largest = int(found.class_ids.max(initial=0))
+            same = [*(ids_of.get(i, i) for i in range(largest + 1)), -1]  # [category id], -1 too
+            corners = spec.inclusive_corners
             rows += to_coco_results(found, ids[image.path], same, inclusive_corners=corners)
     left, right = (coco.evaluate(annotations, rows, ids.values()).metrics for rows in results)
     return left, right

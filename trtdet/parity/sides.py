@@ -21,7 +21,6 @@ from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
 from trtdet.errors import GraphError
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
-from trtdet.families.detr import BOXES
 from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
 from trtdet.graph import deformable_attention
@@ -236,7 +235,10 @@ class TrainedSide(Closing):
         values = self._source.run(tensors, feeds)
         if self._reading.feeds:
             share = picture_share(transform, self.info.spec.preprocessing)
-            values = [v * share if t == BOXES else v for t, v in zip(tensors, values, strict=True)]
+            values = [
+                v * share if n in ("pred_boxes", RAW_BOXES) else v
+                for n, v in zip(names, values, strict=True)
+            ]
         return values, transform
 
     @property

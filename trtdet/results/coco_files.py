@@ -77,11 +77,11 @@ class _Category:
 
 @dataclass(frozen=True)
 class _Object:
-    """An annotation; many tools leave out `area` and `iscrowd`, which pycocotools needs."""
+    """An annotation; many tools leave out `area` and `iscrowd`, which pycocotools needs, some `bbox`: then it is that of `segmentation`."""
 
     image_id: int | float | str
     category_id: int | float
-    bbox: list[float]
+    bbox: list[float] | None = None
     area: float | None = None
     iscrowd: int | float | bool | None = None
     segmentation: Any = None
@@ -90,16 +90,21 @@ class _Object:
         _image_id("image_id", self.image_id)
         category = checks.whole_number("category_id", self.category_id)
         checks.whole("category_id", category, -LARGEST_ID, LARGEST_ID)
-        _check_box(self.bbox, lowest_side=0)
+        _check_box(self.box, lowest_side=0)
         if self.area is not None:
             checks.finite("area", self.area, 0, 1e12)
-        if len(self.bbox) == 5 and self.segmentation:
+        if len(self.box) == 5 and self.segmentation:
             _check_segmentation(self.segmentation)
 
     @property
+    def box(self) -> list[float]:
+        return self.bbox if self.bbox else _box_of(self.segmentation)
+
+    @property
     def entry(self) -> dict[str, Any]:
-        area = self.bbox[2] * self.bbox[3] if self.area is None else self.area
-        entry = {"category_id": int(self.category_id), "bbox": self.bbox, "area": area, "iscrowd": int(bool(self.iscrowd))}  # fmt: skip
+        box = self.box
+        area = box[2] * box[3] if self.area is None else self.area
+        entry = {"category_id": int(self.category_id), "bbox": box, "area": area, "iscrowd": int(bool(self.iscrowd))}  # fmt: skip
         return entry | ({"segmentation": self.segmentation} if self.segmentation else {})
 
 
@@ -200,6 +205,60 @@ def _image_id(name: str, given: int | float | str) -> ImageId:
         checks.text(name, given, checks.LONG_TEXT)
         return given
     return checks.whole_number(name, given)
+
+
+def _box_of(segmentation: Any) -> list[float]:
+    """The bbox around a segmentation: polygons, or a mask in COCO's run-length encoding.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
+        return _box_of_mask(segmentation["counts"], *segmentation["size"])
+    if not segmentation:
+        raise ValueError("bbox: expected x, y, width, height, or a segmentation, found neither")
+    _check_segmentation(segmentation)
+    xs = [x for polygon in segmentation for x in polygon[::2]]
+    ys = [y for polygon in segmentation for y in polygon[1::2]]
+    return [float(min(xs)), float(min(ys)), float(max(xs) - min(xs)), float(max(ys) - min(ys))]
+
+
+def _box_of_mask(counts: Any, height: int, width: int) -> list[float]:
+    """The bbox of a mask in COCO's run-length encoding: lengths of zeros and ones in turn, column by column."""
+    lengths = _lengths(counts) if isinstance(counts, str) else [int(n) for n in counts]
+    if sum(lengths) != height * width:
+        raise ValueError(f"segmentation: expected runs of {height} x {width} pixels, found {sum(lengths)} pixels")  # fmt: skip
+    rows, columns, start = [], [], 0
+    for number, length in enumerate(lengths):
+        if number % 2 and length:
+            first, last = start, start + length - 1
+            columns += [first // height, last // height]
+            whole = (
+                first // height != last // height
+            )  # a run over the end of a column touches both borders
+            rows += [0, height - 1] if whole else [first % height, last % height]
+        start += length
+    if not rows:
+        raise ValueError("segmentation: expected a mask with pixels, found an empty one")
+    x, y = min(columns), min(rows)
+    return [float(x), float(y), float(max(columns) - x + 1), float(max(rows) - y + 1)]
+
+
+def _lengths(text: str) -> list[int]:
+    """The lengths of a compressed encoding: five bits a character, from the third on the difference to the one before the last."""
+    lengths: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+        value = shift = 0
+    return lengths
 
 
 def _check_box(box: Sequence[float], *, lowest_side: float) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from trtdet.detections import to_coco_results
-from trtdet.images.files import Sources, find_images, root_of, spread
+from trtdet.images.files import SUFFIXES, Sources, find_images, image_size, root_of, spread
 from trtdet.results import coco
+from trtdet.results.categories import match_categories
 from trtdet.run.detect import (
     check_read,
     check_score_threshold,
@@ -69,7 +70,9 @@ def run_model(
     )
     with open_model(engine, options) as runtime:
         spec = runtime.spec
-        check_categories(spec, annotations)
+        category_ids = match_categories(
+            spec.labels, spec.category_ids, annotations.categories, annotations.path
+        )
         threshold = check_score_threshold(options.score_threshold, spec)
         kept = max(threshold, spec.nms.score_threshold)
         if kept > HIGH_SCORE_THRESHOLD:
@@ -90,7 +93,7 @@ def run_model(
                 results += to_coco_results(
                     image.detections,
                     image_id,
-                    spec.category_ids,
+                    category_ids,
                     inclusive_corners=spec.inclusive_corners,
                 )
             skipped = len(batcher.failures)
@@ -175,6 +178,8 @@ def annotated_images(
             f"--annotations: {annotations.path} names none of the {len(paths)} images in {root} (first: {paths[0].name}; "
             f"annotated: {some(annotations.image_ids)}); give the images it was made for"
         )
+    check_kinds(root, annotations)
+    check_sizes(image_ids, annotations)
     missing = len(annotations.image_ids) - len(image_ids)
     if missing:
         logger.warning("%d annotated images are not in %s: not evaluated", missing, root)
@@ -189,16 +194,87 @@ def check_categories(spec: ModelSpec, annotations: coco.Annotations) -> None:
     Raises:
         ValueError: it can find none of them.
     """
-    unknown = annotations.categories.keys() - set(spec.category_ids)
-    if not unknown:
-        return
-    if len(unknown) == len(annotations.categories):
-        raise ValueError(
-            f"--annotations: expected categories of the model ({some(spec.category_ids)}), "
-            f"{annotations.path} has {some(unknown)}; give the annotations that the model was trained for"
+    match_categories(spec.labels, spec.category_ids, annotations.categories, annotations.path)
+
+
+def check_sizes(image_ids: dict[Path, int], annotations: coco.Annotations) -> None:
+    """Width and height that the annotation file says against those of the upright pictures.
+
+    Raises:
+        ValueError: boxes lie outside of an upright picture whose width and height are swapped: labels of the stored pixels.
+    """
+    said = {i["id"]: (i.get("height"), i.get("width")) for i in annotations.images}
+    boxes: dict[int, list[list[float]]] = {}
+    for entry in annotations.objects:
+        boxes.setdefault(entry["image_id"], []).append(entry["bbox"])
+    other: list[str] = []
+    swapped: list[str] = []
+    for path, image_id in image_ids.items():
+        size_hw = image_size(path)
+        if size_hw is None or None in said[image_id] or size_hw == said[image_id]:
+            continue
+        text = f"{path.name} is {size_hw[1]}x{size_hw[0]} (width x height), the file says {said[image_id][1]}x{said[image_id][0]}"
+        is_swapped = size_hw == said[image_id][::-1]
+        (swapped if is_swapped else other).append(text)
+        beyond = any(
+            x + w > size_hw[1] + 1 or y + h > size_hw[0] + 1
+            for x, y, w, h, *_ in boxes.get(image_id, [])
         )
-    names = some(f"{id_} ({annotations.categories[id_]})" for id_ in sorted(unknown))
-    logger.warning("categories that the model does not know, all objects missed: %s", names)
+        if is_swapped and beyond:
+            raise ValueError(
+                f"--annotations: {annotations.path}: {text}: the picture is upright by its EXIF orientation, the labels are of the stored pixels and lie "
+                "outside of it; make the labels of upright pictures, or store the pictures upright without that tag"
+            )
+    for texts, why in (
+        (
+            swapped,
+            "the labels may be of the stored pixels, not of the upright picture (EXIF orientation)",
+        ),
+        (other, "the labels may be of pictures of another size"),
+    ):
+        if texts:
+            logger.warning(
+                "%s: %d pictures of another size: %s, first: %s",
+                annotations.path,
+                len(texts),
+                why,
+                texts[0],
+            )
+
+
+def check_kinds(source: Path, annotations: coco.Annotations) -> None:
+    """Warn of annotated files that are there, but of a kind that is not read."""
+    root = source if source.is_dir() else source.parent
+    unread = [
+        name
+        for name in annotations.image_ids
+        if Path(name).suffix.lower() not in SUFFIXES
+        and ((root / name).exists() or (root / Path(name).name).exists())
+    ]
+    if unread:
+        logger.warning(
+            "%d annotated files are of a kind that is not read, first %s: not evaluated; convert them to one of %s",
+            len(unread), unread[0], " ".join(s[1:] for s in SUFFIXES),
+        )  # fmt: skip
+
+
+def check_matches(run: Run, annotations: coco.Annotations, metrics: dict[str, float]) -> None:
+    """Whether an AP of 0 says something of the model, or only that nothing matched.
+
+    Raises:
+        ValueError: no detection is of a category, or an image, that objects are annotated in; says which.
+    """
+    if metrics.get("AP", -1) > 0 or not run.results:
+        return
+    wanted = set(run.image_ids)
+    objects = [o for o in annotations.objects if o["image_id"] in wanted]
+    for key, what in (("category_id", "categories"), ("image_id", "images")):
+        found, annotated = {r[key] for r in run.results}, {o[key] for o in objects}
+        if annotated and not found & annotated:
+            raise ValueError(
+                f"AP is {metrics['AP']:g} because no detection is of the annotated {what}: detections have {some(sorted(found, key=str))}, "
+                f"{annotations.path} has {some(sorted(annotated, key=str))}; give the annotations of these images and of this model's classes"
+            )
 
 
 def some(values: Any, limit: int = 10) -> str:

@@ -32,6 +32,7 @@ from trtdet.precision.objective import Damage
 from trtdet.precision.quantization import QuantizationPlan
 from trtdet.precision.sensitivity import Journal, LayerNoise
 from trtdet.results import coco
+from trtdet.results.categories import match_categories
 from trtdet.run.detect import detect
 from trtdet.run.options import FEW_IMAGES, METRICS, VIEWS_OF_FEW, TuneOptions
 from trtdet.runtimes.base import Outputs, default_batch_size
@@ -118,6 +119,9 @@ class Tuner:
     ) -> None:
         self.plan, self.body, self.spec, self.layers = plan, plan.body, plan.body.spec, plan.layers
         self.annotations, self.images = annotations, images
+        self.category_ids = match_categories(
+            self.spec.labels, self.spec.category_ids, annotations.categories, annotations.path
+        )
         self.journal, self.options = journal, options
         self.views = options.views or (VIEWS_OF_FEW if len(images) < FEW_IMAGES else 1)
         self.seconds = 0.0  # of the latest evaluation
@@ -216,7 +220,7 @@ class Tuner:
                 results += to_coco_results(
                     image.detections,
                     self.images[image.path],
-                    self.spec.category_ids,
+                    self.category_ids,
                     inclusive_corners=self.spec.inclusive_corners,
                 )
                 bar.update()

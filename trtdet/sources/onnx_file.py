@@ -87,6 +87,10 @@ class OnnxSource(Closing):
                 f"--opset {opset}: {self.path} cannot be raised from {found}: {error}"
             ) from error
 
+    def dtype_of(self, name: str) -> np.dtype[Any]:
+        """The type of an input."""
+        return self._dtypes[name]
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -125,9 +129,9 @@ def _read_onnx_graph(model: onnx.ModelProto) -> SourceGraph:
     declared = next(
         (i.type.tensor_type.shape.dim for i in model.graph.input if i.name in inputs), ()
     )
-    shape = tuple(d.dim_value or None for d in declared)
+    shape = tuple(d.dim_value if d.dim_value > 0 else None for d in declared)  # some write -1
     outputs = {output.name: output.name for output in model.graph.output}
-    return SourceGraph(nodes, inputs, batch or None, shape, outputs)
+    return SourceGraph(nodes, inputs, batch if batch > 0 else None, shape, outputs)
 
 
 def _resize_to_sizes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> None:

@@ -1,0 +1,293 @@
+"""Detectors that no family knows: declared on the command line, or in a family file of the user's own."""
+
+import re
+from pathlib import Path
+
+import detr_data
+import numpy as np
+import onnx
+import pytest
+import yolo_networks as networks
+from onnx import helper, numpy_helper
+from test_mutations import IMAGES, found_by, pair
+
+from trtdet.commands import create_onnx
+from trtdet.sources.base import run_onnx
+from trtdet.spec import ModelSpec
+
+PAGE = Path(__file__).parents[2] / "docs" / "adding_a_family.md"
+
+
+def save(model: onnx.ModelProto, path: Path) -> Path:
+    onnx.save(model, path)
+    return path
+
+
+def convert(source: Path, *options: str) -> tuple[int, Path]:
+    out = source.with_suffix(".out.onnx")
+    out.unlink(missing_ok=True)
+    return create_onnx.main(["--source_onnx", str(source), "--onnx", str(out), *options]), out
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+DECLARED = ("--boxes_output", "boxes_out", "--scores_output", "scores_out", *IMAGES)
+
+
+def test_two_outputs(tmp_path: Path) -> None:
+    source = save(pair(), tmp_path / "pair.onnx")
+    status, out = convert(
+        source,
+        *DECLARED,
+        "--box_format",
+        "xyxy",
+        "--box_units",
+        "pixels",
+        "--score_activation",
+        "none",
+    )
+    assert status == 0
+    evidence = {f.name: f.origin for f in ModelSpec.from_onnx(onnx.load(out)).evidence}
+    assert evidence["boxes"] == "given: --box_format"
+    assert evidence["normalisation"] == "given: --preprocessor unit"
+    boxes, scores = found_by(out)
+    _, measured = convert(source, *IMAGES)
+    for a, b in zip((boxes, scores), found_by(measured), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--box_format", "cxcywh"), "--box_format cxcywh: the boxes are xyxy: boxes lie"),
+        (("--box_units", "unit"), "--box_units unit: the boxes are in pixels, up to"),
+        (("--score_activation", "sigmoid"), "have their activation already; leave it out"),
+        (
+            ("--scores_layout", "NCA"),
+            "--scores_layout NCA: 'scores_out' is [1, 42, 3] for 42 boxes",
+        ),
+    ],
+)
+def test_what_is_measured_contradicts_what_is_declared(
+    tmp_path: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out = convert(save(pair(), tmp_path / "pair.onnx"), *DECLARED, *options)
+    assert status == 1 and not out.exists()
+    assert message in error_of(capsys)
+
+
+def test_rows_of_an_undeclared_detector_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The head of v8 without its metadata: nothing says how images come in, and the refusal names the options."""
+    model = networks.v8()
+    del model.metadata_props[:]
+    source = save(model, tmp_path / "rows.onnx")
+    status, _ = convert(source)
+    assert status == 1
+    message = error_of(capsys)
+    assert (
+        "nothing in the file says normalisation and resize" in message
+        and "--resize_mode stretch" in message
+    )
+    status, out = convert(
+        source, "--rows_output", "output0", "--columns", "cx,cy,w,h,scores", *IMAGES
+    )
+    assert status == 0
+    status, plain = convert(save(networks.v8(), tmp_path / "v8.onnx"), "--resize_mode", "stretch")
+    assert status == 0
+    for a, b in zip(found_by(out), found_by(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+def test_a_wrong_reading_of_columns_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = networks.v8()
+    del model.metadata_props[:]
+    source = save(model, tmp_path / "rows.onnx")
+    status, out = convert(
+        source, "--rows_output", "output0", "--columns", "x1,y1,x2,y2,scores", *IMAGES
+    )
+    assert status == 1 and not out.exists()
+    assert "the boxes are cxcywh" in error_of(capsys)
+
+
+def test_assume_is_loud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = convert(save(pair(), tmp_path / "pair.onnx"), "--assume")
+    assert status == 0
+    errors = capsys.readouterr().err
+    assert errors.count("is ASSUMED (--assume)") == 2
+    origins = {f.name: f.origin for f in ModelSpec.from_onnx(onnx.load(out)).evidence}
+    assert origins["normalisation"].startswith("ASSUMED") and origins["resize"].startswith(
+        "ASSUMED"
+    )
+
+
+def test_every_family_has_every_fact(tmp_path: Path) -> None:
+    from trtdet.families.evidence import FACTS
+
+    models = {
+        "v8": networks.v8(),
+        "yolox": networks.yolox(),
+        "pair": pair(),
+        "detr": detr_data.load("detr_tiny")[0],
+    }
+    for name, model in models.items():
+        options = IMAGES if name == "pair" else ()
+        status, out = convert(save(model, tmp_path / f"{name}.onnx"), *options)
+        assert status == 0
+        assert {f.name for f in ModelSpec.from_onnx(onnx.load(out)).evidence} >= set(FACTS)
+
+
+# ---- a family in a file
+
+
+def example(name: str, folder: Path) -> Path:
+    """A file that the page prints."""
+    (text,) = [
+        x
+        for x in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+        if x.startswith(f"# {name}")
+    ]
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_sigmoid_detr_in_a_file(tmp_path: Path) -> None:
+    source = save(detr_data.load("deformable_detr_tiny")[0], tmp_path / "m.onnx")
+    family = example("sigmoid_detr.py", tmp_path)
+    status, out = convert(source, "--family", str(family), "--resize_mode", "stretch")
+    assert status == 0
+    spec = ModelSpec.from_onnx(onnx.load(out))
+    assert (spec.family, spec.preprocessing.std, spec.selection) == (
+        "sigmoid_detr",
+        (255.0,) * 3,
+        "topk",
+    )
+    assert spec.nms.score_activation
+
+
+def test_a_model_that_selects_by_itself_in_a_file(tmp_path: Path) -> None:
+    model = networks.v8(end="topk")
+    del model.metadata_props[:]
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "detections"
+    source = save(model, tmp_path / "m.onnx")
+    status, out = convert(
+        source, "--family", str(example("selecting.py", tmp_path)), "--input_format", "NCHW"
+    )
+    assert status == 0
+    converted = onnx.load(out)
+    spec = ModelSpec.from_onnx(converted)
+    assert (spec.selection, spec.labels[0], spec.preprocessing.placement) == (
+        "topk",
+        "circle",
+        "top_left",
+    )
+    image = (
+        np.random.default_rng(0)
+        .integers(0, 256, (1, 3, networks.HEIGHT, networks.WIDTH))
+        .astype(np.float32)
+    )
+    (rows,) = run_onnx(model, ["detections"], {"images": image / 255})
+    names = ["detection_boxes", "detection_scores", "detection_classes"]
+    boxes, scores, classes = run_onnx(
+        converted, names, {"input": image.astype(spec.preprocessing.dtype)}
+    )
+    order = np.argsort(-rows[0, :, 4], kind="stable")
+    n = len(order)
+    np.testing.assert_allclose(scores[0, :n], rows[0, order, 4], atol=1e-5)
+    np.testing.assert_allclose(boxes[0, :n], rows[0, order, :4], atol=1e-2)
+    assert classes[0, :n].tolist() == rows[0, order, 5].astype(int).tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "found nothing there"),
+        ("NAME = 'x'\n", "expected NAME, matches and read, missing: matches, read"),
+        ("1 / 0\n", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_family_file_that_is_none(
+    tmp_path: Path, text: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = tmp_path / "mine.py"
+    if text is not None:
+        family.write_text(text)
+    status, _ = convert(save(pair(), tmp_path / "m.onnx"), "--family", str(family))
+    assert status == 1
+    assert message in error_of(capsys)
+
+
+def test_boxes_scores_and_labels(tmp_path: Path) -> None:
+    """Selected detections in three outputs: the rows of the export, labels and all."""
+    model = networks.v8(end="topk")
+    del model.metadata_props[:]
+    graph = model.graph
+    parts = numpy_helper.from_array(np.array([4, 1, 1]), "parts")
+    two = numpy_helper.from_array(np.array([2]), "two")
+    graph.initializer.extend([parts, two])
+    graph.node.extend([
+        helper.make_node("Split", ["output0", "parts"], ["d_boxes", "d_score", "d_label"], axis=2),
+        helper.make_node("Squeeze", ["d_score", "two"], ["d_scores"]),
+        helper.make_node("Squeeze", ["d_label", "two"], ["d_float"]),
+        helper.make_node("Cast", ["d_float"], ["d_labels"], to=7),
+    ])  # fmt: skip
+    del graph.output[:]
+    k = networks.K
+    for name, kind, shape in (
+        ("d_labels", 7, [1, k]),
+        ("d_boxes", 1, [1, k, 4]),
+        ("d_scores", 1, [1, k]),
+    ):
+        graph.output.append(helper.make_tensor_value_info(name, kind, shape))
+    source = save(model, tmp_path / "m.onnx")
+    status, out = convert(
+        source, *IMAGES, "--num_classes", "3", "--box_format", "xyxy", "--input_format", "NCHW"
+    )
+    assert status == 0
+    converted = onnx.load(out)
+    spec = ModelSpec.from_onnx(converted)
+    assert (spec.selection, spec.num_classes, spec.nms.max_output_boxes) == ("topk", 3, k)
+    image = (
+        np.random.default_rng(2)
+        .integers(0, 256, (1, 3, networks.HEIGHT, networks.WIDTH))
+        .astype(np.float32)
+    )
+    boxes, scores, labels = run_onnx(
+        model, ["d_boxes", "d_scores", "d_labels"], {"images": image / 255}
+    )
+    names = ["detection_boxes", "detection_scores", "detection_classes"]
+    got = run_onnx(converted, names, {"input": image.astype(spec.preprocessing.dtype)})
+    np.testing.assert_allclose(got[1][0], scores[0], atol=1e-5)
+    np.testing.assert_allclose(got[0][0], boxes[0], atol=1e-2)
+    assert got[2][0].tolist() == labels[0].tolist()
+
+
+def test_best_class(tmp_path: Path) -> None:
+    """--nms_mode best_class: a box counts for its best class alone."""
+    source = save(networks.v8(), tmp_path / "v8.onnx")
+    _, every = convert(source)
+    _, wanted = found_by(every)
+    status, out = convert(source, "--nms_mode", "best_class")
+    assert status == 0
+    _, scores = found_by(out)
+    best = wanted == wanted.max(axis=2, keepdims=True)
+    np.testing.assert_allclose(scores, np.where(best, wanted, 0), atol=1e-5)
+
+
+def test_boxes_of_another_detector_beside_a_lone_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head is not read while boxes that nothing explains stand beside it."""
+    model = networks.v8()
+    model.graph.node.append(helper.make_node("Transpose", ["pixels"], ["other"], perm=[0, 2, 1]))
+    model.graph.node.append(helper.make_node("Abs", ["other"], ["beside"]))
+    model.graph.output.append(helper.make_tensor_value_info("beside", 1, [1, networks.BOXES, 4]))
+    status, _ = convert(save(model, tmp_path / "m.onnx"))
+    assert status == 1
+    assert "nothing explains the outputs beside beside it" in error_of(capsys)

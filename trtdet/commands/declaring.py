@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of create_onnx.py that say what a file cannot: the outputs of any detector, and how images come in."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from trtdet.spec import COLUMN_NAMES
+
+if TYPE_CHECKING:
+    from trtdet.families.base import Declaration
+
+COLUMNS = {
+    *(c for names in COLUMN_NAMES.values() for c in names),
+    "score",
+    "scores",
+    "label",
+    "objectness",
+    "unused",
+}
+
+
+def parse_columns(text: str) -> tuple[str, ...]:
+    """argparse type: 'x1,y1,x2,y2,score,label'."""
+    columns = tuple(word.strip() for word in text.split(","))
+    if unknown := [c for c in columns if c not in COLUMNS]:
+        raise argparse.ArgumentTypeError(
+            f"expected columns such as x1,y1,x2,y2,score,label or cx,cy,w,h,scores, unknown: {', '.join(unknown)}"
+        )
+    return columns
+
+
+def parse_color(text: str) -> tuple[float, float, float]:
+    """argparse type: '114' or '114,114,114', RGB 0-255."""
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    values = values * 3 if len(values) == 1 else values
+    if len(values) != 3 or not all(0 <= value <= 255 for value in values):
+        raise argparse.ArgumentTypeError(f"expected R,G,B or one level, 0 to 255, got {text!r}")
+    red, green, blue = values
+    return red, green, blue
+
+
+def add_declaring_options(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    images = parser.add_argument_group("images, where the file does not say it")
+    images.add_argument("--channel_order", choices=["rgb", "bgr"], help="of the network's input (default: as its family takes it, else rgb)")
+    images.add_argument("--placement", choices=["top_left", "center"], help="of a letterboxed picture (default: as its family places it, else it is asked for)")
+    images.add_argument("--pad_color", type=parse_color, metavar="R,G,B", help="beside a letterboxed picture, 0-255 (default: as its family pads, else it is asked for)")
+    outputs = parser.add_argument_group("outputs of any other detector (ONNX)")
+    outputs.add_argument("--boxes_output", metavar="NAME", help="boxes [N, A, 4]; goes with --scores_output (default: detected by shape)")
+    outputs.add_argument("--scores_output", metavar="NAME", help="scores [N, A, C] or [N, C, A]; with --labels_output [N, A] (default: detected by shape)")
+    outputs.add_argument("--labels_output", metavar="NAME", help="class ids [N, A] (default: none)")
+    outputs.add_argument("--rows_output", metavar="NAME", help="one output with all of it, [N, A, columns] (default: detected by shape)")
+    outputs.add_argument("--columns", type=parse_columns, metavar="NAMES", help="of --rows_output, such as x1,y1,x2,y2,score,label or cx,cy,w,h,objectness,scores (default: read from the graph)")
+    outputs.add_argument("--box_format", choices=["xyxy", "yxyx", "xywh", "cxcywh"], help="corners, corner and size, or centre and size (default: measured)")
+    outputs.add_argument("--box_units", choices=["pixels", "unit"], help="pixels of the network input, or 0 to 1 (default: measured)")
+    outputs.add_argument("--score_activation", choices=["none", "sigmoid", "softmax"], help="what makes probabilities of the scores (default: none, where they are)")
+    outputs.add_argument("--background", choices=["first", "last", "none"], help="the score that is for no object (default: none, unless the scores add up to 1: then it is asked for)")
+    outputs.add_argument("--scores_layout", choices=["NAC", "NCA"], help="boxes before classes, or after (default: by the number of boxes)")
+    outputs.add_argument("--label_base", type=int, choices=[0, 1], help="number of the first class (default: 0)")
+    outputs.add_argument("--num_classes", type=int, metavar="N", help="of a model that gives class ids alone; --labels says it too (default: read from the graph)")
+    outputs.add_argument("--selected", nargs="?", const="yes", choices=["yes", "no"], help="the detections need no NMS; no: they do (default: measured)")
+    outputs.add_argument("--assume", action="store_true", help="take the usual choice for what nothing says, with a warning for each")
+    # fmt: on
+
+
+def declaration_from(args: argparse.Namespace) -> Declaration | None:
+    """What was declared of the outputs; None: nothing."""
+    from trtdet.families.base import Declaration
+
+    found: dict[str, Any] = {
+        "boxes": args.boxes_output or "",
+        "scores": args.scores_output or "",
+        "labels": args.labels_output or "",
+        "rows": args.rows_output or "",
+        "columns": args.columns or (),
+        "box_format": args.box_format,
+        "box_units": args.box_units,
+        "activation": args.score_activation,
+        "background": args.background,
+        "scores_layout": args.scores_layout,
+        "label_base": args.label_base,
+        "selected": None if args.selected is None else args.selected == "yes",
+    }
+    return Declaration(**found) if any(v not in (None, "", ()) for v in found.values()) else None
+
+
+def check_declaring(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Options that need each other, or exclude each other."""
+    if args.rows_output and (args.boxes_output or args.scores_output):
+        parser.error(
+            "--rows_output is one output with all of it; leave out --boxes_output and --scores_output"
+        )
+    if bool(args.boxes_output) != bool(args.scores_output):
+        parser.error("--boxes_output and --scores_output go together")
+    if args.columns and not args.rows_output:
+        parser.error("--columns names the columns of --rows_output; give both")
+    if args.labels_output and not args.boxes_output:
+        parser.error("--labels_output goes with --boxes_output and --scores_output")

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any detector in an ONNX file, by its outputs alone: declared on the command line, or told by shapes, values and the graph.
+
+| outputs | as exported by |
+|---|---|
+| boxes [N, A, 4], scores [N, A, C] or [N, C, A] | YOLO-NAS, PP-YOLOE, PicoDet, DAMO-YOLO, RTMDet |
+| boxes [N, K, 4], scores [N, K], labels [N, K] | exports that select by themselves |
+| dets [N, K, 5], labels [N, K] | MMDeploy |
+| one of rows: x1 y1 x2 y2 score label; box and scores; box, objectness and scores | DeepStream's users, PicoDet, RTMDet, YOLO without metadata |
+
+What a box is, whether scores are probabilities, whether rows are selected already, is measured on photographs; what was declared is
+checked against it. How images come in is not in such a file: it is asked for, unless a recognised framework's convention is handed in.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+from trtdet.errors import GraphError
+from trtdet.families import evidence as ev
+from trtdet.families.base import NO_HINTS, Declaration, Heads, Hints, Reading, best_class_only
+from trtdet.families.evidence import Evidence
+from trtdet.families.heads_plan import (
+    BOXES,
+    LABELS,
+    ROWS,
+    SCORES,
+    Framework,
+    Plan,
+    describe_outputs,
+    starting_line,
+)
+from trtdet.families.heads_reader import Reader
+from trtdet.families.outputs import (
+    batch_of,
+    look,
+    maybe_levels,
+)
+from trtdet.families.pixels import (
+    Convention,
+    Normal,
+    Pixels,
+    decide_normalisation,
+    find_pixels,
+    maybe_image,
+)
+from trtdet.graph.builder import Builder
+from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
+from trtdet.sources.base import Source
+from trtdet.sources.onnx_file import OnnxSource
+from trtdet.spec import (
+    ModelSpec,
+    Nms,
+    Preprocessing,
+)
+
+__all__ = ["NAME", "Framework", "matches", "read", "starting_line", "why_not"]
+
+NAME = "heads"
+#: Tried only where no family that knows its network matches.
+IS_GENERAL = True
+
+SCORE_THRESHOLD, IOU_THRESHOLD, MAX_DETECTIONS = 0.001, 0.6, 300
+RESIZE_OPTION = (
+    "--resize_mode stretch, or letterbox with --placement top_left|center and --pad_color R,G,B"
+)
+
+
+def matches(source: Source) -> bool:
+    """Whether some outputs have the shapes of one of the forms; unknown dimensions may be anything."""
+    if not isinstance(source, OnnxSource) or source.spec or maybe_image(source) is None:
+        return False
+    if len(source.graph.inputs) != 1:
+        return False
+    shapes = [s for s in _declared_shapes(source).values()]
+    return any(len(s) == 3 or not s for s in shapes)
+
+
+def why_not(source: Source) -> str:
+    """What the outputs are, and the options to declare them with."""
+    if not isinstance(source, OnnxSource) or source.spec:
+        return ""
+    if maybe_image(source) is None or len(source.graph.inputs) != 1:
+        return "it takes one image input alone, [N, 3, H, W] or [N, H, W, 3]; " + describe_outputs(
+            source
+        )
+    return "it takes boxes and scores [N, A, ...]; " + describe_outputs(source)
+
+
+def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = None) -> Reading:
+    """See `trtdet.families.base.Family.read`.
+
+    Args:
+        framework: whose export this is, where the file says it.
+    """
+    if not isinstance(source, OnnxSource):
+        raise GraphError(
+            f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
+        )
+    known = framework or Framework("")
+    evidence = Evidence(str(source.path), hints.assume)
+    origin = f"read: metadata of {known.name}" if framework else "the shapes of its outputs"
+    evidence.add(ev.FAMILY, known.name or NAME, origin if framework else ev.MEASURED + origin)
+    pixels = find_pixels(source, hints, usual_size=known.size_hw)
+    if pixels.others:
+        raise GraphError(
+            f"{source.path}: expected images as the only input, found {', '.join(pixels.others)} too; export the model without"
+        )
+    size_hw = pixels.size_hw or (0, 0)
+    _note_input(evidence, pixels, size_hw)
+    convention = Convention(known.name, known.normal) if known.normal else None
+    normal = decide_normalisation(evidence, pixels, hints, convention)
+    preprocessing = _preprocessing(evidence, hints, known, normal, size_hw)
+    outputs = [info.name for info in source.model.graph.output]
+    declared = _merged(hints.declared, known.declaration(outputs))
+    wanted = [*outputs, *_named(declared, outputs)]
+    seen = look(source, pixels, normal, wanted, {}, size_hw)
+    plan = Reader(source, seen, size_hw, declared, evidence, hints, known).plan()
+    spec = _spec(plan, preprocessing, hints, known, evidence)
+    batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw)
+    evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
+    levels = maybe_levels(plan.count, size_hw)
+    return Reading(
+        spec=spec,
+        image_input=pixels.tensor,
+        network_input=pixels.tensor,
+        network_layout=pixels.layout,
+        image_layout=pixels.layout,
+        heads=plan.tensors,
+        assemble=partial(assemble, plan=plan, best_class=known.best_class),
+        batch=batch,
+        rewrite=partial(_declare, shapes={k: seen[v][0].shape for k, v in plan.tensors.items()}),
+        facts=evidence.settle(),
+        size_multiple=levels.strides[-1] if levels and not _has_size(source) else None,
+    )
+
+
+def _has_size(source: OnnxSource) -> bool:
+    dims = [d for d in source.graph.image_shape[1:] if d != 3]
+    return all(d and d > 0 for d in dims)
+
+
+def _note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int]) -> None:
+    evidence.add(
+        ev.INPUT,
+        f"'{pixels.image}' {pixels.image_layout} {size_hw[0]}x{size_hw[1]}",
+        "read: its shape",
+    )
+
+
+def _declared_shapes(source: OnnxSource) -> dict[str, tuple[int, ...]]:
+    return {
+        info.name: tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
+        for info in source.model.graph.output
+    }
+
+
+def _merged(given: Declaration | None, known: Declaration) -> Declaration:
+    """What was declared, and what a framework says where nothing was."""
+    if given is None:
+        return known
+    said = {k: v for k, v in vars(given).items() if v not in (None, "", ())}
+    merged: Declaration = dataclasses.replace(known, **said)
+    return merged
+
+
+def _named(declared: Declaration, outputs: Sequence[str]) -> list[str]:
+    """Declared tensors that are no outputs."""
+    names = (declared.boxes, declared.scores, declared.labels, declared.rows)
+    return [name for name in dict.fromkeys(names) if name and name not in outputs]
+
+
+def _preprocessing(
+    evidence: Evidence, hints: Hints, known: Framework, normal: Normal, size_hw: tuple[int, int]
+) -> Preprocessing:
+    resize, placement, pad = hints.resize, hints.placement, hints.pad_rgb
+    if resize is None and (placement or pad):
+        resize = "letterbox"
+    origin = f"{ev.GIVEN}--resize_mode {resize}"
+    if resize is None and known.resize:
+        resize, origin = known.resize, ev.CONVENTION + known.name
+    if resize is None:
+        evidence.ask(ev.RESIZE, RESIZE_OPTION, "stretch")
+        resize = "stretch"
+    elif resize == "letterbox":
+        placement = placement or (known.placement if known.resize else None)
+        pad = pad or (known.pad_rgb if known.resize else None)
+        if placement is None or pad is None:
+            options = [
+                o
+                for o, v in (("--placement top_left|center", placement), ("--pad_color R,G,B", pad))
+                if v is None
+            ]
+            evidence.ask(ev.RESIZE, " ".join(options), "letterbox, centred on 114")
+        else:
+            colour = ",".join(f"{x:g}" for x in pad)
+            evidence.add(ev.RESIZE, f"letterbox, {placement.replace('_', ' ')} on {colour}", origin)
+        placement, pad = placement or "center", pad or (114.0, 114.0, 114.0)
+    if resize == "stretch" and not evidence.missing:
+        evidence.add(ev.RESIZE, "stretch", origin) if ev.RESIZE not in {
+            f.name for f in evidence.facts
+        } else None
+    return Preprocessing(
+        size_hw,
+        dtype="uint8",
+        mean=normal.mean,
+        std=normal.std,
+        bgr=normal.bgr,
+        resize=resize,
+        placement=placement or "top_left",
+        pad_rgb=pad or (0.0, 0.0, 0.0),
+        rounding=known.rounding,
+        antialias=known.antialias,
+        longest=known.longest if known.longest and known.longest < min(size_hw) else None,
+    )
+
+
+def _spec(
+    plan: Plan, preprocessing: Preprocessing, hints: Hints, known: Framework, evidence: Evidence
+) -> ModelSpec:
+    labels = known.labels if len(known.labels) == plan.num_classes else ()
+    given = fit_labels(hints.labels, plan.num_classes)
+    labels = labels or (given if len(given) == plan.num_classes else ())
+    coco = labels == COCO_80_LABELS or (not labels and plan.num_classes == len(COCO_80_IDS))
+    if coco:
+        ids, origin = COCO_80_IDS, "convention: COCO's ids of its 80 classes"
+    else:
+        ids, origin = tuple(range(1, plan.num_classes + 1)), "convention: class index + 1"
+    evidence.add(ev.CATEGORY_IDS, f"{ids[0]}..{ids[-1]}" if ids else "none", origin)
+    one_class_each = plan.labels != "" or plan.label_column is not None
+    kept = known.kept or (plan.count if plan.selected else MAX_DETECTIONS)
+    kept = min(
+        kept,
+        plan.count
+        if one_class_each or plan.num_classes == 1
+        else plan.count * max(plan.num_classes, 1),
+    )
+    if not plan.selected:
+        kept = known.kept or MAX_DETECTIONS
+    how = (
+        f"{ev.CONVENTION}{known.name}"
+        if known.kept
+        else "read: all of its rows"
+        if plan.selected and kept == plan.count
+        else "default: --max_detections"
+    )
+    evidence.add(ev.KEPT, kept, how)
+    return ModelSpec(
+        family=NAME,
+        preprocessing=preprocessing,
+        nms=Nms(
+            score_threshold=SCORE_THRESHOLD if not plan.selected else 0.0,
+            iou_threshold=1.0 if plan.selected else known.iou_threshold or IOU_THRESHOLD,
+            max_output_boxes=kept,
+            score_activation=plan.activation == "sigmoid",
+            class_agnostic=plan.selected and one_class_each,
+            box_coding=1 if plan.box_format == "cxcywh" else 0,
+        ),
+        category_ids=ids,
+        labels=labels or (COCO_80_LABELS if coco and known.name else ()),
+        box_order="yxyx" if plan.box_format == "yxyx" else "xyxy",
+        boxes_normalized=plan.is_unit,
+        selection="topk" if plan.selected else "nms",
+        anchored=False,
+    )
+
+
+def _declare(graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give the heads the shapes that they were seen to have."""
+    free = None in (graph.inputs[0].shape or ())[1:]
+    for position, (name, shape) in enumerate(shapes.items()):
+        tensor = graph.outputs[position]
+        if name == LABELS:  # whole numbers: exact in float32
+            tensor.name, former = f"{tensor.name}/labels", tensor
+            tensor = gs.Variable(former.name.removesuffix("/labels"))
+            graph.nodes.append(
+                gs.Node("Cast", "labels_float", {"to": TensorProto.FLOAT}, [former], [tensor])
+            )
+            graph.outputs[position] = tensor
+        tensor.shape = ["N", *shape[1:]] if not free else None
+        tensor.dtype = np.dtype(np.float32)
+
+
+# ---- from the outputs to boxes and scores
+
+
+def assemble(build: Builder, spec: ModelSpec, *, plan: Plan, best_class: bool = False) -> Heads:
+    """boxes [N, A, 4] and scores [N, A, C] of the outputs, as the plan says."""
+    if plan.rows:
+        rows = build.node("Transpose", "rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
+        boxes = build.slice_last("boxes", rows, plan.first_box, plan.first_box + 4)
+        scores = build.slice_last(
+            "row_scores", rows, plan.first_score, plan.first_score + plan.num_scores
+        )
+        if plan.objectness is not None:
+            objectness = build.slice_last("objectness", rows, plan.objectness, plan.objectness + 1)
+            scores = build.node("Mul", "joint_scores", objectness, scores)
+    else:
+        boxes = build.reshape("boxes", BOXES, [0, plan.count, 4])
+        scores = (
+            build.node("Transpose", "class_scores", SCORES, perm=[0, 2, 1]) if plan.nca else SCORES
+        )
+        if plan.labels or plan.num_scores == 1:
+            scores = build.reshape("score", scores, [0, plan.count, 1])
+    if plan.box_format == "xywh":
+        corner = build.slice_last("corner", boxes, 0, 2)
+        size = build.slice_last("size", boxes, 2, 4)
+        boxes = build.node(
+            "Concat", "corners", corner, build.node("Add", "far_corner", corner, size), axis=-1
+        )
+    if plan.activation == "softmax":
+        scores = build.node("Softmax", "probabilities", scores, axis=-1)
+    if plan.background != "none":
+        first = int(plan.background == "first")
+        scores = build.slice_last("foreground", scores, first, first + spec.num_classes)
+    if plan.labels or plan.label_column is not None:
+        scores = _one_hot(build, spec, plan, scores)
+    if best_class:
+        scores = best_class_only(build, scores)
+    return Heads(boxes, scores)
+
+
+def _one_hot(build: Builder, spec: ModelSpec, plan: Plan, score: str) -> str:
+    """scores [N, A, C] of a score [N, A, 1] and a label: the score at its class, 0 elsewhere."""
+    if plan.label_column is not None:
+        rows = (
+            build.node("Transpose", "label_rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
+        )
+        label = build.slice_last("label", rows, plan.label_column, plan.label_column + 1)
+    else:
+        label = build.reshape("label", LABELS, [0, plan.count, 1])
+    every = np.arange(plan.label_base, plan.label_base + spec.num_classes, dtype=np.float32)[
+        None, None
+    ]
+    return build.node(
+        "Where", "scores", build.node("Equal", "is_class", label, every), score, np.float32(0)
+    )

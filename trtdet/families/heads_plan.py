@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the outputs of one file are (`Plan`), what is known of a framework's exports beside the file (`Framework`), and how outputs are shown."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtdet.families.base import Declaration
+from trtdet.families.pixels import (
+    Normal,
+)
+from trtdet.sources.onnx_file import OnnxSource
+from trtdet.spec import (
+    BoxFormat,
+    Placement,
+    ResizeMode,
+)
+
+BOXES, SCORES, LABELS, ROWS = "foreign_boxes", "foreign_scores", "foreign_labels", "foreign_rows"
+
+
+@dataclass(frozen=True)
+class Framework:
+    """What is known of a recognised framework's exports beside the file: the origin of a fact is its name.
+
+    Attributes:
+        normal, resize, placement, pad_rgb, rounding, antialias: how it prepares images.
+        declared: what it says of its outputs.
+        labels: class names. kept: how many detections it keeps. iou_threshold: of its NMS.
+        size_hw: of an input of any size.
+        longest: where the longer side of a picture ends, in an input that is larger; None: at the input's.
+        columns: of the only output. selected: it needs no NMS. best_class: a box counts for its best class alone.
+    """
+
+    name: str
+    normal: Normal | None = None
+    resize: ResizeMode | None = None
+    placement: Placement = "top_left"
+    pad_rgb: tuple[float, float, float] = (114.0, 114.0, 114.0)
+    rounding: Any = "round"
+    antialias: bool = False
+    declared: Declaration = field(default_factory=Declaration)
+    labels: tuple[str, ...] = ()
+    kept: int | None = None
+    iou_threshold: float | None = None
+    size_hw: tuple[int, int] | None = None
+    longest: int | None = None
+    columns: tuple[str, ...] = ()
+    selected: bool | None = None
+    best_class: bool = False
+
+    def with_changes(self, **changes: Any) -> "Framework":
+        return dataclasses.replace(self, **changes)
+
+    def declaration(self, outputs: Sequence[str]) -> Declaration:
+        """What it says of the outputs of one file."""
+        rows = outputs[0] if self.columns and len(outputs) == 1 else ""
+        return dataclasses.replace(
+            self.declared, rows=rows, columns=self.columns if rows else (), selected=self.selected
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The outputs of one file, none of it open.
+
+    Attributes:
+        boxes, scores, labels: tensors; the first two may be one, of rows, with `box_columns` and so on.
+        box_columns: the columns of four numbers in `boxes`; objectness, score_columns, label_column: in `rows`.
+        transposed: rows [N, M, A].
+    """
+
+    boxes: str
+    scores: str
+    labels: str = ""
+    rows: str = ""
+    first_box: int = 0
+    objectness: int | None = None
+    first_score: int = 0
+    num_scores: int = 0
+    label_column: int | None = None
+    transposed: bool = False
+    nca: bool = False
+    box_format: BoxFormat = "xyxy"
+    is_unit: bool = False
+    activation: str = "none"
+    background: str = "none"
+    label_base: int = 0
+    selected: bool = False
+    num_classes: int = 0
+    count: int = 0
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Name in the converted file -> tensor of the source."""
+        names = {ROWS: self.rows} if self.rows else {BOXES: self.boxes, SCORES: self.scores}
+        return names | ({LABELS: self.labels} if self.labels else {})
+
+
+def is_boxes(shape: tuple[int, ...]) -> bool:
+    if len(shape) == 4:
+        return shape[2] == 1 and shape[3] == 4
+    return len(shape) == 3 and shape[2] == 4
+
+
+def rows_in(shape: tuple[int, ...]) -> int:
+    return shape[1]
+
+
+def zeros(source: OnnxSource, image: str, size_hw: tuple[int, int]) -> NDArray[np.float32]:
+    channels_first = source.graph.image_shape[1:2] == (3,)
+    n = max(source.graph.image_shape[0] or 1, 1)
+    return np.zeros((n, 3, *size_hw) if channels_first else (n, *size_hw, 3), np.float32)
+
+
+def describe_outputs(
+    source: OnnxSource, seen: Mapping[str, Sequence[NDArray[Any]]] | None = None
+) -> str:
+    """Inputs and outputs with their shapes, and the command line to start from."""
+    inputs = ", ".join(
+        f"{i.name} {_dims(i)}" for i in source.model.graph.input if i.name in source.graph.inputs
+    )
+    shapes = {i.name: _dims(i) for i in source.model.graph.output}
+    if seen:
+        shapes = {name: str(list(seen[name][0].shape)) for name in shapes if name in seen}
+    outputs = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:8])
+    outputs += f" and {len(shapes) - 8} more" if len(shapes) > 8 else ""
+    return (
+        f"its inputs: {inputs}; its outputs: {outputs}. Declare them: {starting_line(source, seen)}"
+    )
+
+
+def starting_line(
+    source: OnnxSource, seen: Mapping[str, Sequence[NDArray[Any]]] | None = None
+) -> str:
+    """Options to declare the outputs, with the names of the file."""
+    names = [info.name for info in source.model.graph.output]
+    ranks = {i.name: len(i.type.tensor_type.shape.dim) for i in source.model.graph.output}
+    boxes = [
+        n
+        for n in names
+        if (seen and n in seen and is_boxes(seen[n][0].shape)) or "box" in n.lower()
+    ]
+    if boxes and len(names) > 1:
+        others = [n for n in names if n != boxes[0]]
+        scores = next(
+            (
+                n
+                for n in others
+                if "score" in n.lower() or "logit" in n.lower() or "cls" in n.lower()
+            ),
+            others[0],
+        )
+        labels = [n for n in others if n != scores and "label" in n.lower()]
+        line = f"--boxes_output {boxes[0]} --scores_output {scores}" + (
+            f" --labels_output {labels[0]}" if labels else ""
+        )
+    else:
+        rows = next((n for n in names if ranks[n] == 3), names[0])
+        line = f"--rows_output {rows} --columns x1,y1,x2,y2,score,label"
+    return line + " --box_format xyxy --preprocessor unit --resize_mode stretch"
+
+
+def _dims(info: Any) -> str:
+    dims = info.type.tensor_type.shape.dim
+    return (
+        "["
+        + ", ".join(str(d.dim_value) if d.dim_value > 0 else d.dim_param or "?" for d in dims)
+        + "]"
+    )

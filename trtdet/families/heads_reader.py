@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What boxes, scores and labels of a foreign export are: measured on photographs, and held against what was declared."""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtdet.errors import GraphError
+from trtdet.families import evidence as ev
+from trtdet.families.heads_finder import Finder
+from trtdet.families.heads_plan import Plan
+from trtdet.families.outputs import (
+    attribute,
+    is_sorted,
+    maybe_levels,
+    measure_format,
+    measure_units,
+    unexplained,
+)
+from trtdet.labels import fit_labels
+from trtdet.spec import (
+    BoxFormat,
+)
+
+
+class Reader(Finder):
+    """Completes a `Plan`: format and units of boxes, activation, background, selection, classes."""
+
+    def plan(self) -> Plan:
+        """The plan, every fact of it noted.
+
+        Raises:
+            GraphError: the outputs have none of the forms, or contradict what was declared.
+        """
+        d = self.declared
+        if d.rows:
+            plan = self._of_rows(d.rows)
+        elif d.boxes:
+            plan = self._of_pair(d.boxes, d.scores, d.labels)
+        else:
+            plan = self._by_shapes()
+        left = unexplained(self.source, list(plan.tensors.values()), self.seen)
+        if left and not (d.rows or d.boxes):
+            raise self.nothing_fits(
+                f"it explains {', '.join(plan.tensors.values())}, but not {', '.join(left)}"
+            )
+        return self._classes(self._scores(self._selected(self._boxes(plan))))
+
+    # ---- what they are
+
+    def rows_of(self, plan: Plan) -> list[NDArray[np.float64]]:
+        return [
+            np.asarray(v[0].T if plan.transposed else v[0], np.float64)
+            for v in self.seen[plan.rows]
+        ]
+
+    def _boxes(self, plan: Plan) -> Plan:
+        if plan.rows:
+            boxes = [r[:, plan.first_box : plan.first_box + 4] for r in self.rows_of(plan)]
+        else:
+            boxes = [
+                np.asarray(v, np.float64).reshape(-1, 4)
+                if v.shape[-1] == 4
+                else np.asarray(v[0].T, np.float64)
+                for v in self.seen[plan.boxes]
+            ]
+        live = self._live_rows(plan)
+        d = self.declared
+        units = (
+            measure_units([b[m] for b, m in zip(boxes, live, strict=True)])
+            if any(m.any() for m in live)
+            else None
+        )
+        if d.box_units and units and units != d.box_units:
+            raise GraphError(
+                f"{self.source.path}: --box_units {d.box_units}: the boxes are in {units}, up to {max(np.abs(b).max() for b in boxes):.4g}"
+            )
+        how_units = self._origin("box_units", f"{ev.MEASURED}the largest coordinates")
+        if not (d.box_units or units):
+            self.evidence.ask(ev.BOXES, "--box_units pixels|unit", "pixels")
+        units = d.box_units or units or "pixels"
+        scale = np.array([*self.size_hw[::-1]] * 2) if units == "unit" else 1.0
+        pixels = [b * scale for b in boxes]
+        all_live = all(m.all() for m in live)
+        measured, how = (
+            measure_format(
+                pixels
+                if all_live
+                else [p[m] for p, m in zip(pixels, live, strict=True) if m.any()],
+                self.size_hw,
+            )
+            if any(m.any() for m in live)
+            else (None, "no detections on the photographs")
+        )
+        if d.box_format and measured and measured != d.box_format:
+            raise GraphError(
+                f"{self.source.path}: {self._said('box_format')}: the boxes are {measured}: {how}; leave it out, or declare the other"
+            )
+        if not d.box_format and measured is None:
+            self.evidence.ask(ev.BOXES, "--box_format xyxy|yxyx|xywh|cxcywh", "xyxy")
+        found: BoxFormat = d.box_format or measured or "xyxy"
+        self.evidence.add(
+            ev.BOXES,
+            f"{found}, {'pixels' if units == 'pixels' else '0 to 1'}",
+            self._origin("box_format", ev.MEASURED + how)
+            if d.box_format or measured
+            else how_units,
+        )
+        return dataclasses.replace(plan, box_format=found, is_unit=units == "unit")
+
+    def _live_rows(self, plan: Plan) -> list[NDArray[np.bool_]]:
+        """Rows that are no padding behind the detections: of exports that fill up with zeros or -1."""
+        rows = plan.count
+        if plan.rows and plan.num_scores == 1:
+            return [
+                r[:, plan.first_score] > 0
+                if (r[:, plan.first_score] > 0).any()
+                else np.ones(rows, bool)
+                for r in self.rows_of(plan)
+            ]
+        if plan.labels:
+            return [
+                v.reshape(-1) > 0 if (v > 0).any() else np.ones(rows, bool)
+                for v in self.seen[plan.scores]
+            ]
+        return [np.ones(rows, bool) for _ in self.seen[plan.boxes]]
+
+    def _origin(self, attribute_name: str, measured: str) -> str:
+        if self.hints.declared and getattr(self.hints.declared, attribute_name) is not None:
+            return f"{ev.GIVEN}--{attribute_name}"
+        if attribute_name == "box_format" and self.hints.declared and self.hints.declared.columns:
+            return f"{ev.GIVEN}--columns"
+        if getattr(self.declared, attribute_name) is not None:
+            return ev.CONVENTION + self.known.name
+        return measured
+
+    def _said(self, attribute_name: str) -> str:
+        value = getattr(self.declared, attribute_name)
+        if self.hints.declared and getattr(self.hints.declared, attribute_name, None):
+            return f"--{attribute_name} {value}"
+        if self.hints.declared and self.hints.declared.columns:
+            return f"--columns says {value}"
+        return f"{self.known.name} has {value}"
+
+    def score_values(self, plan: Plan) -> list[NDArray[np.float64]]:
+        """(a, c) for each photograph, as they are."""
+        if plan.rows:
+            return [
+                r[:, plan.first_score : plan.first_score + plan.num_scores]
+                for r in self.rows_of(plan)
+            ]
+        values = [np.asarray(v, np.float64) for v in self.seen[plan.scores]]
+        if plan.nca:
+            return [v[0].T for v in values]
+        return [v.reshape(plan.count, -1) for v in values]
+
+    def _selected(self, plan: Plan) -> Plan:
+        d, best = self.declared, [s.max(axis=1) for s in self.score_values(plan)]
+        if d.selected is not None:
+            selected, origin = d.selected, self._origin("selected", "")
+        elif maybe_levels(plan.count, self.size_hw):
+            selected, origin = (
+                False,
+                f"{ev.MEASURED}a row for each of {plan.count} cells of a grid, nothing selected",
+            )
+        elif is_sorted(best):
+            selected, origin = (
+                True,
+                f"{ev.MEASURED}the rows are sorted by score, so the model selects them",
+            )
+        else:
+            self.evidence.ask(
+                ev.SELECTION, "--selected (detections that need no NMS), or --selected no", "NMS"
+            )
+            return plan
+        self.evidence.add(ev.SELECTION, "the model's own" if selected else "NMS per class", origin)
+        return dataclasses.replace(plan, selected=selected)
+
+    def _scores(self, plan: Plan) -> Plan:
+        d, values = self.declared, self.score_values(plan)
+        low, high = min(v.min() for v in values), max(v.max() for v in values)
+        probabilities = low >= -1e-6 and high <= 1 + 1e-6
+        padded = plan.selected and low >= -1 and high <= 1 + 1e-6
+        sums = np.concatenate([v.sum(axis=1) for v in values])
+        is_softmax = probabilities and plan.num_scores > 1 and bool(np.abs(sums - 1).max() < 1e-3)
+        if d.activation == "none" and not (probabilities or padded):
+            raise GraphError(
+                f"{self.source.path}: {self._said('activation')}: the scores in '{plan.scores}' are {low:.3g} to {high:.3g}, no probabilities"
+            )
+        if (
+            d.activation in ("sigmoid", "softmax")
+            and probabilities
+            and self._makes_scores(plan.scores)
+        ):
+            raise GraphError(
+                f"{self.source.path}: {self._said('activation')}: the scores in '{plan.scores}' have their activation already; leave it out"
+            )
+        if d.activation:
+            activation, origin = d.activation, self._origin("activation", "")
+        elif probabilities or padded:
+            activation, origin = "none", f"{ev.MEASURED}probabilities, {low:.3g} to {high:.3g}"
+        else:
+            self.evidence.ask(ev.SCORES, "--score_activation sigmoid|softmax", "sigmoid")
+            activation, origin = "sigmoid", ""
+        if probabilities and float(np.ptp(np.concatenate([v.ravel() for v in values]))) == 0:
+            raise GraphError(
+                f"{self.source.path}: all scores in '{plan.scores}' are {low:.3g} on four photographs; export a trained model"
+            )
+        if origin:
+            former = next((f.value + ": " for f in self.evidence.facts if f.name == ev.SCORES), "")
+            self.evidence.add(
+                ev.SCORES,
+                f"{former}{'probabilities' if activation == 'none' else activation + ' of logits'}",
+                origin,
+            )
+        if d.background:
+            background, origin = d.background, self._origin("background", "")
+        elif is_softmax or activation == "softmax":
+            self.evidence.ask(ev.BACKGROUND, "--background first|last|none", "last")
+            return dataclasses.replace(plan, activation=activation)
+        else:
+            background, origin = (
+                "none",
+                f"{ev.MEASURED}scores of a box do not add up to 1"
+                if plan.num_scores > 1
+                else "read: one score a box",
+            )
+        self.evidence.add(ev.BACKGROUND, background, origin)
+        return dataclasses.replace(plan, activation=activation, background=background)
+
+    def _classes(self, plan: Plan) -> Plan:
+        if plan.labels or plan.label_column is not None:
+            return self._of_labels(plan)
+        count = plan.num_scores - (plan.background != "none")
+        names = self.known.labels or fit_labels(self.hints.labels, count)
+        if names and len(names) != count and not self.evidence.missing:
+            raise GraphError(
+                f"{self.source.path}: expected a score for each of the {len(names)} class names, '{plan.scores}' has {count}; does it have "
+                "a background class? --background says it, --columns what its columns are"
+            )
+        self.evidence.add(
+            ev.CLASSES,
+            count,
+            "read: the number of scores" + (" and the class names" if names else ""),
+        )
+        return dataclasses.replace(plan, num_classes=count)
+
+    def _of_labels(self, plan: Plan) -> Plan:
+        """The number of classes of a model that gives class ids: its class names, or what its ArgMax chooses from."""
+        if plan.labels:
+            found = [v.reshape(-1) for v in self.seen[plan.labels]]
+            tensor = plan.labels
+        else:
+            found = [r[:, plan.label_column or 0] for r in self.rows_of(plan)]
+            tensor = plan.rows
+        largest = int(max(v.max() for v in found))
+        base = self.declared.label_base
+        chosen = self._argmax_width(tensor)
+        names = len(self.known.labels) or len(self.hints.labels) or self.hints.num_classes or 0
+        if names:
+            count, origin = (
+                names,
+                "read: the class names"
+                if self.known.labels
+                else f"{ev.GIVEN}{'--labels' if self.hints.labels else '--num_classes'}",
+            )
+        elif chosen:
+            count, origin = chosen, f"read: its ArgMax is over {chosen} classes"
+        else:
+            self.evidence.ask(ev.CLASSES, "--labels FILE or --num_classes N", largest + 1)
+            count, origin = largest + 1, ""
+        if base is None and largest >= count and names:
+            raise GraphError(
+                f"{self.source.path}: expected labels of 0 to {count - 1}, found {largest} in '{tensor}'; --label_base 1 where the first class is 1"
+            )
+        if largest - (base or 0) >= count:
+            raise GraphError(
+                f"{self.source.path}: expected labels below {count + (base or 0)}, found {largest} in '{tensor}'"
+            )
+        if base is None and not chosen and not names:
+            base = 0
+        if origin:
+            self.evidence.add(ev.CLASSES, count, origin + (f", labels from {base}" if base else ""))
+        return dataclasses.replace(plan, num_classes=count, label_base=base or 0)
+
+    def _argmax_width(self, tensor: str) -> int | None:
+        """How many classes the labels are chosen from: the width of the ArgMax, or the divisor of the TopK over all pairs."""
+        for node in self.nodes.above([tensor]):
+            if node.op_type == "ArgMax":
+                shape = self._sizes([node.input[0]])[0]
+                return int(shape[attribute(node, "axis", 0)])
+            if (
+                node.op_type == "Mod"
+                and (divisor := self.nodes.value(node.input[1])) is not None
+                and divisor.size == 1
+            ):
+                return int(divisor.reshape(-1)[0])
+        return None

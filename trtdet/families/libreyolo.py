@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports of LibreYOLO (MIT), whose metadata names the family of the network: `libreyolo_version`, `model_family`, `size`, `names`, `imgsz`.
+
+Normalisation, resize and the form of the outputs follow from `model_family` (of DEIMv2 from `size` too); the facts are those of LibreYOLO
+1.6.0, libreyolo/preprocess and libreyolo/backends/base.py. Heads are found as everywhere, by shapes and values: LibreYOLO calls the boxes of its
+YOLO-NAS "pred_logits".
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trtdet.errors import GraphError
+from trtdet.families import detr, heads
+from trtdet.families.base import NO_HINTS, Declaration, Hints, Reading
+from trtdet.families.heads import Framework
+from trtdet.families.pixels import Convention, Normal
+from trtdet.labels import COCO_80_IDS
+from trtdet.sources.base import Source
+from trtdet.sources.onnx_file import OnnxSource
+
+NAME = "libreyolo"
+
+UNIT = Normal((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
+RAW_BGR = Normal((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), bgr=True)
+IMAGENET = detr.IMAGENET
+#: RTMDet's, in the order of RGB.
+MMDET_BGR = Normal(detr.IMAGENET_MEAN, detr.IMAGENET_STD, bgr=True)
+
+
+@dataclass(frozen=True)
+class SetFamily:
+    """A set prediction: how images come in, with antialiasing (Pillow) or without (OpenCV), and what is kept."""
+
+    normal: Normal
+    antialias: bool = True
+    kept: int = 300
+
+
+SETS: Mapping[str, SetFamily] = {
+    "rtdetr": SetFamily(UNIT, antialias=False),
+    "rtdetrv2": SetFamily(UNIT, antialias=False),
+    "rtdetrv4": SetFamily(UNIT),
+    "dfine": SetFamily(UNIT),
+    "deim": SetFamily(UNIT),
+    "deimv2": SetFamily(UNIT),  # IMAGENET for the sizes of `DINO_SIZES`
+    "tinyformer": SetFamily(IMAGENET),
+    "gtr": SetFamily(IMAGENET),
+    "ec": SetFamily(IMAGENET),
+    "rfdetr": SetFamily(IMAGENET, antialias=False),
+    "lwdetr": SetFamily(IMAGENET),  # the best 100 of size "t"
+    "deformable_detr": SetFamily(IMAGENET),
+    "dinodetr": SetFamily(IMAGENET),
+}
+DINO_SIZES = ("s", "m", "l", "x")
+
+_PIXELS = Declaration(box_format="xyxy", box_units="pixels", activation="none", background="none")
+_ROWS = ("x1", "y1", "x2", "y2", "scores")
+
+
+def _dense(name: str, normal: Normal, **others: Any) -> Framework:
+    return Framework(name, normal, iou_threshold=0.45, **others)
+
+
+DENSE: Mapping[str, Framework] = {
+    "yolo9": _dense("YOLOv9", UNIT, resize="letterbox", rounding="floor64", declared=_PIXELS, columns=_ROWS),
+    "yolo9_p2": _dense("YOLOv9-P2", UNIT, resize="letterbox", rounding="floor64", declared=_PIXELS, columns=_ROWS),
+    "yolo9_e2e": _dense("YOLOv9-E2E", UNIT, resize="letterbox", rounding="floor64", declared=_PIXELS, columns=_ROWS, selected=True, kept=300),
+    "yolox": _dense("YOLOX", RAW_BGR, resize="letterbox", rounding="floor64", best_class=True, columns=("cx", "cy", "w", "h", "objectness", "scores")),
+    "yolonas": _dense("YOLO-NAS", UNIT, resize="letterbox", placement="center", antialias=True, longest=636, declared=_PIXELS, best_class=True),
+    "picodet": _dense("PicoDet", IMAGENET, resize="stretch", declared=_PIXELS, columns=_ROWS),
+    "ppyoloe": _dense("PP-YOLOE", IMAGENET, resize="stretch", declared=_PIXELS),
+    "rtmdet": _dense("RTMDet", MMDET_BGR, resize="letterbox", rounding="floor64", antialias=True, declared=_PIXELS, columns=_ROWS),
+}  # fmt: skip
+
+
+def matches(source: Source) -> bool:
+    """Whether the metadata is LibreYOLO's, of a detector."""
+    return {"libreyolo_version", "model_family"} <= metadata_of(source).keys()
+
+
+def metadata_of(source: Source) -> dict[str, str]:
+    if not isinstance(source, OnnxSource) or source.spec:
+        return {}
+    return {prop.key: prop.value for prop in source.model.metadata_props}
+
+
+def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
+    """See `trtdet.families.base.Family.read`."""
+    found = metadata_of(source)
+    family, task = found.get("model_family", ""), found.get("task", "detect")
+    if task != "detect":
+        raise GraphError(
+            f"{source.path}: expected a detector, found a LibreYOLO model for the task '{task}'"
+        )
+    if found.get("nms") == "True" or found.get("embedded_nms") == "True":
+        raise GraphError(
+            f"{source.path}: expected a LibreYOLO export without NMS; export it with nms=False"
+        )
+    labels = read_names(found)
+    if family == "detr":
+        return detr.read(
+            source,
+            hints,
+            convention=Convention("LibreYOLO's detr", IMAGENET),
+            how="read: metadata model_family",
+            labels=labels,
+        )
+    if family in SETS:
+        known = SETS[family]
+        normal, kept = known.normal, known.kept
+        if family == "deimv2" and found.get("size") in DINO_SIZES:
+            normal = IMAGENET
+        if family == "lwdetr" and found.get("size") == "t":
+            kept = 100
+        return detr.read_sigmoid(
+            source, hints, family=_like(family), convention=Convention(f"LibreYOLO's {family}", normal), kept=kept,
+            how="read: metadata model_family", labels=labels, antialias=known.antialias, unused=unused_of(family, labels),
+        )  # fmt: skip
+    if family in DENSE:
+        return heads.read(source, hints, framework_of(found, labels))
+    raise GraphError(
+        f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}'; declare its outputs: "
+        + (heads.starting_line(source) if isinstance(source, OnnxSource) else "")
+    )
+
+
+def framework_of(found: Mapping[str, str], labels: tuple[str, ...]) -> Framework:
+    """The conventions of a dense head."""
+    known = DENSE[found["model_family"]]
+    size = tuple(int(found[key]) for key in ("imgsz_h", "imgsz_w") if found.get(key, "").isdigit())
+    changes: dict[str, Any] = {"labels": labels, "name": f"LibreYOLO's {known.name}"}
+    if len(size) == 2:
+        changes["size_hw"] = size
+    if found.get("letterbox_pad"):
+        changes["placement"] = "center" if found["letterbox_pad"] == "center" else "top_left"
+    return known.with_changes(**changes)
+
+
+def unused_of(family: str, labels: tuple[str, ...]) -> tuple[int, ...]:
+    """Columns that LibreYOLO leaves out of a head with one for each of COCO's ids 0 to 90, before it takes the best."""
+    if family not in ("lwdetr", "deformable_detr", "dinodetr") or len(labels) != len(COCO_80_IDS):
+        return ()
+    return tuple(i for i in range(91) if i not in COCO_80_IDS)
+
+
+def _like(family: str) -> str:
+    """The family of ours whose network it is."""
+    if family in ("rfdetr", "lwdetr"):
+        return "rfdetr"
+    return "deformable_detr" if family in ("deformable_detr", "dinodetr") else "rtdetr"
+
+
+def read_names(found: Mapping[str, str]) -> tuple[str, ...]:
+    """Class names: JSON with numbers as text for keys.
+
+    Raises:
+        GraphError: something else.
+    """
+    if "names" not in found:
+        return ()
+    try:
+        names = json.loads(found["names"])
+        by_id = (
+            {int(key): str(name) for key, name in names.items()}
+            if isinstance(names, dict)
+            else dict(enumerate(map(str, names)))
+        )
+        return tuple(by_id[i] for i in range(len(by_id)))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise GraphError(
+            f"metadata 'names': expected class names by id from 0, found {found['names'][:60]!r}"
+        ) from error

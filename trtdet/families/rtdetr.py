@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RT-DETR (arXiv:2304.08069), RT-DETRv2 to v4, D-FINE (arXiv:2410.13842) and DEIM: raw outputs, with their post-processing in the export, or as Ultralytics
+exports them, one output [N, Q, 4+C].
+
+A hybrid encoder tells them from other DETRs: a convolutional backbone, attention on the last level, and convolutions behind it. They take
+RGB / 255, stretched, without ImageNet's normalisation; a sigmoid over every class; the best 300 of all query and class pairs.
+"""
+
+from trtdet.families import detr, heads, yolo
+from trtdet.families.base import NO_HINTS, Declaration, Hints, Reading
+from trtdet.families.heads_plan import Framework
+from trtdet.families.pixels import Convention
+from trtdet.sources.base import Source
+from trtdet.sources.onnx_file import OnnxSource
+
+NAME = "rtdetr"
+MAX_DETECTIONS = 300
+
+
+def matches(source: Source) -> bool:
+    """Whether the outputs are a set prediction behind a hybrid encoder, or rows of one with Ultralytics' metadata."""
+    return yolo.is_set_prediction(source) or detr.kind_is(source, "rtdetr")
+
+
+def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
+    """See `trtdet.families.base.Family.read`."""
+    if isinstance(source, OnnxSource) and yolo.is_set_prediction(source):
+        return heads.read(source, hints, of_ultralytics(source))
+    return detr.read_sigmoid(
+        source,
+        hints,
+        family=NAME,
+        convention=Convention("RT-DETR, D-FINE, DEIM"),
+        kept=MAX_DETECTIONS,
+        how="read: a hybrid encoder (convolutions behind attention) on a convolutional backbone",
+    )
+
+
+def of_ultralytics(source: OnnxSource) -> Framework:
+    """Ultralytics' export: rows [N, Q, 4+C], cx cy w h of 0 to 1 and probabilities; images stretched."""
+    return Framework(
+        "Ultralytics' RT-DETR",
+        normal=Convention("").normal,
+        resize="stretch",
+        declared=Declaration(
+            box_format="cxcywh", box_units="unit", activation="none", background="none"
+        ),
+        columns=("cx", "cy", "w", "h", "scores"),
+        selected=True,
+        kept=MAX_DETECTIONS,
+        labels=yolo.read_metadata(source.model).names,
+    )
