@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranges of values that come from files: checked where a dataclass is made, so once, whoever makes it."""
 
-import math
 import unicodedata
 from typing import Any
 
@@ -47,7 +46,9 @@ def whole_number(name: str, value: float) -> int:
     Raises:
         ValueError: it is none, or has more than 53 bits.
     """
-    if not math.isfinite(value) or value != int(value) or abs(value) >= 2**53:
+    # An integer is compared as it is: one of 400 digits is no float.
+    fits = -(2**53) < value < 2**53 and (isinstance(value, int) or value.is_integer())
+    if not fits:
         raise ValueError(f"{name}: expected a whole number of at most 53 bits, found {shown(value)}")  # fmt: skip
     return int(value)
 

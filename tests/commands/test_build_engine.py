@@ -610,10 +610,10 @@ def test_new_engine_never_stands_beside_an_old_sidecar(tmp_path: Path, monkeypat
     path = tmp_path / "x.engine"
     write_engine(path, b"old", INFO)
 
-    def fail(*_: object) -> str:
+    def fail(*_: object, **__: object) -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr(sidecar.files, "sha256", fail)
+    monkeypatch.setattr(sidecar.json, "dumps", fail)
     with pytest.raises(OSError, match="disk full"):
         write_engine(path, b"new", INFO)
     monkeypatch.undo()

@@ -60,7 +60,7 @@ from trtdet.families.set_outputs import (
 from trtdet.geometry import in_layout
 from trtdet.graph.builder import Builder
 from trtdet.graph.deformable_attention import Mode, lower, name_positions, rewrite
-from trtdet.graph.map_op import check_runs
+from trtdet.graph.map_op import check_runs, unknown_ops
 from trtdet.graph.static_shapes import fix_shapes
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
 from trtdet.sources.base import Source, run_onnx
@@ -122,16 +122,29 @@ def why_not(source: Source) -> str:
     if not isinstance(source, OnnxSource) or source.spec:
         return ""
     names = [info.name for info in source.model.graph.output]
-    if not any("pred_boxes" in n or "logits" in n for n in names):
+    if not _called_as_detr(names):
         return ""
     return f"expected logits [N, Q, C] and boxes [N, Q, 4] of 0 to 1 and nothing else, found {', '.join(names[:6])}"
 
 
+def _called_as_detr(names: Sequence[str]) -> bool:
+    return any("pred_boxes" in name or "logits" in name for name in names)
+
+
 def kind_is(source: Source, kind: Kind) -> bool:
-    """Whether the outputs are a set prediction of this kind, in a file that does not say its family itself."""
+    """Whether the outputs are a set prediction of this kind, in a file that does not say its family itself.
+
+    Raises:
+        GraphError: outputs that are called as DETR's are, behind operators that ONNX Runtime does not know.
+    """
     if not isinstance(source, OnnxSource):
         return False
     if any(prop.key == "libreyolo_version" for prop in source.model.metadata_props):
+        return False
+    names = [info.name for info in source.model.graph.output]
+    if unknown_ops(source, names):  # nothing can be measured
+        if _called_as_detr(names):
+            check_runs(source, NAME, names)
         return False
     outputs = maybe_outputs(source, NO_HINTS)
     return outputs is not None and kind_of(source, outputs) == kind

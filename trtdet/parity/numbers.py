@@ -505,7 +505,14 @@ def _ap_dict(
 
 
 #: Fields of a `ModelSpec` that may differ without a consequence for what is detected.
-_NEUTRAL = ("source", "preprocessing.layout", "preprocessing.dtype", "sensitive_nodes", "labels")
+_NEUTRAL = (
+    "source",
+    "evidence",
+    "preprocessing.layout",
+    "preprocessing.dtype",
+    "sensitive_nodes",
+    "labels",
+)
 
 
 def spec_differences(reference: ModelSpec, candidate: ModelSpec) -> list[tuple[str, str, str]]:

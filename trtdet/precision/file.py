@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from trtdet import checks, files, reading
+from trtdet.checks import shown
 from trtdet.precision.options import KeptType
 
 
@@ -58,12 +59,12 @@ def read_precision_file(path: Path, *, model_sha256: str, precision: str) -> Pre
     )
     if found.model_sha256 != model_sha256:
         raise ValueError(
-            f"--precision_json {path} was made for another model: model_sha256 is {found.model_sha256[:12]}, of another graph or other "
+            f"--precision_json {path} was made for another model: model_sha256 is {shown(found.model_sha256[:12])}, of another graph or other "
             f"weights than {model_sha256[:12]}; tune this model with tune_precision.py, or leave it out"
         )
     if found.precision != precision:
         raise ValueError(
-            f"--precision_json {path} was made for --precision {found.precision}, not {precision}; tune again with tune_precision.py, "
-            f"or use --precision {found.precision}"
+            f"--precision_json {path} was made for --precision {shown(found.precision)}, not {precision}; tune again with tune_precision.py, "
+            f"or use --precision {shown(found.precision)}"
         )
     return found
