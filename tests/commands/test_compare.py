@@ -233,9 +233,16 @@ def swapped_anchor_axes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def classes_from_zero(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Category ids 0, 1, 2 instead of 1, 2, 3."""
+    """Category ids 0, 1, 2 instead of 1, 2, 3. The names are right, so the AP, matched by name, stays."""
     spec = ModelSpec.from_onnx(model)
     spec.replace(category_ids=tuple(i - 1 for i in spec.category_ids)).attach(model)
+    return model
+
+
+def names_of_the_next_class(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Names that begin one class late, with the right ids."""
+    spec = ModelSpec.from_onnx(model)
+    spec.replace(labels=(*spec.labels[1:], spec.labels[0])).attach(model)
     return model
 
 
@@ -279,7 +286,8 @@ FAULTS: dict[str, tuple[Callable[[onnx.ModelProto], onnx.ModelProto], set[str]]]
     "swapped x and y of boxes": (swapped_axes, {"missing", "extra", "ap_drop"}),
     "swapped x and y of anchors": (swapped_anchor_axes, {"missing", "ap_drop"}),
     "anchors of another size": (larger_anchors, {"box_diff", "ap_drop"}),
-    "off-by-one class": (classes_from_zero, {"class_flips", "ap_drop"}),
+    "ids one off": (classes_from_zero, {"class_flips"}),
+    "names one off": (names_of_the_next_class, {"ap_drop"}),
     "FP16 overflow": (overflowing_fp16, {"non_finite", "missing", "ap_drop"}),
     "NMS in the wrong mode": (per_class_nms, {"extra"}),
 }
@@ -435,6 +443,21 @@ def test_partial_annotations_are_told_everywhere(tiny_onnx: Path, tmp_path: Path
     assert "AP on 3 of 4 images." in page.read_text()
     assert "W 1 of 5 images have no annotations: AP is of the other 4 alone" in captured.err
     assert captured.err.count("W categories that the model does not know, all objects missed: 77 (x)") == 1  # fmt: skip
+
+
+def test_categories_of_models_of_one_name_are_kept_apart(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Both files are called tiny.onnx; the candidate has other ids and no names, none of which is annotated: its AP is 0."""
+    model = onnx.load(tiny_onnx)
+    spec = ModelSpec.from_onnx(model)
+    spec.replace(category_ids=(701, 705, 709), labels=()).attach(model)
+    candidate = tmp_path / "other" / tiny_onnx.name
+    candidate.parent.mkdir()
+    onnx.save(model, candidate)
+    status, summary = run(tiny_onnx, candidate, tmp_path, "--tensor_images", 0)
+    assert status == 1 and {"class_flips", "ap_drop"} <= broken(summary).keys()
+    ap = summary["ap"]
+    assert ap["reference"]["AP"] == pytest.approx(0.7987, abs=5e-4)
+    assert ap["candidate"]["AP"] == 0
 
 
 def test_last_pixels_of_turned_models_belong_to_their_boxes(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

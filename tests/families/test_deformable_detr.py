@@ -38,9 +38,9 @@ def converted(tiny, tmp_path_factory):
         if (resize, mode) not in models:
             hints = Hints(resize=resize, deformable_attention=mode)
             options = conversion.Options(family=deformable_detr.NAME, hints=hints)
-            model, reading = conversion.convert(source, options)
-            assert max(d.maximum for d in verify(source, reading, model)) < 1e-4
-            models[resize, mode] = model
+            done = conversion.convert(source, options)
+            assert max(d.maximum for d in verify(source, done)) < 1e-4
+            models[resize, mode] = done.model
         return models[resize, mode]
 
     return of
@@ -70,8 +70,8 @@ def test_the_attention_is_written_as_asked_for(converted):
 def test_the_default_needs_no_plugin(tiny, tmp_path):
     path = tmp_path / "source.onnx"
     onnx.save(tiny[0], path)
-    model, _ = conversion.convert(OnnxSource(path), conversion.Options())  # recognised, too
-    spec = ModelSpec.from_onnx(model)
+    done = conversion.convert(OnnxSource(path), conversion.Options())  # recognised, too
+    model, spec = done.model, done.spec
     assert (spec.family, spec.preprocessing.resize) == ("deformable_detr", "letterbox")
     assert (spec.nms.score_activation, spec.nms.class_agnostic) == (True, False)
     assert spec.nms.max_output_boxes == 48  # 12 queries, 4 classes: fewer than 100

@@ -37,23 +37,25 @@ def convert(model, tmp_path, **options):
     chosen = conversion.Options(
         family="detr", hints=hints, preprocessor=hints.preprocessor, **options
     )
-    converted, reading = conversion.convert(source, chosen)
-    return converted, reading, source
+    done = conversion.convert(source, chosen)
+    return done, source
 
 
 @pytest.mark.parametrize("resize", ["letterbox", "stretch"])
 @pytest.mark.parametrize("input_dtype", ["float32", "uint8"])
 def test_equals_transformers(tiny, tmp_path, resize, input_dtype):
     model, pictures = tiny
-    converted, reading, source = convert(model, tmp_path, resize=resize, input_dtype=input_dtype)
+    done, source = convert(model, tmp_path, resize=resize, input_dtype=input_dtype)
+    converted = done.model
     assert [i.name for i in converted.graph.input] == ["input"]
-    assert max(d.maximum for d in verify(source, reading, converted)) < 1e-4
+    assert max(d.maximum for d in verify(source, done)) < 1e-4
     assert_detections(detect(converted, pictures), getattr(pictures, resize), pictures)
 
 
 def test_the_mask_input_decides_how_images_come(tiny, tmp_path):
     model, _ = tiny
-    converted, reading, _ = convert(model, tmp_path)
+    done, _ = convert(model, tmp_path)
+    converted, reading = done.model, done.reading
     spec = ModelSpec.from_onnx(converted)
     assert spec.preprocessing.resize == "letterbox" and spec.preprocessing.antialias
     assert spec.preprocessing.pad_rgb == spec.preprocessing.mean == (123.675, 116.28, 103.53)
@@ -67,7 +69,7 @@ def test_the_mask_input_decides_how_images_come(tiny, tmp_path):
 
 def test_batch_equals_single_images(tiny, tmp_path):
     model, pictures = tiny
-    converted, _, _ = convert(model, tmp_path)
+    converted = convert(model, tmp_path)[0].model
     batch = detect(converted, pictures)
     for i, expected in enumerate(batch):
         (single,) = detect(converted, pictures, slice(i, i + 1))
@@ -78,7 +80,7 @@ def test_batch_equals_single_images(tiny, tmp_path):
 
 def test_fixed_batch(tiny, tmp_path):
     model, pictures = tiny
-    converted, _, _ = convert(model, tmp_path, batch=1)
+    converted = convert(model, tmp_path, batch=1)[0].model
     assert converted.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
     assert_detections(
         detect(converted, pictures, slice(0, 1)),
@@ -89,7 +91,7 @@ def test_fixed_batch(tiny, tmp_path):
 
 def test_a_picture_of_nothing_but_padding_gives_numbers(tiny, tmp_path):
     model, pictures = tiny
-    converted, _, _ = convert(model, tmp_path)
+    converted = convert(model, tmp_path)[0].model
     mean = np.array(ModelSpec.from_onnx(converted).preprocessing.mean, np.float32)
     empty = dataclasses.replace(pictures, images=np.zeros_like(pictures.images) + mean)
     for one in detect(converted, empty):
@@ -98,7 +100,7 @@ def test_a_picture_of_nothing_but_padding_gives_numbers(tiny, tmp_path):
 
 def test_shape_arithmetic_is_gone_where_no_mask_is(tiny, tmp_path):
     model, _ = tiny
-    converted, _, _ = convert(model, tmp_path, resize="stretch")
+    converted = convert(model, tmp_path, resize="stretch")[0].model
     ops = {node.op_type for node in converted.graph.node}
     assert not ops & {"Shape", "Range", "CumSum", "Sin", "Tile", "Constant"}
     assert len(converted.graph.node) < len(model.graph.node)
@@ -106,8 +108,8 @@ def test_shape_arithmetic_is_gone_where_no_mask_is(tiny, tmp_path):
 
 def test_converted_again(tiny, tmp_path):
     model, pictures = tiny
-    converted, _, _ = convert(model, tmp_path)
-    again, _, _ = convert(converted, tmp_path, max_detections=3, input_dtype="uint8")
+    converted = convert(model, tmp_path)[0].model
+    again = convert(converted, tmp_path, max_detections=3, input_dtype="uint8")[0].model
     for few, all_ in zip(detect(again, pictures), detect(converted, pictures), strict=True):
         np.testing.assert_allclose(few.scores, all_.scores[:3], atol=1e-5)
 
@@ -138,7 +140,8 @@ def test_normalisation_inside_the_export_is_measured(tiny, tmp_path):
     )
     if any("pixel_values" in node.input for node in inside.graph.node[2:]):
         pytest.skip("the export reads its input's shape elsewhere")
-    converted, reading, _ = convert(inside, tmp_path, resize="stretch")
+    done, _ = convert(inside, tmp_path, resize="stretch")
+    converted, reading = done.model, done.reading
     spec = ModelSpec.from_onnx(converted)
     np.testing.assert_allclose(spec.preprocessing.mean, detr.IMAGENET_MEAN, rtol=1e-4)
     np.testing.assert_allclose(spec.preprocessing.std, detr.IMAGENET_STD, rtol=1e-4)
@@ -148,9 +151,9 @@ def test_normalisation_inside_the_export_is_measured(tiny, tmp_path):
 
 def test_preprocessor_option(tiny, tmp_path):
     model, _ = tiny
-    converted, reading, source = convert(model, tmp_path, preprocessor="scale_range")
-    assert ModelSpec.from_onnx(converted).preprocessing.mean == (127.5,) * 3
-    assert max(d.maximum for d in verify(source, reading, converted)) < 1e-4
+    done, source = convert(model, tmp_path, preprocessor="scale_range")
+    assert done.spec.preprocessing.mean == (127.5,) * 3
+    assert max(d.maximum for d in verify(source, done)) < 1e-4
 
 
 @pytest.mark.parametrize(("resize", "said"), [("letterbox", True), ("stretch", False)])
@@ -206,7 +209,7 @@ def test_renamed_and_reordered_outputs(tiny, tmp_path):
     outputs = [onnx.ValueInfoProto.FromString(x.SerializeToString()) for x in (second, first)]
     del model.graph.output[:]
     model.graph.output.extend(outputs)
-    converted, _, _ = convert(model, tmp_path)
+    converted = convert(model, tmp_path)[0].model
     assert_detections(detect(converted, tiny[1]), tiny[1].letterbox, tiny[1])
 
 
@@ -226,5 +229,5 @@ def test_a_free_size_must_be_named(tiny, tmp_path):
 
 
 def test_facebook_names(tiny, tmp_path):
-    converted, _, _ = convert(renamed(tiny[0], "logits", "pred_logits"), tmp_path)
+    converted = convert(renamed(tiny[0], "logits", "pred_logits"), tmp_path)[0].model
     assert_detections(detect(converted, tiny[1]), tiny[1].letterbox, tiny[1])

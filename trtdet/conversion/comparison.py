@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from trtdet.conversion.convert import Converted
 from trtdet.errors import GraphError
 from trtdet.families.base import ANCHORS, CLASS_LOGITS, RAW_BOXES, Final, Found, Reading
 from trtdet.families.outputs import photographs
@@ -59,13 +60,13 @@ class Agreement:
         return Agreement(self.found + other.found, self.total + other.total, missing)
 
 
-def compare_to_the_end(source: Source, reading: Reading, model: onnx.ModelProto) -> list[str]:
+def compare_to_the_end(source: Source, converted: Converted) -> list[str]:
     """Compare detections; returns what was seen, in lines.
 
     Raises:
         GraphError: the source's detections do not come out, or what comes out can be none; with the first pairs.
     """
-    spec = ModelSpec.from_onnx(model)
+    reading, model, spec = converted.reading, converted.model, converted.spec
     final, preprocessing = reading.final, spec.preprocessing
     images = photographs(preprocessing.size_hw)
     heads = [our_heads(reading, model, spec, image) for image in images]

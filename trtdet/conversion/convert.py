@@ -86,8 +86,22 @@ def open_source(path: Path, *, is_onnx: bool, mappings: Sequence[OpMapping] = ()
     return SavedModelSource(path)
 
 
-def convert(source: Source, options: Options) -> tuple[onnx.ModelProto, Reading]:
-    """The ONNX model with its spec attached, not yet verified, and what was found in the source.
+@dataclass(frozen=True)
+class Converted:
+    """What stage 1 made of a source, not yet verified.
+
+    Attributes:
+        model: with `spec` in its metadata, for the stages after this one.
+        reading: what was found in the source.
+    """
+
+    model: onnx.ModelProto
+    spec: ModelSpec
+    reading: Reading
+
+
+def convert(source: Source, options: Options) -> Converted:
+    """Read a source and make its ONNX model.
 
     A batch that cannot be freed stays as it is in the source, unless the options ask for one.
 
@@ -95,23 +109,23 @@ def convert(source: Source, options: Options) -> tuple[onnx.ModelProto, Reading]
         GraphError: the source is not what a family expects, or an option contradicts it.
     """
     reading = read_source(source, options)
-    model = assemble(source, reading, options)
-    if options.batch is None and reading.batch and not takes_two(model, reading):
+    done = assemble(source, reading, options)
+    if options.batch is None and reading.batch and not takes_two(done):
         logger.warning(
             "the export is fixed to a batch of %d, and so is this model; export it with a dynamic batch for another",
             reading.batch,
         )
-        model = assemble(source, reading, dataclasses.replace(options, batch=reading.batch))
-    return model, reading
+        done = assemble(source, reading, dataclasses.replace(options, batch=reading.batch))
+    return done
 
 
-def takes_two(model: onnx.ModelProto, reading: Reading) -> bool:
+def takes_two(converted: Converted) -> bool:
     """Whether the heads can be computed for two images; also where ONNX Runtime does not know an operator, so that nothing can be told."""
-    preprocessing = ModelSpec.from_onnx(model).preprocessing
+    preprocessing = converted.spec.preprocessing
     images = np.zeros((2, *preprocessing.image_shape), preprocessing.dtype)
-    lowered = deformable_attention.lower(model)
+    lowered = deformable_attention.lower(converted.model)
     try:
-        run_onnx(lowered, list(reading.heads), {tidy.INPUT: images})
+        run_onnx(lowered, list(converted.reading.heads), {tidy.INPUT: images})
     except GraphError:
         return bool(custom_ops(lowered))
     return True
@@ -129,8 +143,8 @@ def read_source(source: Source, options: Options) -> Reading:
     return pick_family(source, load_families(), name).read(source, options.hints)
 
 
-def assemble(source: Source, reading: Reading, options: Options) -> onnx.ModelProto:
-    """The ONNX model of a reading, with its spec attached."""
+def assemble(source: Source, reading: Reading, options: Options) -> Converted:
+    """The ONNX model of a reading."""
     spec = specify(reading, options)
     for note in reading.notes:
         if note.option not in options.given:
@@ -163,7 +177,7 @@ def assemble(source: Source, reading: Reading, options: Options) -> onnx.ModelPr
         raise GraphError(
             "--nms_mode best_class: this model's scores are its network's own outputs, and its NMS takes every class of a box; leave it out"
         )
-    return select(model, reading, spec, options)
+    return Converted(select(model, reading, spec, options), spec, reading)
 
 
 def finish_network(

@@ -44,16 +44,16 @@ def convert_file(
     files.check_outputs([onnx_path, options.raw_path], [source_path] if is_onnx else [])
     with open_source(source_path, is_onnx=is_onnx, mappings=options.map_ops) as source:
         logger.info("read %s", source_path)
-        model, reading = convert(source, options)
-        for line in table(ModelSpec.from_onnx(model).evidence).splitlines():
+        done = convert(source, options)
+        for line in table(done.spec.evidence).splitlines():
             logger.info("%s", line)
-        differences = tuple(verify(source, reading, model)) if options.verify else ()
-        compared = tuple(compare_to_the_end(source, reading, model)) if options.verify else ()
+        differences = tuple(verify(source, done)) if options.verify else ()
+        compared = tuple(compare_to_the_end(source, done)) if options.verify else ()
     if not options.verify:
         logger.warning("not verified (--no_verify)")
-    spec = ModelSpec.from_onnx(model).replace(source=provenance(source_path))
-    spec.attach(model)
-    files.write_bytes(onnx_path, model.SerializeToString())
+    spec = done.spec.replace(source=provenance(source_path))
+    spec.attach(done.model)
+    files.write_bytes(onnx_path, done.model.SerializeToString())
     logger.info(
         "%s %s, batch %s, %d classes, mean %s, std %s",
         spec.family, size_text(spec.preprocessing.size_hw), options.batch or "dynamic", spec.num_classes,

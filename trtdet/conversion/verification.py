@@ -11,13 +11,14 @@ import onnx
 from numpy.typing import NDArray
 
 from trtdet import about
+from trtdet.conversion.convert import Converted
 from trtdet.errors import GraphError
 from trtdet.families.base import ANCHORS, RAW_BOXES, Reading
 from trtdet.geometry import in_layout
 from trtdet.graph import deformable_attention, tidy
 from trtdet.nms import lowering, reference
 from trtdet.sources.base import Source, run_onnx
-from trtdet.spec import ModelSpec, Preprocessing
+from trtdet.spec import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Difference:
         return cls(name, float(gap.max()), float(gap.mean()))
 
 
-def verify(source: Source, reading: Reading, model: onnx.ModelProto) -> list[Difference]:
+def verify(source: Source, converted: Converted) -> list[Difference]:
     """Compare the result with the source, at two sizes where the input's size is dynamic.
 
     Compared are the heads, and where the source shows it the decoding of boxes with the anchors in the file against the source's own. The
@@ -60,23 +61,24 @@ def verify(source: Source, reading: Reading, model: onnx.ModelProto) -> list[Dif
     Raises:
         GraphError: the model is malformed, or something differs by more than its limit.
     """
-    check(model)
-    preprocessing = ModelSpec.from_onnx(model).preprocessing
-    differences = verify_at(source, reading, model, preprocessing)
+    check(converted.model)
+    preprocessing = converted.spec.preprocessing
+    differences = verify_at(source, converted, preprocessing)
     if preprocessing.size_range:
         multiple = preprocessing.size_multiple
         height, width = preprocessing.size_hw
         smaller = dataclasses.replace(
             preprocessing, size_hw=(height, max(multiple, width // 2 // multiple * multiple))
         )
-        differences += verify_at(source, reading, model, smaller)
+        differences += verify_at(source, converted, smaller)
     return differences
 
 
 def verify_at(
-    source: Source, reading: Reading, model: onnx.ModelProto, preprocessing: Preprocessing
+    source: Source, converted: Converted, preprocessing: Preprocessing
 ) -> list[Difference]:
     """`verify` at the size that `preprocessing` names."""
+    reading, model = converted.reading, converted.model
     image = verification_image(preprocessing)
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 2  # 0: free
     images = np.stack([image if row % 2 == 0 else image[:, ::-1] for row in range(batch)])
@@ -93,14 +95,14 @@ def verify_at(
             )
         differences.append(Difference.of(name, want, got[: len(want)]))
     if not max(d.maximum for d in differences) <= limit:  # also where it is NaN
-        ordered = ModelSpec.from_onnx(model).selection != "topk" or not rows_in_any_order(
+        ordered = converted.spec.selection != "topk" or not rows_in_any_order(
             reading, expected, actual
         )
         limit = relaxed_limit(source, reading, preprocessing, image) if ordered else limit
     if reading.decoded_boxes:
-        differences.append(compare_decoding(source, reading, model, image))
+        differences.append(compare_decoding(source, converted, image))
     if (
-        ModelSpec.from_onnx(model).selection == "topk"
+        converted.spec.selection == "topk"
         and not max(d.maximum for d in differences[: len(expected)]) <= HEAD_TOLERANCE
     ):
         rows = rows_in_any_order(reading, expected, actual)
@@ -147,14 +149,12 @@ def rows_in_any_order(
     ]
 
 
-def compare_decoding(
-    source: Source, reading: Reading, model: onnx.ModelProto, image: NDArray[np.uint8]
-) -> Difference:
+def compare_decoding(source: Source, converted: Converted, image: NDArray[np.uint8]) -> Difference:
     """Boxes decoded from the source's own regression, with the anchors in the file, against what enters the source's NMS.
 
     In pixels of the network input; boxes larger than it count in proportion (float32 has 7 digits).
     """
-    spec = ModelSpec.from_onnx(model)
+    reading, model, spec = converted.reading, converted.model, converted.spec
     batch = in_layout(np.repeat(image[None], reading.batch or 1, axis=0), reading.image_layout)
     fetches = [reading.heads[RAW_BOXES], reading.decoded_boxes or ""]
     raw, decoded = source.run(fetches, {reading.image_input: batch})

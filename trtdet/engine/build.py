@@ -214,7 +214,7 @@ def _parse(
 #: Where a node comes from, by what its name begins with.
 MADE_BY = {
     "preprocess/": "the input and its normalisation, trtdet/graph/tidy.py",
-    "decode/": "the boxes and scores of trtdet/families/{family}.py",
+    "decode/": "the boxes and scores of the model's family, trtdet/families/",
     "nms/": "the selection of detections, trtdet/nms/lowering.py; another form: create_onnx.py --nms",
 }
 
@@ -230,9 +230,8 @@ def _parser_error(error: tensorrt.ParserError, model: onnx.ModelProto) -> str:
     if not name and not operator:
         return error.desc()
     node = next((n for n in model.graph.node if n.name == name), onnx.NodeProto())
-    family = getattr(ModelSpec.maybe_from_onnx(model), "family", "the model")
     steps = [text for prefix, text in MADE_BY.items() if name.startswith(prefix)]
-    made_by = (steps or ["the network of the source"])[0].format(family=family)
+    made_by = (steps or ["the network of the source"])[0]
     advice = ""
     if node.domain not in ("", "ai.onnx") or not onnx.defs.has(operator):
         advice = (

@@ -17,11 +17,13 @@ from trtdet.parity.sides import Found, Side
 from trtdet.results import coco
 from trtdet.results.categories import match_categories
 from trtdet.run.detect import pick_labels
-from trtdet.run.evaluate import check_categories
 from trtdet.spec import ModelSpec
 from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
+
+#: Reference's and candidate's category id -> the annotation file's, negative where it has none.
+CategoryMaps = tuple[Mapping[int, int], Mapping[int, int]]
 
 
 #: Tensors that are held at a time: of a D0 some 50 MB, of a D7 some GB.
@@ -41,7 +43,8 @@ def compare(
         ValueError: no image could be read, nothing was found in any, or annotations that do not fit: there is nothing to compare.
     """
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
-    ids = annotated_ids(paths, source, annotations, reference, candidate) if annotations else {}
+    ids = annotated_ids(paths, source, annotations) if annotations else {}
+    categories = categories_of((reference, candidate), annotations) if annotations else None
     threshold = score_threshold(options.score_threshold, reference.info.spec, candidate.info.spec)
     found = [detect_all(side, paths) for side in (reference, candidate)]
     images = [
@@ -63,8 +66,8 @@ def compare(
         options.iou,
         tensors=tuple(tensors),
         tensor_images=min(options.tensor_images, len(readable)) if tensors else 0,
-        ap=average_precision(images, annotations, ids, (reference, candidate))
-        if annotations
+        ap=average_precision(images, annotations, ids, (reference, candidate), categories)
+        if annotations and categories
         else None,
         ap_images=len(ids),
         skipped=tuple(path.name for path in paths if path not in set(readable)),
@@ -135,16 +138,12 @@ def compare_tensors(
 
 
 def annotated_ids(
-    paths: Sequence[Path],
-    source: Sources,
-    annotations: coco.Annotations,
-    reference: Side,
-    candidate: Side,
+    paths: Sequence[Path], source: Sources, annotations: coco.Annotations
 ) -> dict[Path, int]:
     """The ids of the images that are annotated; found before anything is run. Says loudly what the AP will leave out.
 
     Raises:
-        ValueError: there is none, nothing is annotated in them, or the reference can find none of their categories.
+        ValueError: there is none, or nothing is annotated in them.
     """
     ids = coco.match_images(annotations, paths, root_of(source))
     if not ids:
@@ -152,15 +151,31 @@ def annotated_ids(
             f"--annotations: {annotations.path} names none of the {len(paths)} images in {root_of(source)}; give the images it was made for"
         )
     coco.check_objects(annotations, ids.values())
-    check_categories(reference.info.spec, annotations)
-    if set(candidate.info.spec.category_ids) != set(reference.info.spec.category_ids):
-        try:
-            check_categories(candidate.info.spec, annotations)
-        except ValueError as error:  # a fault of the candidate's, which its AP is to show
-            logger.warning("the candidate: %s", error)
     if len(ids) < len(paths):
         logger.warning("%d of %d images have no annotations: AP is of the other %d alone", len(paths) - len(ids), len(paths), len(ids))  # fmt: skip
     return ids
+
+
+def categories_of(sides: tuple[Side, Side], annotations: coco.Annotations) -> CategoryMaps:
+    """How the annotation file counts the categories of reference and candidate.
+
+    Raises:
+        ValueError: the reference can find none of its categories.
+    """
+    specs = [side.info.spec for side in sides]
+    known = [(spec.labels, spec.category_ids) for spec in specs]
+    reference = match_categories(*known[0], annotations.categories, annotations.path)
+    candidate: Sequence[int] = reference
+    if known[1] != known[0]:
+        try:
+            candidate = match_categories(*known[1], annotations.categories, annotations.path)
+        except ValueError as error:  # a fault of the candidate's, which its AP is to show
+            logger.warning("the candidate: %s", error)
+            candidate = specs[1].category_ids
+    return (
+        dict(zip(specs[0].category_ids, reference, strict=True)),
+        dict(zip(specs[1].category_ids, candidate, strict=True)),
+    )
 
 
 def average_precision(
@@ -168,6 +183,7 @@ def average_precision(
     annotations: coco.Annotations,
     ids: Mapping[Path, int],
     sides: tuple[Side, Side],
+    categories: CategoryMaps,
 ) -> tuple[Mapping[str, float], Mapping[str, float]]:
     """COCO's metrics of reference and candidate over the images in `ids`, all their detections counted.
 
@@ -176,26 +192,14 @@ def average_precision(
     """
     coco.check_objects(annotations, ids.values())
     results: tuple[list[coco.Result], list[coco.Result]] = ([], [])
-    matched = {
-        side.info.name: match_categories(
-            side.info.spec.labels,
-            side.info.spec.category_ids,
-            annotations.categories,
-            annotations.path,
-        )
-        for side in sides
-    }
     for image in images:
         if image.path not in ids:
             continue
-        for found, side, rows in zip(
-            (image.reference, image.candidate), sides, results, strict=True
-        ):
-            spec = side.info.spec
-            ids_of = dict(zip(spec.category_ids, matched[side.info.name], strict=True))
+        found_by = (image.reference, image.candidate)
+        for found, side, ids_of, rows in zip(found_by, sides, categories, results, strict=True):
             largest = int(found.class_ids.max(initial=0))
             same = [*(ids_of.get(i, i) for i in range(largest + 1)), -1]  # [category id], -1 too
-            corners = spec.inclusive_corners
+            corners = side.info.spec.inclusive_corners
             rows += to_coco_results(found, ids[image.path], same, inclusive_corners=corners)
     left, right = (coco.evaluate(annotations, rows, ids.values()).metrics for rows in results)
     return left, right

@@ -21,6 +21,7 @@ from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
 from trtdet.errors import GraphError
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
+from trtdet.families.evidence import MEASURED, NORMALISATION, READ
 from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
 from trtdet.graph import deformable_attention
@@ -178,8 +179,9 @@ class TrainedSide(Closing):
         model: onnx.ModelProto | None = None,
     ) -> None:
         self._source = open_trained(path, model)
-        model, self._reading = conversion.convert(self._source, conversion_options(like))
-        spec = with_normalisation(ModelSpec.from_onnx(model), self._reading, like)
+        done = conversion.convert(self._source, conversion_options(like))
+        self._reading = done.reading
+        spec = with_normalisation(done.spec, self._reading, like)
         package = "onnxruntime" if path.is_file() else "tensorflow"
         kind = "ONNX as trained, ONNX Runtime" if path.is_file() else "SavedModel, TensorFlow"
         kind += f" {importlib.metadata.version(package)}, its own preprocessing"
@@ -187,7 +189,7 @@ class TrainedSide(Closing):
         self.tensors = tuple(self._reading.heads)
         self.heads = frozenset(self.tensors)
         heads = {name: onnx.TensorProto.FLOAT for name in self.tensors}
-        self._nms = GraphPart(lowering.lower(model, form="onnx"), heads, OUTPUT_NAMES)
+        self._nms = GraphPart(lowering.lower(done.model, form="onnx"), heads, OUTPUT_NAMES)
         self._own = ""
         if own_nms:
             feeds, _ = self._feed(load_image(about.PHOTOGRAPH))
@@ -292,8 +294,8 @@ def conversion_options(like: ModelSpec | None) -> conversion.Options:
 
 def with_normalisation(spec: ModelSpec, reading: Reading, like: ModelSpec | None) -> ModelSpec:
     """The spec of a model as it was trained; where its file does not say how it normalises, as `like` does."""
-    unknown = any(note.option == "preprocessor" for note in reading.notes)
-    if like is None or not unknown or reading.image_input != reading.network_input:
+    known = any(f.name == NORMALISATION and f.origin.startswith((READ, MEASURED)) for f in spec.evidence)  # fmt: skip
+    if like is None or known or reading.image_input != reading.network_input:
         return spec
     chosen = {name: getattr(like.preprocessing, name) for name in ("mean", "std", "pad_rgb")}
     return spec.replace(preprocessing=dataclasses.replace(spec.preprocessing, **chosen))
