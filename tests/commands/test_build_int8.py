@@ -153,7 +153,7 @@ def test_precision_json_is_obeyed_and_belongs_to_a_model(tiny_onnx: Path, calibr
     assert "FLOAT" not in input_types(onnx.load(output))
     output.unlink()
     for change, message in (
-        ({"model_sha256": "0" * 64}, f"was made for another model: model_sha256 is 000000000000, of another graph or other weights than {own[:12]}; tune this model"),
+        ({"model_sha256": "0" * 64}, f"was made for another model: model_sha256 is '000000000000', of another graph or other weights than {own[:12]}; tune this model"),
         ({"precision": "fp8"}, "was made for --precision fp8, not int8"),
         ({"keep": {"*/steam/*": "fp16"}}, r": '\*/steam/\*': no convolution has such a name"),
         ({"keep": {stem: "bf16"}}, "expected fp16 or fp32, found 'bf16'"),

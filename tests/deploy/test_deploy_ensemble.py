@@ -169,6 +169,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rounding": get_args(Rounding),
     "sampling": get_args(Sampling),
     "antialias": (False, True),
+    "longest": (None, 40),  # of the letterbox alone; larger than the input is never specified
     "pad_rgb": ((0.0, 0.0, 0.0), (123.675, 116.28, 103.53)),
 }
 
@@ -204,7 +205,7 @@ def test_every_preprocessing_equals_the_host_pipeline(tmp_path: Path) -> None:
             assert response.outputs["input"].dtype == expected.dtype
             assert response.outputs["transform"][row].tolist() == np.float32(numbers).tolist()
             compared += 1
-    assert compared == 384 * 52
+    assert compared == 768 * 52
 
 
 @pytest.mark.parametrize(
