@@ -154,7 +154,7 @@ def test_precision_json_is_obeyed_and_belongs_to_a_model(tiny_onnx: Path, calibr
     output.unlink()
     for change, message in (
         ({"model_sha256": "0" * 64}, f"was made for another model: model_sha256 is '000000000000', of another graph or other weights than {own[:12]}; tune this model"),
-        ({"precision": "fp8"}, "was made for --precision fp8, not int8"),
+        ({"precision": "fp8"}, "was made for --precision 'fp8', not int8"),
         ({"keep": {"*/steam/*": "fp16"}}, r": '\*/steam/\*': no convolution has such a name"),
         ({"keep": {stem: "bf16"}}, "expected fp16 or fp32, found 'bf16'"),
         ({"keep": [stem]}, "keep: expected an object, found a list of 1"),
