@@ -79,7 +79,8 @@ def run(
     from trtdet.precision.prepare import load_model, scales_of
     from trtdet.precision.sensitivity import Journal
     from trtdet.results import coco
-    from trtdet.run.evaluate import annotated_images, check_categories
+    from trtdet.results.categories import match_categories
+    from trtdet.run.evaluate import annotated_images
     from trtdet.run.tune import Tuner, context_of
     from trtdet.runtimes.kinds import check_model
 
@@ -88,7 +89,10 @@ def run(
     check_model(onnx_path)
     body = Body(*load_model(onnx_path))
     annotations = coco.read_annotations(annotations_path)
-    check_categories(body.spec, annotations)
+    spec = body.spec
+    categories = match_categories(
+        spec.labels, spec.category_ids, annotations.categories, annotations_path
+    )
     images = annotated_images(source, annotations, recursive=recursive, num_images=num_images)
     coco.check_objects(annotations, images.values())
     output.parent.mkdir(parents=True, exist_ok=True)  # for the journal
@@ -98,7 +102,7 @@ def run(
     if len(journal):
         logger.info("%s: %d measurements to go on from", journal_path, len(journal))
 
-    tuner = Tuner(plan, annotations, images, journal, options)
+    tuner = Tuner(plan, annotations, categories, images, journal, options)
     kept, found = tuner.tune(rank=bool(table or plot))
     if kept is None:
         raise ValueError(

@@ -10,6 +10,7 @@ from trtdet.runtimes import options
 from trtdet.runtimes.options import TritonUrl
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 
 def _argument(parse: Callable[[str], T], text: str) -> T:
@@ -30,15 +31,22 @@ def parse_url(text: str) -> TritonUrl:
     return _argument(options.parse_url, text)
 
 
+def _number(
+    text: str, convert: Callable[[str], N], within: Callable[[N], bool], expected: str
+) -> N:
+    """A number of a text; NaN is within no range."""
+    try:
+        value = convert(text)
+    except ValueError:
+        value = None
+    if value is None or not within(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
 def unit_interval(text: str) -> float:
     """argparse type: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return value
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def positive_unit_interval(text: str) -> float:
@@ -59,35 +67,17 @@ def parse_classes(text: str) -> tuple[str, ...]:
 
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
 
 
 def positive_float(text: str) -> float:
     """argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
 def non_negative(text: str) -> float:
     """argparse type: a number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
+    return _number(text, float, lambda value: value >= 0, "a number of at least 0")
 
 
 def non_negative_int(text: str) -> int:

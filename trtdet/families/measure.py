@@ -9,6 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
+from trtdet.families import evidence as ev
+from trtdet.families.evidence import Evidence
+from trtdet.families.pixels import Normal
 from trtdet.geometry import in_layout
 from trtdet.sources.base import Source, SourceGraph, SourceNode
 from trtdet.spec import Layout, Preprocessing, Rounding, Sampling
@@ -163,6 +166,39 @@ def _padding(seen: NDArray[Any], image: NDArray[Any], family: str) -> NDArray[An
 def declared_layout(graph: SourceGraph) -> Layout:
     """Layout of the model's input: NCHW where its second dimension is declared as 3, else NHWC."""
     return "NCHW" if graph.image_shape[1:2] == (3,) else "NHWC"
+
+
+def measured_facts(
+    family: str, exporter: str, graph: SourceGraph, preprocessing: Preprocessing, image_input: str
+) -> Evidence:
+    """The evidence of an export with its preprocessing inside: input, normalisation, resize and batch.
+
+    Args:
+        exporter: whose convention the resize is, where a fixed size leaves none to measure.
+    """
+    evidence = Evidence(family)
+    height, width = preprocessing.size_hw
+    evidence.add(
+        ev.INPUT,
+        f"'{image_input}' {declared_layout(graph)} {height}x{width}",
+        f"{ev.MEASURED}what reaches the first convolution",
+    )
+    normal = Normal(preprocessing.mean, preprocessing.std)
+    evidence.add(
+        ev.NORMALISATION,
+        f"{normal}, in the network",
+        f"{ev.MEASURED}flat images at the first convolution",
+    )
+    pad = ",".join(f"{x:g}" for x in preprocessing.pad_rgb)
+    resize = "stretch" if preprocessing.resize == "stretch" else f"letterbox, top left on {pad}"
+    how = (
+        f"{ev.CONVENTION}{exporter}; the input has a fixed size"
+        if declared_size(graph)
+        else f"{ev.MEASURED}half-filled images"
+    )
+    evidence.add(ev.RESIZE, resize, how)
+    evidence.add(ev.BATCH, graph.batch or "dynamic", "read: the shape of its output")
+    return evidence
 
 
 def declared_size(graph: SourceGraph) -> tuple[int, int] | None:

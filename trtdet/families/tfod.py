@@ -29,18 +29,16 @@ from trtdet.families.base import (
     Note,
     Reading,
 )
-from trtdet.families.evidence import Evidence
 from trtdet.families.measure import (
     centre_size,
     declared_layout,
-    declared_size,
     find_head,
     find_stem,
     measure_preprocessing,
+    measured_facts,
     scalar,
     tensor,
 )
-from trtdet.families.pixels import Normal
 from trtdet.families.tf_selection import TfSelection
 from trtdet.geometry import in_layout
 from trtdet.graph.builder import Builder
@@ -185,32 +183,8 @@ def facts(
     num_classes: int,
 ) -> tuple[Fact, ...]:
     """Where all of it comes from."""
-    evidence = Evidence(NAME)
-    height, width = preprocessing.size_hw
+    evidence = measured_facts(NAME, "TFOD", graph, preprocessing, image_input)
     evidence.add(ev.FAMILY, NAME, f"read: the heads below {CLASS_SCOPE} and {BOX_SCOPE}")
-    evidence.add(
-        ev.INPUT,
-        f"'{image_input}' {declared_layout(graph)} {height}x{width}",
-        f"{ev.MEASURED}what reaches the first convolution",
-    )
-    normal = Normal(preprocessing.mean, preprocessing.std)
-    evidence.add(
-        ev.NORMALISATION,
-        f"{normal}, in the network",
-        f"{ev.MEASURED}flat images at the first convolution",
-    )
-    how = (
-        f"{ev.CONVENTION}TFOD; the input has a fixed size"
-        if declared_size(graph)
-        else f"{ev.MEASURED}half-filled images"
-    )
-    pad = ",".join(f"{x:g}" for x in preprocessing.pad_rgb)
-    evidence.add(
-        ev.RESIZE,
-        "stretch" if preprocessing.resize == "stretch" else f"letterbox, top left on {pad}",
-        how,
-    )
-    evidence.add(ev.BATCH, graph.batch or "dynamic", "read: the shape of its output")
     evidence.add(
         ev.BOXES,
         "yxyx, relative to anchors",

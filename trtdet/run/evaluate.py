@@ -28,7 +28,6 @@ from trtdet.run.detect import (
 )
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import TritonUrl
-from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -186,15 +185,6 @@ def annotated_images(
     if len(paths) > len(image_ids):
         logger.warning("%d images have no annotations: not run", len(paths) - len(image_ids))
     return {path: image_ids[path] for path in spread(list(image_ids), num_images)}
-
-
-def check_categories(spec: ModelSpec, annotations: coco.Annotations) -> None:
-    """Warn of annotated categories that the model cannot find.
-
-    Raises:
-        ValueError: it can find none of them.
-    """
-    match_categories(spec.labels, spec.category_ids, annotations.categories, annotations.path)
 
 
 def check_sizes(image_ids: dict[Path, int], annotations: coco.Annotations) -> None:

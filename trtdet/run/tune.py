@@ -32,7 +32,6 @@ from trtdet.precision.objective import Damage
 from trtdet.precision.quantization import QuantizationPlan
 from trtdet.precision.sensitivity import Journal, LayerNoise
 from trtdet.results import coco
-from trtdet.results.categories import match_categories
 from trtdet.run.detect import detect
 from trtdet.run.options import FEW_IMAGES, METRICS, VIEWS_OF_FEW, TuneOptions
 from trtdet.runtimes.base import Outputs, default_batch_size
@@ -113,15 +112,18 @@ class Tuner:
         self,
         plan: QuantizationPlan,
         annotations: coco.Annotations,
+        category_ids: Sequence[int],
         images: Mapping[Path, int],
         journal: Journal,
         options: TuneOptions,
     ) -> None:
+        """
+        Args:
+            category_ids: [class_id] -> the annotation file's, as `match_categories` gives them.
+        """
         self.plan, self.body, self.spec, self.layers = plan, plan.body, plan.body.spec, plan.layers
         self.annotations, self.images = annotations, images
-        self.category_ids = match_categories(
-            self.spec.labels, self.spec.category_ids, annotations.categories, annotations.path
-        )
+        self.category_ids = category_ids
         self.journal, self.options = journal, options
         self.views = options.views or (VIEWS_OF_FEW if len(images) < FEW_IMAGES else 1)
         self.seconds = 0.0  # of the latest evaluation
