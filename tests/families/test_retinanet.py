@@ -331,3 +331,15 @@ def test_odtk_run_options(tmp_path: Path) -> None:
         theirs = odtk_results(odtk_model(size_hw=size_hw), image, size_hw)
         ours = [result for result in found if result["image_id"] == int(name)]
         assert_same_detections(ours, theirs, image.size)
+
+
+@pytest.mark.parametrize("mode", ["exact", "odtk"])
+def test_rotated_boxes_without_nms_have_five_columns(tmp_path: Path, mode: str) -> None:
+    """Also where ODTK's overlap reads a sixth."""
+    path = convert(tmp_path, odtk_model(rotated=True), "--rotated_nms", mode, "--nms", "none")
+    outputs = {o.name: o.type.tensor_type.shape.dim for o in onnx.load(path).graph.output}
+    assert outputs["boxes"][2].dim_value == 5
+    session = onnxruntime.InferenceSession(path)
+    shape = [1, *ModelSpec.from_onnx(onnx.load(path)).preprocessing.image_shape]
+    boxes, _ = session.run(["boxes", "scores"], {"input": np.zeros(shape, np.float32)})
+    assert boxes.shape[2] == 5 and np.abs(boxes[..., 4]).max() <= np.pi

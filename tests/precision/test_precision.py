@@ -137,6 +137,16 @@ def test_float32_is_kept_for_preprocessing_because_it_matters() -> None:
     assert 0.1 < wrong_levels.max() < 0.3
 
 
+def test_nothing_to_convert_is_said_before_ranges_are_measured() -> None:
+    """A session without outputs would say nothing that anybody understands."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[1, 4] input) => (float[1, 4] output) { output = Relu(input) }
+    """)
+    with pytest.raises(GraphError, match="expected a float32 model with convolutions to convert"):
+        activation_ranges(model, [{"input": np.ones((1, 4), np.float32)}])
+
+
 def test_weights_that_overflow_stay_float32() -> None:
     model = toy.network(with_nms=False)
     toy.set_weight(model, "class_w", toy.weight(model, "class_w") * 1e6)

@@ -283,6 +283,43 @@ def test_the_source_outlives_the_work_on_the_gpus(
     assert queued == [0]
 
 
+def test_batches_outlive_the_work_on_every_gpu(
+    rig: Callable[..., Rig], engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that stops first frees no pinned memory while another GPU works: `rig` would find it live."""
+    machine = rig(devices=2)
+    first_stopped, waits = threading.Event(), []
+
+    def source() -> Iterator[Batch]:
+        for index in range(12):
+            yield from batches([4 + index % 2], runtime.allocate)
+
+    def discard(self: TensorRTRuntime) -> None:
+        if self._device == 0:
+            waits.append(first_stopped.wait(20))
+            time.sleep(0.2)  # for what the other thread drops as it ends
+            queued = [len(stream.queue) for stream in machine.cudart._streams.values()]
+            assert sum(queued) > 0
+        original(self)
+        first_stopped.set()
+
+    def fetch(self: TensorRTRuntime) -> Any:
+        if self._device == 0:
+            assert second_ran.wait(20)
+            raise EngineError("a test made it fail")
+        second_ran.set()
+        return original_fetch(self)
+
+    second_ran = threading.Event()
+    original, original_fetch = TensorRTRuntime.discard, TensorRTRuntime.fetch
+    with open_devices(engine, "all", cuda_graph=False) as runtime, monkeypatch.context() as patch:
+        patch.setattr(TensorRTRuntime, "discard", discard)
+        patch.setattr(TensorRTRuntime, "fetch", fetch)
+        with pytest.raises(EngineError, match="a test made it fail"):
+            list(runtime.map(source()))
+    assert waits == [True]
+
+
 def test_batches_that_wait_are_dropped_when_it_stops(rig: Callable[..., Rig], engine: Path) -> None:
     rig()
     submitted = []

@@ -109,6 +109,9 @@ def convert(source: Source, options: Options) -> Converted:
         GraphError: the source is not what a family expects, or an option contradicts it.
     """
     reading = read_source(source, options)
+    for note in reading.notes:
+        if note.option not in options.given:
+            logger.warning(note.text)
     done = assemble(source, reading, options)
     if options.batch is None and reading.batch and not takes_two(done):
         logger.warning(
@@ -146,10 +149,6 @@ def read_source(source: Source, options: Options) -> Reading:
 def assemble(source: Source, reading: Reading, options: Options) -> Converted:
     """The ONNX model of a reading."""
     spec = specify(reading, options)
-    for note in reading.notes:
-        if note.option not in options.given:
-            logger.warning(note.text)
-
     height, width = (None, None) if options.free_size else spec.preprocessing.size_hw
     shape = (
         (None, height, width, 3) if reading.network_layout == "NHWC" else (None, 3, height, width)

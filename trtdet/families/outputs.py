@@ -284,8 +284,8 @@ def to_xyxy(boxes: NDArray[Any], box_format: BoxFormat) -> NDArray[np.float64]:
 
 
 def measure_units(boxes: Sequence[NDArray[Any]]) -> str | None:
-    """ "unit" or "pixels"; None where it cannot be told."""
-    largest = float(np.percentile(np.abs(np.stack(boxes)), 99))
+    """ "unit" or "pixels" of boxes [k, 4] for several photographs, k of each; None where it cannot be told."""
+    largest = float(np.percentile(np.abs(np.concatenate(list(boxes))), 99))
     return "unit" if largest <= 1.5 else "pixels" if largest > 4 else None
 
 

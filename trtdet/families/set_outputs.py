@@ -61,9 +61,9 @@ class SetOutputs:
     kept: int = 0
 
 
-_probed: "weakref.WeakKeyDictionary[OnnxSource, dict[str, NDArray[Any]]]" = (
-    weakref.WeakKeyDictionary()
-)
+#: Source -> height and width of its input -> its outputs.
+_probed: "weakref.WeakKeyDictionary[OnnxSource, dict[tuple[int, int], dict[str, NDArray[Any]]]]"
+_probed = weakref.WeakKeyDictionary()
 
 
 def other_feeds(source: OnnxSource, size_hw: tuple[int, int]) -> dict[str, NDArray[Any]]:
@@ -85,19 +85,19 @@ def other_feeds(source: OnnxSource, size_hw: tuple[int, int]) -> dict[str, NDArr
 
 def probe(source: OnnxSource, hints: Hints) -> dict[str, NDArray[Any]]:
     """The outputs for one photograph as RGB 0-1, batch of one; empty where the model does not run so, or takes other inputs."""
-    if source in _probed:
-        return _probed[source]
-    values: dict[str, NDArray[Any]] = {}
     image = maybe_image(source)
-    if image is not None:
-        name, layout = image
-        shape = declared_shapes(source)[name]
-        dims = shape[2:] if layout == "NCHW" else shape[1:3]
-        size_hw = (dims[0], dims[1]) if dims[0] and dims[1] else hints.size_hw
-        if size_hw is not None:
-            values = _run(source, name, layout, size_hw, shape[0] or 1)
-    _probed[source] = values
-    return values
+    if image is None:
+        return {}
+    name, layout = image
+    shape = declared_shapes(source)[name]
+    dims = shape[2:] if layout == "NCHW" else shape[1:3]
+    size_hw = (dims[0], dims[1]) if dims[0] and dims[1] else hints.size_hw
+    if size_hw is None:
+        return {}
+    known = _probed.setdefault(source, {})
+    if size_hw not in known:
+        known[size_hw] = _run(source, name, layout, size_hw, shape[0] or 1)
+    return known[size_hw]
 
 
 def _run(

@@ -179,14 +179,19 @@ def insert_decoded(
     """Decode boxes and scores and end the model there, without NMS. Arguments and errors as `insert_plugin`.
 
     The outputs are `DECODED_NAMES`: every box as corners, axes in the order of the heads (y1 x1 y2 x2 for EfficientDet), not
-    clipped; every score after its activation, none left out. Rotated boxes, [N, A, 5], are decoded already.
+    clipped; every score after its activation, none left out. Rotated boxes, [N, A, 5], are decoded already; a sixth column, ODTK's
+    length of the angle's vector, is left out.
     """
     values = 5 if turned else 4
-    num_anchors, num_classes = _check_heads(model, boxes, scores, values)
+    columns = known_types(model, (boxes,)).get(boxes, (0, []))[1][-1:] if turned else []
+    more = columns == [values + 1]
+    num_anchors, num_classes = _check_heads(model, boxes, scores, values + more)
     build = Builder(model, "nms/")
     if turned:
         nms = dataclasses.replace(nms, box_coding=0)
     decoded = _decode_heads(build, boxes, scores, anchors, nms, num_anchors)
+    if more:
+        decoded = (build.slice_last("boxes_with_angle", boxes, 0, values), decoded[1])
     for tensor, head, name in zip(decoded, (boxes, scores), DECODED_NAMES, strict=True):
         # A head that needs no decoding belongs to another node: it is passed on rather than renamed.
         build.output(build.node("Identity", name, tensor) if tensor == head else tensor, name)

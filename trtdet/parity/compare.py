@@ -57,6 +57,7 @@ def compare(
     readable = [image.path for image in images]
     tensors = compare_tensors(reference, candidate, spread(readable, options.tensor_images))
     ids = {path: ids[path] for path in readable if path in ids}
+    compared = set(readable)
     result = Comparison(
         reference.info,
         candidate.info,
@@ -70,7 +71,7 @@ def compare(
         if annotations and categories
         else None,
         ap_images=len(ids),
-        skipped=tuple(path.name for path in paths if path not in set(readable)),
+        skipped=tuple(path.name for path in paths if path not in compared),
     )
     if not result.detections.reference:
         raise ValueError(

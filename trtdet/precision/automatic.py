@@ -37,8 +37,7 @@ def choose(plan: QuantizationPlan, options: Int8Options, *, runs: bool = True) -
     share = least_share(options)
     if share >= 1:
         return None
-    total = sum(layer.macs for layer in plan.body.layers)
-    fixed = total - sum(layer.macs for layer in plan.layers)
+    total, fixed = plan.total_macs, plan.kept_macs
     if options.share is not None and fixed > (1 - share) * total:
         raise ValueError(
             f"--int8_share {share:g}: what is kept by name, and what cannot be quantized, leaves {1 - fixed / total:.1%} of the "

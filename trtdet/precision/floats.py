@@ -242,10 +242,15 @@ def activation_ranges(
 
     Returns:
         Tensor -> max |x|; infinity where anything was not finite.
+
+    Raises:
+        GraphError: nothing in the model can be converted.
     """
     from trtdet.graph import deformable_attention
 
     conversion = _Conversion(model, FP16, (), {})
+    if not conversion.kept:  # weights beyond FP16 are no reason to measure nothing
+        conversion.check()
     tensors = sorted(
         name
         for index in conversion.low | conversion.kept.keys()
@@ -318,7 +323,12 @@ class _Conversion:
     def is_float(self, tensor: str) -> bool:
         return self.types.get(tensor) == TensorProto.FLOAT
 
-    def run(self) -> tuple[onnx.ModelProto, PrecisionReport]:
+    def check(self) -> None:
+        """Whether there is anything to convert.
+
+        Raises:
+            GraphError: there is not.
+        """
         if not self.low:
             found = sorted({node.op_type for node in self.nodes if node.op_type in FIXED_OPS})
             raise GraphError(
@@ -326,6 +336,9 @@ class _Conversion:
                 + (f" (it has {', '.join(found)})" if found else "")
                 + "; give the FP32 file that create_onnx.py wrote"
             )
+
+    def run(self) -> tuple[onnx.ModelProto, PrecisionReport]:
+        self.check()
         flushed = self._convert_weights()
         casts = self._convert_tensors()
         report = PrecisionReport(

@@ -22,7 +22,7 @@ from trtdet.errors import EngineError, GraphError
 from trtdet.graph import builder, deformable_attention
 from trtdet.graph.map_op import custom_ops
 from trtdet.images.batcher import ImageBatcher
-from trtdet.images.files import find_images, load_image
+from trtdet.images.files import find_images, load_image, spread
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
 from trtdet.onnx_files import read_onnx
@@ -404,9 +404,8 @@ def measure_ranges(
         return None
     paths = find_images(check_input, option="--fp16_check_input") if check_input else [CHECK_IMAGE]
     if len(paths) > MAX_CHECK_IMAGES:
-        spread = np.linspace(0, len(paths) - 1, MAX_CHECK_IMAGES).astype(int)
-        logger.info("activation ranges: %d of %d images, evenly spread", len(spread), len(paths))
-        paths = [paths[i] for i in spread]
+        logger.info("activation ranges: %d of %d images, evenly spread", MAX_CHECK_IMAGES, len(paths))  # fmt: skip
+        paths = spread(paths, MAX_CHECK_IMAGES)
     read: list[Path] = []
     ranges = floats.activation_ranges(model, _feeds(model, spec, paths, read))
     if not read:

@@ -190,6 +190,16 @@ class QuantizationPlan:
         """Those that may be quantized, in the order of the graph."""
         return [layer for layer in self.body.layers if layer.name not in self.kept]
 
+    @property
+    def total_macs(self) -> int:
+        """Multiply-accumulates of all convolutions."""
+        return sum(layer.macs for layer in self.body.layers)
+
+    @property
+    def kept_macs(self) -> int:
+        """Of those that stay in floating point, whatever is chosen."""
+        return self.total_macs - sum(layer.macs for layer in self.layers)
+
     def quantize(self, but: Collection[str] = (), *, network: bool = False) -> onnx.ModelProto:
         """A copy with all of `layers` in 8 bits, less those of these names.
 

@@ -262,7 +262,8 @@ def check_matches(run: Run, annotations: coco.Annotations, metrics: dict[str, fl
             f"AP is {metrics['AP']:g} because no detection is of the annotated categories: detections have {some(sorted(found))}, "
             f"{annotations.path} has {some(sorted(annotations.categories))}; give the annotations of this model's classes"
         )
-    objects = {o["category_id"] for o in annotations.objects if o["image_id"] in set(run.image_ids)}
+    images = set(run.image_ids)
+    objects = {o["category_id"] for o in annotations.objects if o["image_id"] in images}
     if not found & objects:
         logger.warning("AP is 0: no detection is of the categories of the objects in these images (%s)", some(sorted(objects)))  # fmt: skip
 

@@ -253,10 +253,9 @@ class Tuner:
 
     def _start(self, costs: Mapping[str, Damage]) -> tuple[str, ...]:
         """What build_engine.py leaves out by itself: the search begins with it."""
-        total = sum(layer.macs for layer in self.body.layers)
-        fixed = total - sum(layer.macs for layer in self.layers)
-        share = self.options.share
-        return choose(self.layers, costs, share, total_macs=total, kept_macs=fixed).kept
+        plan, share = self.plan, self.options.share
+        macs = {"total_macs": plan.total_macs, "kept_macs": plan.kept_macs}
+        return choose(self.layers, costs, share, **macs).kept
 
     def _feed(self, path: Path) -> dict[str, NDArray[Any]]:
         network_input = self.body.model.graph.input[0]
@@ -299,5 +298,5 @@ class Tuner:
         for name, configuration in rows:
             values = (f"{self.mean(configuration, metric):>8.4f}" for metric in METRICS)
             lines.append("".join([f"{name:<14}", *values]))
-        lines += [f"FP16: {layer.name}" for layer in self.layers if layer.name in set(kept)]
+        lines += [f"FP16: {layer.name}" for layer in self.layers if layer.name in kept]
         return "\n".join([*lines, self.loss(kept)])

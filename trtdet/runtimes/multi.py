@@ -126,8 +126,10 @@ class _Crew(Generic[AnyBatch]):
         self._limit = 2 * sum(runtime.depth for runtime in runtimes)
         # None tells a worker to stop.
         self._tasks: queue.SimpleQueue[tuple[int, AnyBatch] | None] = queue.SimpleQueue()
+        # Held here until fetched: dropped by a worker that stops, pinned memory would be freed while other GPUs still work.
+        self._given: dict[int, AnyBatch] = {}
         self._change = threading.Condition()  # guards what follows
-        self._done: dict[int, tuple[AnyBatch, Outputs]] = {}
+        self._done: dict[int, Outputs] = {}
         self._error: BaseException | None = None
         self._stopping = False
         self._next = 0
@@ -149,6 +151,7 @@ class _Crew(Generic[AnyBatch]):
     def give(self, index: int, batch: AnyBatch) -> None:
         """Queue a batch; `index` counts from 0."""
         self.pending += 1
+        self._given[index] = batch
         self._tasks.put((index, batch))
 
     def fetch(self) -> tuple[AnyBatch, Outputs]:
@@ -157,10 +160,11 @@ class _Crew(Generic[AnyBatch]):
             self._change.wait_for(lambda: self._next in self._done or self._error is not None)
             if self._error is not None:
                 raise self._error
-            result = self._done.pop(self._next)
+            outputs = self._done.pop(self._next)
+        batch = self._given.pop(self._next)
         self._next += 1
         self.pending -= 1
-        return result
+        return batch, outputs
 
     def _work(self, runtime: TensorRTRuntime) -> None:
         """Keep one GPU busy until told to stop. Runs in its own thread."""
@@ -192,7 +196,7 @@ class _Crew(Generic[AnyBatch]):
             with naming_batch(index, batch, after=len(running)):
                 outputs = runtime.fetch()
             with self._change:
-                self._done[index] = (batch, outputs)
+                self._done[index] = outputs
                 self._change.notify()
 
     def __enter__(self) -> "_Crew[AnyBatch]":

@@ -158,8 +158,12 @@ def _resize_to_sizes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> Non
             resizes.append(node)
     if not resizes:
         return
+    types = {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
     zeros = {
-        name: np.zeros([1 if size is None else size for size in shape], np.float32)
+        name: np.zeros(
+            [1 if size is None else size for size in shape],
+            onnx.helper.tensor_dtype_to_np_dtype(types[name]),
+        )
         for name, shape in inputs.items()
     }
     values = run_onnx(model, [node.output[0] for node in resizes], zeros)
