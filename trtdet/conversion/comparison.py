@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 
 from trtdet.conversion.convert import Converted
 from trtdet.errors import GraphError
-from trtdet.families.base import ANCHORS, CLASS_LOGITS, RAW_BOXES, Final, Found, Reading
-from trtdet.families.outputs import photographs
+from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Final, Found, Reading
+from trtdet.families.outputs import photographs, prepared
+from trtdet.families.pixels import Normal
 from trtdet.geometry import in_layout, yxyx_to_xyxy
-from trtdet.graph import deformable_attention, tidy
+from trtdet.graph import tidy
 from trtdet.graph.map_op import custom_ops
 from trtdet.nms import lowering, reference
 from trtdet.sources.base import Source, run_onnx
@@ -37,6 +39,10 @@ COMPARED = 100
 NOISE = 1e-4
 #: Of boxes with the best scores: how many must have positive sides, and their centre in the picture or near it.
 LEAST_ORDERED, LEAST_NEAR, BEST = 0.9, 0.5, 100
+
+
+#: (boxes [A, 4], x1 y1 x2 y2 in pixels of the network input; probabilities [A, C])
+Heads = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -66,23 +72,24 @@ def compare_to_the_end(source: Source, converted: Converted) -> list[str]:
     Raises:
         GraphError: the source's detections do not come out, or what comes out can be none; with the first pairs.
     """
-    reading, model, spec = converted.reading, converted.model, converted.spec
+    reading, spec = converted.reading, converted.spec
     final, preprocessing = reading.final, spec.preprocessing
     images = photographs(preprocessing.size_hw)
-    heads = [our_heads(reading, model, spec, image) for image in images]
+    runnable = dataclasses.replace(converted, model=lowering.for_onnxruntime(converted.model))
+    runs = can_run(runnable.model)
+    results = [our_results(runnable, image, runs=runs) for image in images]
+    heads, ours = [h for h, _ in results], [found for _, found in results if found]
     check_plausible(source, spec, heads)
     if final is None:
         return [
             "the source selects no detections itself: scores and boxes of four photographs are plausible"
         ]
-    if _is_replaced(reading, preprocessing):
+    if converted.normalisation_replaced:
         return ["not compared to the end: --preprocessor replaces the source's own normalisation"]
     theirs = [their_detections(source, reading, final, preprocessing, image) for image in images]
     total = sum(len(t.scores) for t in theirs)
-    runs = can_run(model)
     if not runs and final.select is None:
         return ["not compared to the end: ONNX Runtime does not know the plugin that selects"]
-    ours = [our_detections(model, spec, image) for image in images] if runs else []
     selected = [final.select(*one) for one in heads] if final.select else ours
     if final.select is None:  # what options leave out is no difference
         theirs = [kept_by(spec, one) for one in theirs]
@@ -127,11 +134,6 @@ def clipped(found: Found, size_hw: tuple[int, int]) -> Found:
     """The same with boxes that end at the borders of the picture, as they do in every result."""
     limit = np.array([*size_hw[::-1]] * 2, np.float32)
     return dataclasses.replace(found, boxes=np.clip(found.boxes, 0, limit))
-
-
-def _is_replaced(reading: Reading, preprocessing: Preprocessing) -> bool:
-    measured = reading.spec.preprocessing
-    return (preprocessing.mean, preprocessing.std) != (measured.mean, measured.std)
 
 
 def sum_agreements(
@@ -196,45 +198,38 @@ def _nearest(theirs: Found, i: int, ours: Found) -> str:
 # ---- what both sides find
 
 
-def our_heads(
-    reading: Reading, model: onnx.ModelProto, spec: ModelSpec, image: NDArray[np.uint8]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(boxes [A, 4], x1 y1 x2 y2 in pixels of the network input; probabilities [A, C]) of the converted file."""
-    raw, scores = run_onnx(
-        deformable_attention.lower(model),
-        [RAW_BOXES, CLASS_LOGITS],
-        {tidy.INPUT: fed_to(model, spec, image)},
-    )
-    written = next((i for i in model.graph.initializer if i.name == ANCHORS), None)
-    anchors = reading.anchors if written is None else onnx.numpy_helper.to_array(written)
-    rows = None if anchors is None else anchors.reshape(1, -1, 4)
+def our_results(
+    converted: Converted, image: NDArray[np.uint8], *, runs: bool
+) -> tuple[Heads, Found | None]:
+    """The heads of the converted file, and what it finds, of one run; None where ONNX Runtime cannot select.
+
+    Args:
+        converted: with a model of `for_onnxruntime`.
+    """
+    model, spec = converted.model, converted.spec
+    fetches = [RAW_BOXES, CLASS_LOGITS, *(OUTPUT_NAMES if runs else ())]
+    raw, scores, *found = run_onnx(model, fetches, {tidy.INPUT: fed_to(model, spec, image)})
     if spec.selection == "rotated_nms":
         corners = raw[:1, :, :4]
     else:
-        corners = reference.decode_boxes(raw[:1].reshape(1, -1, 4), spec.nms.box_coding, rows)
+        boxes = raw[:1].reshape(1, -1, 4)
+        corners = reference.decode_boxes(boxes, spec.nms.box_coding, converted.anchors)
     probabilities = scores[0].astype(np.float32)
     if spec.nms.score_activation:
         probabilities = (1 / (1 + np.exp(-probabilities.astype(np.float64)))).astype(np.float32)
-    return in_pixels(corners[0], spec), probabilities
+    heads = in_pixels(corners[0], spec), probabilities
+    if not runs:
+        return heads, None
+    count, boxes, scores, classes = found
+    n = int(count.reshape(-1)[0])
+    classes = classes[0, :n].astype(np.int64)
+    return heads, Found(in_pixels(boxes[0, :n, :4], spec), scores[0, :n], classes)
 
 
 def can_run(model: onnx.ModelProto) -> bool:
-    """Whether ONNX Runtime knows all of the file: not where it ends in another plugin, or in no selection."""
-    lowered = lowering.lower(model, "onnx") if lowering.has_plugin(model) else model
+    """Whether ONNX Runtime knows all of a model of `for_onnxruntime`: not where it ends in another plugin, or in no selection."""
     outputs = {o.name for o in model.graph.output}
-    return outputs.issuperset(OUTPUT_NAMES) and not custom_ops(deformable_attention.lower(lowered))
-
-
-def our_detections(model: onnx.ModelProto, spec: ModelSpec, image: NDArray[np.uint8]) -> Found:
-    """What the converted file finds."""
-    lowered = deformable_attention.lower(
-        lowering.lower(model, "onnx") if lowering.has_plugin(model) else model
-    )
-    count, boxes, scores, classes = run_onnx(
-        lowered, OUTPUT_NAMES, {tidy.INPUT: fed_to(model, spec, image)}
-    )
-    n = int(count.reshape(-1)[0])
-    return Found(in_pixels(boxes[0, :n, :4], spec), scores[0, :n], classes[0, :n].astype(np.int64))
+    return outputs.issuperset(OUTPUT_NAMES) and not custom_ops(model)
 
 
 def fed_to(
@@ -262,15 +257,11 @@ def their_detections(
 ) -> Found:
     """What the source finds in a picture that fills its input."""
     n = reading.batch or 1
-    batch = np.repeat(image[None], n, axis=0)
+    fed: NDArray[Any]
     if reading.network_input == reading.image_input:
-        mean, std = (np.array(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
-        normalised = (batch - mean) / std
-        fed = in_layout(
-            normalised[..., ::-1] if preprocessing.bgr else normalised, reading.network_layout
-        ).astype(np.float32)
+        fed = prepared(image, reading.network_layout, Normal.of(preprocessing), n)
     else:
-        fed = in_layout(batch, reading.image_layout)
+        fed = in_layout(np.repeat(image[None], n, axis=0), reading.image_layout)
     others = {**final.feeds, **{k: v for k, v in reading.feeds.items() if k not in final.feeds}}
     feeds = {reading.image_input: fed, **{k: np.repeat(v, n, axis=0) for k, v in others.items()}}
     found = final.read(source.run(list(final.fetches), feeds))
@@ -289,7 +280,7 @@ def their_detections(
 def check_plausible(
     source: Source,
     spec: ModelSpec,
-    heads: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]],
+    heads: Sequence[Heads],
 ) -> None:
     """Refuse what can be no detections.
 

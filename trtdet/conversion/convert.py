@@ -11,11 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from trtdet import about, files
 from trtdet.errors import GraphError
 from trtdet.families import FAMILIES, load_families, load_family
 from trtdet.families.base import (
+    ANCHORS,
     CLASS_LOGITS,
     NO_HINTS,
     RAW_BOXES,
@@ -98,6 +100,19 @@ class Converted:
     model: onnx.ModelProto
     spec: ModelSpec
     reading: Reading
+
+    @property
+    def anchors(self) -> NDArray[np.float32] | None:
+        """[1, A, 4], those in the file if it has them, else the source's; None where boxes are decoded already."""
+        written = next((i for i in self.model.graph.initializer if i.name == ANCHORS), None)
+        anchors = self.reading.anchors if written is None else onnx.numpy_helper.to_array(written)
+        return None if anchors is None else anchors.reshape(1, -1, 4)
+
+    @property
+    def normalisation_replaced(self) -> bool:
+        """Whether --preprocessor replaced the source's own."""
+        ours, theirs = self.spec.preprocessing, self.reading.spec.preprocessing
+        return (ours.mean, ours.std) != (theirs.mean, theirs.std)
 
 
 def convert(source: Source, options: Options) -> Converted:

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from trtdet import about
 from trtdet.conversion.convert import Converted
 from trtdet.errors import GraphError
-from trtdet.families.base import ANCHORS, RAW_BOXES, Reading
+from trtdet.families.base import RAW_BOXES, Reading
+from trtdet.families.outputs import prepared
+from trtdet.families.pixels import Normal
 from trtdet.geometry import in_layout
 from trtdet.graph import deformable_attention, tidy
 from trtdet.nms import lowering, reference
@@ -154,14 +156,11 @@ def compare_decoding(source: Source, converted: Converted, image: NDArray[np.uin
 
     In pixels of the network input; boxes larger than it count in proportion (float32 has 7 digits).
     """
-    reading, model, spec = converted.reading, converted.model, converted.spec
+    reading, spec = converted.reading, converted.spec
     batch = in_layout(np.repeat(image[None], reading.batch or 1, axis=0), reading.image_layout)
     fetches = [reading.heads[RAW_BOXES], reading.decoded_boxes or ""]
     raw, decoded = source.run(fetches, {reading.image_input: batch})
-    written = next((i for i in model.graph.initializer if i.name == ANCHORS), None)
-    anchors = reading.anchors if written is None else onnx.numpy_helper.to_array(written)
-    rows = None if anchors is None else anchors.reshape(1, -1, 4)
-    ours = reference.decode_boxes(raw[:1], spec.nms.box_coding, rows)[0]
+    ours = reference.decode_boxes(raw[:1], spec.nms.box_coding, converted.anchors)[0]
     unit_y, unit_x = reading.decoded_unit_yx
     theirs = decoded.reshape(-1, 4)[: len(ours)] * np.array([unit_y, unit_x] * 2)
     scale = np.maximum(1, np.abs(theirs) / max(spec.preprocessing.size_hw))
@@ -216,9 +215,8 @@ def check(model: onnx.ModelProto) -> None:
     Raises:
         GraphError: what the checker says.
     """
-    lowered = lowering.lower(model, form="onnx") if lowering.has_plugin(model) else model
     try:
-        onnx.checker.check_model(lowered, full_check=True)
+        onnx.checker.check_model(lowering.for_onnxruntime(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise GraphError(f"the converted model is not valid ONNX: {error}") from error
 
@@ -238,17 +236,13 @@ def source_heads(
     source: Source, reading: Reading, preprocessing: Preprocessing, image: NDArray[np.uint8]
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
     """(the heads of one image by the source, the normalised pixels behind them as a batch of the source's size)."""
-    batch = np.repeat(image[None], reading.batch or 1, axis=0)
+    batch = reading.batch or 1
     measured = reading.spec.preprocessing
     replaced = (preprocessing.mean, preprocessing.std) != (measured.mean, measured.std)
     if replaced or reading.network_input == reading.image_input:
-        mean, std = (np.array(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
-        normalised = (batch - mean) / std
-        pixels = in_layout(
-            normalised[..., ::-1] if preprocessing.bgr else normalised, reading.network_layout
-        )
+        pixels = prepared(image, reading.network_layout, Normal.of(preprocessing), batch)
     else:
-        fed = in_layout(batch, reading.image_layout)
+        fed = in_layout(np.repeat(image[None], batch, axis=0), reading.image_layout)
         (pixels,) = source.run([reading.network_input], {reading.image_input: fed})
     feeds = {reading.network_input: pixels, **_other_feeds(reading, len(pixels))}
     heads = source.run(list(reading.heads.values()), feeds)

@@ -18,7 +18,7 @@ from trtdet.errors import GraphError
 from trtdet.families.pixels import Normal, Pixels
 from trtdet.geometry import in_layout
 from trtdet.sources.onnx_file import OnnxSource
-from trtdet.spec import BoxFormat
+from trtdet.spec import BoxFormat, Layout
 
 #: Strides of a model's levels, and boxes of each cell.
 LEVELS = ((8, 16, 32), (4, 8, 16, 32), (8, 16, 32, 64), (16, 32), (8, 16, 32, 64, 128), (4, 8, 16, 32, 64))  # fmt: skip
@@ -41,12 +41,12 @@ def photographs(size_hw: tuple[int, int]) -> list[NDArray[np.uint8]]:
 
 
 def prepared(
-    image: NDArray[np.uint8], pixels: Pixels, normal: Normal, batch: int
+    image: NDArray[np.uint8], layout: Layout, normal: Normal, batch: int
 ) -> NDArray[np.float32]:
-    """What is fed to `pixels.tensor` for a picture that fills the network input."""
+    """What is fed behind the normalisation for a picture that fills the network input: a batch of it."""
     mean, std = (np.array(x, np.float32) for x in (normal.mean, normal.std))
     values = (np.repeat(image[None], batch, axis=0).astype(np.float32) - mean) / std
-    return in_layout(values[..., ::-1] if normal.bgr else values, pixels.layout)
+    return in_layout(values[..., ::-1] if normal.bgr else values, layout)
 
 
 def look(
@@ -66,7 +66,7 @@ def look(
     batch = pixels.batch or 1
     others = {name: np.repeat(value, batch, axis=0) for name, value in feeds.items()}
     for image in photographs(size_hw):
-        fed = {pixels.tensor: prepared(image, pixels, normal, batch), **others}
+        fed = {pixels.tensor: prepared(image, pixels.layout, normal, batch), **others}
         for name, value in zip(tensors, source.run(list(tensors), fed), strict=True):
             check_finite(source, name, value)
             whole = value.ndim > 1 and value.shape[0] == batch and batch > 1

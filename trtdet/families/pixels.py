@@ -28,7 +28,7 @@ from trtdet.families.evidence import (
 from trtdet.geometry import in_layout
 from trtdet.graph.map_op import unknown_ops
 from trtdet.sources.onnx_file import OnnxSource
-from trtdet.spec import PREPROCESSORS, Layout
+from trtdet.spec import PREPROCESSORS, Layout, Preprocessing
 
 Triple = tuple[float, float, float]
 
@@ -44,6 +44,11 @@ class Normal:
     mean: Triple
     std: Triple
     bgr: bool = False
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> "Normal":
+        """That of a spec."""
+        return cls(preprocessing.mean, preprocessing.std, preprocessing.bgr)
 
     def __str__(self) -> str:
         order = "BGR" if self.bgr else "RGB"

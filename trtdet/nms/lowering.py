@@ -45,6 +45,11 @@ def has_plugin(model: onnx.ModelProto) -> bool:
     return any(node.op_type in plugins for node in model.graph.node)
 
 
+def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with TensorRT's own plugins replaced by operators that ONNX Runtime knows; itself where it has none."""
+    return lower(model, "onnx") if has_plugin(model) else model
+
+
 def lower(
     model: onnx.ModelProto,
     form: Form,
