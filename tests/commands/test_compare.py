@@ -652,7 +652,7 @@ def test_turned_boxes(box: tuple[float, ...], left: float, right: float, want: f
 
 def test_tensor_statistics_over_images_equal_numpy() -> None:
     rng = np.random.default_rng(0)
-    left = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    left = rng.normal(size=(3, 4, numbers.BLOCK)).astype(np.float32)
     right = left + rng.normal(scale=0.01, size=left.shape).astype(np.float32)
     statistics = TensorStatistics("x", head=True)
     for a, b in zip(left, right, strict=True):
@@ -679,10 +679,29 @@ def test_tensor_statistics_at_their_edges() -> None:
     assert math.isnan(lost.cosine) and lost.sqnr_db == pytest.approx(0)
     overflow = of([1, 2, np.inf, 4], [1, np.nan, np.inf, np.inf])
     assert (overflow.non_finite, overflow.maximum, overflow.equal) == (2, 0, False)
+    late = of([0] * numbers.BLOCK + [1, 2], [0] * numbers.BLOCK + [np.nan, 3])
+    assert (late.non_finite, late.maximum) == (1, 1)
+    assert late.mean == pytest.approx(1 / (numbers.BLOCK + 1))
     other = of([1, 2], [1, 2, 3])
     assert other.shapes == ((2,), (3,)) and math.isnan(other.cosine)
     ranked = numbers.worst_first([equal, lost, overflow, other])
     assert ranked == [other, overflow, lost, equal]
+
+
+def test_groups_of_tensors_fill_the_memory_they_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity_compare, "GROUP_BYTES", 100)
+    monkeypatch.setattr(parity_compare, "FIRST_GROUP", 4)
+    names = list("abcdefgh")
+    sizes: dict[str, int] = {}
+    assert parity_compare.next_group(names, sizes) == list("abcd")
+    sizes = dict.fromkeys("abcd", 20)
+    assert parity_compare.next_group(list("efgh"), sizes) == list("efgh")
+    sizes |= {"e": 90, "f": 10, "g": 101, "h": 0}
+    groups, rest = [], names
+    while rest:
+        groups.append(parity_compare.next_group(rest, sizes))
+        rest = rest[len(groups[-1]) :]
+    assert groups == [list("abcd"), list("ef"), ["g"], ["h"]]
 
 
 def test_nan_breaks_a_limit_and_bounds_count_as_within() -> None:

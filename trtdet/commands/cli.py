@@ -251,6 +251,10 @@ class ArgumentParser(argparse.ArgumentParser):
         begun = [option for key, option in options.items() if key.startswith(wanted)]
         if len(wanted) > 2 and len(begun) == 1:
             return f"did you mean {begun[0]}? Names are not shortened"
+        words = _words(name)
+        longer = [option for option in options.values() if words < _words(option)]
+        if len(words) > 1 and len(longer) == 1:
+            return f"did you mean {longer[0]}?"
         if near := difflib.get_close_matches(wanted, [*options, *HABITS], 1, LIKENESS):
             return f"did you mean {options[near[0]]}?" if near[0] in options else self._habit(HABITS[near[0]])  # fmt: skip
         return f"{self.prog} --help lists all"
@@ -301,6 +305,10 @@ class ArgumentParser(argparse.ArgumentParser):
 def plain(name: str) -> str:
     """An option's name without what is easily mistaken: dashes, underscores, capitals."""
     return re.sub(r"[-_]", "", name).lower()
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[-_]", name.lstrip("-").lower()))
 
 
 def _usage_of(action: argparse.Action) -> str:

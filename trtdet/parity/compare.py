@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run two models over the same images and compare tensors, detections and AP."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,8 +27,10 @@ logger = logging.getLogger(__name__)
 CategoryMaps = tuple[Mapping[int, int], Mapping[int, int]]
 
 
-#: Tensors that are held at a time: of a D0 some 50 MB, of a D7 some GB.
-TENSORS_AT_ONCE = 32
+#: Bytes of each model's tensors that are held at a time. Every group of tensors takes a run of both models.
+GROUP_BYTES = 2**29
+#: Tensors of the first group, whose sizes are not known yet.
+FIRST_GROUP = 32
 
 
 def compare(
@@ -126,16 +129,32 @@ def compare_tensors(
     heads = reference.heads | candidate.heads
     statistics = {name: TensorStatistics(name, head=name in heads) for name in names}
     read = [side.tensor_reader(names) for side in (reference, candidate)]
+    sizes: dict[str, int] = {}
     for path in paths:
         image = load_image(path)
-        for start in range(0, len(names), TENSORS_AT_ONCE):
-            some = names[start : start + TENSORS_AT_ONCE]
+        rest = names
+        while rest:
+            some = next_group(rest, sizes)
+            rest = rest[len(some) :]
             for name, left, right in zip(some, *(r(some, image) for r in read), strict=True):
+                sizes[name] = max(left.nbytes, right.nbytes)
                 if left.dtype.kind == right.dtype.kind == "f":
                     statistics[name].add(left, right)
                 else:
                     statistics.pop(name, None)
     return [one.result() for one in statistics.values()]
+
+
+def next_group(names: Sequence[str], sizes: dict[str, int]) -> Sequence[str]:
+    """The first of `names`, as many as are held at a time.
+
+    Args:
+        sizes: bytes of the tensors that were read before. The others are taken to be as large as the
+            last of them: feature maps become smaller along a network.
+    """
+    guess = next(reversed(sizes.values()), GROUP_BYTES // FIRST_GROUP)
+    ends = itertools.accumulate(max(1, sizes.get(name, guess)) for name in names)
+    return names[: max(1, sum(end <= GROUP_BYTES for end in ends))]
 
 
 def annotated_ids(
