@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trtdet import files
 from trtdet.errors import GraphError
 
 if TYPE_CHECKING:
     import onnx
+    from numpy.typing import NDArray
 
 #: What to do where a file of create_onnx.py is damaged, and where that of somebody else is.
 WRITE_AGAIN = "write it again with create_onnx.py"
@@ -52,6 +53,19 @@ def read_onnx(
     if weights:
         _read_external_data(model, path, remedy)
     return model
+
+
+def fixed_batch(model: onnx.ModelProto) -> int | None:
+    """The images of a batch that the first input has; None where the batch is dynamic."""
+    return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
+
+
+def feed_of(model: onnx.ModelProto, image: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """What a model is fed for one image, as its preprocessing made it: in a fixed batch every row is that image."""
+    import numpy as np
+
+    batch = fixed_batch(model) or 1
+    return {model.graph.input[0].name: np.repeat(image[None], batch, axis=0)}
 
 
 def wiring_fault(graph: onnx.GraphProto) -> str:

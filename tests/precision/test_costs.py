@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from trtdet.precision.body import Body
 from trtdet.precision.calibration import calibrate
 from trtdet.precision.costs import Judge, find_coding, measure_costs, part_behind
-from trtdet.precision.floats import element_types
+from trtdet.precision.graph_types import element_types
 from trtdet.precision.objective import Damage
 from trtdet.precision.quantization import (
     QuantizationOptions,

@@ -12,7 +12,8 @@ from onnx.shape_inference import infer_shapes
 
 from trtdet.errors import GraphError
 from trtdet.nms import lowering
-from trtdet.precision.floats import activation_ranges, raise_opset, to_bf16, to_fp16
+from trtdet.precision.floats import activation_ranges, to_bf16, to_fp16
+from trtdet.precision.graph_types import raise_opset
 from trtdet.sources.base import run_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 

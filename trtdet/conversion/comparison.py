@@ -24,6 +24,7 @@ from trtdet.geometry import in_layout, yxyx_to_xyxy
 from trtdet.graph import tidy
 from trtdet.graph.map_op import custom_ops
 from trtdet.nms import lowering, reference
+from trtdet.onnx_files import fixed_batch
 from trtdet.sources.base import Source, run_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
 
@@ -236,7 +237,7 @@ def fed_to(
     model: onnx.ModelProto, spec: ModelSpec, image: NDArray[np.uint8]
 ) -> NDArray[np.generic]:
     """A batch of one picture, as the file takes it."""
-    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
+    batch = fixed_batch(model) or 1
     images = np.repeat(image[None].astype(spec.preprocessing.dtype), batch, axis=0)
     return in_layout(images, spec.preprocessing.layout)
 

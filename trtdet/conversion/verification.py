@@ -19,6 +19,7 @@ from trtdet.families.pixels import Normal
 from trtdet.geometry import in_layout
 from trtdet.graph import deformable_attention, tidy
 from trtdet.nms import lowering, reference
+from trtdet.onnx_files import fixed_batch
 from trtdet.sources.base import Source, run_onnx
 from trtdet.spec import Preprocessing
 
@@ -82,7 +83,7 @@ def verify_at(
     """`verify` at the size that `preprocessing` names."""
     reading, model = converted.reading, converted.model
     image = verification_image(preprocessing)
-    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 2  # 0: free
+    batch = fixed_batch(model) or 2
     images = np.stack([image if row % 2 == 0 else image[:, ::-1] for row in range(batch)])
     by_image = [source_heads(source, reading, preprocessing, x)[0] for x in images[:2]]
     expected = [np.stack(values) for values in zip(*by_image, strict=True)]

@@ -51,7 +51,7 @@ from trtdet.families.pixels import (
 from trtdet.graph.builder import Builder
 from trtdet.graph.map_op import inferred_shapes, unknown_ops
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
-from trtdet.precision.floats import narrow_types
+from trtdet.precision.graph_types import narrow_types
 from trtdet.sources.base import Source, SourceGraph
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import ModelSpec, Nms, Preprocessing, Selection

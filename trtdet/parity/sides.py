@@ -28,7 +28,7 @@ from trtdet.graph import deformable_attention
 from trtdet.images.files import ImageArray, load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
-from trtdet.onnx_files import EXPORT_AGAIN, read_onnx, with_weights
+from trtdet.onnx_files import EXPORT_AGAIN, feed_of, fixed_batch, read_onnx, with_weights
 from trtdet.parity.numbers import SideInfo
 from trtdet.precision.emulation import emulate
 from trtdet.run.detect import decoded, open_batcher, open_model
@@ -146,13 +146,14 @@ class ConvertedSide(Closing):
         if self._model is None:
             raise ValueError(f"{self.info.name}: is an engine, whose tensors cannot be read")
         network_input = self._model.graph.input[0]
-        tensor_type = network_input.type.tensor_type
-        part = GraphPart(self._model, {network_input.name: tensor_type.elem_type}, names)
-        batch = tensor_type.shape.dim[0].dim_value or 1
+        elem_type = network_input.type.tensor_type.elem_type
+        model = self._model
+        part = GraphPart(model, {network_input.name: elem_type}, names)
+        batch = fixed_batch(model) or 1
 
         def read(some: Sequence[str], image: ImageArray) -> list[NDArray[Any]]:
             pixels, _ = preprocess(image, self.info.spec.preprocessing)
-            values = part.run(some, {network_input.name: np.repeat(pixels[None], batch, axis=0)})
+            values = part.run(some, feed_of(model, pixels))
             return [_first(value, batch) for value in values]
 
         return read

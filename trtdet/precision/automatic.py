@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from trtdet.images.files import find_images, load_image
-from trtdet.images.preprocess import preprocess
+from trtdet.images.files import find_images
 from trtdet.precision import calibration, choice
 from trtdet.precision.body import Body
 from trtdet.precision.choice import Choice
 from trtdet.precision.costs import COST_IMAGES, Judge, measure_costs
+from trtdet.precision.feeds import image_feeds
 from trtdet.precision.objective import Damage
 from trtdet.precision.options import DEFAULT_SHARE, Int8Options
 from trtdet.precision.quantization import QuantizationPlan
@@ -111,16 +110,8 @@ def cost_feeds(body: Body, source: Path, options: Int8Options) -> list[dict[str,
         fraction=options.fraction,
         seed=options.seed,
     )
-    network_input = body.model.graph.input[0]
-    batch = network_input.type.tensor_type.shape.dim[0].dim_value or 1
-    feeds = []
-    for path in calibration.choose_images(paths, COST_IMAGES, seed=options.seed):
-        try:
-            image, _ = preprocess(load_image(path), body.spec.preprocessing)
-        except (OSError, ValueError) as error:
-            logger.warning("--calib_input: %s is left out: %s", path, error)
-            continue
-        feeds.append({network_input.name: np.repeat(image[None], batch, axis=0)})
+    chosen = calibration.choose_images(paths, COST_IMAGES, seed=options.seed)
+    feeds = [*image_feeds(body.model, body.spec, chosen, option="--calib_input")]
     if not feeds:
         raise ValueError(f"--calib_input: expected images that can be read, found none in {source}")
     return feeds

@@ -23,7 +23,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from trtdet.graph import deformable_attention
 from trtdet.precision import objective
 from trtdet.precision.body import Body, ConvLayer
-from trtdet.precision.floats import NMS_OPS, element_types
+from trtdet.precision.floats import NMS_OPS
+from trtdet.precision.graph_types import element_types
 from trtdet.precision.objective import Coding, Damage, Reference
 from trtdet.precision.pairs import write_convs
 from trtdet.precision.quantization import QuantizationPlan

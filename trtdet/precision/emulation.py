@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from trtdet.precision.floats import element_types, replace_nodes
+from trtdet.precision.graph_types import element_types, replace_nodes
 
 NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 

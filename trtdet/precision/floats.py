@@ -14,9 +14,7 @@ is of the type of what it reads, a DequantizeLinear of the type of the node that
 That takes opset 19, the first with float16 scales.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -27,6 +25,23 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trtdet.errors import GraphError
 from trtdet.graph.builder import COMPUTE_OPS, POSITIONS_PREFIX
+from trtdet.precision.float_report import KeptNode, PrecisionReport
+from trtdet.precision.float_types import (
+    BF16,
+    FP16,
+    FloatType,
+    activation_problem,
+    narrow_tensor,
+    round_to,
+    weight_problem,
+)
+from trtdet.precision.graph_types import (
+    PAIR_OPS,
+    constants_to_initializers,
+    element_types,
+    raise_opset,
+    replace_nodes,
+)
 from trtdet.sessions import open_session
 from trtdet.sources.subgraphs import captured, reads
 
@@ -54,111 +69,11 @@ NMS_OPS = frozenset(
 NMS_PREFIX = "nms/"
 #: Nodes that are left as they are: their float inputs have a type of their own.
 FIXED_OPS = frozenset(["If", "Loop", "Range", "Scan"])
-#: Nodes between a floating-point type and INT8 or FP8: they take the type of their neighbour.
-PAIR_OPS = frozenset(["DequantizeLinear", "QuantizeLinear"])
-#: The first opset whose QuantizeLinear takes float16, and float8.
-PAIR_OPSET = 19
 #: Inputs that ONNX defines as float32 whatever the data is: regions of interest and scales.
 FLOAT32_INPUTS: Mapping[str, frozenset[int]] = {
     "Resize": frozenset([1, 2]),
     "Upsample": frozenset([1]),
 }
-
-
-@dataclass(frozen=True)
-class FloatType:
-    """A narrow floating-point type.
-
-    Attributes:
-        name: "FP16"; in tensor names, lower case.
-        onnx_type: its `TensorProto.DataType`.
-        largest: its largest finite number.
-        tolerance: largest rounding error of a tensor, relative to its largest value; twice the error of a number in the type's
-            normal range, so that only overflow and underflow exceed it.
-        smallest_step: between numbers near zero, where the relative error grows.
-    """
-
-    name: str
-    onnx_type: int
-    largest: float
-    tolerance: float
-    smallest_step: float
-
-    @property
-    def smallest_amax(self) -> float:
-        """A tensor whose largest magnitude is smaller is rounded worse than `tolerance`."""
-        return self.smallest_step / 2 / self.tolerance
-
-
-FP16 = FloatType("FP16", TensorProto.FLOAT16, 65504.0, 2.0**-10, 2.0**-24)
-BF16 = FloatType("BF16", TensorProto.BFLOAT16, 3.3895313892515355e38, 2.0**-7, 2.0**-133)
-
-#: Activations beyond this share of the type's largest number stay float32: other images will go higher than the ones looked at.
-ACTIVATION_HEADROOM = 0.25
-
-
-@dataclass(frozen=True)
-class KeptNode:
-    """A node that stays float32, and why; `asked`: because its name was given."""
-
-    name: str
-    op_type: str
-    reason: str
-    asked: bool = False
-
-
-@dataclass(frozen=True)
-class PrecisionReport:
-    """What a conversion did.
-
-    Attributes:
-        precision: of the body, "FP16".
-        converted: number of nodes that compute in it.
-        by_design: nodes in float32 because of where they stand: preprocessing, box decoding, NMS.
-        kept: nodes in float32 for a reason of their own: a range, a name that was asked for.
-        flushed: weights other than zero that became zero (all below the rounding error of their tensor's largest).
-        casts: Cast nodes put in.
-    """
-
-    precision: str
-    converted: int
-    by_design: tuple[KeptNode, ...]
-    kept: tuple[KeptNode, ...]
-    flushed: int = 0
-    casts: int = 0
-
-    @property
-    def float32_names(self) -> frozenset[str]:
-        """Names of all nodes that stay float32, as far as they have any."""
-        return frozenset(node.name for node in (*self.by_design, *self.kept)) - {""}
-
-    def lines(self) -> list[str]:
-        """For the log: one line of counts, then one per pattern that was asked for."""
-        counts = ", ".join(
-            f"{n} {reason}" for reason, n in Counter(k.reason for k in self.by_design).items()
-        )
-        lines = [
-            f"{self.precision}: {self.converted} nodes, {self.casts} casts; float32: {counts or 'none'}"
-            + (f"; {self.flushed} weights round to zero" if self.flushed else "")
-        ]
-        asked = Counter(node.reason for node in self.kept if node.asked)
-        return lines + [f"stays float32: {n} nodes, {reason}" for reason, n in asked.items()]
-
-    def warnings(self) -> list[str]:
-        """One line per node that does not fit the type."""
-        return [
-            f"stays float32: {k.op_type} '{k.name}': {k.reason}" for k in self.kept if not k.asked
-        ]
-
-
-def narrow_types(model: onnx.ModelProto) -> set[str]:
-    """Which of "fp16" and "bf16" the model's weights and casts are in; empty for a float32 model."""
-    names = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
-    types = {tensor.data_type for tensor in model.graph.initializer}
-    types |= {
-        a.i for n in model.graph.node if n.op_type == "Cast" for a in n.attribute if a.name == "to"
-    }
-    return {names[t] for t in types & names.keys()}
 
 
 def to_fp16(
@@ -178,44 +93,6 @@ def to_fp16(
         GraphError: nothing to convert, or a model that is not float32.
     """
     return _Conversion(model, FP16, keep_fp32, ranges or {}).run()
-
-
-def raise_opset(model: onnx.ModelProto, opset: int = PAIR_OPSET) -> None:
-    """Make a model of opset 13 or later one of at least `opset`, at most 19, in place.
-
-    On the way reductions get their axes as an input and a Split in equal parts counts them. What else changed takes more types or
-    has new attributes with the old meaning as their default; only RoiAlign has a new default.
-
-    Raises:
-        GraphError: an older model, or a RoiAlign.
-    """
-    own = next(o for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    if own.version >= opset:
-        return
-    if own.version < 13:
-        raise GraphError(
-            f"model: expected opset 13 or later for Q/DQ, found {own.version}; convert it with create_onnx.py --opset 17"
-        )
-    graph = model.graph
-    for node in graph.node if own.version < 18 <= opset else ():
-        if node.domain not in ("", "ai.onnx"):
-            continue
-        if node.op_type == "RoiAlign" and own.version < 16:
-            raise GraphError(
-                f"RoiAlign '{node.name}': expected opset 16 or later, found {own.version}, whose RoiAlign has another default; "
-                "convert the model with create_onnx.py --opset 17"
-            )
-        if node.op_type == "Split" and len(node.input) < 2:
-            node.attribute.append(helper.make_attribute("num_outputs", len(node.output)))
-        axes = next((a for a in node.attribute if a.name == "axes"), None)
-        if node.op_type.startswith("Reduce") and axes is not None:
-            name = f"{node.output[0]}/axes"
-            values = np.array(axes.ints, np.int64)
-            graph.initializer.append(numpy_helper.from_array(values, name))
-            node.input.append(name)
-            node.attribute.remove(axes)
-    own.version = opset
-    model.ir_version = max(model.ir_version, 9)  # of ONNX 1.14, which brought opset 19
 
 
 def to_bf16(
@@ -310,7 +187,7 @@ class _Conversion:
         if any(node.op_type in PAIR_OPS for node in self.graph.node):
             raise_opset(self.model)
         self.types = element_types(self.model)
-        self.weights = _constants_to_initializers(self.graph)
+        self.weights = constants_to_initializers(self.graph)
         self.nodes = list(self.graph.node)
         self.taken = self.types.keys() | {name for n in self.nodes for name in n.output}
         self.by_design: dict[int, str] = {}
@@ -408,7 +285,7 @@ class _Conversion:
             name: reason
             for name, weight in self.weights.items()
             if self.is_float(name)
-            and (reason := _weight_problem(numpy_helper.to_array(weight), self.target))
+            and (reason := weight_problem(numpy_helper.to_array(weight), self.target))
         }
         for i in sorted(self.low):
             node = self.nodes[i]
@@ -422,7 +299,7 @@ class _Conversion:
                     reasons.append(f"weights '{name}': {bad_weights[name]}")
                 if pair:
                     continue
-                if problem := _activation_problem(ranges.get(name, 0.0), self.target):
+                if problem := activation_problem(ranges.get(name, 0.0), self.target):
                     reasons.append(f"activation '{name}': {problem}")
             if reasons:
                 self.kept[i] = reasons[0]
@@ -495,8 +372,8 @@ class _Conversion:
         for name, places in users.items():
             wide = numpy_helper.to_array(self.weights[name])
             narrow_name = self._narrow_name(name) if name in others else name
-            narrow = _narrow_tensor(wide, self.target, narrow_name)
-            flushed += int(np.count_nonzero((_round(wide, self.target) == 0) & (wide != 0)))
+            narrow = narrow_tensor(wide, self.target, narrow_name)
+            flushed += int(np.count_nonzero((round_to(wide, self.target) == 0) & (wide != 0)))
             if name in others:
                 self.graph.initializer.append(narrow)
                 for i, k in places:
@@ -558,96 +435,9 @@ def begins_nms(node: onnx.NodeProto) -> bool:
     return node.op_type in NMS_OPS or node.name.startswith(NMS_PREFIX)
 
 
-def element_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Tensor -> element type, as far as ONNX's inference knows it.
-
-    Raises:
-        GraphError: ONNX finds the graph invalid.
-    """
-    try:
-        graph = onnx.shape_inference.infer_shapes(model).graph
-    except onnx.shape_inference.InferenceError as error:
-        raise GraphError(
-            f"model: expected a valid ONNX graph, ONNX says: {error}; write it again with create_onnx.py"
-        ) from error
-    types = {
-        info.name: info.type.tensor_type.elem_type
-        for info in [*graph.value_info, *graph.input, *graph.output]
-        if info.type.HasField("tensor_type") and info.type.tensor_type.elem_type
-    }
-    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
-
-
-def _constants_to_initializers(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Make Constant nodes of tensors initializers, so that there is one kind of weight. Returns all initializers by name."""
-    kept = []
-    for node in graph.node:
-        value = next((a.t for a in node.attribute if a.name == "value"), None)
-        if node.op_type == "Constant" and value is not None:
-            tensor = graph.initializer.add()
-            tensor.CopyFrom(value)
-            tensor.name = node.output[0]
-        else:
-            kept.append(node)
-    replace_nodes(graph, kept)
-    return {tensor.name: tensor for tensor in graph.initializer}
-
-
-def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Put nodes, old ones among them, in place of all that a graph has."""
-    copies = onnx.GraphProto()  # emptying the old list would clear the nodes in it
-    copies.node.extend(nodes)
-    graph.ClearField("node")
-    graph.node.extend(copies.node)
-
-
 def _retype_attributes(node: onnx.NodeProto, target: FloatType) -> None:
     """A Cast to float32 within the body is a cast to the body's type."""
     if node.op_type == "Cast":
         for attribute in node.attribute:
             if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
                 attribute.i = target.onnx_type
-
-
-def _weight_problem(weight: NDArray[np.float32], target: FloatType) -> str:
-    """Why a tensor of weights does not fit the type; empty where it does."""
-    largest = float(np.abs(weight).max(initial=0.0))
-    if largest == 0.0:
-        return ""
-    if not largest <= target.largest:
-        return f"largest magnitude {largest:.4g}, {target.name} ends at {target.largest:.4g}"
-    error = float(np.abs(_round(weight, target) - weight).max()) / largest
-    if error > target.tolerance:
-        return f"largest magnitude {largest:.4g}, too small for {target.name} (rounding error {error:.1%} of it)"
-    return ""
-
-
-def _activation_problem(amax: float, target: FloatType) -> str:
-    """Why an activation does not fit the type; empty where it does, or is always zero."""
-    limit = target.largest * ACTIVATION_HEADROOM
-    if amax > limit:
-        return f"largest magnitude {amax:.4g}, {target.name} is used up to {limit:.4g}"
-    if 0 < amax < target.smallest_amax:
-        return f"largest magnitude {amax:.4g}, too small for {target.name}"
-    return ""
-
-
-def _round(values: NDArray[np.float32], target: FloatType) -> NDArray[np.float32]:
-    """To the nearest number of the type, as float32."""
-    if target is FP16:
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16).astype(np.float32)
-    return (_bfloat16_bits(values).astype(np.uint32) << 16).view(np.float32)
-
-
-def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The upper half of a float32, rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def _narrow_tensor(values: NDArray[np.float32], target: FloatType, name: str) -> onnx.TensorProto:
-    if target is FP16:
-        return numpy_helper.from_array(values.astype(np.float16), name)
-    data = _bfloat16_bits(values).astype("<u2").tobytes()
-    return helper.make_tensor(name, target.onnx_type, values.shape, data, raw=True)

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from trtdet.precision.body import ConvLayer
 from trtdet.precision.equalization import Equalization, Weights
-from trtdet.precision.floats import raise_opset, replace_nodes
+from trtdet.precision.graph_types import raise_opset, replace_nodes
 from trtdet.precision.scales import (
     FP8,
     QuantizedType,

@@ -5,34 +5,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet import about, sessions
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph import builder, deformable_attention
 from trtdet.graph.map_op import custom_ops
-from trtdet.images.batcher import ImageBatcher
-from trtdet.images.files import find_images, load_image, spread
-from trtdet.images.preprocess import preprocess
+from trtdet.images.files import find_images, spread
 from trtdet.nms import lowering
 from trtdet.onnx_files import read_onnx
 from trtdet.precision import automatic, calibration, calibration_cache, floats
 from trtdet.precision.body import Body
 from trtdet.precision.calibration_cache import CalibrationCache
+from trtdet.precision.feeds import calibration_feeds, image_feeds
 from trtdet.precision.file import read_precision_file
-from trtdet.precision.floats import PrecisionReport
+from trtdet.precision.float_report import PrecisionReport
+from trtdet.precision.graph_types import narrow_types
 from trtdet.precision.options import (
-    CALIBRATION_BATCH,
     DEFAULT_METHOD,
     FP8_METHOD,
     Int8Options,
@@ -50,9 +44,7 @@ from trtdet.precision.quantization import (
     prepare_implicit,
 )
 from trtdet.precision.scales import FP8, INT8
-from trtdet.precision.suitability import Suitability
 from trtdet.spec import ModelSpec
-from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +141,7 @@ def _prepare_float(
 ) -> Prepared:
     """The precision as the tensors' type; fp32 and tf32 leave the model as it is."""
     model = body.model
-    found = floats.narrow_types(model)
+    found = narrow_types(model)
     if found == {to}:
         logger.info("the model is in %s already", to.upper())
         return Prepared(model, model)
@@ -171,7 +163,7 @@ def _prepare_float(
     return Prepared(model, typed, report)
 
 
-def _log_report(report: floats.PrecisionReport) -> None:
+def _log_report(report: PrecisionReport) -> None:
     for line in report.lines():
         logger.info(line)
     for line in report.warnings():
@@ -197,7 +189,7 @@ def _prepare_quantized(
             f"--precision {to}: the ONNX file brings its own Q/DQ, in {own.name}; give --precision {own.name.lower()}, or the float32 "
             "file of create_onnx.py"
         )
-    narrow = floats.narrow_types(model)
+    narrow = narrow_types(model)
     if narrow and not (own and narrow == {rest}):
         raise GraphError(
             f"--precision {to}: the ONNX file is in {' and '.join(sorted(narrow))} already; give the float32 file of create_onnx.py"
@@ -340,48 +332,6 @@ def scales_of(
     return cache
 
 
-def calibration_feeds(
-    body: Body,
-    paths: Sequence[Path],
-    batch_size: int | None,
-    seen: list[Path],
-) -> Iterator[dict[str, NDArray[Any]]]:
-    """The images, preprocessed as for inference; in a model of a fixed batch, one at a time fills every row.
-
-    An image that cannot be read is logged by the batcher and left out, each time: the scales are the same again. `seen` gets the others.
-
-    Raises:
-        ValueError: a batch size that the model does not take, or no image can be read.
-    """
-    network_input = body.model.graph.input[0]
-    fixed = network_input.type.tensor_type.shape.dim[0].dim_value
-    if fixed and batch_size not in (None, fixed):
-        raise ValueError(f"--calib_batch_size {batch_size}: the ONNX file has a fixed batch of {fixed}; leave it out")  # fmt: skip
-    size, repeats = (1, fixed) if fixed else (batch_size or CALIBRATION_BATCH, 1)
-    suitability = Suitability(body.spec.preprocessing.size_hw)
-    with (
-        logging_redirect_tqdm(),
-        tqdm(total=len(paths), desc="calibrating", unit="image", disable=no_bar()) as bar,
-        ImageBatcher(paths, body.spec.preprocessing, size) as batches,
-    ):
-        for batch in batches:
-            yield {network_input.name: np.repeat(batch.images, repeats, axis=0)}
-            seen.extend(batch.paths)
-            for image, transform in zip(batch.images, batch.transforms, strict=False):
-                planes_last = body.spec.preprocessing.layout == "NHWC"
-                suitability.add(
-                    image if planes_last else image.transpose(1, 2, 0), transform.source_wh
-                )
-            bar.update(len(batch.images))
-        skipped = len(batches.failures)
-    if skipped == len(paths):
-        raise ValueError(f"--calib_input: expected images that can be read, found {skipped} that cannot, the first of them {batches.failures[0][0]}")  # fmt: skip
-    for line in suitability.warnings():
-        logger.warning("--calib_input: %s; give images of what the detector is to see", line)
-    if skipped:
-        logger.warning("calibrated on %d of %d images: the others cannot be read", len(paths) - skipped, len(paths))  # fmt: skip
-
-
 def measure_ranges(
     model: onnx.ModelProto, spec: ModelSpec, check_input: Path | None
 ) -> dict[str, float] | None:
@@ -407,7 +357,9 @@ def measure_ranges(
         logger.info("activation ranges: %d of %d images, evenly spread", MAX_CHECK_IMAGES, len(paths))  # fmt: skip
         paths = spread(paths, MAX_CHECK_IMAGES)
     read: list[Path] = []
-    ranges = floats.activation_ranges(model, _feeds(model, spec, paths, read))
+    ranges = floats.activation_ranges(
+        model, image_feeds(model, spec, paths, option="--fp16_check_input", read=read)
+    )
     if not read:
         raise ValueError(f"--fp16_check_input: expected images that can be read, found none in {check_input}")  # fmt: skip
     tensor = max(ranges, key=ranges.__getitem__)
@@ -422,19 +374,3 @@ def unknown_to_onnxruntime(model: onnx.ModelProto) -> str:
         for op in (lowering.PLUGIN_OP, deformable_attention.PLUGIN_OP)
     }
     return ", ".join(op for op in custom_ops(model) if op not in replaced)
-
-
-def _feeds(
-    model: onnx.ModelProto, spec: ModelSpec, paths: Sequence[Path], read: list[Path]
-) -> Iterator[dict[str, NDArray[Any]]]:
-    """One image at a time; a model of a fixed batch gets it in every row. `read` gets those that can be read."""
-    network_input = model.graph.input[0]
-    batch = network_input.type.tensor_type.shape.dim[0].dim_value or 1
-    for path in paths:
-        try:
-            image, _ = preprocess(load_image(path), spec.preprocessing)
-        except (OSError, ValueError) as error:
-            logger.warning("--fp16_check_input: %s is left out: %s", path, error)
-            continue
-        read.append(path)
-        yield {network_input.name: np.repeat(image[None], batch, axis=0)}

@@ -23,6 +23,7 @@ from trtdet.detections import to_coco_results
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import load_image
 from trtdet.images.preprocess import preprocess
+from trtdet.onnx_files import feed_of
 from trtdet.precision import calibration, calibration_cache, sensitivity
 from trtdet.precision.choice import choose
 from trtdet.precision.choice import rank as rank_layers
@@ -258,10 +259,8 @@ class Tuner:
         return choose(self.layers, costs, share, **macs).kept
 
     def _feed(self, path: Path) -> dict[str, NDArray[Any]]:
-        network_input = self.body.model.graph.input[0]
-        batch = network_input.type.tensor_type.shape.dim[0].dim_value or 1
         image, _ = preprocess(load_image(path), self.spec.preprocessing)
-        return {network_input.name: np.repeat(image[None], batch, axis=0)}
+        return feed_of(self.body.model, image)
 
     def precision(self, kept: Sequence[str]) -> PrecisionFile:
         """What build_engine.py reads."""
