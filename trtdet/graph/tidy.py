@@ -35,7 +35,7 @@ ELEMENTWISE = frozenset(
 
 def tidy(graph: gs.Graph) -> gs.Graph:
     """Run every clean-up below, in the order in which each makes room for the next."""
-    graph.cleanup().toposort()
+    sort_nodes(graph.cleanup())
     fold_constants(graph)
     to_channels_first(graph)
     fold_neutral_elements(graph)
@@ -43,9 +43,45 @@ def tidy(graph: gs.Graph) -> gs.Graph:
     fold_batch_norms(graph)
     average_pool_from_mean(graph)
     leave_out_empty_inputs(graph)
-    graph.cleanup().toposort()
+    sort_nodes(graph.cleanup())
     rename(graph)
     return graph
+
+
+def sort_nodes(graph: gs.Graph) -> None:
+    """Topological order that the wiring alone decides, from the outputs back, input by input.
+
+    Converters' order of independent branches is not the same in every run; this one is, and so are the
+    names and the order of everything that is written after it.
+    """
+    there = {id(node) for node in graph.nodes}
+    ordered: list[gs.Node] = []
+    seen: set[int] = set()
+    stack = [
+        (node, False) for tensor in reversed(graph.outputs) for node in reversed(tensor.inputs)
+    ]
+    while stack:
+        node, inputs_done = stack.pop()
+        if inputs_done:
+            ordered.append(node)
+        elif id(node) in there and id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack += [
+                (maker, False) for tensor in reversed(_read_by(node)) for maker in tensor.inputs
+            ]
+    graph.nodes[:] = ordered
+
+
+def _read_by(node: gs.Node) -> list[gs.Tensor]:
+    """Tensors that a node reads, and its subgraphs."""
+    tensors = list(node.inputs)
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            tensors += [
+                tensor for child in value.nodes for tensor in _read_by(child)
+            ] + value.outputs
+    return tensors
 
 
 def set_input(graph: gs.Graph, preprocessing: Preprocessing, batch: int | str) -> None:
