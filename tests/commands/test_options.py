@@ -254,6 +254,7 @@ def error_of(script: str, line: str, capsys: pytest.CaptureFixture[str], patch: 
         ("create_onnx.py", "--saved-model d", "unknown option --saved-model: did you mean --saved_model?"),
         ("create_onnx.py", "--imgsz 640", "unknown option --imgsz: here it is --size H,W"),
         ("build_engine.py", "--num_images 20", "unknown option --num_images: did you mean --calib_num_images?"),
+        ("create_onnx.py", "--batch_size 4", "unknown option --batch_size: here it is --input_shape N,H,W,3"),
         ("create_onnx.py", "--conf 0.3", "unknown option --conf: here it is --score_threshold SCORE"),
         ("build_engine.py", "--fp16", "unknown option --fp16: here it is --precision fp16"),
         ("build_engine.py", "--model a --int8", "unknown option --int8: here it is --precision int8 --calib_input DIR"),

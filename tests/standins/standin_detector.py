@@ -114,6 +114,8 @@ class Work:
         slots: detections per image.
         spin_ms: device time (on a GPU).
         kernels: launches it is made of (on a GPU): one that works, after some that do nothing.
+        shape, dtype: of the input, the batch first.
+        network: an ONNX file that makes the outputs (`standin_network`); "": `detect` does.
     """
 
     device: int
@@ -123,6 +125,10 @@ class Work:
     slots: int
     spin_ms: float
     kernels: int
+    shape: tuple[int, ...] = ()
+    dtype: str = "uint8"
+    network: str = ""
+    input_name: str = "input"
 
 
 class CpuBackend:
@@ -132,6 +138,7 @@ class CpuBackend:
 
     def __init__(self, cudart: Any) -> None:
         self._cudart = cudart
+        self._networks: dict[str, Any] = {}
 
     def check_memory(self, address: int, nbytes: int, device: int) -> None:
         """Raise where the bytes are not live memory of the device."""
@@ -154,6 +161,14 @@ class CpuBackend:
 
     def launch(self, handle: int, work: Work) -> None:
         """Queue one batch."""
+        if work.network:
+            from standin_network import CpuNetwork
+
+            if work.network not in self._networks:
+                self._networks[work.network] = CpuNetwork(work.network, self._cudart)
+            network = self._networks[work.network]
+            self._cudart.launch(handle, lambda: network.run(work))
+            return
         device, addresses, batch, words, slots = work.device, work.addresses, work.batch, work.words, work.slots  # fmt: skip
 
         def kernel() -> None:
@@ -179,6 +194,7 @@ class CudaBackend:
 
         self._driver, self._runtime = driver, runtime
         self._kernels: dict[int, dict[str, Any]] = {}  # device -> name -> function
+        self._networks: dict[tuple[str, int, int], Any] = {}  # file, device, stream
         self._lock = threading.Lock()
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -218,6 +234,9 @@ class CudaBackend:
 
     def launch(self, handle: int, work: Work) -> None:
         """Queue one batch."""
+        if work.network:
+            self._network(work, handle).run(work)
+            return
         kernels = self._load(work.device)
         for _ in range(work.kernels - 1):
             self._call(self._driver.cuLaunchKernel, kernels["standin_nothing"], 1, 1, 1, 32, 1, 1, 0, handle, 0, 0)  # fmt: skip
@@ -232,6 +251,15 @@ class CudaBackend:
         # fmt: off
         self._call(self._driver.cuLaunchKernel, kernels["standin_detect"], work.batch, 1, 1, 256, 1, 1, 0, handle, pointers.ctypes.data, 0)
         # fmt: on
+
+    def _network(self, work: Work, handle: int) -> Any:
+        from standin_network import CudaNetwork
+
+        key = (work.network, work.device, handle)
+        with self._lock:
+            if key not in self._networks:
+                self._networks[key] = CudaNetwork(*key)
+            return self._networks[key]
 
     def _load(self, device: int) -> dict[str, Any]:
         with self._lock:

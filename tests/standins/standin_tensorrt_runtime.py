@@ -81,6 +81,7 @@ def write_engine(
     capturable: bool = True,
     host_code: bool = False,
     output_names: dict[str, str] | None = None,
+    network: str = "",
 ) -> Path:
     """Write an engine of the stand-in.
 
@@ -94,6 +95,7 @@ def write_engine(
         capturable: False: it cannot be captured into a CUDA graph.
         host_code: it needs `engine_host_code_allowed`, as a version-compatible engine does.
         output_names: standard output name -> the name this engine has for it.
+        network: an ONNX file of the same inputs and outputs to run (`standin_network`).
     """
     batches = [(static_batch,) * 3] if static_batch else list(profiles)
     images = list(image_shapes) or [(image_shape,) * 3] * len(batches)
@@ -112,6 +114,7 @@ def write_engine(
         "capturable": capturable,
         "host_code": host_code,
         "output_names": output_names or {},
+        "network": network,
     }
     path.write_bytes(PLAN_MAGIC + json.dumps(plan).encode())
     return path
@@ -208,6 +211,9 @@ class IExecutionContext:
             slots=engine.plan["slots"],
             spin_ms=engine.plan["spin_ms"],
             kernels=engine.plan["kernels"],
+            shape=self._shape,
+            dtype=engine.plan["dtype"],
+            network=engine.plan["network"],
         )
         backend.launch(stream_handle, work)
         self._ran_with_shape = True

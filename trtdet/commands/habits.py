@@ -35,7 +35,8 @@ HABITS = {
     "warmup": "not needed: every benchmark warms up",
     # YOLO
     "agnosticnms": "--nms_mode class_agnostic | create_onnx.py --nms_mode class_agnostic",
-    "batch": "--batch_size N",
+    "batch": "--batch_size N | --input_shape N,H,W,3",
+    "batchsize": "--batch_size N | --input_shape N,H,W,3",
     "classes": "--classes NAME,... | infer.py --classes NAME,...",
     "conf": "--score_threshold SCORE | --min_score SCORE | infer.py --score_threshold SCORE",
     "data": "--annotations FILE | --calib_input DIR | eval_coco.py --annotations FILE",
