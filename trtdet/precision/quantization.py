@@ -209,7 +209,19 @@ class QuantizationPlan:
         model = self.body.network if network else self.body.model
         fp16 = self.options.fp16_scales
         convs = self.convolutions(but)
-        return write_convs(model, convs, self.options.to, pairs=True, fp16_scales=fp16)[0]
+        quantized = write_convs(model, convs, self.options.to, pairs=True, fp16_scales=fp16)[0]
+        equalization.attach_rescaled(quantized, self._rescaled(but))
+        return quantized
+
+    def _rescaled(self, but: Collection[str]) -> dict[str, Equalization]:
+        """Tensor that a convolution makes with other factors per channel than before -> these."""
+        made = {layer.name: layer.output for layer in self.body.layers}
+        quantized = {layer.name for layer in self.layers}.difference(but)
+        return {
+            made[placed.producer]: placed.equalization
+            for name, placed in self.equalized.items()
+            if placed.producer and name in quantized
+        }
 
     def convolutions(self, but: Collection[str] = ()) -> dict[str, NewConv]:
         """What becomes of each convolution whose weights are known."""
