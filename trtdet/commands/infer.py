@@ -16,6 +16,12 @@ For photos/a.jpg, the output folder gets:
                      name if each file name has a different number (as COCO's have), else the
                      file name; with --annotations it is the id in that file.
     labels.txt       the class names, one per line, if the model has any; for visualize.py
+    manifest.json    the files of this run, and what they were made with
+
+Files of an earlier run that this one does not write are named and kept; --clean removes what that
+run's manifest lists, and nothing else. --resume goes on with a run that was broken off, with the
+same model and options: images that are done are not run again, and the results are the same as of
+one run.
 
 --ray splits the images over the workers of a Ray cluster: one per GPU, or for an ONNX file one per
 core (--threads). It writes no pictures, and also detections.parquet with one row per image. An
@@ -54,7 +60,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +76,8 @@ from trtdet.runtimes.options import TritonUrl
 
 if TYPE_CHECKING:
     from trtdet.images.files import Sources
+    from trtdet.results.manifest import RunFolder
+    from trtdet.results.writer import ImageResult
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +94,8 @@ NOT_MEASURED = {
     "tsv_header": "--tsv_header",
     "score_threshold": "--score_threshold",
     "classes": "--classes",
+    "resume": "--resume",
+    "clean": "--clean",
 }
 
 
@@ -103,6 +113,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tsv_header", action="store_true", help="TSVs get a first line with the column names and a seventh column with the label")
     parser.add_argument("--benchmark", type=positive_int, nargs="?", const=200, metavar="ITERATIONS", help="measure this many batches after a warm-up, in trtexec's terms (above), and write no results; with --input also end to end from files (default: off; 200 without a number)")
     # fmt: on
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run into this folder that was broken off",
+    )
+    folder.add_argument(
+        "--clean",
+        action="store_true",
+        help="first remove the files that an earlier run wrote into the folder, by its manifest.json",
+    )
     add(parser, "--json", note="goes with --benchmark")
     # fmt: off
     parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or start one here ('local'); every machine must see model, images and this program under the same paths (default: none)")
@@ -134,6 +155,10 @@ def check_ray_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--devices: Ray hands out the GPUs; leave it out, or limit --ray_workers")
     if args.ray_workers and not args.ray:
         parser.error("--ray_workers needs --ray")
+    if args.ray and args.resume:
+        parser.error("--resume: a run with --ray goes on by itself; leave it out")
+    if args.resume and isinstance(args.engine, TritonUrl):
+        parser.error("--resume: needs a model that is a file, to know that it is the same")
 
 
 def run(
@@ -148,10 +173,14 @@ def run(
     draw_threshold: float = DRAW_THRESHOLD,
     tsv_header: bool = False,
     classes: Sequence[str] | None = None,
+    resume: bool = False,
+    clean: bool = False,
 ) -> int:
     """Detect, draw and write; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.images.files import find_images, root_of
     from trtdet.results.coco import ANNOTATIONS
+    from trtdet.results.manifest import RunFolder
+    from trtdet.results.naming import planned_files
     from trtdet.results.writer import pick_image_ids, result_writer
     from trtdet.run.detect import (
         check_read,
@@ -161,6 +190,7 @@ def run(
         open_model,
         pick_labels,
         progress,
+        run_identity,
     )
 
     if annotations:
@@ -168,6 +198,7 @@ def run(
     if labels is not None:
         read_labels(labels)  # before the model is loaded, which says how many it needs
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
+    files.check_folder(output)
     names = name_outputs(paths, source, output, options, pictures=pictures)
     image_ids = pick_image_ids(paths, root_of(source), annotations)
     count = boxes = 0
@@ -175,9 +206,26 @@ def run(
         threshold = check_score_threshold(options.score_threshold, runtime.spec)
         texts = pick_labels(labels, runtime.spec)
         wanted = None if classes is None else find_classes(classes, texts, runtime.spec.num_classes)
+        model = files.sha256(engine) if isinstance(engine, Path) else str(engine)
+        made_with = run_identity(
+            model,
+            options,
+            wanted,
+            labels=texts,
+            pictures=pictures,
+            draw_threshold=draw_threshold,
+            tsv_header=tsv_header,
+        )
+        folder = RunFolder(
+            output, planned_files(names.values(), texts, pictures=pictures), made_with
+        )
+        say_stale(folder, output, names.values(), clean=clean)
+        kept = find_kept(folder, output, names, image_ids, pictures=pictures) if resume else {}
+        todo = [path for path in paths if path not in kept]
         start = time.perf_counter()
         with (
-            open_batcher(runtime, paths, options, keep_sources=pictures) as batcher,
+            folder,
+            open_batcher(runtime, todo, options, keep_sources=pictures) as batcher,
             result_writer(
                 output,
                 runtime.spec,
@@ -186,20 +234,31 @@ def run(
                 labels=texts,
                 tsv_header=tsv_header,
                 draw_threshold=draw_threshold,
+                folder=folder,
             ) as writer,
             closing(detect(runtime, batcher, score_threshold=threshold, classes=wanted)) as found,
-            closing(progress(found, len(paths))) as results,
+            closing(progress(found, len(todo))) as results,
         ):
-            for result in results:
-                writer.write(result)
+            for result in in_order(paths, kept, results):
+                if not count:
+                    folder.start(clean=clean, resumed=bool(kept))
+                if isinstance(result, str):
+                    writer.keep(result)
+                else:
+                    writer.write(result)
+                    boxes += len(result.detections)
                 count += 1
-                boxes += len(result.detections)
             check_read(batcher, count)
+        folder.finish()
         seconds = time.perf_counter() - start
     skipped = len(batcher.failures)
     logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {seconds:.1f} s, {count / seconds:.1f} images/s")  # fmt: skip
     if pictures and writer.undrawn:
         logger.info(f"pictures show detections from a score of {draw_threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
+    if kept:
+        logger.info(
+            f"{len(kept)} of these images were done before; their detections are not counted"
+        )
     print(output / "detections.json")
     return SOME_SKIPPED if skipped else 0
 
@@ -207,7 +266,7 @@ def run(
 def name_outputs(
     paths: Sequence[Path], source: Sources, output: Path, options: RunOptions, *, pictures: bool
 ) -> dict[Path, Path]:
-    """Image -> the name of its outputs; warns of those of an earlier run.
+    """Image -> the name of its outputs.
 
     Raises:
         ValueError: a picture would replace an image that is read.
@@ -218,11 +277,75 @@ def name_outputs(
     names = dict(zip(paths, naming.output_names(paths, root_of(source)), strict=True))
     if pictures:
         naming.check_apart(output, names, source, recursive=options.recursive)
-    if others := naming.left_over(output, names.values()):
-        logger.warning(
-            "%s has results of %d other images, from an earlier run; they are kept", output, others
-        )
     return names
+
+
+def say_stale(folder: RunFolder, output: Path, names: Iterable[Path], *, clean: bool) -> None:
+    """Warn of what an earlier run left, unless it is removed."""
+    from trtdet.results import naming
+
+    stale = folder.stale()
+    if stale and not clean:
+        logger.warning(
+            "%s has %d files of an earlier run that this one does not write, such as %s; they are kept (--clean removes them)",
+            output,
+            len(stale),
+            stale[0],
+        )
+    listed = folder.before.files if folder.before else []
+    others = naming.left_over(
+        output, [*names, *(Path(name).with_suffix("") for name in listed if name.endswith(".tsv"))]
+    )
+    if others:
+        logger.warning(
+            "%s has results of %d other images, which no manifest lists; they are kept",
+            output,
+            others,
+        )
+
+
+def find_kept(
+    folder: RunFolder,
+    output: Path,
+    names: Mapping[Path, Path],
+    image_ids: Mapping[Path, int | str],
+    *,
+    pictures: bool,
+) -> dict[Path, str]:
+    """Images that a run that was broken off has done -> their part of detections.json."""
+    from trtdet.results import naming
+
+    done = folder.done()
+    suffixes = (".tsv", ".png") if pictures else (".tsv",)
+    kept = {}
+    for path, name in names.items():
+        one = done.get(name.as_posix())
+        if (
+            one is not None
+            and one.id == image_ids.get(path)
+            and all(naming.with_suffix_added(output / name, s).is_file() for s in suffixes)
+        ):
+            kept[path] = one.text
+    if kept:
+        logger.info("--resume: %d of %d images are done already", len(kept), len(names))
+    else:
+        logger.warning("--resume: %s has no run that was broken off; it begins anew", output)
+    return kept
+
+
+def in_order(
+    paths: Sequence[Path], kept: Mapping[Path, str], results: Iterable[ImageResult]
+) -> Iterator[ImageResult | str]:
+    """What was done before and what is done now, in the order of the images; those that cannot be read are in neither."""
+    waiting = iter(paths)
+    for result in results:
+        for path in waiting:
+            if path == result.path:
+                break
+            if path in kept:
+                yield kept[path]
+        yield result
+    yield from (kept[path] for path in waiting if path in kept)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 annotations=args.annotations,
                 tsv_header=args.tsv_header,
                 classes=args.classes,
+                clean=args.clean,
             )
             return SOME_SKIPPED if skipped else 0
         if not args.benchmark:
@@ -261,6 +385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 draw_threshold=args.draw_threshold,
                 tsv_header=args.tsv_header,
                 classes=args.classes,
+                resume=args.resume,
+                clean=args.clean,
             )
         run_benchmark(
             args.engine,
