@@ -399,6 +399,13 @@ def test_an_output_that_is_a_file_is_an_error(toy: Path, tmp_path: Path, capsys:
         assert f"error: --output: expected a folder, {tmp_path / 'out'} is a file; choose another name\n" in capsys.readouterr().err  # fmt: skip
 
 
+def test_a_benchmark_that_cannot_be_written_is_refused_first(toy: Path, tmp_path: Path, capsys: Any) -> None:  # fmt: skip
+    (tmp_path / "file").write_text("")
+    assert infer.main(["--model", str(toy), "--benchmark", "2", "--json", str(tmp_path / "file" / "x.json")]) == 1  # fmt: skip
+    captured = capsys.readouterr()
+    assert "cannot be written" in captured.err and "Throughput" not in captured.out
+
+
 def test_a_slow_disk_holds_the_runtime_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,10 +31,9 @@ from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
 from trtdet.onnx_files import EXPORT_AGAIN, read_onnx, with_weights
 from trtdet.parity.numbers import SideInfo
+from trtdet.precision import quantization
 from trtdet.precision.emulation import emulate
 from trtdet.precision.equalization import read_rescaled
-from trtdet.precision.floats import narrow_types
-from trtdet.precision.quantization import own_type
 from trtdet.run.detect import decoded, open_batcher, open_model
 from trtdet.run.options import ENGINE_OPTIONS, ONNX_OPTIONS, RunOptions
 from trtdet.runtimes.base import Runtime
@@ -435,8 +434,7 @@ def precision_of(path: Path, model: onnx.ModelProto | None) -> str:
     if model is None:
         info = read_sidecar(path)
         return "fp32" if info is None else info.precision
-    own = own_type(model)
-    return own.name.lower() if own else min(narrow_types(model), default="fp32")
+    return quantization.precision_of(model)
 
 
 def tensors_before(model: onnx.ModelProto, heads: frozenset[str]) -> tuple[str, ...]:
