@@ -6,6 +6,8 @@
     infer.py --model model.engine --input photos --benchmark
     infer.py --model grpc://localhost:8001/model --input photos --output found
     infer.py --model model.engine --input photos --output found --ray local
+    infer.py --model model.engine --input clip.mp4 --output found/clip.mp4
+    infer.py --model model.engine --input rtsp://camera/stream --output found --duration 60
 
 For photos/a.jpg, the output folder gets:
 
@@ -22,6 +24,13 @@ Files of an earlier run that this one does not write are named and kept; --clean
 run's manifest lists, and nothing else. --resume goes on with a run that was broken off, with the
 same model and options: images that are done are not run again, and the results are the same as of
 one run.
+
+A video file, a camera or a stream becomes one annotated video (H.264 if PyAV has it, without
+sound), one TSV with two more columns in front, the number of the frame and its time in seconds,
+and detections.json with the number of the frame as image_id. Frames count from 0 at the beginning
+of the video, also with --start and --every. A file that is damaged gives what comes before the
+damage. A stream that breaks is opened again three times; Ctrl-C ends it with what there is. Frames
+of a stream that come faster than the model are dropped and counted.
 
 --ray splits the images over the workers of a Ray cluster: one per GPU, or for an ONNX file one per
 core (--threads). It writes no pictures, and also detections.parquet with one row per image. An
@@ -68,11 +77,12 @@ from typing import TYPE_CHECKING
 from trtdet import files
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
 from trtdet.commands.options import add, add_model_option, add_run_options, parse_run_args
-from trtdet.commands.values import parse_classes, positive_int
+from trtdet.commands.values import non_negative, parse_classes, positive_float, positive_int
 from trtdet.labels import find_classes, read_labels
 from trtdet.results.options import DRAW_THRESHOLD
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import TritonUrl
+from trtdet.video.options import VideoOptions, is_video
 
 if TYPE_CHECKING:
     from trtdet.images.files import Sources
@@ -84,6 +94,18 @@ logger = logging.getLogger(__name__)
 
 #: Names that are no folder's.
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+VIDEO_OPTIONS = ("every", "start", "duration")
+#: Options that a video does not have, by their names here -> on the command line.
+NOT_FOR_VIDEO = {
+    "annotations": "--annotations",
+    "benchmark": "--benchmark",
+    "ray": "--ray",
+    "resume": "--resume",
+    "clean": "--clean",
+    "recursive": "--recursive",
+    "num_images": "--num_images",
+}
 
 #: Options of what is written, by their names here -> on the command line: a benchmark writes nothing.
 NOT_MEASURED = {
@@ -102,7 +124,7 @@ NOT_MEASURED = {
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add_model_option(parser, required=True)
-    add(parser, "--input", "-i")
+    add(parser, "--input video", "-i")
     add(parser, "--output", "-o")
     add(parser, "--labels", "-l")
     add(parser, "--annotations", note="they give the images their ids in detections.json")
@@ -129,8 +151,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or start one here ('local'); every machine must see model, images and this program under the same paths (default: none)")
     parser.add_argument("--ray_workers", type=positive_int, metavar="N", help="with --ray: number of workers (default: what fits)")
     # fmt: on
+    add_video_options(parser)
     add_run_options(parser)
     args = parse_run_args(parser, argv)
+    check_video_usage(parser, args)
     if args.benchmark:
         given = [option for name, option in NOT_MEASURED.items() if getattr(args, name)]
         if given:
@@ -145,6 +169,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output: expected a folder, {args.output} looks like a picture; did you mean {args.output.with_suffix('')}?")  # fmt: skip
     check_ray_usage(parser, args)
     return args
+
+
+def add_video_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("for a video")
+    # fmt: off
+    group.add_argument("--every", type=positive_int, metavar="N", help="look at one of N frames (default: 1)")
+    group.add_argument("--start", type=non_negative, metavar="SECONDS", help="begin at this time (default: 0)")
+    group.add_argument("--duration", type=positive_float, metavar="SECONDS", help="look at so much of it (default: to the end)")
+    # fmt: on
+
+
+def check_video_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """`args.video` is the video, None for images; exit with status 2 for what it does not go with."""
+    videos = [source for source in args.input or () if is_video(source)]
+    args.video = videos[0] if videos else None
+    if not videos:
+        given = [f"--{name}" for name in VIDEO_OPTIONS if getattr(args, name) is not None]
+        if given and args.input:
+            parser.error(f"{', '.join(given)}: for a video; {args.input[0]} is none")
+        return
+    if len(args.input) > 1:
+        parser.error("--input: expected one video, or images; run it once for each")
+    given = [option for name, option in NOT_FOR_VIDEO.items() if getattr(args, name)]
+    if given:
+        parser.error(f"{', '.join(given)}: not for a video; leave it out")
 
 
 def check_ray_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
@@ -348,6 +397,24 @@ def in_order(
     yield from (kept[path] for path in waiting if path in kept)
 
 
+def run_on_video(args: argparse.Namespace, options: RunOptions) -> int:
+    """The exit status."""
+    from trtdet.video.run import Drawing, run_video
+
+    part = VideoOptions(args.every or 1, args.start or 0.0, args.duration)
+    whole = run_video(
+        args.engine,
+        args.video,
+        args.output,
+        options,
+        part,
+        Drawing(not args.no_images, args.draw_threshold, args.tsv_header),
+        labels=args.labels,
+        classes=args.classes,
+    )
+    return 0 if whole else SOME_SKIPPED
+
+
 def main(argv: Sequence[str] | None = None) -> int:
 
     args = parse_args(argv)
@@ -373,6 +440,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 clean=args.clean,
             )
             return SOME_SKIPPED if skipped else 0
+        if args.video:
+            return run_on_video(args, options)
         if not args.benchmark:
             return run(
                 args.engine,
