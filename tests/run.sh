@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Lint, types and tests, on any machine. Arguments go to pytest.
-source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh" requirements.txt requirements-tensorflow.txt requirements-rtx.txt requirements-triton.txt requirements-ray.txt requirements-dev.txt
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh" requirements.txt requirements-tensorflow.txt requirements-rtx.txt requirements-triton.txt requirements-ray.txt requirements-video.txt requirements-dev.txt
 # Type stubs of TensorRT 10. They require `tensorrt` itself, which does not install everywhere and is not needed to read them.
 python -c 'import importlib.metadata as m; m.version("tensorrt-stubs")' 2>/dev/null ||
   pip install --quiet --disable-pip-version-check --no-deps 'tensorrt-stubs>=10.13,<11'

@@ -54,7 +54,13 @@ FOREIGN = (
 #: Scripts of other projects that make a model.
 OTHER_SCRIPTS = ("object_detection/exporter_main_v2.py", "export_onnx.py")
 #: Commands that run tests or change the environment.
-NOT_RUN = ("bash tests/run.sh", "python -m pytest", "python -m venv", ".venv/bin/ruff")
+NOT_RUN = (
+    "bash tests/run.sh",
+    "bash examples/gpu.sh",
+    "python -m pytest",
+    "python -m venv",
+    ".venv/bin/ruff",
+)
 
 TRTEXEC_LOG = "[11/21/2026-07:00:00] [I] === Performance summary ===\n" + "".join(
     f"[11/21/2026-07:00:00] [I] {line}\n"

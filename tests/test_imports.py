@@ -17,7 +17,7 @@ from conftest import ROOT
 #: From the ground up: a room imports only from rooms before it.
 ORDER = (
     "about", "errors", "files", "checks", "reading", "closing", "machine", "terminal", "doctor", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
-    "sources", "detections", "graph", "nms", "images", "precision", "engine", "runtimes", "results", "run", "deploy",
+    "sources", "detections", "graph", "nms", "images", "precision", "engine", "runtimes", "results", "run", "video", "deploy",
     "families", "conversion", "parity", "api", "commands",
 )  # fmt: skip
 SCRIPTS = ("create_onnx", "build_engine", "infer", "eval_coco", "compare", "tune_precision", "deploy", "image_batcher", "visualize")  # fmt: skip
@@ -37,6 +37,7 @@ HOMES = {
     "matplotlib": ("trtdet.results.coco", "trtdet.precision.sensitivity"),
     "pycocotools": ("trtdet.results.coco",),
     "ray": ("trtdet.run.ray_cluster",),
+    "av": ("trtdet.video.source",),
     "pyarrow": ("trtdet.run.ray_cluster",),
     "tritonclient": ("trtdet.runtimes.triton", "trtdet.deploy.triton"),
     "aiohttp": ("trtdet.runtimes.triton",),

@@ -107,3 +107,12 @@ def test_classes_that_are_not_there(word: str, names: tuple[str, ...], message: 
 
 def test_one_name_may_stand_for_several_classes() -> None:
     assert labels.find_classes(["b"], ("a", "B", "b"), 3) == (1, 2)
+
+
+def test_json_is_named_for_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text('{"images": []}')
+    with pytest.raises(ValueError, match="expected class names, one per line, found JSON"):
+        read_labels(path)
+    path.write_text("[unknown]\ncircle\n")
+    assert read_labels(path) == ("[unknown]", "circle")

@@ -25,6 +25,7 @@ EXTRAS = {
     "requirements-rtx.txt": "rtx",
     "requirements-triton.txt": "triton",
     "requirements-ray.txt": "ray",
+    "requirements-video.txt": "video",
     "requirements-dev.txt": "dev",
 }
 

@@ -149,6 +149,19 @@ def check_writable(path: Path) -> None:
         )
 
 
+def check_folder(folder: Path, option: str = "--output") -> None:
+    """Find out before long work whether files can be written into a folder, which is made later.
+
+    Raises:
+        OSError: it is a file, or lies below one, or takes no files.
+    """
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise OSError(f"{option}: expected a folder, {existing} is a file; choose another name")
+    if not os.access(existing, os.W_OK):
+        raise OSError(f"{option}: {existing} takes no files from you; choose another folder")
+
+
 def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
     """Find out before long work whether every output can be written, and that none is an input or another output.
 

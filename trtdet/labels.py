@@ -2,6 +2,7 @@
 """Class names: COCO's, and those in a text file."""
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,8 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
             raise ValueError(
                 f"{path}: expected class names in UTF-8, found other bytes ({error})"
             ) from error
+        if _is_json(text):
+            raise ValueError(f"{path}: expected class names, one per line, found JSON; write them into a text file")  # fmt: skip
         if Path(path).suffix == ".pbtxt":
             lines = list(parse_label_map(text, path))
         else:
@@ -87,6 +90,14 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
             "a class that is not used has an empty line"
         )
     return labels
+
+
+def _is_json(text: str) -> bool:
+    """Whether this is an object or a list, not lines that happen to begin with a bracket."""
+    try:
+        return text.lstrip()[:1] in ("{", "[") and bool(json.loads(text))
+    except ValueError:
+        return False
 
 
 def find_classes(words: Sequence[str], labels: Sequence[str], num_classes: int) -> tuple[int, ...]:

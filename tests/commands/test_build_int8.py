@@ -746,3 +746,11 @@ def test_wrong_usage(options: list[str], message: str, capsys: pytest.CaptureFix
         build_engine.main(["--onnx", "a", "--save_onnx", "b", *options])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_calibration(tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("trtdet.precision.calibration.choose_images", lambda *_: 1 / 0)
+    arguments = ["--model", tiny_onnx, "--save_onnx", tmp_path / "x.onnx", "--precision", "int8", "--calib_input", EXAMPLES / "images"]  # fmt: skip
+    assert build_engine.main([*map(str, arguments), "--calib_cache", str(tmp_path / "file" / "c")]) == 1  # fmt: skip
+    assert "cannot be written" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from trtdet import machine, terminal
 from trtdet.commands import infer, visualize
 from trtdet.detections import Detections
 from trtdet.errors import EngineError
+from trtdet.images import batcher
 from trtdet.results import writer as results_writer
 from trtdet.run import benchmark, detect
 from trtdet.runtimes.ort import OnnxRuntime
@@ -69,6 +70,7 @@ def test_one_picture_and_one_tsv_per_image(toy: Path, tmp_path: Path, capsys: An
         "7.tsv",
         "detections.json",
         "labels.txt",
+        "manifest.json",
     ]
     assert rows(out / "7.tsv") == [[8, 4, 40, 20, 0.8, 1], [0, 0, 96, 64, 0.6, 2]]
     assert (out / "12.tsv").read_text() == ""
@@ -397,6 +399,13 @@ def test_an_output_that_is_a_file_is_an_error(toy: Path, tmp_path: Path, capsys:
         assert f"error: --output: expected a folder, {tmp_path / 'out'} is a file; choose another name\n" in capsys.readouterr().err  # fmt: skip
 
 
+def test_a_benchmark_that_cannot_be_written_is_refused_first(toy: Path, tmp_path: Path, capsys: Any) -> None:  # fmt: skip
+    (tmp_path / "file").write_text("")
+    assert infer.main(["--model", str(toy), "--benchmark", "2", "--json", str(tmp_path / "file" / "x.json")]) == 1  # fmt: skip
+    captured = capsys.readouterr()
+    assert "cannot be written" in captured.err and "Throughput" not in captured.out
+
+
 def test_a_slow_disk_holds_the_runtime_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -672,7 +681,148 @@ def test_results_of_an_earlier_run_are_named(toy: Path, tmp_path: Path, capsys: 
     assert run(toy, tmp_path / "one", tmp_path / "out") == 0
     assert "earlier run" not in capsys.readouterr().err
     assert run(toy, tmp_path / "two", tmp_path / "out") == 0
-    assert "has results of 1 other images, from an earlier run" in capsys.readouterr().err
+    assert "has 2 files of an earlier run that this one does not write, such as a.png; they are kept (--clean removes them)" in capsys.readouterr().err  # fmt: skip
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert run(toy, tmp_path / "two", tmp_path / "out") == 0
+    assert "has results of 1 other images, which no manifest lists; they are kept" in capsys.readouterr().err  # fmt: skip
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())  # fmt: skip
+
+
+def test_clean_removes_what_the_manifest_lists(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    """Not the user's own files, not what a later run writes, and nothing beyond the folder."""
+    image(tmp_path / "one" / "street" / "a.png", red=204, green=2, blue=1)
+    image(tmp_path / "one" / "c.png", red=204, green=2, blue=1)
+    image(tmp_path / "two" / "b.png", red=204, green=2, blue=1)
+    out = tmp_path / "out"
+    assert run(toy, tmp_path / "one", out, "--recursive") == 0
+    assert names(out) == ["c.png", "c.tsv", "detections.json", "labels.txt", "manifest.json", "street/a.png", "street/a.tsv"]  # fmt: skip
+    (out / "notes.tsv").write_text("mine")
+    (out / "street" / "mine.txt").write_text("mine")
+    capsys.readouterr()
+    assert run(toy, tmp_path / "two", out, "--clean", "--no_images") == 0
+    assert "--clean: removed 7 files of an earlier run" in capsys.readouterr().err
+    assert names(out) == ["b.tsv", "detections.json", "labels.txt", "manifest.json", "notes.tsv", "street/mine.txt"]  # fmt: skip
+    assert json.loads((out / "manifest.json").read_text())["files"] == ["b.tsv", "detections.json", "labels.txt"]  # fmt: skip
+
+
+def test_a_run_that_fails_cleans_nothing(toy: Path, tmp_path: Path) -> None:
+    image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
+    assert run(toy, tmp_path / "in", tmp_path / "out") == 0
+    before = names(tmp_path / "out")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"no image")
+    assert run(toy, tmp_path / "bad", tmp_path / "out", "--clean") == 1
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--clean", "--classes", "nothing") == 1
+    assert names(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["../photo.png", "/etc/passwd", ""])
+def test_a_manifest_that_leads_out_of_the_folder_is_refused(name: str, toy: Path, tmp_path: Path, capsys: Any) -> None:  # fmt: skip
+    image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
+    image(tmp_path / "photo.png", red=204, green=2, blue=1)
+    (tmp_path / "out").mkdir()
+    record = {"schema": 1, "complete": True, "run": {}, "files": [name]}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(record))
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--clean") == 1
+    assert "expected names within the folder" in capsys.readouterr().err
+    assert (tmp_path / "photo.png").is_file()
+
+
+def test_clean_follows_no_link_out_of_the_folder(toy: Path, tmp_path: Path) -> None:
+    image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
+    image(tmp_path / "mine" / "b.png", red=204, green=2, blue=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "street").symlink_to(tmp_path / "mine")
+    record = {"schema": 1, "complete": True, "run": {}, "files": ["street/b.png"]}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(record))
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--clean") == 0
+    assert (tmp_path / "mine" / "b.png").is_file()
+
+
+class Broken(Exception):
+    """A run that ends in the middle."""
+
+
+def break_off(toy: Path, source: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:  # fmt: skip
+    """A run whose writer gets `after` results."""
+    write = results_writer.ResultWriter.write
+    count = 0
+
+    def write_some(self: Any, result: Any) -> None:
+        nonlocal count
+        if count == after:
+            for future in self._pending:
+                future.result()
+            raise Broken
+        count += 1
+        write(self, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results_writer.ResultWriter, "write", write_some)
+        with pytest.raises(Broken):
+            run(toy, source, out, *options)
+
+
+@pytest.mark.parametrize("options", [(), ("--no_images",), ("--tsv_header", "--batch_size", "1")])
+def test_a_run_that_was_broken_off_goes_on(options: tuple[str, ...], toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:  # fmt: skip
+    """The files are those of one run, to the last byte; what is done is not run again, not even read."""
+    for number in range(9):
+        image(
+            tmp_path / "in" / f"{number}.png", red=100 + number, green=number % 5, blue=number % 2
+        )
+    (tmp_path / "in" / "5b.png").write_bytes(b"no image")
+    assert run(toy, tmp_path / "in", tmp_path / "whole", *options) == 3
+    out = tmp_path / "out"
+    break_off(toy, tmp_path / "in", out, 4, monkeypatch, *options)
+    assert not (out / "detections.json").exists() and not json.loads((out / "manifest.json").read_text())["complete"]  # fmt: skip
+    done = (out / "detections.partial.jsonl").read_text().splitlines()
+    assert len(done) == 4
+    with (out / "detections.partial.jsonl").open("a") as file:
+        file.write('{"name": "4", "id": 4, "te')  # cut in the middle
+    (out / "2.tsv").unlink()  # is missing, so it is made again
+    capsys.readouterr()
+    read: list[str] = []
+    load = batcher.load_image
+    monkeypatch.setattr(batcher, "load_image", lambda path, *a, **k: read.append(path.name) or load(path, *a, **k))  # fmt: skip
+    assert run(toy, tmp_path / "in", out, "--resume", *options) == 3
+    log = capsys.readouterr().err
+    assert "--resume: 3 of 10 images are done already" in log
+    assert "9 images, " in log and "3 of these images were done before" in log
+    assert sorted(read) == ["2.png", "4.png", "5.png", "5b.png", "6.png", "7.png", "8.png"]
+    assert names(out) == names(tmp_path / "whole")
+    for name in names(out):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_another_run_is_not_gone_on_with(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:  # fmt: skip
+    for number in range(3):
+        image(tmp_path / "in" / f"{number}.png", red=100 + number, green=number % 5, blue=0)
+    break_off(toy, tmp_path / "in", tmp_path / "out", 2, monkeypatch)
+    capsys.readouterr()
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--resume", "--score_threshold", "0.3") == 1
+    assert "has results of a run with another score_threshold; finish that one" in capsys.readouterr().err  # fmt: skip
+    assert run(toy, tmp_path / "in", tmp_path / "out") == 0  # anew
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--resume") == 0
+    assert "has no run that was broken off; it begins anew" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "detections.partial.jsonl").exists()
+
+
+def test_all_images_may_be_done(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was broken off between the last image and detections.json."""
+    for number in range(3):
+        image(tmp_path / "in" / f"{number}.png", red=100 + number, green=number % 5, blue=0)
+    assert run(toy, tmp_path / "in", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(results_writer.ResultWriter, "finish", lambda self: [f.result() for f in self._pending] and 1 / 0)  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            run(toy, tmp_path / "in", tmp_path / "out")
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--resume") == 0
+    assert names(tmp_path / "out") == names(tmp_path / "whole")
+    whole, found = (json.loads((tmp_path / f / "detections.json").read_text()) for f in ("whole", "out"))  # fmt: skip
+    assert found == whole
 
 
 # ---- what is no model

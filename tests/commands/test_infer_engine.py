@@ -83,7 +83,7 @@ def test_two_gpus_write_the_files_of_one(
         assert run(engine, photos, tmp_path / "two", "--devices", devices) == 0
     assert ran == {0, 1}
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert len(one) == 2 * IMAGES + 2
+    assert len(one) == 2 * IMAGES + 3
     assert two == one
     found = json.loads(one["detections.json"])
     assert len(found) > IMAGES

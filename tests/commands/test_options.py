@@ -54,6 +54,7 @@ DIFFERENT = {
         "deploy.py trtexec",
         "--precision",
     ): "trtexec's weak types, where build_engine.py puts types into the graph",
+    ("compare.py", "--max_ap_drop"): "depends on the candidate's precision",
     ("deploy.py triton", "--devices"): "a server uses every GPU",
 }
 

@@ -8,13 +8,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import onnx
 import pytest
-from conftest import ROOT
+from conftest import EXAMPLES, ROOT
 from deploy_models import D0, DETR, YOLO, make_engine, with_input
 
-from trtdet.commands import deploy
+from trtdet.commands import build_engine, deploy
 from trtdet.deploy.deepstream_check import read_groups
 from trtdet.deploy.model import label_lines
+from trtdet.spec import ModelSpec
 
 
 def run(*arguments: object) -> int:
@@ -202,8 +204,130 @@ def test_the_parser_is_made(tmp_path):
     assert (tmp_path / "ds/parser/libnvdsinfer_trtdet.so").stat().st_size > 0
 
 
-def test_an_onnx_file_is_no_engine(tmp_path, capsys):
-    path = tmp_path / "d0.onnx"
-    path.write_bytes(b"x")
-    assert run("deepstream", "--model", path, "--output", tmp_path / "ds") == 1
-    assert f"{path} is an ONNX file; build one: build_engine.py --model {path} --engine d0.engine" in capsys.readouterr().err  # fmt: skip
+# ---- of an ONNX file
+
+
+def typed(tiny: Path, folder: Path, precision: str) -> Path:
+    if precision == "fp32":
+        return tiny
+    path = folder / "typed.onnx"
+    options = ["--model", tiny, "--precision", precision, "--save_onnx", path]
+    options += (
+        ["--calib_input", EXAMPLES / "images", "--int8_share", "1"] if precision == "int8" else []
+    )
+    assert build_engine.main([str(o) for o in options]) == 0
+    return path
+
+
+@pytest.mark.parametrize(("precision", "mode"), [("fp32", "0"), ("fp16", "2"), ("int8", "1")])
+def test_an_onnx_file_in_its_precision(precision, mode, tiny_onnx, tmp_path, capsys):
+    model = typed(tiny_onnx, tmp_path, precision)
+    capsys.readouterr()
+    assert (
+        run(
+            "deepstream",
+            "--model",
+            model,
+            "--output",
+            tmp_path / "ds",
+            "--name",
+            "shapes",
+            "--batch_size",
+            4,
+        )
+        == 0
+    )
+    assert ("is in float32, and so will be the engine" in capsys.readouterr().err) == (
+        precision == "fp32"
+    )
+    folder = tmp_path / "ds"
+    assert {p.name for p in folder.iterdir()} == {
+        "config_infer.txt",
+        "config_infer.yml",
+        "deepstream_app.txt",
+        "parser",
+        "model",
+    }
+    properties = read_groups(folder / "config_infer.txt")["property"]
+    assert (folder / properties["onnx-file"]).read_bytes() == model.read_bytes()
+    assert properties["onnx-file"] == "model/shapes.onnx"
+    assert properties["model-engine-file"] == f"model/shapes.onnx_b4_gpu0_{precision}.engine"
+    assert (properties["network-mode"], properties.get("strongly-typed")) == (
+        mode,
+        None if precision == "fp32" else "1",
+    )
+    assert (folder / properties["labelfile-path"]).read_text().split() == [
+        "circle",
+        "square",
+        "triangle",
+    ]
+    assert run("check", "--output", folder) == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("network-mode=2", "network-mode=0", "network-mode: expected 2 for shapes.onnx, found 0"),
+        (
+            "strongly-typed=1",
+            "strongly-typed=0",
+            "strongly-typed: expected 1 for shapes.onnx, found 0",
+        ),
+        (
+            "onnx-file=model/shapes.onnx",
+            "onnx-file=model/other.onnx",
+            "onnx-file: expected a file, found nothing at model/other.onnx",
+        ),
+        ("infer-dims=3;128;128", "infer-dims=3;64;64", "infer-dims: expected 3;128;128"),
+    ],
+)
+def test_mistakes_about_an_onnx_file_are_found(old, new, message, tiny_onnx, tmp_path, capsys):
+    model = typed(tiny_onnx, tmp_path, "fp16")
+    assert run("deepstream", "--model", model, "--output", tmp_path / "ds", "--name", "shapes") == 0
+    path = tmp_path / "ds/config_infer.txt"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    capsys.readouterr()
+    assert run("check", "--output", tmp_path / "ds") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_onnx_files_that_nvinfer_cannot_build(tiny_onnx, tmp_path, capsys):
+    model = onnx.load(tiny_onnx)
+    spec = ModelSpec.from_onnx(model)
+    with_input(spec, dtype="uint8").attach(model)
+    onnx.save(model, tmp_path / "bytes.onnx")
+    assert run("deepstream", "--model", tmp_path / "bytes.onnx", "--output", tmp_path / "ds") == 1
+    assert "nvinfer feeds float32 and this file takes uint8" in capsys.readouterr().err
+    assert (
+        run(
+            "deepstream", "--model", typed(tiny_onnx, tmp_path, "bf16"), "--output", tmp_path / "ds"
+        )
+        == 1
+    )
+    assert "is in BF16, which nvinfer does not build" in capsys.readouterr().err
+
+
+def test_weights_in_a_file_of_their_own_are_copied(tiny_onnx, tmp_path):
+    (tmp_path / "in").mkdir()
+    onnx.save(
+        onnx.load(tiny_onnx),
+        tmp_path / "in/m.onnx",
+        save_as_external_data=True,
+        location="w.bin",
+        size_threshold=0,
+    )
+    assert (
+        run(
+            "deepstream",
+            "--model",
+            tmp_path / "in/m.onnx",
+            "--output",
+            tmp_path / "ds",
+            "--name",
+            "shapes",
+        )
+        == 0
+    )
+    assert (tmp_path / "ds/model/w.bin").read_bytes() == (tmp_path / "in/w.bin").read_bytes()
+    onnx.load(tmp_path / "ds/model/shapes.onnx")

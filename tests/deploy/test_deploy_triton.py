@@ -275,8 +275,8 @@ def test_a_file_where_a_folder_belongs(tmp_path, capsys):
     assert write(engine, engine) == 1
     assert run("deepstream", "--engine", engine, "--output", engine) == 1
     first, second = capsys.readouterr().err.splitlines()
-    assert first == f"error: --output: expected a folder, found a file at {engine}"
-    assert second == f"error: --output: expected a folder, found a file at {engine}"
+    assert first == f"error: --output: expected a folder, {engine} is a file; choose another name"
+    assert second == f"error: --output: expected a folder, {engine} is a file; choose another name"
 
 
 def test_more_than_the_engine_takes(tmp_path, capsys):

@@ -25,6 +25,7 @@ from trtdet.engine.options import BatchRange
 from trtdet.engine.sidecar import EngineInfo, sidecar_path, write_engine
 from trtdet.errors import EngineError
 from trtdet.run import ray, ray_cluster
+from trtdet.run.detect import run_identity
 from trtdet.run.options import RunOptions
 from trtdet.run.ray_cluster import Results, Workers, plan_workers
 from trtdet.spec import METADATA_KEY, ModelSpec
@@ -63,7 +64,10 @@ def check_outputs(output: Path, alone: Path, photos: Path) -> None:
     found = {path.name: path.read_bytes() for path in output.iterdir()}
     parquet = pyarrow.parquet.read_table(output / "detections.parquet")
     del found["detections.parquet"]
+    listed = [set(json.loads(files["manifest.json"])["files"]) for files in (found, expected)]
+    del found["manifest.json"], expected["manifest.json"]
     assert found == expected
+    assert listed[0] - listed[1] == {"detections.parquet"} and listed[1] - listed[0] == set()
     spec = ModelSpec.from_json(parquet.schema.metadata[METADATA_KEY.encode()].decode())
     assert spec.category_ids == toy_detector.CATEGORY_IDS
     rows = parquet.to_pylist()
@@ -179,7 +183,7 @@ def test_a_worker_keeps_the_classes_it_is_asked_for(toy, photos):
             kept += len(found)
     assert kept > 0
     options = RunOptions(score_threshold=0.0)
-    assert ray.ray_identity("a", options, (1,)) != ray.ray_identity("a", options)
+    assert run_identity("a", options, (1,)) != run_identity("a", options)
 
 
 def test_an_engine_is_hashed_once(tmp_path, monkeypatch):
@@ -213,7 +217,7 @@ def test_a_run_that_was_broken_off_goes_on(toy, photos, alone, tmp_path, capsys)
     options = RunOptions(score_threshold=0.0)
     half = sorted(photos.iterdir())[: IMAGES // 2]
     detector = ray.PathDetector(toy, RunOptions())
-    with Results(output / ray.PARTIAL, ray.ray_identity(files.sha256(toy), options)) as results:
+    with Results(output / ray.PARTIAL, run_identity(files.sha256(toy), options)) as results:
         results.add(ray_cluster.to_table(detector(half)))
     assert ray_main(toy, photos, output) == 3
     log = capsys.readouterr().err

@@ -16,6 +16,8 @@ the same in FP8, for GPUs from Ada (8.9) on.
 --save_onnx writes the ONNX file that TensorRT gets, precision included. It runs in ONNX Runtime
 (BF16 not on a CPU). On a Jetson without Python, trtexec builds the same engine from it:
 `trtexec --onnx=FILE --stronglyTyped --saveEngine=d0.engine`.
+
+--dry_run says what the same command would build, in seconds, and refuses what it would refuse.
 """
 
 from __future__ import annotations
@@ -55,13 +57,21 @@ def run(
     flavor_name: str | None = None,
     check_input: Path | None = None,
     int8: Int8Options = Int8Options(),
+    dry_run: bool = False,
 ) -> None:
     """Build `onnx_path` into `engine_path`, or only prepare it as `save_onnx`, and print what came out."""
+    from trtdet.engine.dry_run import plan_file
     from trtdet.engine.stage import build_file, prepare_file
     from trtdet.runtimes.kinds import check_model
 
     check_model(onnx_path)
-    if engine_path:
+    if dry_run:
+        print(
+            plan_file(
+                onnx_path, engine_path, options, int8, save_onnx=save_onnx, flavor_name=flavor_name
+            )
+        )
+    elif engine_path:
         print(
             build_file(
                 onnx_path,
@@ -117,6 +127,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--optimization_level", type=int, choices=range(6), metavar="0..5", help="0 builds fastest, 5 gives the fastest engine (default: TensorRT's, 3)")
     # fmt: on
     add(how, "--plugins")
+    parser.add_argument("--dry_run", action="store_true", help="only say what would be built: layers per precision, input sizes, calibration images, memory; nothing is calibrated, built or written")  # fmt: skip
     add_verbose(parser)
     args = parser.parse_args(argv)
     if not args.engine and not args.save_onnx:
@@ -205,5 +216,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             flavor_name=args.flavor,
             check_input=args.fp16_check_input,
             int8=int8_from(args),
+            dry_run=args.dry_run,
         )
     )

@@ -11,7 +11,7 @@ Each model is a SavedModel, an ONNX file as it was trained, an ONNX file of crea
 
   tensors     of the same name, if neither model is an engine: largest and mean difference,
               cosine, SQNR; on a CPU, FP16 and BF16 files are computed with every result rounded,
-              as a GPU does
+              as a GPU does; channels that INT8 rescales are scaled back first
   detections  paired by overlap and category: missing, extra, other class, differences of score
               and box
   AP          of both, with --annotations
@@ -47,7 +47,15 @@ from trtdet.commands.values import (
     positive_unit_interval,
     unit_interval,
 )
-from trtdet.parity.options import MIN_SCORE, TENSOR_IMAGES, WORST_IMAGES, CompareOptions, Limits
+from trtdet.parity.options import (
+    BOX_SHARE_8_BITS,
+    LIMITS_8_BITS,
+    MIN_SCORE,
+    TENSOR_IMAGES,
+    WORST_IMAGES,
+    CompareOptions,
+    Limits,
+)
 from trtdet.run.options import RunOptions
 
 if TYPE_CHECKING:
@@ -104,6 +112,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     parser = ArgumentParser(description=__doc__)
     limits = Limits()
+
+    def rule(name: str) -> str:
+        return f"(default: {getattr(limits, name)} [{getattr(LIMITS_8_BITS, name)}])"
+
     # fmt: off
     parser.add_argument("--reference", type=Path, required=True, metavar="MODEL", help="the model taken as correct: a SavedModel folder, an ONNX file or an engine")
     parser.add_argument("--candidate", type=Path, required=True, metavar="MODEL", help="the model compared with it, of the same kinds")
@@ -121,16 +133,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--tensor_images", type=non_negative_int, default=TENSOR_IMAGES, metavar="N", help="compare tensors on this many images (default: %(default)s; 0: none)")
     what.add_argument("--own_nms", action="store_true", help="for an AutoML model as it was trained: take its own detections, with its own, often soft, NMS")
     what.add_argument("--worst", type=positive_int, default=WORST_IMAGES, metavar="N", help="show this many images in the report, those that differ most first (default: %(default)s)")
-    limit = parser.add_argument_group("limits", "Exit status 1 if one is exceeded. Shares are shares of the reference's detections. 95 % of the pairs must stay within a limit of a difference. The defaults are for FP16; docs/parity.md has limits for INT8.")
-    limit.add_argument("--max_missing", type=unit_interval, default=limits.max_missing, metavar="SHARE", help="detections that the candidate does not have (default: %(default)s)")
-    limit.add_argument("--max_extra", type=non_negative, default=limits.max_extra, metavar="SHARE", help="detections that only the candidate has (default: %(default)s)")
-    limit.add_argument("--max_flips", type=unit_interval, default=limits.max_flips, metavar="SHARE", help="detections of another class (default: %(default)s)")
-    limit.add_argument("--max_score_diff", type=non_negative, default=limits.max_score_diff, metavar="X", help="difference of scores (default: %(default)s)")
-    limit.add_argument("--max_box_diff", type=non_negative, default=limits.max_box_diff, metavar="PIXELS", help="difference of a coordinate, in pixels of the network input (default: %(default)s)")
-    limit.add_argument("--max_angle_diff", type=non_negative, default=limits.max_angle_diff, metavar="RADIANS", help="difference of the angles of rotated boxes (default: %(default)s)")
-    limit.add_argument("--min_cosine", type=unit_interval, default=limits.min_cosine, metavar="X", help="cosine of the head tensors (default: %(default)s)")
+    limit = parser.add_argument_group("limits", "Exit status 1 if one is exceeded. Shares are shares of the reference's detections. 95 % of the pairs must stay within a limit of a difference. The defaults depend on the candidate: those in brackets are for INT8 and FP8. docs/parity.md has the measurements behind them.")
+    limit.add_argument("--max_missing", type=unit_interval, metavar="SHARE", help=f"detections that the candidate does not have {rule('max_missing')}")
+    limit.add_argument("--max_extra", type=non_negative, metavar="SHARE", help=f"detections that only the candidate has {rule('max_extra')}")
+    limit.add_argument("--max_flips", type=unit_interval, metavar="SHARE", help=f"detections of another class {rule('max_flips')}")
+    limit.add_argument("--max_score_diff", type=non_negative, metavar="X", help=f"difference of scores {rule('max_score_diff')}")
+    limit.add_argument("--max_box_diff", type=non_negative, metavar="PIXELS", help=f"difference of a coordinate, in pixels of the network input (default: {limits.max_box_diff} [1/{1 / BOX_SHARE_8_BITS:g} of the shorter side])")
+    limit.add_argument("--max_angle_diff", type=non_negative, metavar="RADIANS", help=f"difference of the angles of rotated boxes {rule('max_angle_diff')}")
+    limit.add_argument("--min_cosine", type=unit_interval, metavar="X", help=f"cosine of the head tensors {rule('min_cosine')}")
     # fmt: on
-    add(limit, "--max_ap_drop")
+    add(
+        limit,
+        "--max_ap_drop",
+        default=None,
+        rule=f"{limits.max_ap_drop} [{LIMITS_8_BITS.max_ap_drop}]",
+    )
     how = parser.add_argument_group("how it is run")
     add_several(how, "--batch_size", "--resample", "--workers", "--devices", "--plugins", "--allow_host_code")  # fmt: skip
     add(how, "--provider", note="tensors always run on the CPU")
@@ -141,8 +158,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def options_from(args: argparse.Namespace) -> CompareOptions:
     """The options of a parsed command line."""
+    names = [field.name for field in dataclasses.fields(Limits)]
     return CompareOptions(
-        limits=Limits(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Limits)}),
+        limits={name: value for name in names if (value := getattr(args, name)) is not None},
         score_threshold=args.min_score,
         iou=args.min_iou,
         num_images=args.num_images,

@@ -42,16 +42,6 @@ def report(problems: Sequence[str]) -> None:
         )
 
 
-def check_folder(path: Path, option: str) -> None:
-    """Find out before anything is written whether a folder can be there.
-
-    Raises:
-        NotADirectoryError: names the option.
-    """
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{option}: expected a folder, found a file at {path}")
-
-
 def check_written(repository: Path, names: Sequence[str]) -> None:
     """Fail for faults of the models just written, warn of those of others in the repository.
 
@@ -77,7 +67,7 @@ def deploy_triton(args: argparse.Namespace) -> None:
     from trtdet.deploy import triton
     from trtdet.deploy.model import open_engine, open_onnx, with_labels
 
-    check_folder(args.output, "--output")
+    files.check_folder(args.output)
     engines = [with_labels(open_engine(path), args.labels) for path in args.engines]
     onnx_model = with_labels(open_onnx(args.onnx), args.labels) if args.onnx else None
     options = triton.TritonOptions(
@@ -98,12 +88,19 @@ def deploy_triton(args: argparse.Namespace) -> None:
 
 def deploy_deepstream(args: argparse.Namespace) -> None:
     from trtdet.deploy import deepstream, deepstream_check
-    from trtdet.deploy.model import check_servable, open_engine, with_labels
+    from trtdet.deploy.model import check_servable, open_engine, open_onnx, with_labels
     from trtdet.deploy.pad_color import SOURCE_KEY
 
-    check_folder(args.output, "--output")
-    model = open_engine(args.model)
+    files.check_folder(args.output)
+    model = open_onnx(args.model) if is_onnx(args.model) else open_engine(args.model)
     check_servable(model, "DeepStream")
+    if model.engine is None and model.precision == "fp32":
+        logger.warning(
+            "%s is in float32, and so will be the engine that nvinfer builds of it; build_engine.py --model %s --save_onnx FILE "
+            "--precision fp16 (or int8) writes one in another precision",
+            args.model,
+            args.model,
+        )
     model = with_labels(model, args.labels)
     threshold = args.score_threshold
     if threshold is None:
@@ -132,7 +129,8 @@ def deploy_deepstream(args: argparse.Namespace) -> None:
     for path in deepstream.write_folder(args.output, args.name, model, options):
         logger.info("%s", path)
     report(deepstream_check.check_folder(args.output))
-    check_written(args.output / "triton", [args.name])
+    if model.engine is not None:
+        check_written(args.output / "triton", [args.name])
     make = shlex.join(["make", "-C", str(args.output / "parser")])
     print(make)
     print(shlex.join(["deepstream-app", "-c", str(args.output / deepstream.APP_FILE)]))

@@ -101,7 +101,14 @@ def add_triton_options(to: ArgumentParser) -> None:
 
 
 def add_deepstream_options(to: ArgumentParser) -> None:
-    add(to, "--model engine", "--engine", required=True)
+    add(
+        to,
+        "--model file",
+        "--engine",
+        "--onnx",
+        required=True,
+        note="of an ONNX file nvinfer builds the engine when it first starts",
+    )
     add(to, "--output", "-o", required=True)
     add(to, "--name", type=parse_name, default="detector")
     add(to, "--labels")

@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         from trtdet.engine.sidecar import read_spec
+        from trtdet.files import check_folder
         from trtdet.images.files import find_images, root_of
         from trtdet.images.preprocess import IMAGENET_MEAN, choose_input
         from trtdet.results.naming import check_apart, output_names
@@ -130,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = find_images(args.input, recursive=args.recursive, num_images=args.num_images)
         root = root_of(args.input)
         names = dict(zip(images, output_names(images, root), strict=True))
+        check_folder(args.output)
         check_apart(args.output, names, args.input, recursive=args.recursive)
         failed = show(
             names,

@@ -6,6 +6,8 @@
     infer.py --model model.engine --input photos --benchmark
     infer.py --model grpc://localhost:8001/model --input photos --output found
     infer.py --model model.engine --input photos --output found --ray local
+    infer.py --model model.engine --input clip.mp4 --output found/clip.mp4
+    infer.py --model model.engine --input rtsp://camera/stream --output found --duration 60
 
 For photos/a.jpg, the output folder gets:
 
@@ -16,6 +18,19 @@ For photos/a.jpg, the output folder gets:
                      name if each file name has a different number (as COCO's have), else the
                      file name; with --annotations it is the id in that file.
     labels.txt       the class names, one per line, if the model has any; for visualize.py
+    manifest.json    the files of this run, and what they were made with
+
+Files of an earlier run that this one does not write are named and kept; --clean removes what that
+run's manifest lists, and nothing else. --resume goes on with a run that was broken off, with the
+same model and options: images that are done are not run again, and the results are the same as of
+one run.
+
+A video file, a camera or a stream becomes one annotated video (H.264 if PyAV has it, without
+sound), one TSV with two more columns in front, the number of the frame and its time in seconds,
+and detections.json with the number of the frame as image_id. Frames count from 0 at the beginning
+of the video, also with --start and --every. A file that is damaged gives what comes before the
+damage. A stream that breaks is opened again three times; Ctrl-C ends it with what there is. Frames
+of a stream that come faster than the model are dropped and counted.
 
 --ray splits the images over the workers of a Ray cluster: one per GPU, or for an ONNX file one per
 core (--threads). It writes no pictures, and also detections.parquet with one row per image. An
@@ -54,7 +69,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,20 +77,35 @@ from typing import TYPE_CHECKING
 from trtdet import files
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
 from trtdet.commands.options import add, add_model_option, add_run_options, parse_run_args
-from trtdet.commands.values import parse_classes, positive_int
+from trtdet.commands.values import non_negative, parse_classes, positive_float, positive_int
 from trtdet.labels import find_classes, read_labels
 from trtdet.results.options import DRAW_THRESHOLD
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import TritonUrl
+from trtdet.video.options import VideoOptions, is_video
 
 if TYPE_CHECKING:
     from trtdet.images.files import Sources
+    from trtdet.results.manifest import RunFolder
+    from trtdet.results.writer import ImageResult
 
 logger = logging.getLogger(__name__)
 
 
 #: Names that are no folder's.
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+VIDEO_OPTIONS = ("every", "start", "duration")
+#: Options that a video does not have, by their names here -> on the command line.
+NOT_FOR_VIDEO = {
+    "annotations": "--annotations",
+    "benchmark": "--benchmark",
+    "ray": "--ray",
+    "resume": "--resume",
+    "clean": "--clean",
+    "recursive": "--recursive",
+    "num_images": "--num_images",
+}
 
 #: Options of what is written, by their names here -> on the command line: a benchmark writes nothing.
 NOT_MEASURED = {
@@ -86,13 +116,15 @@ NOT_MEASURED = {
     "tsv_header": "--tsv_header",
     "score_threshold": "--score_threshold",
     "classes": "--classes",
+    "resume": "--resume",
+    "clean": "--clean",
 }
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add_model_option(parser, required=True)
-    add(parser, "--input", "-i")
+    add(parser, "--input video", "-i")
     add(parser, "--output", "-o")
     add(parser, "--labels", "-l")
     add(parser, "--annotations", note="they give the images their ids in detections.json")
@@ -103,13 +135,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tsv_header", action="store_true", help="TSVs get a first line with the column names and a seventh column with the label")
     parser.add_argument("--benchmark", type=positive_int, nargs="?", const=200, metavar="ITERATIONS", help="measure this many batches after a warm-up, in trtexec's terms (above), and write no results; with --input also end to end from files (default: off; 200 without a number)")
     # fmt: on
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run into this folder that was broken off",
+    )
+    folder.add_argument(
+        "--clean",
+        action="store_true",
+        help="first remove the files that an earlier run wrote into the folder, by its manifest.json",
+    )
     add(parser, "--json", note="goes with --benchmark")
     # fmt: off
     parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or start one here ('local'); every machine must see model, images and this program under the same paths (default: none)")
     parser.add_argument("--ray_workers", type=positive_int, metavar="N", help="with --ray: number of workers (default: what fits)")
     # fmt: on
+    add_video_options(parser)
     add_run_options(parser)
     args = parse_run_args(parser, argv)
+    check_video_usage(parser, args)
     if args.benchmark:
         given = [option for name, option in NOT_MEASURED.items() if getattr(args, name)]
         if given:
@@ -126,6 +171,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def add_video_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("for a video")
+    # fmt: off
+    group.add_argument("--every", type=positive_int, metavar="N", help="look at one of N frames (default: 1)")
+    group.add_argument("--start", type=non_negative, metavar="SECONDS", help="begin at this time (default: 0)")
+    group.add_argument("--duration", type=positive_float, metavar="SECONDS", help="look at so much of it (default: to the end)")
+    # fmt: on
+
+
+def check_video_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """`args.video` is the video, None for images; exit with status 2 for what it does not go with."""
+    videos = [source for source in args.input or () if is_video(source)]
+    args.video = videos[0] if videos else None
+    if not videos:
+        given = [f"--{name}" for name in VIDEO_OPTIONS if getattr(args, name) is not None]
+        if given and args.input:
+            parser.error(f"{', '.join(given)}: for a video; {args.input[0]} is none")
+        return
+    if len(args.input) > 1:
+        parser.error("--input: expected one video, or images; run it once for each")
+    given = [option for name, option in NOT_FOR_VIDEO.items() if getattr(args, name)]
+    if given:
+        parser.error(f"{', '.join(given)}: not for a video; leave it out")
+
+
 def check_ray_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with status 2 for options that --ray does not go with."""
     if args.ray and (args.benchmark or isinstance(args.engine, TritonUrl)):
@@ -134,6 +204,10 @@ def check_ray_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--devices: Ray hands out the GPUs; leave it out, or limit --ray_workers")
     if args.ray_workers and not args.ray:
         parser.error("--ray_workers needs --ray")
+    if args.ray and args.resume:
+        parser.error("--resume: a run with --ray goes on by itself; leave it out")
+    if args.resume and isinstance(args.engine, TritonUrl):
+        parser.error("--resume: needs a model that is a file, to know that it is the same")
 
 
 def run(
@@ -148,10 +222,14 @@ def run(
     draw_threshold: float = DRAW_THRESHOLD,
     tsv_header: bool = False,
     classes: Sequence[str] | None = None,
+    resume: bool = False,
+    clean: bool = False,
 ) -> int:
     """Detect, draw and write; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.images.files import find_images, root_of
     from trtdet.results.coco import ANNOTATIONS
+    from trtdet.results.manifest import RunFolder
+    from trtdet.results.naming import planned_files
     from trtdet.results.writer import pick_image_ids, result_writer
     from trtdet.run.detect import (
         check_read,
@@ -161,6 +239,7 @@ def run(
         open_model,
         pick_labels,
         progress,
+        run_identity,
     )
 
     if annotations:
@@ -168,6 +247,7 @@ def run(
     if labels is not None:
         read_labels(labels)  # before the model is loaded, which says how many it needs
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
+    files.check_folder(output)
     names = name_outputs(paths, source, output, options, pictures=pictures)
     image_ids = pick_image_ids(paths, root_of(source), annotations)
     count = boxes = 0
@@ -175,9 +255,26 @@ def run(
         threshold = check_score_threshold(options.score_threshold, runtime.spec)
         texts = pick_labels(labels, runtime.spec)
         wanted = None if classes is None else find_classes(classes, texts, runtime.spec.num_classes)
+        model = files.sha256(engine) if isinstance(engine, Path) else str(engine)
+        made_with = run_identity(
+            model,
+            options,
+            wanted,
+            labels=texts,
+            pictures=pictures,
+            draw_threshold=draw_threshold,
+            tsv_header=tsv_header,
+        )
+        folder = RunFolder(
+            output, planned_files(names.values(), texts, pictures=pictures), made_with
+        )
+        say_stale(folder, output, names.values(), clean=clean)
+        kept = find_kept(folder, output, names, image_ids, pictures=pictures) if resume else {}
+        todo = [path for path in paths if path not in kept]
         start = time.perf_counter()
         with (
-            open_batcher(runtime, paths, options, keep_sources=pictures) as batcher,
+            folder,
+            open_batcher(runtime, todo, options, keep_sources=pictures) as batcher,
             result_writer(
                 output,
                 runtime.spec,
@@ -186,20 +283,31 @@ def run(
                 labels=texts,
                 tsv_header=tsv_header,
                 draw_threshold=draw_threshold,
+                folder=folder,
             ) as writer,
             closing(detect(runtime, batcher, score_threshold=threshold, classes=wanted)) as found,
-            closing(progress(found, len(paths))) as results,
+            closing(progress(found, len(todo))) as results,
         ):
-            for result in results:
-                writer.write(result)
+            for result in in_order(paths, kept, results):
+                if not count:
+                    folder.start(clean=clean, resumed=bool(kept))
+                if isinstance(result, str):
+                    writer.keep(result)
+                else:
+                    writer.write(result)
+                    boxes += len(result.detections)
                 count += 1
-                boxes += len(result.detections)
             check_read(batcher, count)
+        folder.finish()
         seconds = time.perf_counter() - start
     skipped = len(batcher.failures)
     logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {seconds:.1f} s, {count / seconds:.1f} images/s")  # fmt: skip
     if pictures and writer.undrawn:
         logger.info(f"pictures show detections from a score of {draw_threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
+    if kept:
+        logger.info(
+            f"{len(kept)} of these images were done before; their detections are not counted"
+        )
     print(output / "detections.json")
     return SOME_SKIPPED if skipped else 0
 
@@ -207,7 +315,7 @@ def run(
 def name_outputs(
     paths: Sequence[Path], source: Sources, output: Path, options: RunOptions, *, pictures: bool
 ) -> dict[Path, Path]:
-    """Image -> the name of its outputs; warns of those of an earlier run.
+    """Image -> the name of its outputs.
 
     Raises:
         ValueError: a picture would replace an image that is read.
@@ -218,11 +326,93 @@ def name_outputs(
     names = dict(zip(paths, naming.output_names(paths, root_of(source)), strict=True))
     if pictures:
         naming.check_apart(output, names, source, recursive=options.recursive)
-    if others := naming.left_over(output, names.values()):
-        logger.warning(
-            "%s has results of %d other images, from an earlier run; they are kept", output, others
-        )
     return names
+
+
+def say_stale(folder: RunFolder, output: Path, names: Iterable[Path], *, clean: bool) -> None:
+    """Warn of what an earlier run left, unless it is removed."""
+    from trtdet.results import naming
+
+    stale = folder.stale()
+    if stale and not clean:
+        logger.warning(
+            "%s has %d files of an earlier run that this one does not write, such as %s; they are kept (--clean removes them)",
+            output,
+            len(stale),
+            stale[0],
+        )
+    listed = folder.before.files if folder.before else []
+    others = naming.left_over(
+        output, [*names, *(Path(name).with_suffix("") for name in listed if name.endswith(".tsv"))]
+    )
+    if others:
+        logger.warning(
+            "%s has results of %d other images, which no manifest lists; they are kept",
+            output,
+            others,
+        )
+
+
+def find_kept(
+    folder: RunFolder,
+    output: Path,
+    names: Mapping[Path, Path],
+    image_ids: Mapping[Path, int | str],
+    *,
+    pictures: bool,
+) -> dict[Path, str]:
+    """Images that a run that was broken off has done -> their part of detections.json."""
+    from trtdet.results import naming
+
+    done = folder.done()
+    suffixes = (".tsv", ".png") if pictures else (".tsv",)
+    kept = {}
+    for path, name in names.items():
+        one = done.get(name.as_posix())
+        if (
+            one is not None
+            and one.id == image_ids.get(path)
+            and all(naming.with_suffix_added(output / name, s).is_file() for s in suffixes)
+        ):
+            kept[path] = one.text
+    if kept:
+        logger.info("--resume: %d of %d images are done already", len(kept), len(names))
+    else:
+        logger.warning("--resume: %s has no run that was broken off; it begins anew", output)
+    return kept
+
+
+def in_order(
+    paths: Sequence[Path], kept: Mapping[Path, str], results: Iterable[ImageResult]
+) -> Iterator[ImageResult | str]:
+    """What was done before and what is done now, in the order of the images; those that cannot be read are in neither."""
+    waiting = iter(paths)
+    for result in results:
+        for path in waiting:
+            if path == result.path:
+                break
+            if path in kept:
+                yield kept[path]
+        yield result
+    yield from (kept[path] for path in waiting if path in kept)
+
+
+def run_on_video(args: argparse.Namespace, options: RunOptions) -> int:
+    """The exit status."""
+    from trtdet.video.run import Drawing, run_video
+
+    part = VideoOptions(args.every or 1, args.start or 0.0, args.duration)
+    whole = run_video(
+        args.engine,
+        args.video,
+        args.output,
+        options,
+        part,
+        Drawing(not args.no_images, args.draw_threshold, args.tsv_header),
+        labels=args.labels,
+        classes=args.classes,
+    )
+    return 0 if whole else SOME_SKIPPED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,8 +437,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 annotations=args.annotations,
                 tsv_header=args.tsv_header,
                 classes=args.classes,
+                clean=args.clean,
             )
             return SOME_SKIPPED if skipped else 0
+        if args.video:
+            return run_on_video(args, options)
         if not args.benchmark:
             return run(
                 args.engine,
@@ -261,6 +454,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 draw_threshold=args.draw_threshold,
                 tsv_header=args.tsv_header,
                 classes=args.classes,
+                resume=args.resume,
+                clean=args.clean,
             )
         run_benchmark(
             args.engine,

@@ -25,6 +25,7 @@ from trtdet.precision import options
 from trtdet.precision.options import CALIBRATION_BATCH, FP8_METHOD, METHODS, Int8Options
 from trtdet.results.options import DRAW_THRESHOLD
 from trtdet.run.options import MAX_AP_DROP, PROVIDERS, RunOptions
+from trtdet.video.options import parse_source
 
 #: What options are added to.
 Target = argparse.ArgumentParser | argparse._ActionsContainer
@@ -63,6 +64,7 @@ SHARED = {
     "--model engine": _row("--model", "FILE", "an engine with its .json", "none", **FILE),
     "--model file": _row("--model", "FILE", "an engine with its .json, or an ONNX file of create_onnx.py", "none", **FILE),
     "--input": _row("--input", "PATH", "images: files, folders and globs such as 'photos/*.jpg', one or several", "none", type=Path, **SEVERAL),
+    "--input video": _row("--input", "PATH", "images: files, folders and globs such as 'photos/*.jpg', one or several; or one video: a file such as clip.mp4, a camera (0, /dev/video0), rtsp://HOST/PATH", "none", type=parse_source, **SEVERAL),
     "--output": _row("--output", "DIR", "the folder to write to; made if missing", "none", **FILE),
     "--output file": _row("--output", "FILE", "the file to write", "none", **FILE),
     "--output written": _row("--output", "DIR", "the folder that deploy.py wrote", "none", **FILE),

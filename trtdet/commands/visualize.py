@@ -47,6 +47,7 @@ def run(
     font_path: Path | None = None,
 ) -> int:
     """Draw every image that has a TSV; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
+    from trtdet.files import check_folder
     from trtdet.images.files import find_images, root_of
     from trtdet.results import coco
     from trtdet.results.coco import ANNOTATIONS, class_ids_of, ground_truth, labels_of
@@ -62,6 +63,7 @@ def run(
     paths = find_images(source, recursive=recursive, num_images=num_images)
     root = root_of(source)
     names = dict(zip(paths, output_names(paths, root), strict=True))
+    check_folder(output)
     check_apart(output, names, source, recursive=recursive)
     known_labels = detections / LABELS_FILE
     if known_labels.is_file():

@@ -6,11 +6,13 @@
     deepstream_app.txt                   a pipeline for deepstream-app: decoder, detector, tracker, on-screen display
     parser/                              the bounding-box parser, to be made on the target
     triton/<name>/                       engine, sidecar and labels, for all of the above
+    model/                               in place of triton/ for an ONNX file, of which nvinfer builds the engine when it first starts
 
 Source of keys and behaviour: NVIDIA/DeepStream 9.1, src/gst-plugins/gst-nvinfer, src/utils/nvdsinfer, src/utils/nvdsinferserver.
 """
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +20,9 @@ from typing import Any
 
 from trtdet import files
 from trtdet.deploy import text_format, triton
-from trtdet.deploy.model import Deployable, check_servable
+from trtdet.deploy.model import Deployable, check_servable, label_lines
 from trtdet.deploy.text_format import Word
+from trtdet.onnx_files import external_files, read_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -29,8 +32,10 @@ NVINFER_FILE, NVINFER_YAML = "config_infer.txt", "config_infer.yml"
 SERVER_FILE, APP_FILE = "config_inferserver.txt", "deepstream_app.txt"
 PARSER_LIBRARY = "parser/libnvdsinfer_trtdet.so"
 PARSER_FILES = {"nvdsinfer_trtdet.cpp": "nvdsinfer_trtdet.cpp", "Makefile": "Makefile"}
-#: nvinfer's network-mode; it matters only where nvinfer builds an engine itself, which these files do not ask for.
+#: nvinfer's network-mode; it matters only where nvinfer builds an engine itself.
 NETWORK_MODES = {"int8": 1, "fp16": 2}
+MODE_NAMES = {0: "fp32", 1: "int8", 2: "fp16"}  # in the name of the engine that it writes
+MODEL_FOLDER = "model"
 #: Of DeepStream's own trackers, the one between speed and accuracy.
 TRACKER = "/opt/nvidia/deepstream/deepstream"
 
@@ -58,7 +63,7 @@ class DeepStreamOptions:
 def write_folder(
     output: Path, name: str, model: Deployable, options: DeepStreamOptions
 ) -> list[Path]:
-    """Write everything that DeepStream needs to run an engine.
+    """Write everything that DeepStream needs to run an engine, or an ONNX file.
 
     Returns:
         The configurations written.
@@ -79,14 +84,18 @@ def write_folder(
             f"--class_threshold: expected class ids of 0 to {model.spec.num_classes - 1}, found {unknown}"
         )
     for_nvinfer, for_server = usable(model)
-    triton_options = triton.TritonOptions(gpus=(options.gpu,))
-    (version,) = triton.write_repository(output / "triton", name, [model], None, triton_options)
-    engine = (version / "model.plan").relative_to(output)
+    if model.engine is None:
+        engine, labels = write_onnx(output, name, model, options, batch)
+    else:
+        triton_options = triton.TritonOptions(gpus=(options.gpu,))
+        (version,) = triton.write_repository(output / "triton", name, [model], None, triton_options)
+        engine = (version / "model.plan").relative_to(output)
+        labels = engine.parents[1] / triton.LABELS_FILE
     for target, source in PARSER_FILES.items():
         files.write_bytes(output / "parser" / target, triton.asset(source))
     texts: dict[str, str] = {}
     if for_nvinfer:
-        groups = nvinfer_groups(model, options, batch, engine)
+        groups = nvinfer_groups(model, options, batch, engine, labels)
         texts[NVINFER_FILE] = _ini(groups, "nvinfer of DeepStream 9.1")
         texts[NVINFER_YAML] = _yaml(groups, "nvinfer of DeepStream 9.1")
     if for_server:
@@ -98,8 +107,32 @@ def write_folder(
     return [output / file for file in texts]
 
 
+def write_onnx(
+    output: Path, name: str, model: Deployable, options: DeepStreamOptions, batch: int
+) -> tuple[Path, Path]:
+    """Copy an ONNX file, with the files of its weights, and write the labels.
+
+    Returns:
+        Where nvinfer will look for the engine, and write the one that it builds, by its own rule for names; and the labels.
+    """
+    folder = output / MODEL_FOLDER
+    target = folder / f"{name}.onnx"
+    locations = set(external_files(read_onnx(model.path, weights=False).graph))
+    for source, copy in [
+        (model.path, target),
+        *((model.path.parent / f, folder / f) for f in locations),
+    ]:
+        with files.atomic_path(copy) as temporary:
+            shutil.copyfile(source, temporary)
+    labels = folder / triton.LABELS_FILE
+    files.write_text(labels, "".join(f"{line}\n" for line in label_lines(model.spec)))
+    mode = MODE_NAMES[NETWORK_MODES.get(model.precision, 0)]
+    engine = target.with_name(f"{target.name}_b{batch}_gpu{options.gpu}_{mode}.engine")
+    return engine.relative_to(output), labels.relative_to(output)
+
+
 def usable(model: Deployable) -> tuple[bool, bool]:
-    """Whether nvinfer, and whether nvinferserver can feed this engine; at least one can.
+    """Whether nvinfer, and whether nvinferserver can feed this engine; at least one can. An ONNX file is for nvinfer, which builds an engine of it.
 
     nvinfer writes float32 whatever the input is declared as: an engine for uint8 would be read beyond its end. nvinferserver converts,
     but leaves the batch to Triton, which cannot choose it for an engine of a fixed one.
@@ -108,6 +141,16 @@ def usable(model: Deployable) -> tuple[bool, bool]:
         ValueError: neither can.
     """
     is_float = model.spec.preprocessing.dtype == "float32"
+    if model.engine is None:
+        if not is_float:
+            raise ValueError(
+                f"{model.path}: nvinfer feeds float32 and this file takes uint8; convert with --input_dtype float32, or build an engine for nvinferserver"
+            )
+        if model.precision not in ("fp32", *NETWORK_MODES):
+            raise ValueError(
+                f"{model.path}: is in {model.precision.upper()}, which nvinfer does not build; write it with build_engine.py --save_onnx FILE --precision fp16 or int8"
+            )
+        return True, False
     batches = model.smallest == 1
     if not is_float and not batches:
         raise ValueError(
@@ -140,7 +183,7 @@ def parser_function(spec: ModelSpec) -> str:
 
 
 def nvinfer_groups(
-    model: Deployable, options: DeepStreamOptions, batch: int, engine: Path
+    model: Deployable, options: DeepStreamOptions, batch: int, engine: Path, labels: Path
 ) -> dict[str, Group]:
     """nvinfer's configuration, group by group. Paths are relative to its file."""
     spec = model.spec
@@ -159,7 +202,7 @@ def nvinfer_groups(
         "network-type": 0,  # a detector
         "model-engine-file": engine.as_posix(),
         "batch-size": batch,
-        "network-mode": NETWORK_MODES.get(model.engine.precision if model.engine else "", 0),
+        "network-mode": NETWORK_MODES.get(model.precision, 0),
         "infer-dims": f"3;{height};{width}",  # in this order for NHWC too
         "network-input-order": 0 if preprocessing.layout == "NCHW" else 1,
         "model-color-format": 0,  # RGB: normalisation and a swap to BGR are in the graph
@@ -169,13 +212,17 @@ def nvinfer_groups(
         "symmetric-padding": int(letterbox and preprocessing.placement == "center"),
         "scaling-filter": 1,  # bilinear
         "num-detected-classes": spec.num_classes,
-        "labelfile-path": (engine.parents[1] / triton.LABELS_FILE).as_posix(),
+        "labelfile-path": labels.as_posix(),
         "cluster-mode": 4,  # none: suppression is in the engine
         "crop-objects-to-roi-boundary": 1,  # clips boxes at the right and the bottom
         "output-blob-names": ";".join(OUTPUT_NAMES),
         "parse-bbox-func-name": parser_function(spec),
         "custom-lib-path": PARSER_LIBRARY,
     }
+    if model.engine is None:
+        properties["onnx-file"] = f"{MODEL_FOLDER}/{engine.name.partition('.onnx_')[0]}.onnx"
+        if model.precision != "fp32":
+            properties["strongly-typed"] = 1  # the types in the file are the engine's
     if model.engine is not None and model.engine.dla_core is not None:
         properties |= {"enable-dla": 1, "use-dla-core": model.engine.dla_core}
     groups: dict[str, Group] = {

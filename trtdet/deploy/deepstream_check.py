@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from trtdet.deploy import text_format, triton
-from trtdet.deploy.deepstream import APP_FILE, PARSER_LIBRARY, SERVER_FILE, parser_function
-from trtdet.deploy.model import Deployable, open_engine
+from trtdet.deploy.deepstream import (
+    APP_FILE,
+    NETWORK_MODES,
+    PARSER_LIBRARY,
+    SERVER_FILE,
+    parser_function,
+)
+from trtdet.deploy.model import Deployable, open_engine, open_onnx
 from trtdet.errors import EngineError, GraphError
 from trtdet.spec import OUTPUT_NAMES
 
@@ -104,7 +110,8 @@ def _nvinfer_faults(path: Path) -> Iterator[str]:
             elif fault := _value_fault(value, table[kind][key], table["choices"].get(key)):
                 yield f"[{name}] {key}: {fault}"
     yield from _class_faults(groups, properties)
-    for key in ("labelfile-path", "model-engine-file"):
+    built_there = "onnx-file" in properties  # nvinfer writes the engine when it first starts
+    for key in ("labelfile-path", "onnx-file" if built_there else "model-engine-file"):
         if key not in properties:
             yield f"[property] {key}: expected, found none"
         elif not (path.parent / properties[key]).is_file():
@@ -146,14 +153,14 @@ def _library_faults(folder: Path, library: str) -> Iterator[str]:
 
 def _open(path: Path) -> Deployable | str:
     try:
-        return open_engine(path)
+        return open_onnx(path) if path.suffix.lower() == ".onnx" else open_engine(path)
     except (GraphError, EngineError, OSError) as error:
-        return f"the engine cannot be compared: {error}"
+        return f"the model cannot be compared: {error}"
 
 
 def _against_engine(folder: Path, properties: Mapping[str, str]) -> Iterator[str]:
-    """What the keys must say for the engine they name."""
-    engine = folder / properties.get("model-engine-file", "")
+    """What the keys must say for the engine they name, or the ONNX file that it is built of."""
+    engine = folder / (properties.get("onnx-file") or properties.get("model-engine-file", ""))
     if not engine.is_file():
         return
     model = _open(engine)
@@ -179,6 +186,9 @@ def _against_engine(folder: Path, properties: Mapping[str, str]) -> Iterator[str
         "output-blob-names": ";".join(OUTPUT_NAMES),
         "parse-bbox-func-name": parser_function(spec),
     }
+    if model.engine is None:
+        expected["network-mode"] = NETWORK_MODES.get(model.precision, 0)
+        expected |= {"strongly-typed": 1} if model.precision != "fp32" else {}
     for key, value in expected.items():
         found = properties.get(key, "none").rstrip(";")
         if found != str(value) and not _same_number(found, value):

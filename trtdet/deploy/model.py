@@ -14,6 +14,7 @@ from trtdet.errors import EngineError, GraphError
 from trtdet.graph import tidy
 from trtdet.labels import label_of, names_of, read_labels
 from trtdet.onnx_files import read_onnx
+from trtdet.precision.quantization import precision_of
 from trtdet.runtimes.kinds import check_model
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
@@ -36,6 +37,7 @@ class Deployable:
     Attributes:
         smallest, preferred, largest: batch sizes it takes; `largest` is None where nothing bounds it.
         engine: what its sidecar says; None for an ONNX file.
+        precision: of the engine, or of the types in the ONNX file.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class Deployable:
     preferred: int
     largest: int | None
     engine: EngineInfo | None = None
+    precision: str = "fp32"
 
     @property
     def is_static(self) -> bool:
@@ -107,7 +110,9 @@ def open_engine(path: Path) -> Deployable:
             f"{path} has no weights, and servers do not refit; build it again without --strip"
         )
     batch = info.batch
-    return Deployable(path, info.spec, tidy.INPUT, batch.min, batch.opt, batch.max, info)
+    return Deployable(
+        path, info.spec, tidy.INPUT, batch.min, batch.opt, batch.max, info, info.precision
+    )
 
 
 def check_servable(model: Deployable, server: str) -> None:
@@ -150,7 +155,9 @@ def describe_onnx(model: onnx.ModelProto, path: Path) -> Deployable:
     (tensor,) = (value for value in model.graph.input if value.name not in weights)
     batch = tensor.type.tensor_type.shape.dim[0].dim_value  # 0: free
     largest = batch or None
-    return Deployable(path, spec, tensor.name, batch or 1, batch or 1, largest)
+    return Deployable(
+        path, spec, tensor.name, batch or 1, batch or 1, largest, precision=precision_of(model)
+    )
 
 
 def label_lines(spec: ModelSpec) -> Iterator[str]:

@@ -40,7 +40,7 @@ LISTED = (
     "onnxruntime", "onnxruntime-gpu",
     "tensorrt", "tensorrt-cu11", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-lean", "tensorrt-dispatch", "tensorrt-rtx",
     "cuda-python", "cuda-bindings",
-    "tensorflow", "tensorflow-cpu", "tf2onnx", "tritonclient", "ray",
+    "tensorflow", "tensorflow-cpu", "tf2onnx", "tritonclient", "ray", "av",
     "nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13",
 )  # fmt: skip
 PROBE = Path(__file__).with_name("probe.py")

@@ -12,6 +12,7 @@ REQUIREMENTS = {
     "tensorrt_rtx": "requirements-rtx.txt",
     "tritonclient": "requirements-triton.txt",
     "ray": "requirements-ray.txt",
+    "av": "requirements-video.txt",
 }
 
 #: Where the modules of every stage come from.

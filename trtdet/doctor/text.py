@@ -21,6 +21,7 @@ SHOWN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 EXTRAS = (
     ("Triton client", ("tritonclient",)),
     ("Ray", ("ray",)),
+    ("PyAV (video)", ("av",)),
     ("nvImageCodec", ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")),
     ("TensorRT lean runtime", ("tensorrt-lean",)),
 )

@@ -13,7 +13,7 @@ from trtdet.detections import to_coco_results
 from trtdet.images.files import Sources, find_images, load_image, root_of, spread
 from trtdet.parity import numbers
 from trtdet.parity.numbers import Comparison, ImageComparison, TensorStatistics
-from trtdet.parity.options import CompareOptions
+from trtdet.parity.options import CompareOptions, limits_for
 from trtdet.parity.sides import Found, Side
 from trtdet.results import coco
 from trtdet.results.categories import match_categories
@@ -60,12 +60,13 @@ def compare(
     readable = [image.path for image in images]
     tensors = compare_tensors(reference, candidate, spread(readable, options.tensor_images))
     ids = {path: ids[path] for path in readable if path in ids}
+    size_hw = candidate.info.spec.preprocessing.size_hw
     compared = set(readable)
     result = Comparison(
         reference.info,
         candidate.info,
         tuple(images),
-        options.limits,
+        limits_for(candidate.info.precision, size_hw, options.limits),
         threshold,
         options.iou,
         tensors=tuple(tensors),

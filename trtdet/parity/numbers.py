@@ -37,7 +37,7 @@ class TensorDifference:
     """One tensor of both models, over all images that were run.
 
     Attributes:
-        head: whether the network ends in it. Tensors within may differ for good reasons: INT8 scales channels up and down.
+        head: whether the network ends in it.
         maximum, mean: of the absolute difference.
         cosine: of the angle between both, 1 where they are parallel; NaN where one of them is zero.
         sqnr_db: signal power of the reference to power of the difference, in decibels; infinite where they are equal.
@@ -410,6 +410,10 @@ class SideInfo:
     name: str
     kind: str  # what it is and what ran it: "SavedModel, TensorFlow 2.21"
     spec: ModelSpec
+    precision: str = "fp32"  # a name as build_engine.py --precision has it
+
+    def to_dict(self) -> dict[str, str]:
+        return {"name": self.name, "kind": self.kind, "precision": self.precision}
 
 
 @dataclass(frozen=True)
@@ -486,8 +490,8 @@ class Comparison:
         return {
             "schema": SCHEMA_VERSION,
             "passed": self.passed,
-            "reference": {"name": self.reference.name, "kind": self.reference.kind},
-            "candidate": {"name": self.candidate.name, "kind": self.candidate.kind},
+            "reference": self.reference.to_dict(),
+            "candidate": self.candidate.to_dict(),
             "images": len(self.images),
             "skipped": list(self.skipped),
             "score_threshold": self.score_threshold,

@@ -345,7 +345,7 @@ def _tensors(comparison: Comparison) -> str:
         body += f"<details><summary>the other {len(rest)}, {equal} of them equal</summary>{table}</details>"
     return f"""<h2>Tensors</h2>
 <p class="dim">{len(tensors)} of the same name, on {comparison.tensor_images} images, {equal} equal to the last bit; worst first, heads in bold.
-The limit applies to the heads. Within an INT8 model tensors may differ much and rightly so: channels are scaled before a convolution and back behind it.</p>
+The limit applies to the heads. Channels that an INT8 model rescales on purpose are scaled back before they are compared.</p>
 <div class="tensors">{body}</div>"""
 
 

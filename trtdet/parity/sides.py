@@ -19,6 +19,7 @@ from trtdet import about
 from trtdet.closing import Closing
 from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
+from trtdet.engine.sidecar import read_sidecar
 from trtdet.errors import GraphError
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
 from trtdet.families.evidence import MEASURED, NORMALISATION, READ
@@ -30,7 +31,9 @@ from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
 from trtdet.onnx_files import EXPORT_AGAIN, feed_of, fixed_batch, read_onnx, with_weights
 from trtdet.parity.numbers import SideInfo
+from trtdet.precision import quantization
 from trtdet.precision.emulation import emulate
+from trtdet.precision.equalization import read_rescaled
 from trtdet.run.detect import decoded, open_batcher, open_model
 from trtdet.run.options import ENGINE_OPTIONS, ONNX_OPTIONS, RunOptions
 from trtdet.runtimes.base import Runtime
@@ -131,7 +134,8 @@ class ConvertedSide(Closing):
         else:
             self._runtime = open_in_memory(self._model, path.name, options)
             kind = f"{self._runtime.description}, rounding as a GPU does"
-        self.info = SideInfo(path.name, kind, self._runtime.spec)
+        self.info = SideInfo(path.name, kind, self._runtime.spec, precision_of(path, whole))
+        self._rescaled = read_rescaled(whole) if whole else {}
         self.heads = frozenset((RAW_BOXES, CLASS_LOGITS))
         self.tensors = tensors_before(self._model, self.heads) if self._model else ()
 
@@ -154,9 +158,16 @@ class ConvertedSide(Closing):
         def read(some: Sequence[str], image: ImageArray) -> list[NDArray[Any]]:
             pixels, _ = preprocess(image, self.info.spec.preprocessing)
             values = part.run(some, feed_of(model, pixels))
-            return [_first(value, batch) for value in values]
+            ones = [_first(value, batch) for value in values]
+            return [self._scaled_back(n, v) for n, v in zip(some, ones, strict=True)]
 
         return read
+
+    def _scaled_back(self, name: str, value: NDArray[Any]) -> NDArray[Any]:
+        """A tensor as the float model has it, where INT8 rescales its channels."""
+        if name not in self._rescaled:
+            return value
+        return self._rescaled[name].undo(value.astype(np.float32))
 
     def close(self) -> None:
         self._runtime.close()
@@ -417,6 +428,14 @@ def find_detections(source: Source, feeds: Mapping[str, NDArray[Any]]) -> str:
         f"--own_nms: expected a model that ends in detections [n, k, 7], as AutoML exports it, {source.path} ends in "
         f"{sorted(ends)[:4]}; leave the option out"
     )
+
+
+def precision_of(path: Path, model: onnx.ModelProto | None) -> str:
+    """Of an engine as its .json says it, "fp32" without one; of an ONNX file as its nodes and weights say it."""
+    if model is None:
+        info = read_sidecar(path)
+        return "fp32" if info is None else info.precision
+    return quantization.precision_of(model)
 
 
 def tensors_before(model: onnx.ModelProto, heads: frozenset[str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Nothing changes in floating point; INT8, with one scale for all channels, loses 
 factors go into its weights and cost nothing; elsewhere they take nodes of their own, and must be worth them.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from trtdet import reading
 from trtdet.precision.body import ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.histograms import ChannelStatistics
@@ -39,6 +41,12 @@ class Equalization:
     factors: NDArray[np.float64]
     shift: NDArray[np.float64]
 
+    def undo(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """x of x', (channels, ...)."""
+        column = (-1, *[1] * (values.ndim - 1))
+        found = values / self.factors.reshape(column) + self.shift.reshape(column)
+        return found.astype(np.float32)
+
 
 @dataclass(frozen=True, eq=False)
 class Placed:
@@ -60,6 +68,42 @@ class Weights:
 
     values: NDArray[np.float64]
     bias: NDArray[np.float64]
+
+
+# ---- what a file says of it
+
+#: Metadata of an ONNX file: JSON, tensor -> [factors, shift], of the tensors that a convolution makes rescaled.
+RESCALED_KEY = "trtdet.rescaled"
+
+
+def attach_rescaled(model: onnx.ModelProto, rescaled: Mapping[str, Equalization]) -> None:
+    """Write down which tensors are not those of the float model, so that they can be compared with these."""
+    if rescaled:
+        lists = {name: [e.factors.tolist(), e.shift.tolist()] for name, e in rescaled.items()}
+        text = json.dumps(lists, separators=(",", ":"))
+        model.metadata_props.append(onnx.StringStringEntryProto(key=RESCALED_KEY, value=text))
+
+
+def read_rescaled(model: onnx.ModelProto) -> dict[str, Equalization]:
+    """What `attach_rescaled` wrote.
+
+    Raises:
+        ValueError: it is no longer that.
+    """
+    for prop in model.metadata_props:
+        if prop.key == RESCALED_KEY:
+            kind = dict[str, tuple[list[float], list[float]]]
+            found = reading.parse(
+                prop.value,
+                kind,
+                name=RESCALED_KEY,
+                remedy="write the file again with build_engine.py --save_onnx",
+            )
+            return {
+                name: Equalization(np.array(factors), np.array(shift))
+                for name, (factors, shift) in found.items()
+            }
+    return {}
 
 
 # ---- which

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 
-from trtdet import about, sessions
+from trtdet import about, files, sessions
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph import builder, deformable_attention
 from trtdet.graph.map_op import custom_ops
@@ -288,6 +288,8 @@ def scales_of(
         raise ValueError(
             f"calibration: expected images or an existing cache, found {found}; give --calib_input DIR, or --calib_cache FILE"
         )
+    if options.cache is not None and not cached:
+        files.check_writable(options.cache)
     paths = None
     if options.images:
         paths = calibration.choose_images(

@@ -38,6 +38,7 @@ from trtdet.precision import equalization
 from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.equalization import Equalization, Equalize, Placed, Weights
+from trtdet.precision.floats import narrow_types
 from trtdet.precision.histograms import ChannelStatistics
 from trtdet.precision.pairs import NewConv, round_weights, write_convs
 from trtdet.precision.scales import FP8, INT8, QuantizedType, activation_scale
@@ -209,7 +210,19 @@ class QuantizationPlan:
         model = self.body.network if network else self.body.model
         fp16 = self.options.fp16_scales
         convs = self.convolutions(but)
-        return write_convs(model, convs, self.options.to, pairs=True, fp16_scales=fp16)[0]
+        quantized = write_convs(model, convs, self.options.to, pairs=True, fp16_scales=fp16)[0]
+        equalization.attach_rescaled(quantized, self._rescaled(but))
+        return quantized
+
+    def _rescaled(self, but: Collection[str]) -> dict[str, Equalization]:
+        """Tensor that a convolution makes with other factors per channel than before -> these."""
+        made = {layer.name: layer.output for layer in self.body.layers}
+        quantized = {layer.name for layer in self.layers}.difference(but)
+        return {
+            made[placed.producer]: placed.equalization
+            for name, placed in self.equalized.items()
+            if placed.producer and name in quantized
+        }
 
     def convolutions(self, but: Collection[str] = ()) -> dict[str, NewConv]:
         """What becomes of each convolution whose weights are known."""
@@ -374,6 +387,12 @@ def own_type(model: onnx.ModelProto) -> QuantizedType | None:
     constants = [a.t for n in model.graph.node if n.op_type == "Constant" for a in n.attribute]
     kinds = {tensor.data_type for tensor in (*model.graph.initializer, *constants)}
     return FP8 if FP8.onnx_type in kinds else INT8
+
+
+def precision_of(model: onnx.ModelProto) -> str:
+    """What an ONNX file is in, as its nodes and weights say it: a name of `trtdet.precision.options.PRECISIONS`."""
+    own = own_type(model)
+    return own.name.lower() if own else min(narrow_types(model), default="fp32")
 
 
 def report_of(body: Body) -> QuantizationReport:

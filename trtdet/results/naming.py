@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trtdet import files
 from trtdet.images.files import Sources, expand
+from trtdet.labels import LABELS_FILE
 
 #: Bytes of an output's name, without its suffix.
 MAX_NAME_BYTES = 248
@@ -85,6 +86,13 @@ def check_apart(
                 f"--output: {folder} is also a folder that images are read from, and the next run would read its own drawings; "
                 f"choose another, such as --output {_apart(target, searched or read)}"
             )
+
+
+def planned_files(names: Iterable[Path], labels: Sequence[str], *, pictures: bool) -> list[Path]:
+    """All files of a run, relative to its output folder; of images that cannot be read there will be none."""
+    suffixes = (".tsv", ".png") if pictures else (".tsv",)
+    found = [with_suffix_added(name, suffix) for name in names for suffix in suffixes]
+    return [*found, Path("detections.json"), *([Path(LABELS_FILE)] if labels else [])]
 
 
 def left_over(output: Path, names: Iterable[Path]) -> int:

@@ -20,6 +20,7 @@ from trtdet.detections import Detections, to_coco_results, write_tsv
 from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
 from trtdet.results import coco, draw, naming
+from trtdet.results.manifest import RunFolder
 from trtdet.results.options import DRAW_THRESHOLD
 from trtdet.spec import ModelSpec
 
@@ -61,8 +62,10 @@ class ResultWriter:
         labels: Sequence[str],
         tsv_header: bool,
         draw_threshold: float,
+        folder: RunFolder | None,
     ) -> None:
         self._output = output
+        self._folder = folder
         self._pool = pool
         self._json = json_file
         self._limit = limit
@@ -87,6 +90,12 @@ class ResultWriter:
         while self._pending and (self._pending[0].done() or len(self._pending) >= self._limit):
             self._collect()
         self._pending.append(self._pool.submit(self._write_one, result))
+
+    def keep(self, text: str) -> None:
+        """Queue what an earlier run has for detections.json."""
+        one: Future[str] = Future()
+        one.set_result(text)
+        self._pending.append(one)
 
     def finish(self) -> None:
         """Wait for all that is queued and end detections.json.
@@ -142,6 +151,14 @@ class ResultWriter:
             raise OSError(
                 f"--output: cannot write the results of {result.path}: {error}"
             ) from error
+        text = self._json_text(result)
+        if self._folder is not None:
+            image_id = self._image_ids.get(result.path)
+            self._folder.add(self._names[result.path], image_id, text)
+        return text
+
+    def _json_text(self, result: ImageResult) -> str:
+        """One image's part of detections.json."""
         if result.path not in self._image_ids:
             return ""
         entries = to_coco_results(
@@ -192,6 +209,7 @@ def result_writer(
     labels: Sequence[str] = (),
     tsv_header: bool = False,
     draw_threshold: float = DRAW_THRESHOLD,
+    folder: RunFolder | None = None,
 ) -> Iterator[ResultWriter]:
     """A `ResultWriter`; leaving it waits for every file. detections.json appears only where nothing failed.
 
@@ -202,6 +220,7 @@ def result_writer(
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
         draw_threshold: pictures show detections from this score on.
+        folder: told of every image that is written.
     """
     threads = available_cores()
     with ExitStack() as resources:
@@ -221,6 +240,7 @@ def result_writer(
             labels=labels,
             tsv_header=tsv_header,
             draw_threshold=draw_threshold,
+            folder=folder,
         )
         try:
             yield writer

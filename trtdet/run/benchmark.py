@@ -219,6 +219,8 @@ def run_benchmark(
     json_path: Path | None = None,
 ) -> None:
     """Measure the runtime alone and, with images, the whole way from their files to detections."""
+    if json_path:
+        files.check_writable(json_path)
     with open_model(engine, options) as runtime:
         batch_size = pick_batch_size(runtime, options)
         report: dict[str, Any] = {

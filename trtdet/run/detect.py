@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -136,6 +136,20 @@ def decoded(
         size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
         yield batch, decode(outputs, runtime.spec, batch.transforms, size_hw=size_hw)
         batch.release()
+
+
+def run_identity(
+    model: str, options: RunOptions, classes: Sequence[int] | None = None, **more: Any
+) -> dict[str, Any]:
+    """What must not change between a run that was broken off and the one that goes on; JSON-ready.
+
+    Args:
+        model: the file's SHA-256, or the URL.
+        more: what only some runs have.
+    """
+    kept = ("score_threshold", "batch_size", "resample", "size", "resize", "max_size")
+    own = {"model": model, "classes": None if classes is None else list(classes)}
+    return {**own, **{name: getattr(options, name) for name in kept}, **more}
 
 
 def check_score_threshold(score_threshold: float | None, spec: ModelSpec) -> float:

@@ -18,9 +18,17 @@ from trtdet.images.files import Sources, find_images, root_of
 from trtdet.labels import find_classes
 from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
+from trtdet.results.manifest import RunFolder
 from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
 from trtdet.run import ray_cluster
-from trtdet.run.detect import check_score_threshold, detect, open_batcher, open_model, pick_labels
+from trtdet.run.detect import (
+    check_score_threshold,
+    detect,
+    open_batcher,
+    open_model,
+    pick_labels,
+    run_identity,
+)
 from trtdet.run.options import RunOptions
 from trtdet.spec import ModelSpec
 from trtdet.terminal import no_bar
@@ -67,6 +75,7 @@ def run_on_ray(
     annotations: Path | None = None,
     tsv_header: bool = False,
     classes: Sequence[str] | None = None,
+    clean: bool = False,
 ) -> int:
     """As infer.py without pictures, by the workers of a Ray cluster; detections.parquet too.
 
@@ -85,15 +94,19 @@ def run_on_ray(
     options = dataclasses.replace(options, score_threshold=check_score_threshold(options.score_threshold, spec))  # fmt: skip
     by_absolute = {path.absolute(): path for path in paths}
     start = time.perf_counter()
-    identity = ray_identity(digest, options, class_ids)
+    identity = run_identity(digest, options, class_ids)
+    names = dict(zip(paths, naming.output_names(paths, root), strict=True))
+    planned = naming.planned_files(names.values(), texts, pictures=False)
+    folder = RunFolder(output, [*planned, Path("detections.parquet")], identity)
     detect_on_ray(engine.absolute(), list(by_absolute), output, options, address, workers, identity)
+    folder.start(clean=clean, partial=False)
     count = boxes = skipped = 0
     with (
         ray_cluster.Results(output / PARTIAL, identity) as done,
         result_writer(
             output,
             spec,
-            names=dict(zip(paths, naming.output_names(paths, root), strict=True)),
+            names=names,
             image_ids=image_ids,
             labels=texts,
             tsv_header=tsv_header,
@@ -110,19 +123,11 @@ def run_on_ray(
         if not count:
             raise ValueError(f"--input: none of {skipped} images could be read")
     done.remove()
+    folder.finish()
     seconds = time.perf_counter() - start
     logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {seconds:.1f} s")
     print(output / "detections.json")
     return skipped
-
-
-def ray_identity(
-    model_sha256: str, options: RunOptions, classes: Sequence[int] | None = None
-) -> dict[str, Any]:
-    """What must not change between a run that was broken off and the one that goes on."""
-    kept = ("score_threshold", "batch_size", "resample", "size", "resize", "max_size")
-    own = {"model_sha256": model_sha256, "classes": None if classes is None else list(classes)}  # fmt: skip
-    return {**own, **{name: getattr(options, name) for name in kept}}
 
 
 def read_spec_and_hash(engine: Path) -> tuple[ModelSpec, str]:

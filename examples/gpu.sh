@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Does it work on this GPU? Builds, runs, compares and measures the example in every precision that the card has, and writes one page and one
+# JSON file for a report: build/gpu_report. About ten minutes. Options go to benchmarks/gpu_report.py: --help lists them.
+#
+#     bash examples/gpu.sh
+#     PYTHON=/usr/bin/python3 bash examples/gpu.sh    # with this Python if it has TensorRT (a container, a Jetson)
+#
+# A Python that has TensorRT and the rest is used as it is; else .venv is made, with TensorRT from PyPI.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+ready='
+from importlib.util import find_spec
+import sys
+needed = ("msgspec", "numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "cv2", "PIL", "pycocotools", "tqdm", "pytest", "cuda")
+sys.exit(any(find_spec(name) is None for name in needed) or not (find_spec("tensorrt") or find_spec("tensorrt_rtx")))
+'
+python=${PYTHON:-python3}
+if ! "$python" -c "$ready" 2>/dev/null; then
+  source scripts/setup.sh requirements.txt requirements-tensorflow.txt requirements-tensorrt.txt requirements-dev.txt
+  python=python
+fi
+exec "$python" benchmarks/gpu_report.py "$@"

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves in its output folder, written down: so that the next run knows what is stale, and one that was broken off can go on.
+
+manifest.json lists the files and what they were made with. While a run is under way, detections.partial.jsonl has a line for each image that is
+done: its name, its id and its part of detections.json.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, TextIO
+
+from trtdet import files, reading
+from trtdet.closing import Closing
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PARTIAL = "detections.partial.jsonl"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One run.
+
+    Attributes:
+        files: that it writes, relative to the output folder, with "/".
+        run: what must be the same for a run to go on with them.
+        complete: whether it came to its end.
+    """
+
+    SCHEMA: ClassVar[int] = 1
+
+    files: list[str]
+    run: dict[str, Any]
+    complete: bool
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or not path.name:
+                raise ValueError(f"files: expected names within the folder, found {name!r}")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A line of `PARTIAL`: one image."""
+
+    name: str
+    id: int | str | None
+    text: str
+
+
+class RunFolder(Closing):
+    """The output folder of one run.
+
+    Args:
+        planned: files that this run writes, relative to `output`.
+        run: JSON-ready, see `Manifest`.
+
+    Raises:
+        OSError, ValueError: a manifest that cannot be read.
+    """
+
+    def __init__(self, output: Path, planned: Sequence[Path], run: Mapping[str, Any]) -> None:
+        self._output = output
+        self._planned = dict.fromkeys(path.as_posix() for path in planned)
+        self._run: dict[str, Any] = json.loads(json.dumps(run))  # as it is read
+        self._lock = threading.Lock()
+        self._partial: TextIO | None = None
+        self.before: Manifest | None = None
+        path = output / MANIFEST
+        if path.is_file():
+            remedy = f"remove it, and what else {output} has of an earlier run"
+            self.before = reading.read(path, Manifest, remedy=remedy)
+
+    def stale(self) -> list[str]:
+        """What an earlier run left, and this one does not write."""
+        listed = self.before.files if self.before else []
+        return [
+            name for name in listed if name not in self._planned and (self._output / name).is_file()
+        ]
+
+    def clean(self) -> int:
+        """Remove what an earlier run wrote, nothing else; returns how many files that were."""
+        if self.before is None:
+            return 0
+        root = self._output.resolve()
+        removed = 0
+        for name in [*self.before.files, MANIFEST, PARTIAL]:
+            path = self._output / name
+            if path.parent.resolve().is_relative_to(root) and (path.is_file() or path.is_symlink()):
+                path.unlink()
+                removed += 1
+        folders = {parent for name in self.before.files for parent in PurePosixPath(name).parents}
+        for folder in sorted(folders - {PurePosixPath(".")}, key=lambda f: -len(f.parts)):
+            path = self._output / folder
+            if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+                path.rmdir()
+        self.before = None
+        return removed
+
+    def done(self) -> dict[str, Done]:
+        """Images of a run that was broken off: output name -> its line.
+
+        Raises:
+            ValueError: the folder has results of a run with other options.
+        """
+        path = self._output / PARTIAL
+        if self.before is None or self.before.complete or not path.is_file():
+            return {}
+        if self.before.run != self._run:
+            other = [
+                key
+                for key in {*self._run, *self.before.run}
+                if self._run.get(key) != self.before.run.get(key)
+            ]
+            raise ValueError(
+                f"--resume: {self._output} has results of a run with another {' and '.join(sorted(other))}; "
+                "finish that one, or start anew without --resume"
+            )
+        found = {}
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):  # the last one may be cut
+                one = reading.parse(
+                    line, Done, name=str(path), remedy="start anew without --resume"
+                )
+                found[one.name] = one
+        return found
+
+    def start(self, *, clean: bool = False, resumed: bool = False, partial: bool = True) -> None:
+        """The first result is there: remove what an earlier run wrote, if that is asked for, and begin."""
+        if clean:
+            removed = self.clean()
+            logger.info("--clean: removed %d files of an earlier run", removed)
+        self.begin(resumed=resumed, partial=partial)
+
+    def begin(self, *, resumed: bool = False, partial: bool = True) -> None:
+        """Write the manifest, and open `PARTIAL`: a run has results from here on.
+
+        Args:
+            resumed: go on with the lines that are there.
+            partial: keep one.
+        """
+        self._write_manifest(complete=False)
+        path = self._output / PARTIAL
+        if not resumed:
+            path.unlink(missing_ok=True)
+        if partial:
+            if resumed and path.is_file():
+                _cut_last_line(path)
+            self._partial = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+
+    def add(self, name: Path, image_id: int | str | None, text: str) -> None:
+        """An image whose files are written."""
+        if self._partial is None:
+            return
+        line = json.dumps({"name": name.as_posix(), "id": image_id, "text": text})
+        with self._lock:
+            self._partial.write(line + "\n")
+            self._partial.flush()
+
+    def finish(self) -> None:
+        """All is written."""
+        self.close()
+        self._write_manifest(complete=True)
+        (self._output / PARTIAL).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._partial is not None:
+            self._partial.close()
+            self._partial = None
+
+    def _write_manifest(self, *, complete: bool) -> None:
+        # What is kept of an earlier run can be removed later.
+        names = sorted({*self._planned, *self.stale()})
+        if complete:  # images that could not be read have left nothing
+            names = [name for name in names if (self._output / name).is_file()]
+        content = {
+            "schema": Manifest.SCHEMA,
+            "complete": complete,
+            "run": self._run,
+            "files": names,
+        }
+        files.write_text(self._output / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def _cut_last_line(path: Path) -> None:
+    """Remove a last line that was not written to its end."""
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rfind(b"\n") + 1])
