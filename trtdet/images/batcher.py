@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import cv2
 import numpy as np
@@ -23,7 +23,7 @@ from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform
 from trtdet.images.files import ImageArray, image_size, load_image
 from trtdet.images.options import Resample
-from trtdet.images.preprocess import ShorterSide, preprocess
+from trtdet.images.preprocess import Placer, ShorterSide, placer
 from trtdet.machine import available_cores
 from trtdet.spec import Preprocessing
 
@@ -124,26 +124,46 @@ class _OpenCVThreads:
 
 
 _Prepared = tuple[ResizeTransform, ImageArray | None]  # the source where it is kept
+#: What came of an image: itself, the reason why it cannot be used, or an error that ends the iteration.
+_Result = _Prepared | str | BaseException
 
 
-def _held_lock() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
+class _Filling:
+    """A buffer that workers write images into, and what came of each.
+
+    One lock for all of its images: whoever finishes the last one releases it.
+
+    Attributes:
+        memory: what `buffer` lies in, from the pool.
+        results: one per path, complete after `wait`.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], buffer: NDArray[Any], memory: NDArray[Any], placer: Placer
+    ) -> None:
+        self.paths = paths
+        self.buffer = buffer
+        self.memory = memory
+        self.placer = placer
+        self.results: list[_Result] = [""] * len(paths)
+        self._finished = count(1)  # next() of it is one step: no two threads get the same number
+        self._complete = threading.Lock()
+        self._complete.acquire()
+
+    def finish(self, row: int, result: _Result) -> None:
+        """Note what came of the image that belongs in `row`. Called by a worker, once per row."""
+        self.results[row] = result
+        if next(self._finished) == len(self.paths):
+            self._complete.release()
+
+    def wait(self) -> None:
+        """Return once every image is finished. For one caller, once."""
+        self._complete.acquire()
 
 
-@dataclass(eq=False)
-class _Task:
-    """One image on its way: what is decoded, into which row, and what came of it."""
-
-    path: Path
-    buffer: NDArray[Any]  # (batch, *image_shape)
-    row: int
-    memory: NDArray[Any]  # what `buffer` lies in, from the pool
-    #: Set by the worker: the image, the reason why it cannot be used, or an error that ends the iteration.
-    result: _Prepared | str | BaseException | None = None
-    #: Held from the start; released by the worker when `result` is set.
-    done: threading.Lock = field(default_factory=_held_lock)
+#: An image that is in a batch: its file, the way back, the source where it is kept.
+_Done = tuple[Path, ResizeTransform, ImageArray | None]
+_Todo: TypeAlias = "SimpleQueue[tuple[_Filling, int] | None]"
 
 
 class ImageBatcher(Closing):
@@ -234,7 +254,7 @@ class ImageBatcher(Closing):
 
     def _iterate(self) -> Generator[Batch, None, None]:
         # Plain threads and a queue: at 16 cores, concurrent.futures costs a tenth of the throughput.
-        todo: SimpleQueue[_Task | None] = SimpleQueue()
+        todo: _Todo = SimpleQueue()
         threads: list[threading.Thread] = []
         with _OpenCVThreads.single():
             try:
@@ -255,101 +275,99 @@ class ImageBatcher(Closing):
                 for thread in threads:
                     thread.join()
 
-    def _work(self, todo: "SimpleQueue[_Task | None]") -> None:
+    def _work(self, todo: _Todo) -> None:
         """What each worker does until it meets None."""
         while (task := todo.get()) is not None:
+            filling, row = task
             try:
-                task.result = self._prepare(task.path, task.buffer[task.row])
+                result: _Result = self._prepare(filling, row)
             except BaseException as error:  # the consumer raises it
-                task.result = error
-            task.done.release()
+                result = error
+            filling.finish(row, result)
 
-    def _prepare(self, path: Path, out: NDArray[Any]) -> _Prepared | str:
+    def _prepare(self, filling: _Filling, row: int) -> _Prepared | str:
         """Decode and resize one image; a text says why it cannot be used."""
+        path, out, scale = filling.paths[row], filling.buffer[row], None
         try:
             image = (self._load or load_image)(path)
         except (OSError, ValueError) as error:
             return message_of(error)
-        preprocessing, scale = self.preprocessing, None
         if self._resize:
-            preprocessing, scale = self._fixed(out.shape), self._resize.scale(image.shape)
-            if max(image.shape[:2]) * scale >= max(preprocessing.size_hw) + 1:
+            scale = self._resize.scale(image.shape)
+            longest = max(self.preprocessing.size_of(out.shape))
+            if max(image.shape[:2]) * scale >= longest + 1:
                 return f"{path}: expected the size in the file's header, found {image.shape[:2]}"
-        _, transform = preprocess(
-            image, preprocessing, resample=self._resample, scale=scale, out=out
-        )
+        transform = filling.placer.place(image, out, scale)
         return transform, image if self._keep_sources else None
 
-    def _in_order(self, todo: "SimpleQueue[_Task | None]") -> Iterator[_Task]:
-        """Hand out the images to the workers, `_ahead` batches at a time, and yield the finished tasks in order."""
-        batches = self._tasks()
-        waiting: deque[list[_Task]] = deque()
+    def _in_order(self, todo: _Todo) -> Iterator[_Filling]:
+        """Hand out the images to the workers, `_ahead` batches at a time, and yield the finished ones in order."""
+        fillings = self._fillings()
+        waiting: deque[_Filling] = deque()
 
-        def hand_out(count: int) -> None:
-            for batch in islice(batches, count):
-                waiting.append(batch)
-                for task in batch:
-                    todo.put(task)
+        def hand_out(number: int) -> None:
+            for filling in islice(fillings, number):
+                waiting.append(filling)
+                for row in range(len(filling.paths)):
+                    todo.put((filling, row))
 
         hand_out(self._ahead)
         while waiting:
-            batch = waiting.popleft()
+            filling = waiting.popleft()
             hand_out(1)
-            for task in reversed(batch):  # the last one first: one wait instead of many
-                task.done.acquire()
-            yield from batch
+            filling.wait()
+            yield filling
 
-    def _tasks(self) -> Iterator[list[_Task]]:
+    def _fillings(self) -> Iterator[_Filling]:
         """The images of one buffer at a time."""
         for start in range(0, len(self.paths), self.batch_size):
             paths = self.paths[start : start + self.batch_size]
             memory = buffer = self._pool.take()
+            preprocessing = self.preprocessing
             if self._resize:
                 size_of = self._size or image_size
                 sizes = [size for path in paths if (size := size_of(path))]
-                canvas = self._resize.canvas(sizes or [(1, 1)], self.preprocessing)
-                shape = (self.batch_size, *self.preprocessing.at(canvas).image_shape)
+                canvas = self._resize.canvas(sizes or [(1, 1)], preprocessing)
+                preprocessing = preprocessing.at(canvas)
+                shape = (self.batch_size, *preprocessing.image_shape)
                 buffer = memory.reshape(-1)[: math.prod(shape)].reshape(shape)
-            yield [_Task(path, buffer, row, memory) for row, path in enumerate(paths)]
+            yield _Filling(paths, buffer, memory, placer(preprocessing, self._resample))
 
-    def _fixed(self, image_shape: tuple[int, ...]) -> Preprocessing:
-        """The preprocessing for a network input of this shape, in the network's layout."""
-        return self.preprocessing.at(self.preprocessing.size_of(image_shape))
-
-    def _assemble(self, tasks: Iterator[_Task]) -> Generator[Batch, None, None]:
-        """Batches out of finished tasks.
+    def _assemble(self, fillings: Iterator[_Filling]) -> Generator[Batch, None, None]:
+        """Batches out of finished fillings.
 
         Each image was written where it belongs if none before it failed. After a failure, images are copied down into the hole; the row
         written to never lies behind the row read from, so nothing unread is lost.
         """
-        done: list[tuple[Path, ResizeTransform, ImageArray | None]] = []
-        target: _Task | None = None  # the first of the batch, whose buffer it gets
-        for task in tasks:
-            if isinstance(task.result, BaseException):
-                raise task.result
-            if isinstance(task.result, str):
-                logger.warning("skipped: %s", task.result)
-                self.failures.append((task.path, task.result))
-            elif task.result is not None:
-                target = target or task
-                if target.buffer is not task.buffer or len(done) != task.row:
-                    target.buffer[len(done)] = task.buffer[task.row]
-                done.append((task.path, *task.result))
-            last = task.row == self.batch_size - 1
-            if last and (target is None or task.memory is not target.memory):
-                self._pool.give(task.memory)  # all of its images failed or moved up
-            # Images that were resized for another batch have another shape: they do not move up.
-            if target is not None and (len(done) == self.batch_size or (last and self._resize)):
-                yield self._batch(target, done)
-                target, done = None, []
+        done: list[_Done] = []
+        target: _Filling | None = None  # the first of the batch, whose buffer it gets
+        for filling in fillings:
+            for row, (path, result) in enumerate(zip(filling.paths, filling.results, strict=True)):
+                if isinstance(result, tuple):
+                    target = target or filling
+                    if target is not filling or len(done) != row:
+                        target.buffer[len(done)] = filling.buffer[row]
+                    done.append((path, *result))
+                else:
+                    self._note(path, result)
+                last = row == self.batch_size - 1
+                if last and target is not filling:
+                    self._pool.give(filling.memory)  # all of its images failed or moved up
+                # Images that were resized for another batch have another shape: they do not move up.
+                if target and (len(done) == self.batch_size or (last and self._resize)):
+                    yield self._batch(target, done)
+                    target, done = None, []
         if target is not None:
             yield self._batch(target, done)
 
-    def _batch(
-        self,
-        target: _Task,
-        done: Sequence[tuple[Path, ResizeTransform, ImageArray | None]],
-    ) -> Batch:
+    def _note(self, path: Path, result: str | BaseException) -> None:
+        """Log an image that is left out; raise an error that is none of its own."""
+        if isinstance(result, BaseException):
+            raise result
+        logger.warning("skipped: %s", result)
+        self.failures.append((path, result))
+
+    def _batch(self, target: _Filling, done: Sequence[_Done]) -> Batch:
         images = target.buffer[: len(done)]
         if self._pad_to_batch:
             target.buffer[len(done) :] = 0
