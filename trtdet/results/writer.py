@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves for each image: a picture, a TSV, and its part of detections.json."""
 
-import json
 import logging
 import threading
 from collections import deque
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import files
-from trtdet.detections import Detections, to_coco_results, write_tsv
+from trtdet.detections import Detections, coco_text, write_tsv
 from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
 from trtdet.results import coco, draw, naming
@@ -144,13 +143,12 @@ class ResultWriter:
             ) from error
         if result.path not in self._image_ids:
             return ""
-        entries = to_coco_results(
+        return coco_text(
             result.detections,
             self._image_ids[result.path],
             self._spec.category_ids,
             inclusive_corners=self._spec.inclusive_corners,
         )
-        return ",\n".join(json.dumps(entry) for entry in entries)
 
 
 @contextmanager
