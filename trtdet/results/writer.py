@@ -19,7 +19,7 @@ from trtdet.detections import Detections, coco_text, write_tsv
 from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
 from trtdet.results import coco, draw, naming
-from trtdet.results.options import DRAW_THRESHOLD
+from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class ResultWriter:
         labels: Sequence[str],
         tsv_header: bool,
         draw_threshold: float,
+        image_format: ImageFormat,
     ) -> None:
         self._output = output
         self._pool = pool
@@ -71,6 +72,7 @@ class ResultWriter:
         self._labels = labels
         self._tsv_header = tsv_header
         self._draw_threshold = draw_threshold
+        self._image_format = image_format
         self._lock = threading.Lock()
         #: Detections that pictures do not show.
         self.undrawn = 0
@@ -135,7 +137,9 @@ class ResultWriter:
                 shown = len(result.detections.above(self._draw_threshold))
                 with self._lock:
                     self.undrawn += len(result.detections) - shown
-                naming.write_png(naming.with_suffix_added(name, ".png"), picture)
+                naming.write_picture(
+                    naming.with_suffix_added(name, f".{self._image_format}"), picture
+                )
         except OSError as error:
             self.check_output()  # says it better, where that is the reason
             raise OSError(
@@ -190,6 +194,7 @@ def result_writer(
     labels: Sequence[str] = (),
     tsv_header: bool = False,
     draw_threshold: float = DRAW_THRESHOLD,
+    image_format: ImageFormat = "png",
 ) -> Iterator[ResultWriter]:
     """A `ResultWriter`; leaving it waits for every file. detections.json appears only where nothing failed.
 
@@ -200,6 +205,7 @@ def result_writer(
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
         draw_threshold: pictures show detections from this score on.
+        image_format: what pictures are written as.
     """
     threads = available_cores()
     with ExitStack() as resources:
@@ -219,6 +225,7 @@ def result_writer(
             labels=labels,
             tsv_header=tsv_header,
             draw_threshold=draw_threshold,
+            image_format=image_format,
         )
         try:
             yield writer
