@@ -122,7 +122,7 @@ def write_picture(path: Path, image: NDArray[np.uint8]) -> None:
 def encode_png(image: NDArray[np.uint8]) -> bytes:
     """A picture as a PNG file.
 
-    By ISA-L where it is installed: in a third of the time that OpenCV takes, and 7 % smaller (photographs of COCO with boxes).
+    By ISA-L where it is installed: in 0.27 of the time that OpenCV takes, and 4 % smaller (photographs of COCO).
     OpenCV takes a seventh of the time of Pillow's default, and a third more space.
     """
     deflate = _isal_zlib()

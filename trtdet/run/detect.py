@@ -70,6 +70,9 @@ def open_batcher(
         ValueError: the model does not take batches of `options.batch_size`.
     """
     batch_size = pick_batch_size(runtime, options)
+    smallest = runtime.batch_range[0]
+    if runtime.one_size:
+        batch_size = max(smallest, min(batch_size, len(paths)))
     preprocessing, resize = choose_input(
         runtime.spec.preprocessing,
         size=options.size,
@@ -84,7 +87,7 @@ def open_batcher(
         resize=resize,
         workers=options.workers,
         keep_sources=keep_sources,
-        pad_to_batch=runtime.batch_range[0] > 1,  # the last batch may be short
+        pad_to_batch=smallest > 1 or runtime.one_size,  # the last batch may be short
         allocate=allocate or runtime.allocate,
         load=load,
         size=size,
