@@ -7,8 +7,8 @@
 Without --input, photographs are made up (smooth noise, JPEG quality 90). The parts:
 
 1. ImageBatcher, against OpenCV alone: bytes in memory to pixels (and resized), in a pool of as many
-   threads, the pixels thrown away. "N processes" is what as many workers do that share no lock of
-   Python. Every figure is the best of --rounds, the candidates taken in turn within a round, so
+   threads, the pixels thrown away. "processes" gives each worker a process; "N apart" is what as
+   many workers do in N processes that share nothing. Every figure is the best of --rounds, the candidates taken in turn within a round, so
    that a busy machine slows them all. --check asks for 0.75 of decoding and, with
    --nvidia_batcher, for twice NVIDIA's, from uint8 NHWC.
 2. With --against, ImageBatcher of another checkout and of this one in turn: the median ratio.
@@ -162,6 +162,12 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         batcher = ImageBatcher(paths, preprocessing, args.batch_size, workers=args.workers)
         candidates[f"{dtype} {layout}"] = partial(batch_all, batcher)
     counts = dict.fromkeys(candidates, len(paths))
+    for dtype in dtypes if args.processes else ():
+        # More of them, so that starting the processes counts as little as in a run that has them.
+        name, many = f"{dtype} NHWC, processes", paths * 4
+        preprocessing = preprocessing_of(args, dtype, "NHWC")
+        batcher = ImageBatcher(many, preprocessing, args.batch_size, workers=args.workers, processes=True)  # fmt: skip
+        candidates[name], counts[name] = partial(batch_all, batcher), len(many)
     if args.nvidia_batcher:
         candidates[NVIDIA] = nvidia_batches(args.nvidia_batcher, folder, args.batch_size, args.size)
         counts[NVIDIA] = len(files)
@@ -169,7 +175,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         if args.processes:
             children = [stack.enter_context(closing(Child(ROOT))) for _ in range(args.processes)]
             run = run_of(args, max(1, args.workers // args.processes))
-            name = f"{args.processes} processes"
+            name = f"uint8 NHWC, {args.processes} apart"
             candidates[name], counts[name] = partial(run_all, children, run, paths), len(paths)
         seconds = best_times(candidates, args.rounds)
     rates = {name: counts[name] / seconds[name] for name in candidates}
@@ -259,7 +265,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=positive_int, default=160, help="images per run (default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=5, help="(default: %(default)s)")
     parser.add_argument("--source_size", type=parse_size, default=(960, 1280), metavar="H,W", help="of made-up photographs (default: 960,1280)")
-    parser.add_argument("--processes", type=int, default=4 if available_cores() >= 8 else 0, help="measure as many processes too; 0: not (default: %(default)s here)")
+    parser.add_argument("--processes", type=int, default=4 if available_cores() >= 8 else 0, help="measure worker processes too, and as many ImageBatchers side by side; 0: not (default: %(default)s here)")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, to compare with in turn")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="a model for part 4")
     parser.add_argument("--written", type=positive_int, default=200, help="images per run of part 4 (default: %(default)s)")
@@ -278,11 +284,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.input is None:
                 make_photographs(Path(made), 16, args.source_size)
             report = measure(args.input or Path(made), args)
-        print(f"{'':<18}{'images/s':>9}{'/ decode':>10}{'/ NVIDIA':>10}")
+        print(f"{'':<24}{'images/s':>9}{'/ decode':>10}{'/ NVIDIA':>10}")
         for name, rate in report["images_per_second"].items():
             nvidia = report["of_nvidia"].get(name)
             last = f"{nvidia:>10.2f}" if nvidia else ""
-            print(f"{name:<18}{rate:>9.1f}{report['of_decode'][name]:>10.3f}{last}")
+            print(f"{name:<24}{rate:>9.1f}{report['of_decode'][name]:>10.3f}{last}")
         print("\n".join(report.get("more", ())))
         report["criteria"] = criteria(report)
         for text, met in report["criteria"].items():

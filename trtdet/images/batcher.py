@@ -7,8 +7,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -23,7 +23,9 @@ from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform
 from trtdet.images.files import ImageArray, image_size, load_image
 from trtdet.images.options import Resample
-from trtdet.images.preprocess import Placer, ShorterSide, placer
+from trtdet.images.prepare import Preparer, Result
+from trtdet.images.preprocess import ShorterSide
+from trtdet.images.processes import SharedMemory, Worker, available
 from trtdet.machine import available_cores
 from trtdet.spec import Preprocessing
 
@@ -31,6 +33,20 @@ logger = logging.getLogger(__name__)
 
 #: (shape, dtype) -> array: where batches are written. A runtime hands in one that returns pinned memory.
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+
+
+#: Images that a process of a worker is given at a time.
+_SHARE = 4
+#: From so many workers on, threads wait for Python's lock longer than they work.
+_MANY_WORKERS = 8
+#: Images per worker that its process, which takes a third of a second to start, is worth.
+_MANY_IMAGES = 128
+
+
+def worth_processes(workers: int | None, images: int) -> bool:
+    """Whether workers with processes of their own prepare so many images sooner than threads."""
+    workers = workers or available_cores()
+    return workers >= _MANY_WORKERS and images >= workers * _MANY_IMAGES and available()
 
 
 # ---- batches
@@ -123,11 +139,6 @@ class _OpenCVThreads:
                     cv2.setNumThreads(cls._before)
 
 
-_Prepared = tuple[ResizeTransform, ImageArray | None]  # the source where it is kept
-#: What came of an image: itself, the reason why it cannot be used, or an error that ends the iteration.
-_Result = _Prepared | str | BaseException
-
-
 class _Filling:
     """A buffer that workers write images into, and what came of each.
 
@@ -138,19 +149,16 @@ class _Filling:
         results: one per path, complete after `wait`.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], buffer: NDArray[Any], memory: NDArray[Any], placer: Placer
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], buffer: NDArray[Any], memory: NDArray[Any]) -> None:
         self.paths = paths
         self.buffer = buffer
         self.memory = memory
-        self.placer = placer
-        self.results: list[_Result] = [""] * len(paths)
+        self.results: list[Result] = [""] * len(paths)
         self._finished = count(1)  # next() of it is one step: no two threads get the same number
         self._complete = threading.Lock()
         self._complete.acquire()
 
-    def finish(self, row: int, result: _Result) -> None:
+    def finish(self, row: int, result: Result) -> None:
         """Note what came of the image that belongs in `row`. Called by a worker, once per row."""
         self.results[row] = result
         if next(self._finished) == len(self.paths):
@@ -163,7 +171,7 @@ class _Filling:
 
 #: An image that is in a batch: its file, the way back, the source where it is kept.
 _Done = tuple[Path, ResizeTransform, ImageArray | None]
-_Todo: TypeAlias = "SimpleQueue[tuple[_Filling, int] | None]"
+_Todo: TypeAlias = "SimpleQueue[tuple[_Filling, range] | None]"  # rows of a batch
 
 
 class ImageBatcher(Closing):
@@ -197,6 +205,7 @@ class ImageBatcher(Closing):
         keep_sources: bool = False,
         pad_to_batch: bool = False,
         allocate: Allocate = np.empty,
+        processes: bool = False,
         load: Callable[[Path], ImageArray] | None = None,
         size: Callable[[Path], tuple[int, int] | None] | None = None,
     ) -> None:
@@ -211,6 +220,8 @@ class ImageBatcher(Closing):
             allocate: makes the batch buffers, (batch_size, *image_shape) each; for example of pinned memory, into which the workers then
                 write directly. Where the consumer calls `Batch.release`, as many are made as hold the images ahead and the batches in use.
                 Their memory must outlive the batches.
+            processes: give each worker a process of its own, for many workers and many images: `worth_processes`. The buffers are in
+                memory that they share.
             load: what makes an image of a path; None: `load_image`.
             size: its height and width before it is loaded, for `resize`; None: `image_size`, from the file's header.
         """
@@ -226,8 +237,15 @@ class ImageBatcher(Closing):
         self.failures: list[tuple[Path, str]] = []
         self._resample = resample
         self._workers = workers or available_cores()
-        # Every worker needs an image in hand and one to go on with, even where batches are small.
-        self._ahead = max(prefetch, -(-2 * self._workers // batch_size))
+        self._shared: SharedMemory | None = None
+        self._share = 1
+        if processes:
+            if keep_sources or load or allocate is not np.empty:
+                raise ValueError("processes: expected no keep_sources, load and allocate with it")
+            self._shared, self._share = SharedMemory(), min(batch_size, _SHARE)
+            allocate = self._shared.allocate
+        # Every worker needs its share in hand and one to go on with, even where batches are small.
+        self._ahead = max(prefetch, -(-2 * self._share * self._workers // batch_size))
         self._keep_sources = keep_sources
         self._pad_to_batch = pad_to_batch
         self._resize = resize
@@ -255,13 +273,20 @@ class ImageBatcher(Closing):
     def _iterate(self) -> Generator[Batch, None, None]:
         # Plain threads and a queue: at 16 cores, concurrent.futures costs a tenth of the throughput.
         todo: _Todo = SimpleQueue()
+        preparer = Preparer(
+            self.preprocessing,
+            self._resample,
+            self._resize,
+            self._keep_sources,
+            self._load or load_image,
+        )
         threads: list[threading.Thread] = []
         with _OpenCVThreads.single():
             try:
                 for number in range(self._workers):
                     name = f"image-batcher-{number}"
                     thread = threading.Thread(
-                        target=self._work, args=(todo,), name=name, daemon=True
+                        target=self._work, args=(todo, preparer), name=name, daemon=True
                     )
                     thread.start()
                     threads.append(thread)
@@ -275,30 +300,32 @@ class ImageBatcher(Closing):
                 for thread in threads:
                     thread.join()
 
-    def _work(self, todo: _Todo) -> None:
+    def _work(self, todo: _Todo, preparer: Preparer) -> None:
         """What each worker does until it meets None."""
-        while (task := todo.get()) is not None:
-            filling, row = task
-            try:
-                result: _Result = self._prepare(filling, row)
-            except BaseException as error:  # the consumer raises it
-                result = error
-            filling.finish(row, result)
+        with ExitStack() as stack:
+            process = self._process_of(preparer, stack) if self._shared else None
+            while (task := todo.get()) is not None:
+                filling, rows = task
+                paths = filling.paths[rows.start : rows.stop]
+                results: list[Result] | None = None
+                if process is not None and process.ready():
+                    try:
+                        results = process.prepare(paths, filling.buffer, filling.memory, rows.start)
+                    except Exception as error:  # as one of the preparer: the consumer raises it
+                        results = [error] * len(rows)
+                if results is None:
+                    results = [preparer.prepare(path, filling.buffer[row]) for path, row in zip(paths, rows, strict=True)]  # fmt: skip
+                for row, result in zip(rows, results, strict=True):
+                    filling.finish(row, result)
 
-    def _prepare(self, filling: _Filling, row: int) -> _Prepared | str:
-        """Decode and resize one image; a text says why it cannot be used."""
-        path, out, scale = filling.paths[row], filling.buffer[row], None
+    def _process_of(self, preparer: Preparer, stack: ExitStack) -> Worker | None:
+        """A process for a worker, which ends with the block of `stack`; None where there is none to be had."""
+        assert self._shared is not None
         try:
-            image = (self._load or load_image)(path)
-        except (OSError, ValueError) as error:
-            return message_of(error)
-        if self._resize:
-            scale = self._resize.scale(image.shape)
-            longest = max(self.preprocessing.size_of(out.shape))
-            if max(image.shape[:2]) * scale >= longest + 1:
-                return f"{path}: expected the size in the file's header, found {image.shape[:2]}"
-        transform = filling.placer.place(image, out, scale)
-        return transform, image if self._keep_sources else None
+            return stack.enter_context(Worker(replace(preparer, load=None), self._shared))
+        except Exception as error:  # the thread does it
+            logger.warning("a process that decodes images does not start: %s", message_of(error))
+            return None
 
     def _in_order(self, todo: _Todo) -> Iterator[_Filling]:
         """Hand out the images to the workers, `_ahead` batches at a time, and yield the finished ones in order."""
@@ -308,8 +335,9 @@ class ImageBatcher(Closing):
         def hand_out(number: int) -> None:
             for filling in islice(fillings, number):
                 waiting.append(filling)
-                for row in range(len(filling.paths)):
-                    todo.put((filling, row))
+                rows = range(len(filling.paths))
+                for start in rows[:: self._share]:
+                    todo.put((filling, rows[start : start + self._share]))
 
         hand_out(self._ahead)
         while waiting:
@@ -323,15 +351,13 @@ class ImageBatcher(Closing):
         for start in range(0, len(self.paths), self.batch_size):
             paths = self.paths[start : start + self.batch_size]
             memory = buffer = self._pool.take()
-            preprocessing = self.preprocessing
             if self._resize:
                 size_of = self._size or image_size
                 sizes = [size for path in paths if (size := size_of(path))]
-                canvas = self._resize.canvas(sizes or [(1, 1)], preprocessing)
-                preprocessing = preprocessing.at(canvas)
-                shape = (self.batch_size, *preprocessing.image_shape)
+                canvas = self._resize.canvas(sizes or [(1, 1)], self.preprocessing)
+                shape = (self.batch_size, *self.preprocessing.at(canvas).image_shape)
                 buffer = memory.reshape(-1)[: math.prod(shape)].reshape(shape)
-            yield _Filling(paths, buffer, memory, placer(preprocessing, self._resample))
+            yield _Filling(paths, buffer, memory)
 
     def _assemble(self, fillings: Iterator[_Filling]) -> Generator[Batch, None, None]:
         """Batches out of finished fillings.
