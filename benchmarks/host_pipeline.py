@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files to batches: images per second of ImageBatcher, beside the pure JPEG decode rate on the same cores.
+"""Files to batches, and on to detections and pictures: images per second, each beside its baseline, in one run.
 
-    python benchmarks/host_pipeline.py --input photos [--nvidia_batcher TensorRT/samples/python/efficientdet/image_batcher.py]
+    python benchmarks/host_pipeline.py --input photos [--onnx d0.onnx] [--against OTHER_CHECKOUT] \\
+        [--nvidia_batcher TensorRT/samples/python/efficientdet/image_batcher.py]
 
-Without --input, photographs of 1280 x 960 are made up (smooth noise, JPEG quality 90). Every figure is the best of --rounds, the candidates
-taken in turn within a round, so that a busy machine slows them all. "decode" is OpenCV alone: bytes in memory to pixels, in a pool of as
-many threads, the pixels thrown away. --check asks for 0.75 of it and, with --nvidia_batcher, for twice NVIDIA's, from uint8 NHWC.
+Without --input, photographs are made up (smooth noise, JPEG quality 90). The parts:
+
+1. ImageBatcher, against OpenCV alone: bytes in memory to pixels (and resized), in a pool of as many
+   threads, the pixels thrown away. "processes" gives each worker a process; "N apart" is what as
+   many workers do in N processes that share nothing. Every figure is the best of --rounds, the candidates taken in turn within a round, so
+   that a busy machine slows them all. --check asks for 0.75 of decoding and, with
+   --nvidia_batcher, for twice NVIDIA's, from uint8 NHWC.
+2. With --against, ImageBatcher of another checkout and of this one in turn: the median ratio.
+3. Where the time of a worker goes.
+4. infer.py without and with pictures, around a stand-in for the engine that takes no time, and
+   around --onnx, if given, on ONNX Runtime.
 """
 
 import argparse
@@ -17,8 +26,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import cv2
@@ -27,17 +38,23 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import host_profile
+import host_writing
+from host_child import Child, run_all
+
 from trtdet.commands.cli import run_main, setup_logging
 from trtdet.commands.values import positive_int
 from trtdet.files import write_text
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import find_images
 from trtdet.images.options import parse_size
-from trtdet.images.preprocess import IMAGENET_MEAN
+from trtdet.images.preprocess import IMAGENET_MEAN, preprocess
 from trtdet.machine import available_cores, describe_machine
+from trtdet.run.options import RunOptions
 from trtdet.spec import InputDtype, Layout, Preprocessing
 
-DECODE = "decode alone"
+ROOT = Path(__file__).resolve().parents[1]
+DECODE, RESIZED = "decode alone", "decode and resize"
 NVIDIA = "NVIDIA float32"
 #: What goes to an engine: the one that --check is about.
 CHECKED = "uint8 NHWC"
@@ -45,24 +62,26 @@ WANTED_OF_DECODE = 0.75
 WANTED_OF_NVIDIA = 2.0
 
 
-def make_photographs(folder: Path, count: int) -> None:
-    """JPEGs of 1280 x 960 with about the bytes of a photograph: noise at several scales."""
+def make_photographs(folder: Path, count: int, size_hw: tuple[int, int]) -> None:
+    """JPEGs with about the bytes of a photograph: noise at several scales."""
     rng = np.random.default_rng(0)
+    height, width = size_hw
     for number in range(count):
-        image = np.full((960, 1280, 3), 128, np.float32)
+        image = np.full((height, width, 3), 128, np.float32)
         for size, strength in ((8, 60), (40, 30), (200, 18), (640, 10)):
             noise = rng.standard_normal((size * 3 // 4, size, 3)).astype(np.float32)
-            image += strength * cv2.resize(noise, (1280, 960), interpolation=cv2.INTER_CUBIC)
+            image += strength * cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
         pixels = np.clip(image, 0, 255).astype(np.uint8)
         cv2.imwrite(str(folder / f"{number:03d}.jpg"), pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
 
 
-def decode_all(data: Sequence[bytes], workers: int) -> None:
-    """The baseline: decode in a pool, nothing else."""
+def decode_all(data: Sequence[bytes], workers: int, size: Preprocessing | None = None) -> None:
+    """The baselines: decode in a pool, and resize where there is a size, nothing else."""
 
-    def decode(image: bytes) -> tuple[int, ...]:
+    def decode(image: bytes) -> None:
         pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
-        return () if pixels is None else pixels.shape
+        if size is not None:
+            preprocess(np.asarray(pixels, np.uint8), size)
 
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
@@ -110,25 +129,55 @@ def best_times(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[s
     return best
 
 
+def preprocessing_of(args: argparse.Namespace, dtype: InputDtype, layout: Layout) -> Preprocessing:
+    return Preprocessing(args.size, layout, dtype, pad_rgb=IMAGENET_MEAN)
+
+
+def run_of(args: argparse.Namespace, workers: int) -> dict[str, Any]:
+    """What `host_child` is told."""
+    return {
+        "size_hw": args.size,
+        "layout": "NHWC",
+        "dtype": "uint8",
+        "batch_size": args.batch_size,
+        "workers": workers,
+    }
+
+
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Images per second by candidate, and the ratios."""
+    """Images per second by candidate, and the ratios; what else is to be printed."""
     files = find_images(folder)
     # The same files several times over, so that starting the pool does not count.
     paths = (files * -(-args.images // len(files)))[: args.images]
     data = [path.read_bytes() for path in paths]
-    candidates: dict[str, Callable[[], None]] = {DECODE: lambda: decode_all(data, args.workers)}
-    counts = {DECODE: len(paths)}
+    checked = preprocessing_of(args, "uint8", "NHWC")
+    candidates: dict[str, Callable[[], None]] = {
+        DECODE: lambda: decode_all(data, args.workers),
+        RESIZED: lambda: decode_all(data, args.workers, checked),
+    }
     dtypes: tuple[InputDtype, ...] = ("uint8", "float32")
     layouts: tuple[Layout, ...] = ("NHWC", "NCHW")
     for dtype, layout in itertools.product(dtypes, layouts):
-        preprocessing = Preprocessing(args.size, layout, dtype, pad_rgb=IMAGENET_MEAN)
+        preprocessing = preprocessing_of(args, dtype, layout)
         batcher = ImageBatcher(paths, preprocessing, args.batch_size, workers=args.workers)
         candidates[f"{dtype} {layout}"] = partial(batch_all, batcher)
-        counts[f"{dtype} {layout}"] = len(paths)
+    counts = dict.fromkeys(candidates, len(paths))
+    for dtype in dtypes if args.processes else ():
+        # More of them, so that starting the processes counts as little as in a run that has them.
+        name, many = f"{dtype} NHWC, processes", paths * 4
+        preprocessing = preprocessing_of(args, dtype, "NHWC")
+        batcher = ImageBatcher(many, preprocessing, args.batch_size, workers=args.workers, processes=True)  # fmt: skip
+        candidates[name], counts[name] = partial(batch_all, batcher), len(many)
     if args.nvidia_batcher:
         candidates[NVIDIA] = nvidia_batches(args.nvidia_batcher, folder, args.batch_size, args.size)
         counts[NVIDIA] = len(files)
-    seconds = best_times(candidates, args.rounds)
+    with ExitStack() as stack:
+        if args.processes:
+            children = [stack.enter_context(closing(Child(ROOT))) for _ in range(args.processes)]
+            run = run_of(args, max(1, args.workers // args.processes))
+            name = f"uint8 NHWC, {args.processes} apart"
+            candidates[name], counts[name] = partial(run_all, children, run, paths), len(paths)
+        seconds = best_times(candidates, args.rounds)
     rates = {name: counts[name] / seconds[name] for name in candidates}
     return {
         "images_per_second": rates,
@@ -141,7 +190,55 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "network_size_hw": args.size,
         "source_sizes_wh": sorted({Image.open(path).size for path in files}),
         "machine": describe_machine(),
+        "more": [
+            *(against(args, paths) if args.against else ()),
+            *where_the_time_goes(args, paths),
+            *writing(args, files),
+        ],
     }
+
+
+def against(args: argparse.Namespace, paths: Sequence[Path]) -> list[str]:
+    """This checkout and another in turn: the median of the ratios."""
+    ratios = []
+    run = run_of(args, args.workers)
+    with closing(Child(ROOT)) as ours, closing(Child(args.against)) as theirs:
+        for number in range(2 * args.rounds + 1):
+            seconds = {}
+            for child in (ours, theirs) if number % 2 else (theirs, ours):
+                start = time.perf_counter()
+                run_all([child], run, paths)
+                seconds[child] = time.perf_counter() - start
+            if number:
+                ratios.append(seconds[theirs] / seconds[ours])
+    low, high = min(ratios), max(ratios)
+    return [f"rate of this checkout / {args.against.name}: {median(ratios):.2f} ({low:.2f} to {high:.2f} in {len(ratios)} rounds)"]  # fmt: skip
+
+
+def where_the_time_goes(args: argparse.Namespace, paths: Sequence[Path]) -> list[str]:
+    preprocessing = preprocessing_of(args, "uint8", "NHWC")
+    alone = host_profile.profile(paths[: len(paths) // args.workers + 1], preprocessing, args.batch_size, 1)  # fmt: skip
+    together = host_profile.profile(paths, preprocessing, args.batch_size, args.workers)
+    return ["", *host_profile.lines(alone, together, args.workers)]
+
+
+def writing(args: argparse.Namespace, files: Sequence[Path]) -> list[str]:
+    """infer.py without and with pictures."""
+    lines = ["", f"{'infer.py':<44}{'images/s':>9}{'/ none':>10}"]
+    checked = preprocessing_of(args, "uint8", "NHWC")
+    with tempfile.TemporaryDirectory() as folder:
+        links = host_writing.unlike_names(files, Path(folder), args.written)
+        options = RunOptions(batch_size=args.batch_size, workers=args.workers)
+        for boxes in (10, 50):
+            with host_writing.StandInEngine(checked, boxes) as runtime:
+                rates = host_writing.measure(runtime, links, options, 1)
+            lines += host_writing.lines(f"stand-in engine, {boxes} boxes", rates)
+        if args.onnx:
+            few = links[: args.written // 4]
+            with host_writing.open_or_stand_in(args.onnx, checked, 0) as runtime:
+                rates = host_writing.measure(runtime, few, RunOptions(), 1)
+                lines += [runtime.description, *host_writing.lines(args.onnx.name, rates)]
+    return lines
 
 
 def criteria(report: dict[str, Any]) -> dict[str, bool]:
@@ -167,6 +264,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=positive_int, default=available_cores(), help="threads (default: one per available core, %(default)s here)")
     parser.add_argument("--images", type=positive_int, default=160, help="images per run (default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--source_size", type=parse_size, default=(960, 1280), metavar="H,W", help="of made-up photographs (default: 960,1280)")
+    parser.add_argument("--processes", type=int, default=4 if available_cores() >= 8 else 0, help="measure worker processes too, and as many ImageBatchers side by side; 0: not (default: %(default)s here)")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, to compare with in turn")
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="a model for part 4")
+    parser.add_argument("--written", type=positive_int, default=200, help="images per run of part 4 (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, with the machine, as JSON")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a criterion is not met")
     # fmt: on
@@ -180,13 +282,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         with tempfile.TemporaryDirectory() as made:
             if args.input is None:
-                make_photographs(Path(made), 16)
+                make_photographs(Path(made), 16, args.source_size)
             report = measure(args.input or Path(made), args)
-        print(f"{'':<18}{'images/s':>9}{'/ decode':>10}{'/ NVIDIA':>10}")
+        print(f"{'':<24}{'images/s':>9}{'/ decode':>10}{'/ NVIDIA':>10}")
         for name, rate in report["images_per_second"].items():
             nvidia = report["of_nvidia"].get(name)
             last = f"{nvidia:>10.2f}" if nvidia else ""
-            print(f"{name:<18}{rate:>9.1f}{report['of_decode'][name]:>10.3f}{last}")
+            print(f"{name:<24}{rate:>9.1f}{report['of_decode'][name]:>10.3f}{last}")
+        print("\n".join(report.get("more", ())))
         report["criteria"] = criteria(report)
         for text, met in report["criteria"].items():
             print(f"{text}: {'yes' if met else 'NO'}")

@@ -5,12 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import against_tensorflow
 import host_pipeline
+import host_profile
+import host_writing
 import onnx_runtime_busy
 import pytest
 import toy_detector
 import trt_runtime
 from trt_rig import Rig
+
+from trtdet.run.options import RunOptions
+from trtdet.spec import Preprocessing
 
 
 @pytest.mark.parametrize(
@@ -68,3 +74,61 @@ def test_enqueue_times_come_with_their_ratio(rig: Callable[..., Rig], engine: Pa
     rig(schedule="early")
     found = trt_runtime.measure_enqueue(engine, 4, 20)
     assert found["graph_over_plain"] == found["graph_median_us"] / found["plain_median_us"] > 0
+
+
+def test_rates_in_turn_are_compared_within_each_round() -> None:
+    turns: list[str] = []
+    # A machine that takes twice as long in the second round, and ten times in the first, which warms up.
+    slow = {0: 10, 1: 1, 2: 2}
+
+    def candidate(name: str, ms: float) -> Callable[..., Any]:
+        def run(images: Any) -> tuple[float, float]:
+            turns.append(name)
+            factor = slow[turns.count(name) - 1]
+            return factor * ms * len(images) / 1000, ms * len(images) / 1000
+
+        return run
+
+    names = (against_tensorflow.TENSORFLOW, against_tensorflow.TRTDET, against_tensorflow.ALONE)
+    candidates = {name: candidate(name, ms) for name, ms in zip(names, (90, 45, 40), strict=True)}
+    found = against_tensorflow.in_turn(candidates, [Path("a.jpg")] * 5, rounds=2)
+    assert turns == [*names[::-1], *names, *names[::-1]]
+    assert {len(times) for times in found.values()} == {2}
+    lines = against_tensorflow.report(found)
+    assert lines[1].split()[1:3] == ["67.50", "ms"]  # the median of 45 and 90
+    assert lines[-2:] == [
+        "infer.py beside ONNX Runtime: 7.50 ms an image, 5.00 ms CPU",
+        "rate of infer.py / TensorFlow: 2.00 (2.00 to 2.00 in 2 rounds)",
+    ]
+
+
+def photographs(folder: Path, count: int) -> list[Path]:
+    folder.mkdir()
+    host_pipeline.make_photographs(folder, count, (48, 64))
+    return sorted(folder.iterdir())
+
+
+def test_every_step_of_the_profile_is_there(tmp_path: Path) -> None:
+    paths = photographs(tmp_path / "in", 6)
+    before = [getattr(owner, name) for owner, name in host_profile.STEPS.values()]
+    steps = host_profile.profile(paths, Preprocessing((32, 32), dtype="uint8"), 2, workers=2)
+    assert [getattr(owner, name) for owner, name in host_profile.STEPS.values()] == before
+    assert list(steps) == [*host_profile.STEPS, host_profile.REST]
+    for name in host_profile.STEPS:
+        assert steps[name].wall_us > 0 and steps[name].cpu_us > 0
+    assert len(host_profile.lines(steps, steps, 2)) == 2 + len(steps)
+
+
+def test_the_parts_around_a_stand_in_engine_write_what_they_should(tmp_path: Path) -> None:
+    paths = photographs(tmp_path / "in", 3)
+    (tmp_path / "links").mkdir()
+    links = host_writing.unlike_names(paths, tmp_path / "links", 5)
+    engine = host_writing.StandInEngine(Preprocessing((32, 32), dtype="uint8"), boxes=7)
+    for name, image_format in host_writing.WRITTEN.items():
+        out = tmp_path / name
+        host_writing.detect_files(engine, links, out, image_format, RunOptions(batch_size=2))
+        assert len(list(out.glob("*.tsv"))) == 5
+        assert {path.suffix for path in out.iterdir()} - {".tsv", ".json"} == ({f".{image_format}"} if image_format else set())  # fmt: skip
+        rows = (out / "00000.tsv").read_text().splitlines()
+        assert len(rows) == 100
+        assert sum(float(row.split("\t")[4]) >= 0.3 for row in rows) == 7

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detections of one image: thresholds, decoding of outputs, TSV files, COCO's results format."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from trtdet.detections import Detections, decode, read_tsv, to_coco_results, write_tsv
+from trtdet.detections import (
+    Detections,
+    coco_text,
+    decode,
+    read_tsv,
+    to_coco_results,
+    tsv_text,
+    write_tsv,
+)
 from trtdet.geometry import ResizeTransform
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
@@ -76,3 +85,38 @@ def test_json_has_odtks_form() -> None:
     (plain, _) = to_coco_results(detections((0, 0)), 7, (1, 5))
     assert plain["bbox"] == [10, 20, 40, 20, 0]
     assert "segmentation" not in to_coco_results(detections(None), 7, (1, 5))[0]
+
+
+#: Ties, numbers that float32 has no exact form of, and scores that are written with an exponent.
+AWKWARD = [0.0625, 0.0005, 0.1875, 2.5e-6, 1e-7, 123456.789, 1e6, -3.0004999, 0.1, 99.9995]
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("image_id", [7, 'a "%s" é.jpg'])
+def test_text_of_many_is_that_of_each(rotated: bool, image_id: int | str) -> None:
+    """Values are written as Python's own `round`, `repr` and formats write each of them."""
+    random = np.random.default_rng(0)
+    values = np.concatenate([AWKWARD, random.uniform(-9, 5000, 190)]).astype(np.float32)
+    boxes, scores = values.reshape(-1, 4), np.float32(random.uniform(0, 1, 50) ** 9)
+    angles = np.float32(random.uniform(-3, 3, 50)) if rotated else None
+    many = Detections(boxes, scores, np.arange(50, dtype=np.int32) % 3, angles)
+    results = to_coco_results(many, image_id, (1, 5, 90))
+    for result, (x1, y1, x2, y2), score in zip(results, boxes, scores, strict=True):
+        expected = [round(float(value), 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+        assert result["bbox"][:4] == expected
+        assert result["score"] == round(float(score), 6)
+    text = coco_text(many, image_id, (1, 5, 90))
+    assert text == ",\n".join(json.dumps(result) for result in results)
+    labels = ("100 %", "%s", "pear")
+    lines = tsv_text(many, labels=labels).splitlines()
+    for row, line in enumerate(lines):
+        fields = [*(f"{x:.3f}" for x in boxes[row]), f"{scores[row]:.6f}", str(row % 3)]
+        if angles is not None:
+            fields.append(f"{angles[row]:.6f}")
+        assert line == "\t".join([*fields, labels[row % 3]])
+
+
+def test_text_of_none() -> None:
+    none = detections(None).above(2)
+    assert (tsv_text(none), coco_text(none, 1, (1, 5))) == ("", "")
+    assert tsv_text(none, header=True) == "xmin\tymin\txmax\tymax\tscore\tclass\n"

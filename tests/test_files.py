@@ -3,6 +3,7 @@
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -71,6 +72,30 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
         files.write_text(path, "whole")
         assert mine.exists() and not left.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "c.txt"
+    for text in ("first", "second"):
+        files.write_text(path, text)
+        assert path.read_text() == text
+        shutil.rmtree(tmp_path / "a")
+
+
+def test_a_folder_is_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else writing many files takes time that grows with the square of their number."""
+    looks: list[Path] = []
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: looks.append(folder) or listdir(folder))
+    for number in range(20):
+        files.write_text(tmp_path / f"{number}.txt", "")
+    assert looks == [tmp_path]
+    umask = os.umask(0o027)
+    try:
+        files.write_text(tmp_path / "mode.txt", "")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "mode.txt").stat().st_mode) == 0o640
 
 
 def test_long_names_of_any_alphabet_can_be_written(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ HOMES = {
     "tensorrt_rtx": ("trtdet.engine", "trtdet.runtimes"),
     "cuda": ("trtdet.cuda", "trtdet.runtimes"),
     "cv2": ("trtdet.images", "trtdet.results"),
+    "isal": ("trtdet.results.naming",),
     "msgspec": ("trtdet.reading",),
     "matplotlib": ("trtdet.results.coco", "trtdet.precision.sensitivity"),
     "pycocotools": ("trtdet.results.coco",),

@@ -23,6 +23,7 @@ EXTRAS = {
     "requirements-tensorflow.txt": "tensorflow",
     "requirements-tensorrt.txt": "tensorrt",
     "requirements-rtx.txt": "rtx",
+    "requirements-cuda.txt": "cuda",
     "requirements-triton.txt": "triton",
     "requirements-ray.txt": "ray",
     "requirements-video.txt": "video",

@@ -94,10 +94,12 @@ def test_a_session_runs() -> None:
     for outputs in (["y"], None):
         (y,) = session.run(outputs, {"x": x})
         assert y.tolist() == [2, 4]
-    buffer = session.on_device(x, "cpu")
-    assert session.on_device(x + 1, "cpu", buffer=buffer) is buffer
-    (y,) = session.run_on_device(["y"], {"x": buffer})
-    assert y.tolist() == [4, 6]
+    bound = session.bind("x", x, ["y"], "cpu")
+    (first,), (second,) = bound.run(x + 1), bound.run(x)
+    assert (first.tolist(), second.tolist()) == ([4, 6], [2, 4])  # the first is still what it was
+    assert x.tolist() == [1, 2]  # and so is the input
+    with pytest.raises(sessions.SessionError, match=r"^g: ONNX Runtime failed: "):
+        bound.run(np.zeros((2, 2), np.float32))
 
 
 def test_failures_are_one_line_that_names_the_model() -> None:

@@ -2,19 +2,28 @@
 """Files that appear whole or not at all, and their hashes."""
 
 import errno
-import glob
 import hashlib
+import math
 import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 #: Bytes of a temporary name that come from the file's own: with the rest it stays below the 255 that file systems take.
 _STEM_BYTES = 80
+#: Seconds until a folder is looked through again for what killed processes left.
+_SEARCH_AGAIN_S = 60.0
+#: Folder -> when that was done.
+_searched: dict[Path, float] = {}
+#: Of temporary files, different in each name.
+_numbers = count()
 #: How files of other kinds begin.
 OTHER_FILES = {
     b"\x89PNG": "a PNG image",
@@ -42,8 +51,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     target = path.resolve() if path.is_symlink() else path
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_file() and not target.is_dir():
+        if _is_special(target):
             with tempfile.TemporaryDirectory() as folder:
                 temporary = Path(folder, f"content{target.suffix}")
                 yield temporary
@@ -53,31 +61,61 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = _temporary_beside(target)
         try:
             yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
             temporary.replace(target)
-        finally:
+        except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
             raise OSError(error.errno, f"{error.strerror}; make room, or choose another folder", str(path)) from error  # fmt: skip
         raise
 
 
+def _is_special(path: Path) -> bool:
+    """Whether this is a device or a FIFO."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing there, or nothing that can be reached: writing says which
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
 def _temporary_beside(target: Path) -> Path:
     """An empty file of a name of its own; those of processes that are gone are removed."""
+    _remove_left_over(target.parent)
     stem = os.fsencode(target.stem)[:_STEM_BYTES].decode(errors="ignore")
-    mine = f".{stem}.{platform.node() or 'host'}-"
-    for left in target.parent.glob(f"{glob.escape(mine)}*"):
-        process = left.name.removeprefix(mine).partition("-")[0]
-        if process.isdecimal() and not _is_running(int(process)):
-            left.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f"{mine}{os.getpid()}-", suffix=target.suffix
-    )
-    os.close(handle)
-    return Path(name)
+    while True:
+        name = f".{stem}.{_host()}-{os.getpid()}-{next(_numbers)}{target.suffix}"
+        temporary = target.with_name(name)
+        try:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+            os.close(os.open(temporary, flags, 0o666))
+        except FileExistsError:  # of a process that had the same number
+            continue
+        except FileNotFoundError:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        return temporary
+
+
+def _host() -> str:
+    return platform.node() or "host"
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove what killed processes of this machine left in a folder.
+
+    A look at all names takes longer than to write a file, so each folder is looked through once in a while.
+    """
+    now = time.monotonic()
+    if now - _searched.get(folder, -math.inf) < _SEARCH_AGAIN_S:
+        return
+    _searched[folder] = now
+    kept = re.compile(rf"\..*\.{re.escape(_host())}-(\d+)-", re.DOTALL)
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        made = kept.match(name)
+        if made and not _is_running(int(made[1])):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _is_running(process: int) -> bool:

@@ -8,9 +8,12 @@ before; a value that the user has set stays.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trtdet.errors import EngineError
 
@@ -86,42 +89,54 @@ class Session:
             SessionError: ONNX Runtime failed.
         """
         names = None if outputs is None else list(outputs)
-        try:
+        with self._failing():
             values: list[NDArray[Any]] = self._session.run(names, dict(feeds))
-        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            raise SessionError(f"{self._name}: ONNX Runtime failed: {one_line(error)}") from error
         return values
 
-    def run_on_device(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[NDArray[Any]]:
-        """The same for inputs that `on_device` made. Outputs are in host memory.
+    def bind(self, name: str, array: NDArray[Any], outputs: Sequence[str], device: str) -> Bound:
+        """Keep memory on a device ("cuda", "cpu") for an input of this shape and type; see `Bound`.
 
         Raises:
             SessionError: ONNX Runtime failed.
         """
-        try:
+        with self._failing():
+            # Not made of the array itself: on a CPU that would be the caller's memory.
+            new = load_onnxruntime().OrtValue.ortvalue_from_shape_and_type
+            buffer = new(list(array.shape), array.dtype, device, 0)
             binding = self._session.io_binding()
-            for name, buffer in feeds.items():
-                binding.bind_ortvalue_input(name, buffer)
-            for name in outputs:
-                binding.bind_output(name)
-            self._session.run_with_iobinding(binding)
-            return [value.numpy() for value in binding.get_outputs()]
-        except Exception as error:  # as above
+            binding.bind_ortvalue_input(name, buffer)
+            for output in outputs:
+                binding.bind_output(output)
+        return Bound(self, binding, buffer)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Make an error of ONNX Runtime one line that names the model."""
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             raise SessionError(f"{self._name}: ONNX Runtime failed: {one_line(error)}") from error
 
-    def on_device(self, array: NDArray[Any], device: str, *, buffer: Any = None) -> Any:
-        """A copy of `array` on a device ("cuda", "cpu"): in `buffer`, one of the same shape that this made before, or in a new one.
+
+class Bound:
+    """A session whose one input lies in memory on a device that every run fills again. Outputs are in host memory."""
+
+    def __init__(self, session: Session, binding: Any, buffer: Any) -> None:
+        self._session = session
+        self._binding = binding
+        self._buffer = buffer
+
+    def run(self, array: NDArray[Any]) -> list[NDArray[Any]]:
+        """The outputs for an input of the shape and type that was bound; they are the caller's.
 
         Raises:
             SessionError: ONNX Runtime failed.
         """
-        try:
-            if buffer is None:
-                return load_onnxruntime().OrtValue.ortvalue_from_numpy(array, device, 0)
-            buffer.update_inplace(array)
-        except Exception as error:  # as above
-            raise SessionError(f"{self._name}: ONNX Runtime failed: {one_line(error)}") from error
-        return buffer
+        with self._session._failing():
+            self._buffer.update_inplace(array)
+            self._session._session.run_with_iobinding(self._binding)
+            # The next run may write into the same memory.
+            return [np.array(value.numpy()) for value in self._binding.get_outputs()]
 
 
 def open_session(

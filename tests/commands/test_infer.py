@@ -87,6 +87,20 @@ def test_one_picture_and_one_tsv_per_image(toy: Path, tmp_path: Path, capsys: An
     assert capsys.readouterr().out == f"{out / 'detections.json'}\n"
 
 
+def test_pictures_as_jpeg(toy: Path, tmp_path: Path) -> None:
+    """The same pictures, but for what JPEG loses."""
+    for number in range(3):
+        image(tmp_path / "in" / f"{number}.png", red=204, green=number, blue=1, size_wh=(96, 64))
+    for kind in ("png", "jpg"):
+        assert run(toy, tmp_path / "in", tmp_path / kind, "--image_format", kind) == 0
+        assert len(list((tmp_path / kind).glob(f"*.{kind}"))) == 3
+    for path in (tmp_path / "jpg").glob("*.jpg"):
+        found, expected = cv2.imread(str(path)), cv2.imread(str(tmp_path / "png" / f"{path.stem}.png"))  # fmt: skip
+        assert np.abs(found.astype(int) - expected).mean() < 4
+    for name in ("0.tsv", "1.tsv", "2.tsv", "detections.json"):
+        assert (tmp_path / "jpg" / name).read_bytes() == (tmp_path / "png" / name).read_bytes()
+
+
 def test_boxes_are_clipped_and_letterboxed(toy: Path, tmp_path: Path) -> None:
     # 32 wide, 64 high: scale 1/2, 16 x 32 pixels of the 48 x 32 input; the second box covers the padding too.
     image(tmp_path / "tall.png", red=204, green=2, blue=0, size_wh=(32, 64))

@@ -181,6 +181,33 @@ def test_bytes_behind_the_end_of_a_jpeg_do_no_harm(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_image(tmp_path / "a.jpg"), load_image(tmp_path / "b.jpg"))
 
 
+@pytest.mark.parametrize("length", [2**20 - 1, 2**20, 2**20 + 1, 2**21])
+def test_files_of_any_length_are_read_whole(tmp_path: Path, length: int) -> None:
+    """What a thread keeps to read into has 2**20 bytes; the comment in front of the pixels fills the file."""
+    short = jpeg(smooth(20, 30))
+    rest = length - len(short)
+    comments = b""
+    while rest:  # segments of 6 to 65537 bytes
+        size = rest if rest <= 65537 else min(65537, rest - 6)
+        comments += b"\xff\xfe" + (size - 2).to_bytes(2, "big") + bytes(size - 4)
+        rest -= size
+    (tmp_path / "long.jpg").write_bytes(short[:2] + comments + short[2:])
+    (tmp_path / "short.jpg").write_bytes(short)
+    assert (tmp_path / "long.jpg").stat().st_size == length
+    found = load_image(tmp_path / "long.jpg")
+    np.testing.assert_array_equal(found, load_image(tmp_path / "short.jpg"))
+
+
+def test_pixels_outlive_the_memory_that_files_are_read_into(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.jpg" for number in range(3)]
+    for path in paths:
+        path.write_bytes(jpeg(noise(30, 40)))
+    found = [load_image(path) for path in paths]
+    for path, pixels in zip(paths, found, strict=True):
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(pixels, np.asarray(image))
+
+
 def png(image: Pixels) -> bytes:
     data = io.BytesIO()
     Image.fromarray(image).save(data, "PNG")

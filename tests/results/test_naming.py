@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 
 
+import io
 import re
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from trtdet.results.naming import check_apart, output_names, with_suffix_added, write_png
+from trtdet.results import naming
+from trtdet.results.naming import (
+    check_apart,
+    encode_png,
+    output_names,
+    with_suffix_added,
+    write_picture,
+)
 
 ROOT = Path("in")
 
@@ -69,9 +79,9 @@ def test_inputs_are_not_overwritten(tmp_path: Path) -> None:
         check_apart(photos / "sub", {image: Path("a")}, [image])
 
 
-def test_write_png_keeps_every_pixel(tmp_path: Path) -> None:
+def test_write_picture_keeps_every_pixel(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
-    write_png(tmp_path / "new" / "a.png", image)
+    write_picture(tmp_path / "new" / "a.png", image)
     with Image.open(tmp_path / "new" / "a.png") as written:
         np.testing.assert_array_equal(np.asarray(written), image)
 
@@ -85,3 +95,33 @@ def test_names_leave_room_for_a_suffix_whatever_the_alphabet() -> None:
     for name in names:
         assert len(with_suffix_added(name, ".tsv").name.encode()) <= 255
         assert name.name.startswith("\N{GRINNING FACE}" * 50)
+
+
+SHAPES = [(1, 1, 3), (1, 7, 3), (9, 1, 3), (48, 64, 3), (333, 500, 3)]
+
+
+@pytest.mark.parametrize("deflate", ["none", "standin", "isal"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_png_keeps_every_pixel(
+    shape: tuple[int, ...], deflate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ISA-L where it is installed, with zlib in its place, and by OpenCV without either."""
+    if deflate == "isal":
+        isal_zlib: Any = pytest.importorskip("isal.isal_zlib")
+    else:
+        isal_zlib = zlib if deflate == "standin" else None
+    monkeypatch.setattr(naming, "_isal_zlib", lambda: isal_zlib)
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    with Image.open(io.BytesIO(encode_png(image))) as picture:
+        assert (picture.format, picture.mode) == ("PNG", "RGB")
+        np.testing.assert_array_equal(np.asarray(picture), image)
+
+
+def test_pictures_are_written_as_their_suffix_says(tmp_path: Path) -> None:
+    image = np.full((40, 60, 3), (200, 100, 50), np.uint8)
+    for suffix, kind in (("png", "PNG"), ("jpg", "JPEG")):
+        path = tmp_path / f"a.{suffix}"
+        write_picture(path, image)
+        with Image.open(path) as picture:
+            assert picture.format == kind
+            assert np.abs(np.asarray(picture).astype(int) - image).max() <= 2

@@ -2,6 +2,8 @@
 
 
 import ast
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from numpy.typing import NDArray
 
 from trtdet.errors import EngineError, GraphError
 from trtdet.files import sha256
+from trtdet.run.detect import detect, open_batcher
+from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Outputs, Runtime, default_batch_size
 from trtdet.runtimes.open import open_runtime
-from trtdet.runtimes.ort import OnnxRuntime, pick_providers
-from trtdet.spec import ModelSpec, Nms, Preprocessing
+from trtdet.runtimes.ort import OnnxRuntime, pick_providers, with_options
+from trtdet.spec import OUTPUT_NAMES, ModelSpec, Nms, Preprocessing
 
 TENSORRT, CUDA, CPU = (
     "TensorrtExecutionProvider",
@@ -210,7 +214,91 @@ def test_device_buffers_of_the_last_shapes_only_are_kept(tmp_path: Path) -> None
             expected = runtime.infer(batch)
             for value, name in zip(runtime._run_bound(batch), expected, strict=True):
                 np.testing.assert_array_equal(value, expected[name])
-        assert [shape[0] for shape in runtime._device_inputs] == [4, 1, 5, 6]
+        assert [shape[0] for shape in runtime._bound] == [4, 1, 5, 6]
+
+
+def run_ahead(runtime: OnnxRuntime) -> OnnxRuntime:
+    """The way of the GPU providers: one batch ahead, inputs bound to a device."""
+    runtime.overlaps = runtime.one_size = True
+    runtime.infer = lambda batch: dict(zip(OUTPUT_NAMES, runtime._run_bound(batch), strict=True))  # type: ignore[method-assign]
+    return runtime
+
+
+def test_running_ahead_gives_the_same_numbers_in_order(tmp_path: Path) -> None:
+    colours = [(10 * number, number % 5, 1) for number in range(1, 20)]
+    batches = [NamedBatch(images(colour, colour), (Path(f"{colour}.jpg"),)) for colour in colours]
+    with OnnxRuntime(toy_detector.save(tmp_path / "toy.onnx"), threads=1) as runtime:
+        expected = [runtime.infer(batch.images) for batch in batches]
+        found = list(run_ahead(runtime).map(batches))
+    assert [batch for batch, _ in found] == batches
+    for (_, outputs), others in zip(found, expected, strict=True):
+        for name in OUTPUT_NAMES:
+            np.testing.assert_array_equal(outputs[name], others[name])
+
+
+def test_a_failure_while_running_ahead_names_its_images(tmp_path: Path) -> None:
+    with OnnxRuntime(toy_detector.save(tmp_path / "toy.onnx"), threads=1) as runtime:
+        run_bound = runtime._run_bound
+
+        def failing(batch: NDArray[Any]) -> list[NDArray[Any]]:
+            if batch[0, 0, 0, 0] == 13:
+                raise EngineError("out of memory")
+            return run_bound(batch)
+
+        runtime._run_bound = failing  # type: ignore[method-assign]
+        batches = [NamedBatch(images((red, 1, 0)), (Path(f"{red}.jpg"),)) for red in (3, 13, 5, 7)]
+        results = run_ahead(runtime).map(batches)
+        assert next(results)[0] is batches[0]
+        with pytest.raises(EngineError, match=r"^batch 1: out of memory \(images: 13\.jpg\)$"):
+            next(results)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("onnxruntime")]  # fmt: skip
+
+
+def test_leaving_early_while_running_ahead_ends_its_thread(tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    def batches() -> Iterator[NamedBatch]:
+        for number in range(100):
+            taken.append(number)
+            yield NamedBatch(images((number, 1, 0)), (Path("a.jpg"),))
+
+    with OnnxRuntime(toy_detector.save(tmp_path / "toy.onnx"), threads=1) as runtime:
+        results = run_ahead(runtime).map(batches())
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+    assert taken == [0, 1]  # one ahead
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("onnxruntime")]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 11])
+def test_every_batch_has_one_size_where_another_takes_long(tmp_path: Path, count: int) -> None:
+    paths = [toy_detector.image(tmp_path / "in" / f"{number:02}.png", red=20 * number, green=number % 5, blue=0) for number in range(count)]  # fmt: skip
+    options = RunOptions(batch_size=4)
+    with OnnxRuntime(toy_detector.save(tmp_path / "toy.onnx"), threads=1) as runtime:
+        with open_batcher(runtime, paths, options) as batcher:
+            expected = list(detect(runtime, batcher))
+        shapes = set()
+        honest = runtime._run_bound
+
+        def noted(batch: NDArray[Any]) -> list[NDArray[Any]]:
+            shapes.add(batch.shape[0])
+            return honest(batch)
+
+        runtime._run_bound = noted  # type: ignore[method-assign]
+        with open_batcher(run_ahead(runtime), paths, options) as batcher:
+            found = list(detect(runtime, batcher))
+    assert shapes == {min(count, 4)}
+    assert [result.path for result in found] == paths
+    for one, other in zip(found, expected, strict=True):
+        for name in ("boxes_xyxy", "scores", "class_ids"):
+            np.testing.assert_array_equal(getattr(one.detections, name), getattr(other.detections, name))  # fmt: skip
+
+
+def test_options_of_the_providers() -> None:
+    for search, value in (("heuristic", "HEURISTIC"), ("exhaustive", "EXHAUSTIVE")):
+        cuda = (CUDA, {"cudnn_conv_algo_search": value})
+        assert with_options([TENSORRT, CUDA, CPU], search) == [TENSORRT, cuda, CPU]  # type: ignore[arg-type]
+    assert with_options([CPU], "heuristic") == [CPU]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def show(
     """
     from trtdet.images.batcher import ImageBatcher
     from trtdet.images.preprocess import to_picture
-    from trtdet.results.naming import with_suffix_added, write_png
+    from trtdet.results.naming import with_suffix_added, write_picture
 
     targets = {path: output / with_suffix_added(name, ".png") for path, name in names.items()}
     height, width = preprocessing.size_hw
@@ -71,7 +71,7 @@ def show(
             for seen, path, transform in zip(
                 batch.images, batch.paths, batch.transforms, strict=True
             ):
-                write_png(targets[path], to_picture(seen, preprocessing))
+                write_picture(targets[path], to_picture(seen, preprocessing))
                 print(
                     _table_row(transform, preprocessing, resize), targets[path].relative_to(output)
                 )

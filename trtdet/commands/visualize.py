@@ -51,7 +51,7 @@ def run(
     from trtdet.images.files import find_images, root_of
     from trtdet.results import coco
     from trtdet.results.coco import ANNOTATIONS, class_ids_of, ground_truth, labels_of
-    from trtdet.results.naming import check_apart, output_names, with_suffix_added, write_png
+    from trtdet.results.naming import check_apart, output_names, with_suffix_added, write_picture
 
     if not detections.is_dir():
         there = "a file" if detections.exists() else "nothing"
@@ -90,7 +90,7 @@ def run(
         except (OSError, ValueError) as error:
             logger.warning("skipped: %s", files.message_of(error))
             return False
-        write_png(output / with_suffix_added(names[path], ".png"), picture)
+        write_picture(output / with_suffix_added(names[path], ".png"), picture)
         return True
 
     pool = ThreadPoolExecutor(available_cores(), thread_name_prefix="draw")

@@ -15,10 +15,10 @@ from trtdet.engine.options import BatchRange, BuildOptions
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
 from trtdet.images.files import find_images
-from trtdet.precision import floats
 from trtdet.precision.body import Body
 from trtdet.precision.calibration import choose_images
 from trtdet.precision.calibration_cache import CalibrationCache
+from trtdet.precision.graph_types import narrow_types
 from trtdet.precision.options import DEFAULT_SHARE, QUANTIZED_PRECISIONS, Int8Options
 from trtdet.precision.prepare import QUANTIZED, kept_nodes, load_model
 from trtdet.precision.quantization import (
@@ -112,7 +112,7 @@ def _precision(
     to = options.precision
     if to in QUANTIZED_PRECISIONS:
         return _quantized(body, options, int8)
-    narrow = floats.narrow_types(body.model)
+    narrow = narrow_types(body.model)
     if to in ("fp32", "tf32") or narrow == {to}:
         count = len(body.model.graph.node)
         return [f"{to.upper()}: all of {count} nodes{', as the ONNX file has them' if narrow else ''}"]  # fmt: skip

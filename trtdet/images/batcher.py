@@ -7,12 +7,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import cv2
 import numpy as np
@@ -23,7 +23,9 @@ from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform
 from trtdet.images.files import ImageArray, image_size, load_image
 from trtdet.images.options import Resample
-from trtdet.images.preprocess import ShorterSide, preprocess
+from trtdet.images.prepare import Preparer, Result
+from trtdet.images.preprocess import ShorterSide
+from trtdet.images.processes import SharedMemory, Worker, available
 from trtdet.machine import available_cores
 from trtdet.spec import Preprocessing
 
@@ -31,6 +33,20 @@ logger = logging.getLogger(__name__)
 
 #: (shape, dtype) -> array: where batches are written. A runtime hands in one that returns pinned memory.
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+
+
+#: Images that a process of a worker is given at a time.
+_SHARE = 4
+#: From so many workers on, threads wait for Python's lock longer than they work.
+_MANY_WORKERS = 8
+#: Images per worker that its process, which takes a third of a second to start, is worth.
+_MANY_IMAGES = 128
+
+
+def worth_processes(workers: int | None, images: int) -> bool:
+    """Whether workers with processes of their own prepare so many images sooner than threads."""
+    workers = workers or available_cores()
+    return workers >= _MANY_WORKERS and images >= workers * _MANY_IMAGES and available()
 
 
 # ---- batches
@@ -123,27 +139,39 @@ class _OpenCVThreads:
                     cv2.setNumThreads(cls._before)
 
 
-_Prepared = tuple[ResizeTransform, ImageArray | None]  # the source where it is kept
+class _Filling:
+    """A buffer that workers write images into, and what came of each.
+
+    One lock for all of its images: whoever finishes the last one releases it.
+
+    Attributes:
+        memory: what `buffer` lies in, from the pool.
+        results: one per path, complete after `wait`.
+    """
+
+    def __init__(self, paths: Sequence[Path], buffer: NDArray[Any], memory: NDArray[Any]) -> None:
+        self.paths = paths
+        self.buffer = buffer
+        self.memory = memory
+        self.results: list[Result] = [""] * len(paths)
+        self._finished = count(1)  # next() of it is one step: no two threads get the same number
+        self._complete = threading.Lock()
+        self._complete.acquire()
+
+    def finish(self, row: int, result: Result) -> None:
+        """Note what came of the image that belongs in `row`. Called by a worker, once per row."""
+        self.results[row] = result
+        if next(self._finished) == len(self.paths):
+            self._complete.release()
+
+    def wait(self) -> None:
+        """Return once every image is finished. For one caller, once."""
+        self._complete.acquire()
 
 
-def _held_lock() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
-
-
-@dataclass(eq=False)
-class _Task:
-    """One image on its way: what is decoded, into which row, and what came of it."""
-
-    path: Path
-    buffer: NDArray[Any]  # (batch, *image_shape)
-    row: int
-    memory: NDArray[Any]  # what `buffer` lies in, from the pool
-    #: Set by the worker: the image, the reason why it cannot be used, or an error that ends the iteration.
-    result: _Prepared | str | BaseException | None = None
-    #: Held from the start; released by the worker when `result` is set.
-    done: threading.Lock = field(default_factory=_held_lock)
+#: An image that is in a batch: its file, the way back, the source where it is kept.
+_Done = tuple[Path, ResizeTransform, ImageArray | None]
+_Todo: TypeAlias = "SimpleQueue[tuple[_Filling, range] | None]"  # rows of a batch
 
 
 class ImageBatcher(Closing):
@@ -177,6 +205,7 @@ class ImageBatcher(Closing):
         keep_sources: bool = False,
         pad_to_batch: bool = False,
         allocate: Allocate = np.empty,
+        processes: bool = False,
         load: Callable[[Path], ImageArray] | None = None,
         size: Callable[[Path], tuple[int, int] | None] | None = None,
     ) -> None:
@@ -191,6 +220,8 @@ class ImageBatcher(Closing):
             allocate: makes the batch buffers, (batch_size, *image_shape) each; for example of pinned memory, into which the workers then
                 write directly. Where the consumer calls `Batch.release`, as many are made as hold the images ahead and the batches in use.
                 Their memory must outlive the batches.
+            processes: give each worker a process of its own, for many workers and many images: `worth_processes`. The buffers are in
+                memory that they share.
             load: what makes an image of a path; None: `load_image`.
             size: its height and width before it is loaded, for `resize`; None: `image_size`, from the file's header.
         """
@@ -206,8 +237,15 @@ class ImageBatcher(Closing):
         self.failures: list[tuple[Path, str]] = []
         self._resample = resample
         self._workers = workers or available_cores()
-        # Every worker needs an image in hand and one to go on with, even where batches are small.
-        self._ahead = max(prefetch, -(-2 * self._workers // batch_size))
+        self._shared: SharedMemory | None = None
+        self._share = 1
+        if processes:
+            if keep_sources or load or allocate is not np.empty:
+                raise ValueError("processes: expected no keep_sources, load and allocate with it")
+            self._shared, self._share = SharedMemory(), min(batch_size, _SHARE)
+            allocate = self._shared.allocate
+        # Every worker needs its share in hand and one to go on with, even where batches are small.
+        self._ahead = max(prefetch, -(-2 * self._share * self._workers // batch_size))
         self._keep_sources = keep_sources
         self._pad_to_batch = pad_to_batch
         self._resize = resize
@@ -234,14 +272,21 @@ class ImageBatcher(Closing):
 
     def _iterate(self) -> Generator[Batch, None, None]:
         # Plain threads and a queue: at 16 cores, concurrent.futures costs a tenth of the throughput.
-        todo: SimpleQueue[_Task | None] = SimpleQueue()
+        todo: _Todo = SimpleQueue()
+        preparer = Preparer(
+            self.preprocessing,
+            self._resample,
+            self._resize,
+            self._keep_sources,
+            self._load or load_image,
+        )
         threads: list[threading.Thread] = []
         with _OpenCVThreads.single():
             try:
                 for number in range(self._workers):
                     name = f"image-batcher-{number}"
                     thread = threading.Thread(
-                        target=self._work, args=(todo,), name=name, daemon=True
+                        target=self._work, args=(todo, preparer), name=name, daemon=True
                     )
                     thread.start()
                     threads.append(thread)
@@ -255,51 +300,53 @@ class ImageBatcher(Closing):
                 for thread in threads:
                     thread.join()
 
-    def _work(self, todo: "SimpleQueue[_Task | None]") -> None:
+    def _work(self, todo: _Todo, preparer: Preparer) -> None:
         """What each worker does until it meets None."""
-        while (task := todo.get()) is not None:
-            try:
-                task.result = self._prepare(task.path, task.buffer[task.row])
-            except BaseException as error:  # the consumer raises it
-                task.result = error
-            task.done.release()
+        with ExitStack() as stack:
+            process = self._process_of(preparer, stack) if self._shared else None
+            while (task := todo.get()) is not None:
+                filling, rows = task
+                paths = filling.paths[rows.start : rows.stop]
+                results: list[Result] | None = None
+                if process is not None and process.ready():
+                    try:
+                        results = process.prepare(paths, filling.buffer, filling.memory, rows.start)
+                    except Exception as error:  # as one of the preparer: the consumer raises it
+                        results = [error] * len(rows)
+                if results is None:
+                    results = [preparer.prepare(path, filling.buffer[row]) for path, row in zip(paths, rows, strict=True)]  # fmt: skip
+                for row, result in zip(rows, results, strict=True):
+                    filling.finish(row, result)
 
-    def _prepare(self, path: Path, out: NDArray[Any]) -> _Prepared | str:
-        """Decode and resize one image; a text says why it cannot be used."""
+    def _process_of(self, preparer: Preparer, stack: ExitStack) -> Worker | None:
+        """A process for a worker, which ends with the block of `stack`; None where there is none to be had."""
+        assert self._shared is not None
         try:
-            image = (self._load or load_image)(path)
-        except (OSError, ValueError) as error:
-            return message_of(error)
-        preprocessing, scale = self.preprocessing, None
-        if self._resize:
-            preprocessing, scale = self._fixed(out.shape), self._resize.scale(image.shape)
-            if max(image.shape[:2]) * scale >= max(preprocessing.size_hw) + 1:
-                return f"{path}: expected the size in the file's header, found {image.shape[:2]}"
-        _, transform = preprocess(
-            image, preprocessing, resample=self._resample, scale=scale, out=out
-        )
-        return transform, image if self._keep_sources else None
+            return stack.enter_context(Worker(replace(preparer, load=None), self._shared))
+        except Exception as error:  # the thread does it
+            logger.warning("a process that decodes images does not start: %s", message_of(error))
+            return None
 
-    def _in_order(self, todo: "SimpleQueue[_Task | None]") -> Iterator[_Task]:
-        """Hand out the images to the workers, `_ahead` batches at a time, and yield the finished tasks in order."""
-        batches = self._tasks()
-        waiting: deque[list[_Task]] = deque()
+    def _in_order(self, todo: _Todo) -> Iterator[_Filling]:
+        """Hand out the images to the workers, `_ahead` batches at a time, and yield the finished ones in order."""
+        fillings = self._fillings()
+        waiting: deque[_Filling] = deque()
 
-        def hand_out(count: int) -> None:
-            for batch in islice(batches, count):
-                waiting.append(batch)
-                for task in batch:
-                    todo.put(task)
+        def hand_out(number: int) -> None:
+            for filling in islice(fillings, number):
+                waiting.append(filling)
+                rows = range(len(filling.paths))
+                for start in rows[:: self._share]:
+                    todo.put((filling, rows[start : start + self._share]))
 
         hand_out(self._ahead)
         while waiting:
-            batch = waiting.popleft()
+            filling = waiting.popleft()
             hand_out(1)
-            for task in reversed(batch):  # the last one first: one wait instead of many
-                task.done.acquire()
-            yield from batch
+            filling.wait()
+            yield filling
 
-    def _tasks(self) -> Iterator[list[_Task]]:
+    def _fillings(self) -> Iterator[_Filling]:
         """The images of one buffer at a time."""
         for start in range(0, len(self.paths), self.batch_size):
             paths = self.paths[start : start + self.batch_size]
@@ -310,46 +357,43 @@ class ImageBatcher(Closing):
                 canvas = self._resize.canvas(sizes or [(1, 1)], self.preprocessing)
                 shape = (self.batch_size, *self.preprocessing.at(canvas).image_shape)
                 buffer = memory.reshape(-1)[: math.prod(shape)].reshape(shape)
-            yield [_Task(path, buffer, row, memory) for row, path in enumerate(paths)]
+            yield _Filling(paths, buffer, memory)
 
-    def _fixed(self, image_shape: tuple[int, ...]) -> Preprocessing:
-        """The preprocessing for a network input of this shape, in the network's layout."""
-        return self.preprocessing.at(self.preprocessing.size_of(image_shape))
-
-    def _assemble(self, tasks: Iterator[_Task]) -> Generator[Batch, None, None]:
-        """Batches out of finished tasks.
+    def _assemble(self, fillings: Iterator[_Filling]) -> Generator[Batch, None, None]:
+        """Batches out of finished fillings.
 
         Each image was written where it belongs if none before it failed. After a failure, images are copied down into the hole; the row
         written to never lies behind the row read from, so nothing unread is lost.
         """
-        done: list[tuple[Path, ResizeTransform, ImageArray | None]] = []
-        target: _Task | None = None  # the first of the batch, whose buffer it gets
-        for task in tasks:
-            if isinstance(task.result, BaseException):
-                raise task.result
-            if isinstance(task.result, str):
-                logger.warning("skipped: %s", task.result)
-                self.failures.append((task.path, task.result))
-            elif task.result is not None:
-                target = target or task
-                if target.buffer is not task.buffer or len(done) != task.row:
-                    target.buffer[len(done)] = task.buffer[task.row]
-                done.append((task.path, *task.result))
-            last = task.row == self.batch_size - 1
-            if last and (target is None or task.memory is not target.memory):
-                self._pool.give(task.memory)  # all of its images failed or moved up
-            # Images that were resized for another batch have another shape: they do not move up.
-            if target is not None and (len(done) == self.batch_size or (last and self._resize)):
-                yield self._batch(target, done)
-                target, done = None, []
+        done: list[_Done] = []
+        target: _Filling | None = None  # the first of the batch, whose buffer it gets
+        for filling in fillings:
+            for row, (path, result) in enumerate(zip(filling.paths, filling.results, strict=True)):
+                if isinstance(result, tuple):
+                    target = target or filling
+                    if target is not filling or len(done) != row:
+                        target.buffer[len(done)] = filling.buffer[row]
+                    done.append((path, *result))
+                else:
+                    self._note(path, result)
+                last = row == self.batch_size - 1
+                if last and target is not filling:
+                    self._pool.give(filling.memory)  # all of its images failed or moved up
+                # Images that were resized for another batch have another shape: they do not move up.
+                if target and (len(done) == self.batch_size or (last and self._resize)):
+                    yield self._batch(target, done)
+                    target, done = None, []
         if target is not None:
             yield self._batch(target, done)
 
-    def _batch(
-        self,
-        target: _Task,
-        done: Sequence[tuple[Path, ResizeTransform, ImageArray | None]],
-    ) -> Batch:
+    def _note(self, path: Path, result: str | BaseException) -> None:
+        """Log an image that is left out; raise an error that is none of its own."""
+        if isinstance(result, BaseException):
+            raise result
+        logger.warning("skipped: %s", result)
+        self.failures.append((path, result))
+
+    def _batch(self, target: _Filling, done: Sequence[_Done]) -> Batch:
         images = target.buffer[: len(done)]
         if self._pad_to_batch:
             target.buffer[len(done) :] = 0

@@ -38,7 +38,7 @@ from trtdet.precision import equalization
 from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.equalization import Equalization, Equalize, Placed, Weights
-from trtdet.precision.floats import narrow_types
+from trtdet.precision.graph_types import narrow_types
 from trtdet.precision.histograms import ChannelStatistics
 from trtdet.precision.pairs import NewConv, round_weights, write_convs
 from trtdet.precision.scales import FP8, INT8, QuantizedType, activation_scale

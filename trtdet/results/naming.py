@@ -3,9 +3,12 @@
 
 import hashlib
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +20,7 @@ from trtdet.labels import LABELS_FILE
 
 #: Bytes of an output's name, without its suffix.
 MAX_NAME_BYTES = 248
+_JPEG = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 
 def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
@@ -88,9 +92,14 @@ def check_apart(
             )
 
 
-def planned_files(names: Iterable[Path], labels: Sequence[str], *, pictures: bool) -> list[Path]:
-    """All files of a run, relative to its output folder; of images that cannot be read there will be none."""
-    suffixes = (".tsv", ".png") if pictures else (".tsv",)
+def planned_files(
+    names: Iterable[Path], labels: Sequence[str], suffixes: Sequence[str]
+) -> list[Path]:
+    """All files of a run, relative to its output folder; of images that cannot be read there will be none.
+
+    Args:
+        suffixes: of the files of an image.
+    """
     found = [with_suffix_added(name, suffix) for name in names for suffix in suffixes]
     return [*found, Path("detections.json"), *([Path(LABELS_FILE)] if labels else [])]
 
@@ -110,16 +119,56 @@ def _apart(folder: Path, read: Iterable[Path]) -> Path:
     return outermost.with_name(f"{outermost.name}_out")
 
 
-def write_png(path: Path, image: NDArray[np.uint8]) -> None:
-    """Write a picture atomically as PNG.
+def write_picture(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write a picture atomically, in the format of the suffix: `.png`, or `.jpg` in quality 95.
 
-    OpenCV's default (run-length strategy) writes in a seventh of the time of Pillow's default, a third larger.
+    JPEGs keep every pixel's colour: with one for four pixels, OpenCV's default, thin lines blur.
 
     Args:
-        path: ends in `.png`.
         image: (h, w, 3) uint8 RGB.
     """
-    done, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    files.write_bytes(
+        path, encode_png(image) if path.suffix == ".png" else _encode(".jpg", image, _JPEG)
+    )
+
+
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """A picture as a PNG file.
+
+    By ISA-L where it is installed: in 0.27 of the time that OpenCV takes, and 4 % smaller (photographs of COCO).
+    OpenCV takes a seventh of the time of Pillow's default, and a third more space.
+    """
+    deflate = _isal_zlib()
+    if deflate is None:
+        return _encode(".png", image)
+    height, width = image.shape[:2]
+    pixels = image.reshape(height, -1)
+    rows = np.empty((height, 1 + pixels.shape[1]), np.uint8)
+    rows[:, 0] = 2  # each row less the row above
+    rows[0, 1:] = pixels[0]
+    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits of RGB
+    chunks = ((b"IHDR", header), (b"IDAT", deflate.compress(rows, 1)), (b"IEND", b""))
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, data in chunks:
+        check = deflate.crc32(data, deflate.crc32(kind))
+        parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", check)]
+    return b"".join(parts)
+
+
+@cache
+def _isal_zlib() -> Any:
+    """ISA-L's deflate; None where it is not installed."""
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return None
+    return isal_zlib
+
+
+def _encode(suffix: str, image: NDArray[np.uint8], options: Sequence[int] = ()) -> bytes:
+    """A picture as a file of the kind of a suffix, by OpenCV."""
+    done, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
     if not done:
-        raise ValueError(f"{path}: OpenCV could not encode a picture of shape {image.shape}")
-    files.write_bytes(path, data.tobytes())
+        raise ValueError(f"{suffix}: OpenCV could not encode a picture of shape {image.shape}")
+    return bytes(data)

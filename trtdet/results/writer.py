@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves for each image: a picture, a TSV, and its part of detections.json."""
 
-import json
 import logging
 import threading
 from collections import deque
@@ -16,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import files
-from trtdet.detections import Detections, to_coco_results, write_tsv
+from trtdet.detections import Detections, coco_text, write_tsv
 from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
 from trtdet.results import coco, draw, naming
 from trtdet.results.manifest import RunFolder
-from trtdet.results.options import DRAW_THRESHOLD
+from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -63,6 +62,7 @@ class ResultWriter:
         tsv_header: bool,
         draw_threshold: float,
         folder: RunFolder | None,
+        image_format: ImageFormat,
     ) -> None:
         self._output = output
         self._folder = folder
@@ -75,6 +75,7 @@ class ResultWriter:
         self._labels = labels
         self._tsv_header = tsv_header
         self._draw_threshold = draw_threshold
+        self._image_format = image_format
         self._lock = threading.Lock()
         #: Detections that pictures do not show.
         self.undrawn = 0
@@ -145,7 +146,9 @@ class ResultWriter:
                 shown = len(result.detections.above(self._draw_threshold))
                 with self._lock:
                     self.undrawn += len(result.detections) - shown
-                naming.write_png(naming.with_suffix_added(name, ".png"), picture)
+                naming.write_picture(
+                    naming.with_suffix_added(name, f".{self._image_format}"), picture
+                )
         except OSError as error:
             self.check_output()  # says it better, where that is the reason
             raise OSError(
@@ -161,13 +164,12 @@ class ResultWriter:
         """One image's part of detections.json."""
         if result.path not in self._image_ids:
             return ""
-        entries = to_coco_results(
+        return coco_text(
             result.detections,
             self._image_ids[result.path],
             self._spec.category_ids,
             inclusive_corners=self._spec.inclusive_corners,
         )
-        return ",\n".join(json.dumps(entry) for entry in entries)
 
 
 @contextmanager
@@ -210,6 +212,7 @@ def result_writer(
     tsv_header: bool = False,
     draw_threshold: float = DRAW_THRESHOLD,
     folder: RunFolder | None = None,
+    image_format: ImageFormat = "png",
 ) -> Iterator[ResultWriter]:
     """A `ResultWriter`; leaving it waits for every file. detections.json appears only where nothing failed.
 
@@ -221,6 +224,7 @@ def result_writer(
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
         draw_threshold: pictures show detections from this score on.
         folder: told of every image that is written.
+        image_format: what pictures are written as.
     """
     threads = available_cores()
     with ExitStack() as resources:
@@ -241,6 +245,7 @@ def result_writer(
             tsv_header=tsv_header,
             draw_threshold=draw_threshold,
             folder=folder,
+            image_format=image_format,
         )
         try:
             yield writer

@@ -8,11 +8,12 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet.detections import Detections, decode
-from trtdet.images.batcher import Allocate, Batch, ImageBatcher
+from trtdet.images.batcher import Allocate, Batch, ImageBatcher, worth_processes
 from trtdet.images.files import ImageArray
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import names_of, read_labels
@@ -70,11 +71,20 @@ def open_batcher(
         ValueError: the model does not take batches of `options.batch_size`.
     """
     batch_size = pick_batch_size(runtime, options)
+    smallest = runtime.batch_range[0]
+    if runtime.one_size:
+        batch_size = max(smallest, min(batch_size, len(paths)))
     preprocessing, resize = choose_input(
         runtime.spec.preprocessing,
         size=options.size,
         resize=options.resize,
         max_size=options.max_size,
+    )
+    # A CPU that runs the model too has nothing left for processes that decode; one batch after the other needs none.
+    processes = (
+        runtime.overlaps
+        and not (runtime.needs_own_memory or keep_sources or load or allocate)
+        and worth_processes(options.workers, len(paths))
     )
     return ImageBatcher(
         paths,
@@ -84,8 +94,9 @@ def open_batcher(
         resize=resize,
         workers=options.workers,
         keep_sources=keep_sources,
-        pad_to_batch=runtime.batch_range[0] > 1,  # the last batch may be short
-        allocate=allocate or runtime.allocate,
+        pad_to_batch=smallest > 1 or runtime.one_size,  # the last batch may be short
+        allocate=np.empty if processes else allocate or runtime.allocate,
+        processes=processes,
         load=load,
         size=size,
     )

@@ -96,7 +96,7 @@ def run_on_ray(
     start = time.perf_counter()
     identity = run_identity(digest, options, class_ids)
     names = dict(zip(paths, naming.output_names(paths, root), strict=True))
-    planned = naming.planned_files(names.values(), texts, pictures=False)
+    planned = naming.planned_files(names.values(), texts, (".tsv",))
     folder = RunFolder(output, [*planned, Path("detections.parquet")], identity)
     detect_on_ray(engine.absolute(), list(by_absolute), output, options, address, workers, identity)
     folder.start(clean=clean, partial=False)

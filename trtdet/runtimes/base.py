@@ -68,6 +68,8 @@ class Runtime(Closing):
         batch_range: batch sizes the model takes: smallest and largest. The largest is None where nothing bounds it.
         description: one line for the log and for reports: backend, version, device.
         overlaps: whether `map` has several batches in flight. The time from one result to the next then is not that of a batch.
+        one_size: whether a batch of another size takes long the first time, so that all should have one.
+        needs_own_memory: whether batches in other memory than that of `allocate` take longer than it takes to prepare them.
         timed_on: of several devices, the one that `infer_timed` runs on; "": there is one.
     """
 
@@ -75,6 +77,8 @@ class Runtime(Closing):
     batch_range: tuple[int, int | None]
     description: str
     overlaps: bool = False
+    one_size: bool = False
+    needs_own_memory: bool = False
     timed_on: str = ""
 
     @abstractmethod

@@ -5,7 +5,9 @@ The file keeps its EfficientNMS_TRT node, which ONNX Runtime does not know; it i
 """
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +20,14 @@ from trtdet.errors import EngineError, GraphError
 from trtdet.machine import available_cores
 from trtdet.nms import lowering
 from trtdet.onnx_files import check_external_data, read_onnx
-from trtdet.runtimes.base import Outputs, Runtime, check_batch
+from trtdet.runtimes.base import AnyBatch, Outputs, Runtime, check_batch, naming_batch
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
 
 
 Provider = Literal["auto", "tensorrt", "cuda", "cpu"]
+ConvSearch = Literal["heuristic", "exhaustive"]
 
 #: ONNX Runtime's names, fastest first: the order in which "auto" takes what is there.
 PROVIDERS = {
@@ -53,6 +56,8 @@ class OnnxRuntime(Runtime):
         optimize: False keeps the graph as it is written, to compare numbers (fusions alone move D0's logits by 1e-2).
         integer_kernels: False computes every Q/DQ pair of an INT8 model as it is written. ONNX Runtime's integer kernels, which else replace them,
             saturate on processors without VNNI.
+        conv_search: how CUDA picks the algorithm of each convolution, anew for each shape of batch. "exhaustive" tries all of them, which
+            takes seconds.
 
     Raises:
         GraphError: not an ONNX file, no ModelSpec in it, other inputs or outputs than stage 1 writes.
@@ -68,6 +73,7 @@ class OnnxRuntime(Runtime):
         threads: int | None = None,
         optimize: bool = True,
         integer_kernels: bool = True,
+        conv_search: ConvSearch = "heuristic",
     ) -> None:
         path = Path(path)
         if model is None:
@@ -82,7 +88,7 @@ class OnnxRuntime(Runtime):
         self._session: sessions.Session | None = sessions.open_session(
             lowered,
             path,
-            providers=wanted,
+            providers=with_options(wanted, conv_search),
             threads=threads,
             optimize=optimize,
             integer_kernels=integer_kernels,
@@ -92,8 +98,9 @@ class OnnxRuntime(Runtime):
         self.provider = self._session.provider
         _check_provider(self.provider, wanted[0], provider)
         self._device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
-        # Shape -> buffer on the device, the one used last at the end.
-        self._device_inputs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self.overlaps = self.one_size = self._device != "cpu"
+        # By shape, the one used last at the end.
+        self._bound: OrderedDict[tuple[int, ...], sessions.Bound] = OrderedDict()
         where = f"{threads} threads" if self._device == "cpu" else "GPU 0"
         self.description = f"ONNX Runtime {sessions.version()}, {self.provider}, {where}"
 
@@ -101,6 +108,24 @@ class OnnxRuntime(Runtime):
     def preferred_batch(self) -> int:
         """The batch size to use where nobody names one: a CPU gains nothing from more than one image (D0: 34 ms for 1, 48 ms each for 8)."""
         return 1 if self._device == "cpu" else 8
+
+    def map(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Outputs]]:
+        """Run batches: each with its outputs, in order. A GPU runs the next one while the caller works on the outputs.
+
+        Raises:
+            EngineError, ValueError: a batch failed; names its number and its images.
+        """
+        if not self.overlaps:
+            yield from super().map(batches)
+            return
+        running: deque[tuple[int, AnyBatch, Future[Outputs]]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="onnxruntime") as thread:
+            for index, batch in enumerate(batches):
+                running.append((index, batch, thread.submit(self.infer, batch.images)))
+                if len(running) > 1:
+                    yield _fetch(*running.popleft())
+            while running:
+                yield _fetch(*running.popleft())
 
     def infer(self, images: NDArray[Any]) -> Outputs:
         """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
@@ -112,13 +137,14 @@ class OnnxRuntime(Runtime):
         return dict(zip(OUTPUT_NAMES, values, strict=True))
 
     def _run_bound(self, images: NDArray[Any]) -> list[NDArray[Any]]:
-        """Run with the input copied into a device buffer, kept for the shapes used last."""
-        kept = self._device_inputs.pop(images.shape, None)
-        buffer = self._open.on_device(images, self._device, buffer=kept)
-        self._device_inputs[images.shape] = buffer
-        if len(self._device_inputs) > KEPT_INPUTS:
-            self._device_inputs.popitem(last=False)
-        return self._open.run_on_device(OUTPUT_NAMES, {self._input: buffer})
+        """Run with the input copied into memory on the device, kept for the shapes used last."""
+        bound = self._bound.pop(images.shape, None)
+        if bound is None:
+            bound = self._open.bind(self._input, images, OUTPUT_NAMES, self._device)
+        self._bound[images.shape] = bound
+        if len(self._bound) > KEPT_INPUTS:
+            self._bound.popitem(last=False)
+        return bound.run(images)
 
     @property
     def _open(self) -> sessions.Session:
@@ -127,7 +153,7 @@ class OnnxRuntime(Runtime):
         return self._session
 
     def close(self) -> None:
-        self._device_inputs.clear()
+        self._bound.clear()
         self._session = None
 
 
@@ -144,9 +170,21 @@ def pick_providers(provider: Provider, available: list[str]) -> list[str]:
     if wanted not in there:
         raise EngineError(
             f"--provider {provider}: this ONNX Runtime has {', '.join(there)} only; "
-            "install onnxruntime-gpu, or leave --provider out"
+            "install onnxruntime-gpu (requirements-cuda.txt), or leave --provider out"
         )
     return there[there.index(wanted) :]
+
+
+def with_options(providers: Sequence[str], conv_search: ConvSearch) -> list[Any]:
+    """The providers as ONNX Runtime takes them: names, or names with options."""
+    options = {PROVIDERS["cuda"]: {"cudnn_conv_algo_search": conv_search.upper()}}
+    return [(name, options[name]) if name in options else name for name in providers]
+
+
+def _fetch(index: int, batch: AnyBatch, outputs: Future[Outputs]) -> tuple[AnyBatch, Outputs]:
+    """Wait for a batch; its errors name it."""
+    with naming_batch(index, batch):
+        return batch, outputs.result()
 
 
 def _check_provider(got: str, wanted: str, provider: Provider) -> None:
