@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written; names it, also where the disk is full.
     """
     path = Path(path)
-    target = path.resolve() if path.is_symlink() else path
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file() and not target.is_dir():
@@ -119,8 +120,53 @@ def check_input(path: Path, option: str, what: str) -> None:
         FileNotFoundError: names the option, and says what was expected.
     """
     if not Path(path).is_file():
-        found = "a folder" if Path(path).is_dir() else "nothing"
-        raise FileNotFoundError(f"{option}: expected {what}, found {found} at {path}")
+        raise FileNotFoundError(f"{option}: expected {what}, found {found_at(path)} at {path}")
+
+
+#: What a path may lead to, by `stat`: to be read, only a regular file will do. A FIFO waits for ever, a device may have no end.
+_KINDS = {
+    stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def found_at(path: Path) -> str:
+    """What is at a path, in words."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads to itself"
+        if isinstance(error, PermissionError):
+            return "what this user may not see"
+        return "a link to nothing" if os.path.islink(path) else "nothing"
+    return _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+def is_beside(path: Path) -> bool:
+    """Whether a file that may be missing, such as an engine's `.json`, is there.
+
+    Raises:
+        ValueError: something else is, which nobody put there to be passed over.
+    """
+    if not os.path.lexists(path):
+        return False
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: expected a file, found {found_at(path)}; put the file there, or remove that")  # fmt: skip
+    return True
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a regular file.
+
+    Raises:
+        OSError: not readable; names the file.
+        ValueError: a FIFO, which would wait for ever, or a device, which may have no end.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: expected a file, found {found_at(path)}")
+    return Path(path).read_bytes()
 
 
 def kind_of(start: bytes) -> str:
@@ -155,14 +201,14 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None])
     Raises:
         ValueError: names the file.
     """
-    taken = {path.resolve() for path in inputs if path is not None}
+    taken = {os.path.realpath(path) for path in inputs if path is not None}
     for path in outputs:
         if path is None:
             continue
         check_writable(path)
-        if path.resolve() in taken:
+        if (target := os.path.realpath(path)) in taken:
             raise ValueError(f"{path}: is an input, or written twice; give the output another name")
-        taken.add(path.resolve())
+        taken.add(target)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

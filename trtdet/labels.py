@@ -64,8 +64,11 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
         files.check_input(
             Path(path), "--labels", "a text file with one class name per line, or the word coco"
         )
+        data = files.read_bytes(Path(path))
+        if (kind := files.kind_of(data[:512])) in files.OTHER_FILES.values():
+            raise ValueError(f"{path}: expected class names, found {kind}")
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # some editors on Windows write a BOM
+            text = data.decode("utf-8-sig")  # some editors on Windows write a BOM
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path}: expected class names in UTF-8, found other bytes ({error})"

@@ -171,16 +171,13 @@ def external_files(graph: onnx.GraphProto) -> Iterator[str]:
 def _check_there(path: Path, option: str) -> None:
     if path.is_file():
         return
-    what, advice = "nothing", ""
+    what, advice = files.found_at(path), ""
     if path.is_dir():
-        what = "a folder"
         models = sorted(path.glob("*.onnx"))
         if any((path / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt")):
             what, advice = "a SavedModel", f"; convert it with create_onnx.py --saved_model {path}"
         elif models:
             advice = f"; give the file in it, {models[0]}"
-    elif path.exists():
-        what = "no regular file"
     if option:
         raise FileNotFoundError(f"{option}: expected an ONNX file, found {what} at {path}{advice}")
     raise FileNotFoundError(f"{path}: expected an ONNX file, found {what} there{advice}")

@@ -156,7 +156,10 @@ def deploy_trtexec(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{args.parse_log}: expected --shapes in trtexec's line, to know the batch, found none; say it with --batch_size"
             )
-        measured = trtexec_lines.measurement_of_log(text, batch)
+        try:
+            measured = trtexec_lines.measurement_of_log(text, batch)
+        except ValueError as error:
+            raise ValueError(f"{args.parse_log}: {error}") from error
         print("\n".join(measured.lines()))
         return
     model = open_onnx(args.model) if is_onnx(args.model) else open_engine(args.model)

@@ -64,7 +64,7 @@ def run(
     names = dict(zip(paths, output_names(paths, root), strict=True))
     check_apart(output, names, source, recursive=recursive)
     known_labels = detections / LABELS_FILE
-    if known_labels.is_file():
+    if files.is_beside(known_labels):
         names_there = read_labels(known_labels)
         if labels and len(labels) != len(names_there):
             logger.warning("--labels has %d names, the model %d (%s); classes without a name are drawn as numbers", len(labels), len(names_there), known_labels)  # fmt: skip

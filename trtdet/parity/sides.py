@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trtdet import about
+from trtdet import about, files
 from trtdet.closing import Closing
 from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
@@ -371,12 +371,11 @@ def read_graph(path: Path, option: str) -> onnx.ModelProto | None:
     Raises:
         FileNotFoundError, GraphError: it is none of these.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
     if path.is_dir():
         if not (path / "saved_model.pb").is_file():
             raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found a folder without saved_model.pb at {path}")  # fmt: skip
         return None
+    files.check_input(path, option, "a SavedModel, an ONNX file or an engine")
     if path.suffix.lower() == ".onnx":
         return read_onnx(path, remedy=EXPORT_AGAIN, weights=False)
     check_engine(path)
