@@ -97,6 +97,8 @@ def convert(
         steps = re.findall(r"\.(\w+)|\[(\d+)\]|(\[\.\.\.\])", re.sub(r"^`key` in ", "", path))
         place, value, expected = _locate(data, kind, steps)
         text = _message(message, value, expected)
+    except UnicodeEncodeError:  # half of a surrogate pair, which json takes
+        text = "expected text in Unicode, found what is none"
     except ValueError as reason:
         text = str(reason)
         if error is ValueError and isinstance(reason, OtherSchemaError):

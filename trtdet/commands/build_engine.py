@@ -35,6 +35,7 @@ from trtdet.commands.options import (
     calibration_from,
     check_calibration_usage,
 )
+from trtdet.commands.values import dla_core
 from trtdet.engine.flavor import FLAVORS
 from trtdet.engine.options import (
     BuildOptions,
@@ -107,7 +108,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     where = parser.add_argument_group("where it runs")
     where.add_argument("--flavor", choices=list(FLAVORS), help="which TensorRT builds it (default: the first of these that is installed)")
     where.add_argument("--compute_capability", type=lambda text: tuple(text.split(",")), default=(), metavar="8.9[,12.0]", help="GPUs that TensorRT-RTX builds for; none has to be in this machine (default: all from 8.0 on)")
-    where.add_argument("--dla_core", type=int, metavar="N", help="build for this DLA core of a Jetson; the GPU runs the layers that it cannot (default: none)")
+    where.add_argument("--dla_core", type=dla_core, metavar="N", help="build for this DLA core of a Jetson; the GPU runs the layers that it cannot (default: none)")
     where.add_argument("--version_compatible", action="store_true", help="the engine runs on later releases of TensorRT too")
     where.add_argument("--hardware_compatible", action="store_true", help="the engine runs on every GPU from Ampere on")
     where.add_argument("--strip", action="store_true", help="leave the weights out; your application refits them from the ONNX file, infer.py cannot")
