@@ -16,7 +16,7 @@ from conftest import ROOT
 
 #: From the ground up: a room imports only from rooms before it.
 ORDER = (
-    "about", "errors", "files", "checks", "reading", "closing", "machine", "terminal", "doctor", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
+    "about", "errors", "files", "checks", "reading", "closing", "machine", "terminal", "start", "doctor", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
     "sources", "detections", "graph", "nms", "images", "precision", "engine", "runtimes", "results", "run", "deploy",
     "families", "conversion", "parity", "api", "commands",
 )  # fmt: skip
@@ -44,7 +44,7 @@ HOMES = {
 #: Imported inside the functions that need them, never with a module.
 AT_THE_POINT_OF_USE = HOMES.keys() - {"cv2"}
 #: Modules that import by a name which is not written there: that of a stage, a TensorRT, a family, or a package that doctor looks for.
-BY_NAME = ("trtdet.commands.main", "trtdet.engine.flavor", "trtdet.families", "trtdet.doctor.probe")
+BY_NAME = ("trtdet.start", "trtdet.commands.main", "trtdet.engine.flavor", "trtdet.families", "trtdet.doctor.probe")
 
 
 def imports_of(source: str) -> Iterator[tuple[str, bool]]:

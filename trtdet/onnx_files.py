@@ -110,6 +110,24 @@ def wiring_fault(graph: onnx.GraphProto) -> str:
     return ""
 
 
+def without_value(graph: onnx.GraphProto) -> str:
+    """Name of the first weights that hold NaN; "" where none do. Those in files of their own are not looked at."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    for tensor in graph.initializer:
+        floats = (tensor.FLOAT, tensor.FLOAT16, tensor.BFLOAT16, tensor.DOUBLE)
+        if tensor.data_type not in floats or tensor.data_location == tensor.EXTERNAL:
+            continue
+        try:
+            values = numpy_helper.to_array(tensor)
+        except ValueError:  # of another length than its shape: ONNX Runtime says so
+            continue
+        if np.isnan(values).any():
+            return str(tensor.name)
+    return ""
+
+
 def with_weights(
     model: onnx.ModelProto, path: Path, *, remedy: str = WRITE_AGAIN
 ) -> onnx.ModelProto:

@@ -19,7 +19,7 @@ from trtdet import about, files
 from trtdet.closing import Closing
 from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
-from trtdet.errors import GraphError
+from trtdet.errors import EngineError, GraphError
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
 from trtdet.families.evidence import MEASURED, NORMALISATION, READ
 from trtdet.files import message_of
@@ -203,7 +203,12 @@ class TrainedSide(Closing):
             except (OSError, ValueError) as error:
                 logger.warning("skipped: %s", message_of(error))
                 continue
-            yield path, self._own_detections(image) if self._own else self._detections(image)
+            try:
+                found = self._own_detections(image) if self._own else self._detections(image)
+            except (ValueError, GraphError, EngineError) as error:  # a picture of 500 x 1 pixels
+                logger.warning("skipped: %s: %s", path, message_of(error))
+                continue
+            yield path, found
 
     def _detections(self, image: ImageArray) -> Found:
         """Its heads, decoded and suppressed as in the converted file."""

@@ -68,6 +68,7 @@ class Runtime(Closing):
         batch_range: batch sizes the model takes: smallest and largest. The largest is None where nothing bounds it.
         description: one line for the log and for reports: backend, version, device.
         overlaps: whether `map` has several batches in flight. The time from one result to the next then is not that of a batch.
+        without_value: the weights that are NaN, with which the model finds nothing; "": none is, as far as that is known.
         timed_on: of several devices, the one that `infer_timed` runs on; "": there is one.
     """
 
@@ -76,6 +77,7 @@ class Runtime(Closing):
     description: str
     overlaps: bool = False
     timed_on: str = ""
+    without_value: str = ""
 
     @abstractmethod
     def infer(self, images: NDArray[Any]) -> Outputs:

@@ -17,7 +17,7 @@ from trtdet import sessions
 from trtdet.errors import EngineError, GraphError
 from trtdet.machine import available_cores
 from trtdet.nms import lowering
-from trtdet.onnx_files import check_external_data, read_onnx
+from trtdet.onnx_files import check_external_data, read_onnx, without_value
 from trtdet.runtimes.base import Outputs, Runtime, check_batch
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
@@ -75,6 +75,9 @@ class OnnxRuntime(Runtime):
         check_external_data(model, path)
         self.spec = ModelSpec.from_onnx(model, path)
         self._input, self.batch_range = _check_interface(model, self.spec, path)
+        if tensor := without_value(model.graph):
+            self.without_value = tensor
+            logger.warning("%s: the weights '%s' hold NaN, so it finds nothing, or nonsense; train or export the model again", path, tensor)  # fmt: skip
         threads = threads or available_cores()
         # Weights in files of their own (all of those over protobuf's 2 GB) stay there: the bytes refer to them.
         lowered = lowering.lower(model, form="onnx").SerializeToString()
