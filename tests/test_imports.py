@@ -44,7 +44,13 @@ HOMES = {
 #: Imported inside the functions that need them, never with a module.
 AT_THE_POINT_OF_USE = HOMES.keys() - {"cv2"}
 #: Modules that import by a name which is not written there: that of a stage, a TensorRT, a family, or a package that doctor looks for.
-BY_NAME = ("trtdet.start", "trtdet.commands.main", "trtdet.engine.flavor", "trtdet.families", "trtdet.doctor.probe")
+BY_NAME = (
+    "trtdet.start",
+    "trtdet.commands.main",
+    "trtdet.engine.flavor",
+    "trtdet.families",
+    "trtdet.doctor.probe",
+)
 
 
 def imports_of(source: str) -> Iterator[tuple[str, bool]]:

@@ -138,5 +138,7 @@ def test_a_damaged_file_is_one_line(
         assert re.search(SAID.get(damage, "expected|cannot be decoded"), line), line
     else:
         named = re.escape(file) + (f"|{reader.named}" if reader.named else "")
-        fault_desk.check_one_line(outcome, 1, named, SAID.get(damage, "expected|not a|another engine|SyntaxError"))
+        fault_desk.check_one_line(
+            outcome, 1, named, SAID.get(damage, "expected|not a|another engine|SyntaxError")
+        )
         assert outcome.left == (), outcome.left

@@ -27,7 +27,9 @@ LINES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", sorted(p.name for p in FAULTS.iterdir()) if FAULTS.is_dir() else [])
+@pytest.mark.parametrize(
+    "case", sorted(p.name for p in FAULTS.iterdir()) if FAULTS.is_dir() else []
+)
 def test_a_case_is_one_line(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "case"
     shutil.copytree(FAULTS / case, folder)

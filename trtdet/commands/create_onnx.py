@@ -89,6 +89,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--saved_model", "--model", "-m", dest="saved_model", type=Path, metavar="DIR|FILE", help="the model: a SavedModel folder, or an ONNX file as with --source_onnx")
     source.add_argument("--source_onnx", type=Path, metavar="FILE", help="the model as an ONNX file (YOLO, DETR, ...): needs no TensorFlow")
+    parser.add_argument("--signature", metavar="NAME", help="which function of a SavedModel (default: serving_default, or the only one there is)")
     parser.add_argument("--onnx", "--output", "-o", dest="onnx", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--family", default="auto", type=parse_family, metavar="NAME|FILE.py", help=f"kind of detector, one of {', '.join(FAMILIES)}, or a Python file with a family of your own (default: auto, it is detected)")
     shape = parser.add_argument_group("input")
@@ -138,6 +139,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.onnx.suffix.lower() in cli.ENGINE_SUFFIXES:
         parser.error(f"--onnx: an ONNX file, not an engine; write {args.onnx.with_suffix('.onnx')}, then build_engine.py --engine {args.onnx}")  # fmt: skip
     check_declaring(args, parser)
+    if args.signature and (args.source_onnx or args.saved_model.suffix.lower() == ".onnx"):
+        parser.error("--signature goes with a SavedModel; leave it out")
     if args.map_op and not args.source_onnx:
         parser.error("--map_op edits an ONNX file; give --source_onnx")
     if args.map_op and not args.no_verify:
@@ -207,6 +210,7 @@ def options_from(args: argparse.Namespace) -> Options:
         raw_path=args.tf2onnx,
         map_ops=tuple(args.map_op),
         verify=not args.no_verify,
+        signature=args.signature,
         given=args.given,
     )
 

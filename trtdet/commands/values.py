@@ -125,7 +125,9 @@ def dla_core(text: str) -> int:
 
 def positive_float(text: str) -> float:
     """argparse type: a finite number above 0."""
-    return _number(text, float, lambda value: 0 < value <= LONGEST_S, f"a number above 0, up to {LONGEST_S:g}")
+    return _number(
+        text, float, lambda value: 0 < value <= LONGEST_S, f"a number above 0, up to {LONGEST_S:g}"
+    )
 
 
 def non_negative(text: str) -> float:

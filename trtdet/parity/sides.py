@@ -39,6 +39,7 @@ from trtdet.runtimes.open import open_runtime
 from trtdet.sessions import FATAL_ERRORS, open_session
 from trtdet.sources.base import Source, cut_onnx
 from trtdet.sources.onnx_file import OnnxSource
+from trtdet.sources.saved_model_folder import find_saved_model
 from trtdet.sources.subgraphs import reads
 from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
 
@@ -377,8 +378,7 @@ def read_graph(path: Path, option: str) -> onnx.ModelProto | None:
         FileNotFoundError, GraphError: it is none of these.
     """
     if path.is_dir():
-        if not (path / "saved_model.pb").is_file():
-            raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found a folder without saved_model.pb at {path}")  # fmt: skip
+        find_saved_model(path, option)
         return None
     files.check_input(path, option, "a SavedModel, an ONNX file or an engine")
     if path.suffix.lower() == ".onnx":
