@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import stat
 import tempfile
@@ -101,6 +102,26 @@ def printable(text: object) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in str(text)
     )
+
+
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines: tables with names of files and tensors in them."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """A command line for a shell, each word quoted; one with control characters or bytes that are no text as bash's $'...', exact and printable."""
+    return " ".join(
+        shlex.quote(word)
+        if word.isprintable()
+        else f"$'{''.join(map(_escaped, os.fsencode(word)))}'"
+        for word in words
+    )
+
+
+def _escaped(byte: int) -> str:
+    plain = 0x20 <= byte < 0x7F and byte not in b"'\\"
+    return chr(byte) if plain else f"\\x{byte:02x}"
 
 
 def message_of(error: BaseException) -> str:

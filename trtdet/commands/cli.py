@@ -3,6 +3,7 @@
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import re
@@ -94,6 +95,10 @@ def _open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a name that the terminal's alphabet does not have is no reason to end
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _missing(error: ModuleNotFoundError) -> str | None:

@@ -24,6 +24,7 @@ from trtdet.commands.cli import ArgumentParser
 from trtdet.commands.declaring import add_declaring_options, check_declaring, declaration_from
 from trtdet.commands.options import add, add_verbose
 from trtdet.families import FAMILIES
+from trtdet.files import printable
 from trtdet.labels import read_labels
 from trtdet.spec import PREPROCESSORS, Layout
 
@@ -38,9 +39,9 @@ def run(source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool) 
 
     done = convert_file(source_path, onnx_path, options, is_onnx=is_onnx)
     for difference in done.differences:
-        print(f"{difference.name}: max abs difference {difference.maximum:.3g}, mean {difference.mean:.3g}")  # fmt: skip
+        print(f"{printable(difference.name)}: max abs difference {difference.maximum:.3g}, mean {difference.mean:.3g}")  # fmt: skip
     for line in done.compared:
-        print(line)
+        print(printable(line))
     print(done.path)
 
 

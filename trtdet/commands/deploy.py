@@ -14,7 +14,6 @@ docs/deploy.md lists the pitfalls.
 
 import argparse
 import logging
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,9 +132,9 @@ def deploy_deepstream(args: argparse.Namespace) -> None:
         logger.info("%s", path)
     report(deepstream_check.check_folder(args.output))
     check_written(args.output / "triton", [args.name])
-    make = shlex.join(["make", "-C", str(args.output / "parser")])
+    make = files.shell_line(["make", "-C", str(args.output / "parser")])
     print(make)
-    print(shlex.join(["deepstream-app", "-c", str(args.output / deepstream.APP_FILE)]))
+    print(files.shell_line(["deepstream-app", "-c", str(args.output / deepstream.APP_FILE)]))
 
 
 def deploy_trtexec(args: argparse.Namespace) -> None:
@@ -178,7 +177,7 @@ def deploy_trtexec(args: argparse.Namespace) -> None:
     fault = trtexec_lines.version_fault(model, version)
     if fault:
         logger.warning("%s", fault)
-    print(shlex.join([str(trtexec), *arguments]))
+    print(files.shell_line([str(trtexec), *arguments]))
     if args.run:
         text = trtexec_lines.run(trtexec, arguments)
         batch = args.batch_size or model.preferred

@@ -8,7 +8,6 @@ Source of the rules: triton-inference-server core/src/model_config_utils.cc, ten
 
 import json
 import logging
-import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -528,4 +527,4 @@ def serve_command(
     if any(info.version_compatible for info in infos):
         command.append("--backend-config=tensorrt,version-compatible=true")
     telemetry_off = f"{TELEMETRY_SWITCH}=1 " if onnx_model else ""  # of the server's ONNX Runtime
-    return telemetry_off + shlex.join(command)
+    return telemetry_off + files.shell_line(command)
