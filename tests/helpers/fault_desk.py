@@ -44,6 +44,11 @@ ANNOTATIONS = {
     "annotations": [OBJECT],
     "categories": [{"id": i, "name": n} for i, n in zip((10, 20, 30), toy_detector.LABELS, strict=True)],
 }  # fmt: skip
+#: The same for the network with convolutions, whose categories are 1 to 3.
+OBJECTS = ANNOTATIONS | {
+    "annotations": [OBJECT | {"category_id": 1}],
+    "categories": [{"id": i, "name": n} for i, n in enumerate(toy_detector.LABELS, 1)],
+}
 RESULTS = [{"image_id": 1, "category_id": 10, "bbox": [1.0, 2.0, 30.0, 20.0], "score": 0.5}]
 RECORD = {"startEnqMs": 0.0, "endEnqMs": 0.1, "startH2dMs": 0.0, "endD2hMs": 1.0, "h2dMs": 0.1, "computeMs": 0.7, "d2hMs": 0.1}  # fmt: skip
 LOG = """&&&& RUNNING TensorRT.trtexec [TensorRT v101303] # trtexec --loadEngine=d0.engine --shapes=input:2x512x512x3
@@ -88,6 +93,7 @@ def make(folder: Path) -> Path:
     yolo_networks.save(folder / "yolo.onnx", yolo_networks.v8())
     make_engine(folder / "d0.engine")
     write_json(folder / "annotations.json", ANNOTATIONS)
+    write_json(folder / "objects.json", OBJECTS)
     write_json(folder / "detections.json", RESULTS)
     write_json(folder / "times.json", [RECORD, RECORD | {"endD2hMs": 2.0}])
     (folder / "trtexec.log").write_text(LOG)

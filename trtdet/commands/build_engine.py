@@ -35,7 +35,7 @@ from trtdet.commands.options import (
     calibration_from,
     check_calibration_usage,
 )
-from trtdet.commands.values import dla_core
+from trtdet.commands.values import dla_core, non_negative_int
 from trtdet.engine.flavor import FLAVORS
 from trtdet.engine.options import (
     BuildOptions,
@@ -115,7 +115,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how = parser.add_argument_group("how it is built")
     how.add_argument("--workspace", "-w", type=parse_gib, metavar="GIB", help="scratch memory that a layer may use, in GiB (default: the GPU's memory)")
     how.add_argument("--timing_cache", type=Path, metavar="FILE", help="reuse the timings in this file and add new ones: later builds are faster (default: none)")
-    how.add_argument("--optimization_level", type=int, choices=range(6), metavar="0..5", help="0 builds fastest, 5 gives the fastest engine (default: TensorRT's, 3)")
+    how.add_argument("--optimization_level", type=non_negative_int, choices=range(6), metavar="0..5", help="0 builds fastest, 5 gives the fastest engine (default: TensorRT's, 3)")
     # fmt: on
     add(how, "--plugins")
     add_verbose(parser)

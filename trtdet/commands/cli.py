@@ -213,6 +213,9 @@ class ArgumentParser(argparse.ArgumentParser):
             advice = "; ".join(f"{name}: {self.advice(name)}" for name in names)
             self.error(f"unknown option{'s' if len(names) > 1 else ''} {advice}")
         self._check_names(words)
+        for word in self._own_words(words):
+            if word.endswith("=--"):  # argparse before 3.13 makes an empty list of it
+                self.error(f"argument {word[:-3]}: expected a value, found --")
         parsed, extras = super().parse_known_args(words, namespace)
         if extras:
             self.error(f"{' '.join(extras)}: belongs to no option; several values go behind one option, as in --input a.jpg b.jpg")  # fmt: skip
@@ -277,6 +280,7 @@ class ArgumentParser(argparse.ArgumentParser):
         head, _, missing = message.partition("the following arguments are required: ")
         if missing and not head:
             message = self._missing(missing)
+        message = printable(re.sub(r"\S{200,}", lambda word: f"{word[0][:100]}...", message))
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
 
     def _missing(self, names: str) -> str:

@@ -23,6 +23,7 @@ from trtdet.commands import cli
 from trtdet.commands.cli import ArgumentParser
 from trtdet.commands.declaring import add_declaring_options, check_declaring, declaration_from
 from trtdet.commands.options import add, add_verbose
+from trtdet.commands.values import positive_int
 from trtdet.families import FAMILIES
 from trtdet.files import printable
 from trtdet.labels import read_labels
@@ -124,7 +125,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     detections.add_argument("--rotated_nms", choices=["exact", "odtk", "probiou"], help="how the overlap of rotated boxes is computed: exactly, as ODTK's kernel does, or as Ultralytics does (default: probiou for YOLO, else exact)")
     add_declaring_options(parser)
     other = parser.add_argument_group("other")
-    other.add_argument("--opset", type=int, choices=range(11, 19), metavar="11..18", help="ONNX opset (default: 17, or 11 with --legacy_plugins; an ONNX source keeps its own if that is at least 13)")
+    other.add_argument("--opset", type=positive_int, choices=range(11, 19), metavar="11..18", help="ONNX opset (default: 17, or 11 with --legacy_plugins; an ONNX source keeps its own if that is at least 13)")
     other.add_argument("--tf2onnx", type=Path, metavar="FILE", help="keep the raw conversion of the network in this file (default: it is not kept)")
     other.add_argument("--deformable_attention", choices=["keep", "plugin", "gather"], help="GridSample as it is, as MultiscaleDeformableAttnPlugin_TRT, or in ordinary operators (default: gather)")
     other.add_argument("--map_op", type=parse_mapping, action="append", default=[], metavar="OP=PLUGIN[:VERSION]", help="replace a custom operator of an ONNX source by a TensorRT plugin; may be repeated; needs --no_verify, as ONNX Runtime cannot run plugins (default: none)")

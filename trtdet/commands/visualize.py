@@ -50,13 +50,14 @@ def run(
     from trtdet.images.files import find_images, root_of
     from trtdet.results import coco
     from trtdet.results.coco import ANNOTATIONS, class_ids_of, ground_truth, labels_of
+    from trtdet.results.draw import check_font
     from trtdet.results.naming import check_apart, output_names, with_suffix_added, write_png
 
     if not detections.is_dir():
         there = "a file" if detections.exists() else "nothing"
         raise FileNotFoundError(f"--detections: expected a folder with TSVs of infer.py, found {there} at {detections}")  # fmt: skip
     if font_path:
-        files.check_input(font_path, "--font", "a TrueType font")
+        check_font(font_path)
     if annotations:
         files.check_input(annotations, *ANNOTATIONS)
     paths = find_images(source, recursive=recursive, num_images=num_images)
