@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +50,7 @@ def read_onnx(
     if not model.graph.output or not model.opset_import:
         what = _kind(path) or "a file without outputs"
         raise GraphError(f"{path}: expected an ONNX model, found {what}; {remedy}")
-    if fault := wiring_fault(model.graph):
+    if fault := wiring_fault(model.graph) or weights_fault(model.graph):
         raise GraphError(f"{path}: expected a graph that can be run, {fault}; {remedy}")
     if weights:
         _read_external_data(model, path, remedy)
@@ -66,6 +68,57 @@ def feed_of(model: onnx.ModelProto, image: NDArray[Any]) -> dict[str, NDArray[An
 
     batch = fixed_batch(model) or 1
     return {model.graph.input[0].name: np.repeat(image[None], batch, axis=0)}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let what goes wrong with a graph name the file that it is from."""
+    try:
+        yield
+    except GraphError as error:
+        text = str(error)
+        if Path(path).name in text:
+            raise
+        raise GraphError(f"{path}: {text.removeprefix('model: ')}") from error
+
+
+def image_input(model: onnx.ModelProto, path: Path) -> onnx.ValueInfoProto:
+    """The one input of a model of create_onnx.py.
+
+    Raises:
+        GraphError: there are others, or it is no tensor of four dimensions and a known type.
+    """
+    weights = {weight.name for weight in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        raise GraphError(f"{path}: expected one input, found {[value.name for value in inputs]}; {WRITE_AGAIN}")  # fmt: skip
+    tensor = inputs[0].type.tensor_type
+    if len(tensor.shape.dim) != 4 or tensor.elem_type not in _ELEMENTS:
+        raise GraphError(f"{path}: expected images, a tensor of four dimensions, as input '{inputs[0].name}', found another; {WRITE_AGAIN}")  # fmt: skip
+    return inputs[0]
+
+
+#: ONNX's element types that have a whole number of bytes -> how many.
+_ELEMENTS = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+
+
+def weights_fault(graph: onnx.GraphProto) -> str:
+    """What is wrong with the sizes and types of weights; "" where nothing is found."""
+    import onnx
+
+    known = set(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
+    for tensor in graph.initializer:
+        if tensor.data_type not in known:
+            return f"the weights '{tensor.name}' are of a type that ONNX does not have, {tensor.data_type}"
+        if any(size < 0 for size in tensor.dims):
+            return f"the weights '{tensor.name}' have a negative size"
+        size = math.prod(tensor.dims) * _ELEMENTS.get(tensor.data_type, 0)
+        inside = tensor.data_location != tensor.EXTERNAL and tensor.HasField("raw_data")
+        if inside and size and len(tensor.raw_data) != size:
+            return (
+                f"the weights '{tensor.name}' have {len(tensor.raw_data)} bytes in place of {size}"
+            )
+    return ""
 
 
 def wiring_fault(graph: onnx.GraphProto) -> str:

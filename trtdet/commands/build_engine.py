@@ -42,6 +42,8 @@ from trtdet.engine.options import (
     parse_batch_range,
     parse_gib,
 )
+from trtdet.files import printable_lines
+from trtdet.onnx_files import naming
 from trtdet.precision.options import PRECISIONS, QUANTIZED_PRECISIONS, RESTS, Int8Options
 
 logger = logging.getLogger(__name__)
@@ -63,8 +65,8 @@ def run(
 
     check_model(onnx_path)
     if engine_path:
-        print(
-            build_file(
+        with naming(onnx_path):
+            built = build_file(
                 onnx_path,
                 engine_path,
                 options,
@@ -73,10 +75,11 @@ def run(
                 flavor_name=flavor_name,
                 check_input=check_input,
             )
-        )
+        print(printable_lines(str(built)))
         print(engine_path)
     elif save_onnx:
-        prepare_file(onnx_path, save_onnx, options, int8, check_input)
+        with naming(onnx_path):
+            prepare_file(onnx_path, save_onnx, options, int8, check_input)
         print(save_onnx)
 
 

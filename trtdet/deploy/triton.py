@@ -29,7 +29,7 @@ from trtdet.deploy.text_format import Word
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
 from trtdet.nms import lowering
-from trtdet.onnx_files import read_onnx
+from trtdet.onnx_files import naming, read_onnx
 from trtdet.sessions import TELEMETRY_SWITCH
 from trtdet.spec import METADATA_KEY
 
@@ -330,7 +330,8 @@ def write_repository(
     if onnx_model is not None:
         onnx_name = f"{name}_onnx" if engines else name
         config = model_config(onnx_name, "onnxruntime_onnx", onnx_model, options)
-        lowered = lowering.lower(read_onnx(onnx_model.path), "onnx").SerializeToString()
+        with naming(onnx_model.path):
+            lowered = lowering.lower(read_onnx(onnx_model.path), "onnx").SerializeToString()
         planned.append(_Planned(config, onnx_model, {"model.onnx": lowered}))
     if not planned:
         raise ValueError("expected an engine or an ONNX file, got neither")

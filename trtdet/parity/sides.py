@@ -28,7 +28,14 @@ from trtdet.graph import deformable_attention
 from trtdet.images.files import ImageArray, load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
-from trtdet.onnx_files import EXPORT_AGAIN, feed_of, fixed_batch, read_onnx, with_weights
+from trtdet.onnx_files import (
+    EXPORT_AGAIN,
+    feed_of,
+    fixed_batch,
+    naming,
+    read_onnx,
+    with_weights,
+)
 from trtdet.parity.numbers import SideInfo
 from trtdet.precision.emulation import emulate
 from trtdet.run.detect import decoded, open_batcher, open_model
@@ -362,11 +369,12 @@ def open_sides(
     trained = [is_as_trained(*pair) for pair in zip(paths, models, strict=True)]
     for i in sorted(range(len(paths)), key=trained.__getitem__):
         model, models[i] = models[i], None  # not kept longer than its side needs it
-        if trained[i]:
-            sides[i] = TrainedSide(paths[i], own_nms=own_nms, like=like, model=model)
-        else:
-            sides[i] = open_converted(paths[i], options, model)
-            like = sides[i].info.spec
+        with naming(paths[i]):
+            if trained[i]:
+                sides[i] = TrainedSide(paths[i], own_nms=own_nms, like=like, model=model)
+            else:
+                sides[i] = open_converted(paths[i], options, model)
+                like = sides[i].info.spec
         stack.enter_context(sides[i])
     return sides[0], sides[1]
 
