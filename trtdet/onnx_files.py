@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtdet import files
 from trtdet.errors import GraphError
+from trtdet.sessions import SessionError
 
 if TYPE_CHECKING:
     import onnx
@@ -75,11 +76,12 @@ def naming(path: Path) -> Iterator[None]:
     """Let what goes wrong with a graph name the file that it is from."""
     try:
         yield
-    except GraphError as error:
+    except (GraphError, SessionError) as error:
         text = str(error)
         if Path(path).name in text:
             raise
-        raise GraphError(f"{path}: {text.removeprefix('model: ')}") from error
+        text = text.removeprefix("the ").removeprefix("model: ")
+        raise type(error)(f"{path}: {text}") from error
 
 
 def image_input(model: onnx.ModelProto, path: Path) -> onnx.ValueInfoProto:
@@ -113,11 +115,12 @@ def weights_fault(graph: onnx.GraphProto) -> str:
         if any(size < 0 for size in tensor.dims):
             return f"the weights '{tensor.name}' have a negative size"
         size = math.prod(tensor.dims) * _ELEMENTS.get(tensor.data_type, 0)
-        inside = tensor.data_location != tensor.EXTERNAL and tensor.HasField("raw_data")
-        if inside and size and len(tensor.raw_data) != size:
-            return (
-                f"the weights '{tensor.name}' have {len(tensor.raw_data)} bytes in place of {size}"
-            )
+        if tensor.data_location == tensor.EXTERNAL or not size:
+            continue
+        values = sum(len(getattr(tensor, f"{kind}_data")) for kind in ("float", "int32", "int64", "double", "uint64"))  # fmt: skip
+        found = len(tensor.raw_data) if tensor.HasField("raw_data") else values * _ELEMENTS[tensor.data_type]  # fmt: skip
+        if found != size:
+            return f"the weights '{tensor.name}' have {found} bytes in place of {size}"
     return ""
 
 

@@ -141,7 +141,8 @@ def test_a_wrong_graph_is_one_line(
     assert not [left for left in outcome.left if Path(left).name.startswith(".")], outcome.left
     if outcome.status == 0 and command in PARTIAL:
         return
-    fault_desk.check_one_line(outcome, 1, r"net\.onnx")
+    # A graph that can be read and is another one: the calibration cache is not of it.
+    fault_desk.check_one_line(outcome, 1, r"net\.onnx|net\.cache does not fit: model_sha256")
     assert outcome.left == (), outcome.left
 
 
