@@ -30,6 +30,10 @@ OTHER_FILES = {
 TEXT_BYTES = frozenset((*range(0x20, 0x7F), *b"\t\n\r"))
 
 
+#: What writing ends with where there is no room, or a limit, or a fault of the disk.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place if the block succeeds, else delete it.
@@ -47,7 +51,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file() and not target.is_dir():
             with tempfile.TemporaryDirectory() as folder:
-                temporary = Path(folder, f"content{target.suffix}")
+                temporary = Path(folder, f"content{path.suffix}")
                 yield temporary
                 with open(temporary, "rb") as source, open(target, "wb", buffering=0) as special:
                     shutil.copyfileobj(source, special)
@@ -62,7 +66,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+        if error.errno in _NO_ROOM and not error.filename:
             raise OSError(error.errno, f"{error.strerror}; make room, or choose another folder", str(path)) from error  # fmt: skip
         raise
 
