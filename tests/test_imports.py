@@ -237,7 +237,8 @@ def test_onnx_files_are_read_in_one_place() -> None:
 def test_scripts_are_doors(script: str) -> None:
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert len(source.splitlines()) < 15
-    assert [name for name, _ in imports_of(source)] == [f"trtdet.commands.{script}.main"]
+    assert [name for name, _ in imports_of(source)] == ["trtdet.start.run_stage"]
+    assert f'SystemExit(run_stage("{script}"))' in source
 
 
 def test_the_package_imports_no_script() -> None:

@@ -34,6 +34,10 @@ TEXT_BYTES = frozenset((*range(0x20, 0x7F), *b"\t\n\r"))
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
+#: Letters that are shown of a word of twice as many.
+_LONG_WORD = 250
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place if the block succeeds, else delete it.
@@ -135,7 +139,25 @@ def message_of(error: BaseException) -> str:
         reason = error.strerror[0].lower() + error.strerror[1:]
         text = f"{error.filename}: {reason}" if error.filename else reason
     text = re.sub(r"\[Errno -?\d+\] ", "", text)
-    return printable(" ".join(text.split())) or type(error).__name__
+    return shortened(printable(" ".join(text.split()))) or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """A message without what nobody reads of it: the rest of a word of hundreds of letters, which stood in a damaged file."""
+    return re.sub(rf"\S{{{2 * _LONG_WORD},}}", lambda word: f"{word[0][:_LONG_WORD]}...", text)
+
+
+def read_text(path: Path) -> str:
+    """The contents of a text file; a byte order mark is passed over.
+
+    Raises:
+        OSError: not readable; names the file.
+        ValueError: no regular file, or not UTF-8; names the file.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, found other bytes ({error})") from error
 
 
 def check_input(path: Path, option: str, what: str) -> None:

@@ -72,6 +72,12 @@ READERS = {
     "label map": Reader(f"{INFER} --labels map.pbtxt", "map.pbtxt"),
     "visualize labels": Reader(VISUALIZE, "tsvs/labels.txt", takes=("missing", "truncated", "text", "page")),
     "family": Reader("create_onnx --source_onnx yolo.onnx --onnx out.onnx --family family.py", "family.py"),
+    "check config": Reader("deploy check --output served", "served/d0/config.pbtxt"),
+    "check ensemble": Reader("deploy check --output served", "served/d0_ensemble/config.pbtxt", takes=("missing",)),
+    "check labels": Reader("deploy check --output served", "served/d0/labels.txt", takes=("pointer",)),
+    "check inference": Reader("deploy check --output stream", "stream/config_infer.txt"),
+    "check application": Reader("deploy check --output stream", "stream/deepstream_app.txt", takes=("missing",)),
+    "check server": Reader("deploy check --output stream", "stream/config_inferserver.txt", takes=("missing",)),
     "times": Reader("deploy trtexec --parse_times times.json --batch_size 2", "times.json"),
     "log": Reader("deploy trtexec --parse_log trtexec.log", "trtexec.log"),
     "tsv": Reader(VISUALIZE, "tsvs/1.tsv", takes=("empty",), skips=True),
@@ -136,9 +142,14 @@ def test_a_damaged_file_is_one_line(
         (line,) = set(lines)  # compare.py: one of each model
         assert file in line and "Traceback" not in outcome.err
         assert re.search(SAID.get(damage, "expected|cannot be decoded"), line), line
+    elif reader.line.startswith("deploy check"):
+        fault_desk.check_one_line(outcome, 1, "faults found: [0-9]+, listed above|expected")
+        listed = [text for text in outcome.err.splitlines() if text]
+        assert any(file in text for text in listed), listed
+        assert damage not in SAID or any(re.search(SAID[damage], t, re.I) for t in listed), listed
+        assert all(text.isprintable() and len(text) < 1000 for text in listed)
     else:
+        said = SAID.get(damage, "expected|not a|another engine|SyntaxError")
         named = re.escape(file) + (f"|{reader.named}" if reader.named else "")
-        fault_desk.check_one_line(
-            outcome, 1, named, SAID.get(damage, "expected|not a|another engine|SyntaxError")
-        )
+        fault_desk.check_one_line(outcome, 1, named, said)
         assert outcome.left == (), outcome.left

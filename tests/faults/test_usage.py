@@ -81,7 +81,7 @@ def test_a_wrong_number_is_wrong_usage(
     text = fault_desk.check_one_line(
         outcome, 2, re.escape(option), "expected|invalid choice|more than any"
     )
-    assert len(text) < 400, text
+    assert len(text) < 600, text
     assert outcome.left == ()
 
 

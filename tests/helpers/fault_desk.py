@@ -10,8 +10,9 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +24,7 @@ import toy_detector
 import toy_network
 import yolo_networks
 
+from trtdet.commands import deploy
 from trtdet.detections import Detections, write_tsv
 from trtdet.engine.options import BatchRange
 from trtdet.engine.sidecar import EngineInfo, write_engine
@@ -105,6 +107,7 @@ def make(folder: Path) -> Path:
         write_tsv(folder / "tsvs" / name, found)
     (folder / "tsvs" / "labels.txt").write_text("\n".join(toy_detector.LABELS) + "\n")
     make_int8(folder)
+    make_served(folder)
     return folder
 
 
@@ -114,6 +117,17 @@ def make_engine(path: Path) -> None:
     spec = ModelSpec.from_onnx(toy_detector.model())
     info = EngineInfo(spec, "tensorrt", "10.13.3.9", "fp16", BatchRange(1, 8, 32), **fields)
     write_engine(path, b"ftrt" + bytes(range(256)), info)
+
+
+def make_served(folder: Path) -> None:
+    """What deploy.py writes of the engine, for its `check`."""
+    engine = ["--model", str(folder / "d0.engine")]
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        for words in (
+            ["triton", *engine, "--output", str(folder / "served"), "--name", "d0", "--ensemble"],
+            ["deepstream", *engine, "--output", str(folder / "stream")],
+        ):
+            assert deploy.main(words) == 0
 
 
 def make_int8(folder: Path) -> None:

@@ -20,7 +20,7 @@ from trtdet import about
 from trtdet.commands.habits import HABITS
 from trtdet.doctor.packages import requirement_file
 from trtdet.errors import DOCTOR, EngineError, GraphError
-from trtdet.files import message_of, printable
+from trtdet.files import message_of, printable, shortened
 from trtdet.terminal import PROJECT
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class _PrintableFormatter(logging.Formatter):
     """One line for each message, whatever file names are in it; a terminal gets no control characters from them."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
+        return shortened(printable(super().formatMessage(record)))
 
 
 def setup_logging(verbose: bool = False, quiet: bool = False) -> None:
@@ -280,7 +280,7 @@ class ArgumentParser(argparse.ArgumentParser):
         head, _, missing = message.partition("the following arguments are required: ")
         if missing and not head:
             message = self._missing(missing)
-        message = printable(re.sub(r"\S{200,}", lambda word: f"{word[0][:100]}...", message))
+        message = shortened(printable(message))
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
 
     def _missing(self, names: str) -> str:

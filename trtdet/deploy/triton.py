@@ -426,7 +426,7 @@ def _check_config_there(path: Path, text: str) -> None:
     """
     if not path.is_file():
         return
-    there, new = (_interface(lines) for lines in (path.read_text(encoding="utf-8"), text))
+    there, new = (_interface(lines) for lines in (files.read_text(path), text))
     for expected, found in zip_longest(new, there):
         if expected != found:
             raise ValueError(
@@ -470,7 +470,7 @@ def _short(line: str | None) -> str:
 def _say_what_is_kept(folder: Path, model: _Planned) -> None:
     """Warn of what this run would have written otherwise into the configuration and the labels that are there."""
     names = (*INTERFACE, "string_value")
-    there = _lines((folder / "config.pbtxt").read_text(encoding="utf-8"))
+    there = _lines(files.read_text(folder / "config.pbtxt"))
     new = (line for line in _lines(model.text) if line.split(":")[0] not in names)
     kept = [line for line in new if line not in there and ":" in line]
     if kept:
@@ -478,7 +478,7 @@ def _say_what_is_kept(folder: Path, model: _Planned) -> None:
         logger.warning("%s is kept as it is; not applied: %s", path, ", ".join(kept))
     labels = folder / LABELS_FILE
     if LABELS_FILE in model.text and labels.is_file():
-        lines = labels.read_text(encoding="utf-8").splitlines()
+        lines = files.read_text(labels).splitlines()
         if lines != list(label_lines(model.source.spec)):
             logger.warning("%s is kept as it is; other class names not applied", labels)
 
