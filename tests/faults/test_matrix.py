@@ -105,8 +105,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def desk(sound: Path, tmp_path: Path) -> Path:
-    return fault_desk.copy(sound, tmp_path / "desk")
+def desk(name: str, sound: Path, tmp_path: Path) -> Path:
+    served = READERS[name].line.startswith("deploy check")
+    return fault_desk.copy(sound, tmp_path / "desk", served=served)
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -149,9 +149,14 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data))
 
 
-def copy(sound: Path, folder: Path) -> Path:
-    """A desk of its own: files linked, but those of text are small enough to copy."""
-    shutil.copytree(sound, folder, symlinks=True)
+def copy(sound: Path, folder: Path, *, served: bool = False) -> Path:
+    """A desk of its own.
+
+    Args:
+        served: with what `deploy.py check` reads.
+    """
+    left_out = None if served else shutil.ignore_patterns("served", "stream")
+    shutil.copytree(sound, folder, symlinks=True, ignore=left_out)
     return folder
 
 
