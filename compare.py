@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """compare.py --help says what it does; the stage itself is trtdet/commands/compare.py."""
 
-from trtdet.commands.compare import main
+from trtdet.start import run_stage
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_stage("compare"))

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """create_onnx.py --help says what it does; the stage itself is trtdet/commands/create_onnx.py."""
 
-from trtdet.commands.create_onnx import main
+from trtdet.start import run_stage
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_stage("create_onnx"))

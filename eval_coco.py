@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """eval_coco.py --help says what it does; the stage itself is trtdet/commands/eval_coco.py."""
 
-from trtdet.commands.eval_coco import main
+from trtdet.start import run_stage
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_stage("eval_coco"))

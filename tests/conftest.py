@@ -52,3 +52,13 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_configure() -> None:
     """A shell starts background jobs with Ctrl-C ignored, and processes inherit that: the tests of Ctrl-C shall not depend on it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz_seconds",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="with -m fuzz: go on with new seeds for so long (default: a small fixed budget)",
+    )

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 #: From the ground up: a room imports only from rooms before it.
 ORDER = (
-    "about", "errors", "files", "checks", "reading", "closing", "machine", "terminal", "doctor", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
+    "about", "errors", "files", "checks", "reading", "closing", "machine", "terminal", "start", "doctor", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
     "sources", "detections", "graph", "nms", "images", "precision", "engine", "runtimes", "results", "run", "video", "deploy",
     "families", "conversion", "parity", "api", "commands",
 )  # fmt: skip
@@ -46,7 +46,13 @@ HOMES = {
 #: Imported inside the functions that need them, never with a module.
 AT_THE_POINT_OF_USE = HOMES.keys() - {"cv2"}
 #: Modules that import by a name which is not written there: that of a stage, a TensorRT, a family, or a package that doctor looks for.
-BY_NAME = ("trtdet.commands.main", "trtdet.engine.flavor", "trtdet.families", "trtdet.doctor.probe")
+BY_NAME = (
+    "trtdet.start",
+    "trtdet.commands.main",
+    "trtdet.engine.flavor",
+    "trtdet.families",
+    "trtdet.doctor.probe",
+)
 
 
 def imports_of(source: str) -> Iterator[tuple[str, bool]]:
@@ -233,7 +239,8 @@ def test_onnx_files_are_read_in_one_place() -> None:
 def test_scripts_are_doors(script: str) -> None:
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     assert len(source.splitlines()) < 15
-    assert [name for name, _ in imports_of(source)] == [f"trtdet.commands.{script}.main"]
+    assert [name for name, _ in imports_of(source)] == ["trtdet.start.run_stage"]
+    assert f'SystemExit(run_stage("{script}"))' in source
 
 
 def test_the_package_imports_no_script() -> None:

@@ -92,7 +92,7 @@ def without_graph(path: Path) -> None:
         (directory, FileNotFoundError, "--onnx: expected an ONNX file, found a folder at {path}"),
         (directory_of_one, FileNotFoundError, "--onnx: expected an ONNX file, found a folder at {path}; give the file in it, {path}/best.onnx"),
         (saved_model, FileNotFoundError, "--onnx: expected an ONNX file, found a SavedModel at {path}; convert it with create_onnx.py --saved_model {path}"),
-        (os.mkfifo, FileNotFoundError, "--onnx: expected an ONNX file, found no regular file at {path}"),
+        (os.mkfifo, FileNotFoundError, "--onnx: expected an ONNX file, found a FIFO at {path}"),
         (lambda path: path.write_bytes(b""), GraphError, "{path}: expected an ONNX model, found an empty file; export the model again"),
         (lambda path: path.write_text("hello, I am text\n"), GraphError, "{path}: expected an ONNX file, found a text file; export the model again"),
         (lambda path: path.write_bytes(b"PK\x03\x04...."), GraphError, "{path}: expected an ONNX file, found a ZIP archive, as PyTorch's .pt and Keras' .keras are; export the model again"),

@@ -171,7 +171,7 @@ def read_tsv(path: Path) -> Detections:
     rows: list[list[float]] = []
     turned: bool | None = None
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = files.read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: expected detections in UTF-8, found other bytes ({error}); write them with infer.py"

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import stat
 import tempfile
@@ -37,6 +38,14 @@ OTHER_FILES = {
 TEXT_BYTES = frozenset((*range(0x20, 0x7F), *b"\t\n\r"))
 
 
+#: What writing ends with where there is no room, or a limit, or a fault of the disk.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+#: Letters that are shown of a word of twice as many.
+_LONG_WORD = 250
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place if the block succeeds, else delete it.
@@ -49,11 +58,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written; names it, also where the disk is full.
     """
     path = Path(path)
-    target = path.resolve() if path.is_symlink() else path
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
     try:
         if _is_special(target):
             with tempfile.TemporaryDirectory() as folder:
-                temporary = Path(folder, f"content{target.suffix}")
+                temporary = Path(folder, f"content{path.suffix}")
                 yield temporary
                 with open(temporary, "rb") as source, open(target, "wb", buffering=0) as special:
                     shutil.copyfileobj(source, special)
@@ -66,7 +75,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+        if error.errno in _NO_ROOM and not error.filename:
             raise OSError(error.errno, f"{error.strerror}; make room, or choose another folder", str(path)) from error  # fmt: skip
         raise
 
@@ -140,6 +149,26 @@ def printable(text: object) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines: tables with names of files and tensors in them."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """A command line for a shell, each word quoted; one with control characters or bytes that are no text as bash's $'...', exact and printable."""
+    return " ".join(
+        shlex.quote(word)
+        if word.isprintable()
+        else f"$'{''.join(map(_escaped, os.fsencode(word)))}'"
+        for word in words
+    )
+
+
+def _escaped(byte: int) -> str:
+    plain = 0x20 <= byte < 0x7F and byte not in b"'\\"
+    return chr(byte) if plain else f"\\x{byte:02x}"
+
+
 def message_of(error: BaseException) -> str:
     """An error in one line, the operating system's with the file first and without its number."""
     text = str(error)
@@ -147,7 +176,25 @@ def message_of(error: BaseException) -> str:
         reason = error.strerror[0].lower() + error.strerror[1:]
         text = f"{error.filename}: {reason}" if error.filename else reason
     text = re.sub(r"\[Errno -?\d+\] ", "", text)
-    return printable(" ".join(text.split())) or type(error).__name__
+    return shortened(printable(" ".join(text.split()))) or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """A message without what nobody reads of it: the rest of a word of hundreds of letters, which stood in a damaged file."""
+    return re.sub(rf"\S{{{2 * _LONG_WORD},}}", lambda word: f"{word[0][:_LONG_WORD]}...", text)
+
+
+def read_text(path: Path) -> str:
+    """The contents of a text file; a byte order mark is passed over.
+
+    Raises:
+        OSError: not readable; names the file.
+        ValueError: no regular file, or not UTF-8; names the file.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, found other bytes ({error})") from error
 
 
 def check_input(path: Path, option: str, what: str) -> None:
@@ -157,8 +204,53 @@ def check_input(path: Path, option: str, what: str) -> None:
         FileNotFoundError: names the option, and says what was expected.
     """
     if not Path(path).is_file():
-        found = "a folder" if Path(path).is_dir() else "nothing"
-        raise FileNotFoundError(f"{option}: expected {what}, found {found} at {path}")
+        raise FileNotFoundError(f"{option}: expected {what}, found {found_at(path)} at {path}")
+
+
+#: What a path may lead to, by `stat`: to be read, only a regular file will do. A FIFO waits for ever, a device may have no end.
+_KINDS = {
+    stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def found_at(path: Path) -> str:
+    """What is at a path, in words."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads to itself"
+        if isinstance(error, PermissionError):
+            return "what this user may not see"
+        return "a link to nothing" if os.path.islink(path) else "nothing"
+    return _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+def is_beside(path: Path) -> bool:
+    """Whether a file that may be missing, such as an engine's `.json`, is there.
+
+    Raises:
+        ValueError: something else is, which nobody put there to be passed over.
+    """
+    if not os.path.lexists(path):
+        return False
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: expected a file, found {found_at(path)}; put the file there, or remove that")  # fmt: skip
+    return True
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a regular file.
+
+    Raises:
+        OSError: not readable; names the file.
+        ValueError: a FIFO, which would wait for ever, or a device, which may have no end.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: expected a file, found {found_at(path)}")
+    return Path(path).read_bytes()
 
 
 def kind_of(start: bytes) -> str:
@@ -206,14 +298,14 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None])
     Raises:
         ValueError: names the file.
     """
-    taken = {path.resolve() for path in inputs if path is not None}
+    taken = {os.path.realpath(path) for path in inputs if path is not None}
     for path in outputs:
         if path is None:
             continue
         check_writable(path)
-        if path.resolve() in taken:
+        if (target := os.path.realpath(path)) in taken:
             raise ValueError(f"{path}: is an input, or written twice; give the output another name")
-        taken.add(path.resolve())
+        taken.add(target)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -4,10 +4,11 @@
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trtdet import checks, files
+from trtdet.spec import MOST_CLASSES
 
 #: Class id -> name.
 Labels = Sequence[str] | Mapping[int, str]
@@ -65,8 +66,11 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
         files.check_input(
             Path(path), "--labels", "a text file with one class name per line, or the word coco"
         )
+        data = files.read_bytes(Path(path))
+        if (kind := files.kind_of(data[:512])) in files.OTHER_FILES.values():
+            raise ValueError(f"{path}: expected class names, found {kind}")
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # some editors on Windows write a BOM
+            text = data.decode("utf-8-sig")  # some editors on Windows write a BOM
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path}: expected class names in UTF-8, found other bytes ({error})"
@@ -131,6 +135,15 @@ def find_classes(words: Sequence[str], labels: Sequence[str], num_classes: int) 
     return tuple(dict.fromkeys(found))
 
 
+def _items(text: str) -> Iterator[str]:
+    """What stands in the braces of each `item { ... }`; of one that is not closed, the rest."""
+    for match in re.finditer(r"\bitem\s*\{", text):
+        end = text.find("}", match.end())
+        yield text[match.end() : end if end >= 0 else len(text)]
+        if end < 0:
+            return
+
+
 def parse_label_map(text: str, path: Path | str) -> tuple[str, ...]:
     """Class names of TensorFlow's label map (.pbtxt), [id - 1] -> display_name, else name; ids that are left out are "unused N".
 
@@ -138,13 +151,18 @@ def parse_label_map(text: str, path: Path | str) -> tuple[str, ...]:
         ValueError: an item without a positive id or a name, or an id twice.
     """
     names: dict[int, str] = {}
-    for item in re.findall(r"item\s*\{(.*?)\}", re.sub(r"#.*", "", text), re.S):
-        number = re.search(r"\bid\s*:\s*(\d+)", item)
+    for item in _items(re.sub(r"#.*", "", text)):
+        number = re.search(r"\bid\s*:\s*(\d{1,7})\b", item)
         quoted = r"""\s*:\s*(?:"([^"]*)"|'([^']*)')"""
         name = re.search(r"\bdisplay_name" + quoted, item) or re.search(r"\bname" + quoted, item)
-        if number is None or name is None or int(number[1]) < 1 or int(number[1]) in names:
+        if (
+            number is None
+            or name is None
+            or not 1 <= int(number[1]) <= MOST_CLASSES
+            or int(number[1]) in names
+        ):
             raise ValueError(
-                f"{path}: expected items of a label map, each with an id from 1 of its own and a name, found {' '.join(item.split())[:80]!r}"
+                f"{path}: expected items of a label map, each with an id of its own, 1 to {MOST_CLASSES}, and a name, found {' '.join(item.split())[:80]!r}"
             )
         names[int(number[1])] = name[1] or name[2] or ""
     return tuple(names.get(i, f"unused {i}") for i in range(1, max(names, default=0) + 1))

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtdet import files
 from trtdet.errors import GraphError
+from trtdet.sessions import SessionError
 
 if TYPE_CHECKING:
     import onnx
@@ -48,7 +51,7 @@ def read_onnx(
     if not model.graph.output or not model.opset_import:
         what = _kind(path) or "a file without outputs"
         raise GraphError(f"{path}: expected an ONNX model, found {what}; {remedy}")
-    if fault := wiring_fault(model.graph):
+    if fault := wiring_fault(model.graph) or weights_fault(model.graph):
         raise GraphError(f"{path}: expected a graph that can be run, {fault}; {remedy}")
     if weights:
         _read_external_data(model, path, remedy)
@@ -66,6 +69,59 @@ def feed_of(model: onnx.ModelProto, image: NDArray[Any]) -> dict[str, NDArray[An
 
     batch = fixed_batch(model) or 1
     return {model.graph.input[0].name: np.repeat(image[None], batch, axis=0)}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let what goes wrong with a graph name the file that it is from."""
+    try:
+        yield
+    except (GraphError, SessionError) as error:
+        text = str(error)
+        if Path(path).name in text:
+            raise
+        text = text.removeprefix("the ").removeprefix("model: ")
+        raise type(error)(f"{path}: {text}") from error
+
+
+def image_input(model: onnx.ModelProto, path: Path) -> onnx.ValueInfoProto:
+    """The one input of a model of create_onnx.py.
+
+    Raises:
+        GraphError: there are others, or it is no tensor of four dimensions and a known type.
+    """
+    weights = {weight.name for weight in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        raise GraphError(f"{path}: expected one input, found {[value.name for value in inputs]}; {WRITE_AGAIN}")  # fmt: skip
+    tensor = inputs[0].type.tensor_type
+    if len(tensor.shape.dim) != 4 or tensor.elem_type not in _ELEMENTS:
+        raise GraphError(f"{path}: expected images, a tensor of four dimensions, as input '{inputs[0].name}', found another; {WRITE_AGAIN}")  # fmt: skip
+    return inputs[0]
+
+
+#: ONNX's element types that have a whole number of bytes -> how many.
+_ELEMENTS = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+
+
+def weights_fault(graph: onnx.GraphProto) -> str:
+    """What is wrong with the sizes and types of weights; "" where nothing is found."""
+    import onnx
+
+    known = set(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
+    for tensor in graph.initializer:
+        if tensor.data_type not in known:
+            return f"the weights '{tensor.name}' are of a type that ONNX does not have, {tensor.data_type}"
+        if any(size < 0 for size in tensor.dims):
+            return f"the weights '{tensor.name}' have a negative size"
+        size = math.prod(tensor.dims) * _ELEMENTS.get(tensor.data_type, 0)
+        if tensor.data_location == tensor.EXTERNAL or not size:
+            continue
+        values = sum(len(getattr(tensor, f"{kind}_data")) for kind in ("float", "int32", "int64", "double", "uint64"))  # fmt: skip
+        found = len(tensor.raw_data) if tensor.HasField("raw_data") else values * _ELEMENTS[tensor.data_type]  # fmt: skip
+        if found != size:
+            return f"the weights '{tensor.name}' have {found} bytes in place of {size}"
+    return ""
 
 
 def wiring_fault(graph: onnx.GraphProto) -> str:
@@ -107,6 +163,24 @@ def wiring_fault(graph: onnx.GraphProto) -> str:
     for output in graph.output:
         if output.name not in makers and output.name not in given:
             return f"nothing makes the output '{output.name}'"
+    return ""
+
+
+def without_value(graph: onnx.GraphProto) -> str:
+    """Name of the first weights that hold NaN; "" where none do. Those in files of their own are not looked at."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    for tensor in graph.initializer:
+        floats = (tensor.FLOAT, tensor.FLOAT16, tensor.BFLOAT16, tensor.DOUBLE)
+        if tensor.data_type not in floats or tensor.data_location == tensor.EXTERNAL:
+            continue
+        try:
+            values = numpy_helper.to_array(tensor)
+        except ValueError:  # of another length than its shape: ONNX Runtime says so
+            continue
+        if np.isnan(values).any():
+            return str(tensor.name)
     return ""
 
 
@@ -171,16 +245,13 @@ def external_files(graph: onnx.GraphProto) -> Iterator[str]:
 def _check_there(path: Path, option: str) -> None:
     if path.is_file():
         return
-    what, advice = "nothing", ""
+    what, advice = files.found_at(path), ""
     if path.is_dir():
-        what = "a folder"
         models = sorted(path.glob("*.onnx"))
         if any((path / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt")):
             what, advice = "a SavedModel", f"; convert it with create_onnx.py --saved_model {path}"
         elif models:
             advice = f"; give the file in it, {models[0]}"
-    elif path.exists():
-        what = "no regular file"
     if option:
         raise FileNotFoundError(f"{option}: expected an ONNX file, found {what} at {path}{advice}")
     raise FileNotFoundError(f"{path}: expected an ONNX file, found {what} there{advice}")

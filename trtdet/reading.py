@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from trtdet import files
 from trtdet.checks import shown
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ def read(
         OSError: not readable.
         ValueError, or `error`: it is none; says the file, the place in it, what was expected and found.
     """
-    return parse(Path(path).read_bytes(), kind, name=str(path), remedy=remedy, error=error)
+    return parse(files.read_bytes(path), kind, name=str(path), remedy=remedy, error=error)
 
 
 def parse(
@@ -96,6 +97,8 @@ def convert(
         steps = re.findall(r"\.(\w+)|\[(\d+)\]|(\[\.\.\.\])", re.sub(r"^`key` in ", "", path))
         place, value, expected = _locate(data, kind, steps)
         text = _message(message, value, expected)
+    except UnicodeEncodeError:  # half of a surrogate pair, which json takes
+        text = "expected text in Unicode, found what is none"
     except ValueError as reason:
         text = str(reason)
         if error is ValueError and isinstance(reason, OtherSchemaError):

@@ -108,6 +108,8 @@ class Preprocessing:
         for value in self.std:
             checks.finite("std", value, 1e-6)
         checks.whole("size_multiple", self.size_multiple, 1, LARGEST_SIDE)
+        if self.longest is not None:
+            checks.whole("longest", self.longest, 1, LARGEST_SIDE)
         smallest, largest = self.size_range or (self.size_hw, self.size_hw)
         for low, side, high in zip(smallest, self.size_hw, largest, strict=True):
             if not low <= side <= high:
@@ -204,6 +206,10 @@ class Fact:
     name: str
     value: str
     origin: str
+
+    def __post_init__(self) -> None:
+        for text in (self.name, self.value, self.origin):
+            checks.text("evidence", text, checks.LONG_TEXT)
 
 
 @dataclass(frozen=True)

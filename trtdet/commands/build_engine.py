@@ -37,12 +37,15 @@ from trtdet.commands.options import (
     calibration_from,
     check_calibration_usage,
 )
+from trtdet.commands.values import dla_core, non_negative_int
 from trtdet.engine.flavor import FLAVORS
 from trtdet.engine.options import (
     BuildOptions,
     parse_batch_range,
     parse_gib,
 )
+from trtdet.files import printable_lines
+from trtdet.onnx_files import naming
 from trtdet.precision.options import PRECISIONS, QUANTIZED_PRECISIONS, RESTS, Int8Options
 
 logger = logging.getLogger(__name__)
@@ -66,14 +69,14 @@ def run(
 
     check_model(onnx_path)
     if dry_run:
-        print(
-            plan_file(
+        with naming(onnx_path):
+            text = plan_file(
                 onnx_path, engine_path, options, int8, save_onnx=save_onnx, flavor_name=flavor_name
             )
-        )
+        print(text)
     elif engine_path:
-        print(
-            build_file(
+        with naming(onnx_path):
+            built = build_file(
                 onnx_path,
                 engine_path,
                 options,
@@ -82,10 +85,11 @@ def run(
                 flavor_name=flavor_name,
                 check_input=check_input,
             )
-        )
+        print(printable_lines(str(built)))
         print(engine_path)
     elif save_onnx:
-        prepare_file(onnx_path, save_onnx, options, int8, check_input)
+        with naming(onnx_path):
+            prepare_file(onnx_path, save_onnx, options, int8, check_input)
         print(save_onnx)
 
 
@@ -117,14 +121,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     where = parser.add_argument_group("where it runs")
     where.add_argument("--flavor", choices=list(FLAVORS), help="which TensorRT builds it (default: the first of these that is installed)")
     where.add_argument("--compute_capability", type=lambda text: tuple(text.split(",")), default=(), metavar="8.9[,12.0]", help="GPUs that TensorRT-RTX builds for; none has to be in this machine (default: all from 8.0 on)")
-    where.add_argument("--dla_core", type=int, metavar="N", help="build for this DLA core of a Jetson; the GPU runs the layers that it cannot (default: none)")
+    where.add_argument("--dla_core", type=dla_core, metavar="N", help="build for this DLA core of a Jetson; the GPU runs the layers that it cannot (default: none)")
     where.add_argument("--version_compatible", action="store_true", help="the engine runs on later releases of TensorRT too")
     where.add_argument("--hardware_compatible", action="store_true", help="the engine runs on every GPU from Ampere on")
     where.add_argument("--strip", action="store_true", help="leave the weights out; your application refits them from the ONNX file, infer.py cannot")
     how = parser.add_argument_group("how it is built")
     how.add_argument("--workspace", "-w", type=parse_gib, metavar="GIB", help="scratch memory that a layer may use, in GiB (default: the GPU's memory)")
     how.add_argument("--timing_cache", type=Path, metavar="FILE", help="reuse the timings in this file and add new ones: later builds are faster (default: none)")
-    how.add_argument("--optimization_level", type=int, choices=range(6), metavar="0..5", help="0 builds fastest, 5 gives the fastest engine (default: TensorRT's, 3)")
+    how.add_argument("--optimization_level", type=non_negative_int, choices=range(6), metavar="0..5", help="0 builds fastest, 5 gives the fastest engine (default: TensorRT's, 3)")
     # fmt: on
     add(how, "--plugins")
     parser.add_argument("--dry_run", action="store_true", help="only say what would be built: layers per precision, input sizes, calibration images, memory; nothing is calibrated, built or written")  # fmt: skip

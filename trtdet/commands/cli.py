@@ -3,6 +3,7 @@
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ from trtdet import about
 from trtdet.commands.habits import HABITS
 from trtdet.doctor.packages import requirement_file
 from trtdet.errors import DOCTOR, EngineError, GraphError
-from trtdet.files import message_of, printable
+from trtdet.files import message_of, printable, shortened
 from trtdet.terminal import PROJECT
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class _PrintableFormatter(logging.Formatter):
     """One line for each message, whatever file names are in it; a terminal gets no control characters from them."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
+        return shortened(printable(super().formatMessage(record)))
 
 
 def setup_logging(verbose: bool = False, quiet: bool = False) -> None:
@@ -94,6 +95,10 @@ def _open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a name that the terminal's alphabet does not have is no reason to end
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _missing(error: ModuleNotFoundError) -> str | None:
@@ -208,6 +213,9 @@ class ArgumentParser(argparse.ArgumentParser):
             advice = "; ".join(f"{name}: {self.advice(name)}" for name in names)
             self.error(f"unknown option{'s' if len(names) > 1 else ''} {advice}")
         self._check_names(words)
+        for word in self._own_words(words):
+            if word.endswith("=--"):  # argparse before 3.13 makes an empty list of it
+                self.error(f"argument {word[:-3]}: expected a value, found --")
         parsed, extras = super().parse_known_args(words, namespace)
         if extras:
             self.error(f"{' '.join(extras)}: belongs to no option; several values go behind one option, as in --input a.jpg b.jpg")  # fmt: skip
@@ -272,6 +280,7 @@ class ArgumentParser(argparse.ArgumentParser):
         head, _, missing = message.partition("the following arguments are required: ")
         if missing and not head:
             message = self._missing(missing)
+        message = shortened(printable(message))
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
 
     def _missing(self, names: str) -> str:

@@ -92,7 +92,7 @@ def run(
         paths = (reference_path, candidate_path)
         reference, candidate = open_sides(paths, options.run, stack, own_nms=options.own_nms)
         comparison = compare(reference, candidate, source, options, annotations)
-    print("\n".join(lines(comparison)))
+    print("\n".join(map(files.printable, lines(comparison))))
     if output:
         files.write_text(output, json.dumps(comparison.to_dict(), indent=2) + "\n")
         print(output)

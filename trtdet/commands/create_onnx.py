@@ -23,7 +23,9 @@ from trtdet.commands import cli
 from trtdet.commands.cli import ArgumentParser
 from trtdet.commands.declaring import add_declaring_options, check_declaring, declaration_from
 from trtdet.commands.options import add, add_verbose
+from trtdet.commands.values import positive_int
 from trtdet.families import FAMILIES
+from trtdet.files import printable
 from trtdet.labels import read_labels
 from trtdet.spec import PREPROCESSORS, Layout
 
@@ -38,9 +40,9 @@ def run(source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool) 
 
     done = convert_file(source_path, onnx_path, options, is_onnx=is_onnx)
     for difference in done.differences:
-        print(f"{difference.name}: max abs difference {difference.maximum:.3g}, mean {difference.mean:.3g}")  # fmt: skip
+        print(f"{printable(difference.name)}: max abs difference {difference.maximum:.3g}, mean {difference.mean:.3g}")  # fmt: skip
     for line in done.compared:
-        print(line)
+        print(printable(line))
     print(done.path)
 
 
@@ -89,6 +91,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--saved_model", "--model", "-m", dest="saved_model", type=Path, metavar="DIR|FILE", help="the model: a SavedModel folder, or an ONNX file as with --source_onnx")
     source.add_argument("--source_onnx", type=Path, metavar="FILE", help="the model as an ONNX file (YOLO, DETR, ...): needs no TensorFlow")
+    parser.add_argument("--signature", metavar="NAME", help="which function of a SavedModel (default: serving_default, or the only one there is)")
     parser.add_argument("--onnx", "--output", "-o", dest="onnx", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--family", default="auto", type=parse_family, metavar="NAME|FILE.py", help=f"kind of detector, one of {', '.join(FAMILIES)}, or a Python file with a family of your own (default: auto, it is detected)")
     shape = parser.add_argument_group("input")
@@ -122,7 +125,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     detections.add_argument("--rotated_nms", choices=["exact", "odtk", "probiou"], help="how the overlap of rotated boxes is computed: exactly, as ODTK's kernel does, or as Ultralytics does (default: probiou for YOLO, else exact)")
     add_declaring_options(parser)
     other = parser.add_argument_group("other")
-    other.add_argument("--opset", type=int, choices=range(11, 19), metavar="11..18", help="ONNX opset (default: 17, or 11 with --legacy_plugins; an ONNX source keeps its own if that is at least 13)")
+    other.add_argument("--opset", type=positive_int, choices=range(11, 19), metavar="11..18", help="ONNX opset (default: 17, or 11 with --legacy_plugins; an ONNX source keeps its own if that is at least 13)")
     other.add_argument("--tf2onnx", type=Path, metavar="FILE", help="keep the raw conversion of the network in this file (default: it is not kept)")
     other.add_argument("--deformable_attention", choices=["keep", "plugin", "gather"], help="GridSample as it is, as MultiscaleDeformableAttnPlugin_TRT, or in ordinary operators (default: gather)")
     other.add_argument("--map_op", type=parse_mapping, action="append", default=[], metavar="OP=PLUGIN[:VERSION]", help="replace a custom operator of an ONNX source by a TensorRT plugin; may be repeated; needs --no_verify, as ONNX Runtime cannot run plugins (default: none)")
@@ -138,6 +141,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.onnx.suffix.lower() in cli.ENGINE_SUFFIXES:
         parser.error(f"--onnx: an ONNX file, not an engine; write {args.onnx.with_suffix('.onnx')}, then build_engine.py --engine {args.onnx}")  # fmt: skip
     check_declaring(args, parser)
+    if args.signature and (args.source_onnx or args.saved_model.suffix.lower() == ".onnx"):
+        parser.error("--signature goes with a SavedModel; leave it out")
     if args.map_op and not args.source_onnx:
         parser.error("--map_op edits an ONNX file; give --source_onnx")
     if args.map_op and not args.no_verify:
@@ -207,6 +212,7 @@ def options_from(args: argparse.Namespace) -> Options:
         raw_path=args.tf2onnx,
         map_ops=tuple(args.map_op),
         verify=not args.no_verify,
+        signature=args.signature,
         given=args.given,
     )
 

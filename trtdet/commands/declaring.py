@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from trtdet.commands.values import non_negative_int, positive_int
 from trtdet.spec import COLUMN_NAMES
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def add_declaring_options(parser: argparse.ArgumentParser) -> None:
     outputs.add_argument("--score_activation", choices=["none", "sigmoid", "softmax"], help="what makes probabilities of the scores (default: none, where they are)")
     outputs.add_argument("--background", choices=["first", "last", "none"], help="the score that is for no object (default: none, unless the scores add up to 1: then it is asked for)")
     outputs.add_argument("--scores_layout", choices=["NAC", "NCA"], help="boxes before classes, or after (default: by the number of boxes)")
-    outputs.add_argument("--label_base", type=int, choices=[0, 1], help="number of the first class (default: 0)")
-    outputs.add_argument("--num_classes", type=int, metavar="N", help="of a model that gives class ids alone; --labels says it too (default: read from the graph)")
+    outputs.add_argument("--label_base", type=non_negative_int, choices=[0, 1], help="number of the first class (default: 0)")
+    outputs.add_argument("--num_classes", type=positive_int, metavar="N", help="of a model that gives class ids alone; --labels says it too (default: read from the graph)")
     outputs.add_argument("--selected", nargs="?", const="yes", choices=["yes", "no"], help="the detections need no NMS; no: they do (default: measured)")
     outputs.add_argument("--assume", action="store_true", help="take the usual choice for what nothing says, with a warning for each")
     # fmt: on

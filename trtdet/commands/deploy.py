@@ -14,7 +14,6 @@ docs/deploy.md lists the pitfalls.
 
 import argparse
 import logging
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -131,9 +130,9 @@ def deploy_deepstream(args: argparse.Namespace) -> None:
     report(deepstream_check.check_folder(args.output))
     if model.engine is not None:
         check_written(args.output / "triton", [args.name])
-    make = shlex.join(["make", "-C", str(args.output / "parser")])
+    make = files.shell_line(["make", "-C", str(args.output / "parser")])
     print(make)
-    print(shlex.join(["deepstream-app", "-c", str(args.output / deepstream.APP_FILE)]))
+    print(files.shell_line(["deepstream-app", "-c", str(args.output / deepstream.APP_FILE)]))
 
 
 def deploy_trtexec(args: argparse.Namespace) -> None:
@@ -154,7 +153,10 @@ def deploy_trtexec(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{args.parse_log}: expected --shapes in trtexec's line, to know the batch, found none; say it with --batch_size"
             )
-        measured = trtexec_lines.measurement_of_log(text, batch)
+        try:
+            measured = trtexec_lines.measurement_of_log(text, batch)
+        except ValueError as error:
+            raise ValueError(f"{args.parse_log}: {error}") from error
         print("\n".join(measured.lines()))
         return
     model = open_onnx(args.model) if is_onnx(args.model) else open_engine(args.model)
@@ -173,7 +175,7 @@ def deploy_trtexec(args: argparse.Namespace) -> None:
     fault = trtexec_lines.version_fault(model, version)
     if fault:
         logger.warning("%s", fault)
-    print(shlex.join([str(trtexec), *arguments]))
+    print(files.shell_line([str(trtexec), *arguments]))
     if args.run:
         text = trtexec_lines.run(trtexec, arguments)
         batch = args.batch_size or model.preferred

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from trtdet.commands.cli import ArgumentParser
 from trtdet.commands.options import add, add_verbose, one_device
-from trtdet.commands.values import non_negative_int, positive_int, unit_interval
+from trtdet.commands.values import (
+    non_negative_int,
+    positive_int,
+    side,
+    thread_count,
+    unit_interval,
+)
 from trtdet.deploy.options import DEFAULT_MAX_BATCH
 from trtdet.machine import parse_version
 
@@ -95,7 +101,7 @@ def add_triton_options(to: ArgumentParser) -> None:
     add(to, "--no_cuda_graph")
     # fmt: off
     to.add_argument("--ensemble", action="store_true", help="also NAME_ensemble: encoded images in, boxes in source pixels out (the server needs pillow and opencv-python-headless)")
-    to.add_argument("--instances", type=positive_int, default=1, metavar="N", help="execution contexts per GPU (default: %(default)s)")
+    to.add_argument("--instances", type=thread_count, default=1, metavar="N", help="execution contexts per GPU (default: %(default)s)")
     to.add_argument("--queue_delay_us", type=non_negative_int, default=1000, metavar="US", help="how long a request waits for others to share its batch (default: %(default)s)")
     # fmt: on
 
@@ -117,8 +123,8 @@ def add_deepstream_options(to: ArgumentParser) -> None:
     add(to, "--score_threshold")
     # fmt: off
     to.add_argument("--class_threshold", type=parse_class_threshold, nargs="+", default=[], metavar="ID=SCORE", help="the same for single classes (default: --score_threshold)")
-    to.add_argument("--stream_height", type=positive_int, default=1080, metavar="PIXELS", help="of the video in the sample pipeline (default: %(default)s)")
-    to.add_argument("--stream_width", type=positive_int, default=1920, metavar="PIXELS", help="of the video in the sample pipeline (default: %(default)s)")
+    to.add_argument("--stream_height", type=side, default=1080, metavar="PIXELS", help="of the video in the sample pipeline (default: %(default)s)")
+    to.add_argument("--stream_width", type=side, default=1920, metavar="PIXELS", help="of the video in the sample pipeline (default: %(default)s)")
     # fmt: on
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
 from trtdet.commands.options import add, add_several, add_verbose, check_size_usage
+from trtdet.files import printable
 from trtdet.images.options import Resample
 from trtdet.spec import Preprocessing
 
@@ -73,7 +74,8 @@ def show(
             ):
                 write_picture(targets[path], to_picture(seen, preprocessing))
                 print(
-                    _table_row(transform, preprocessing, resize), targets[path].relative_to(output)
+                    _table_row(transform, preprocessing, resize),
+                    printable(targets[path].relative_to(output)),
                 )
             batch.release()
     return len(batches.failures)

@@ -78,7 +78,13 @@ from typing import TYPE_CHECKING, get_args
 from trtdet import files
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
 from trtdet.commands.options import add, add_model_option, add_run_options, parse_run_args
-from trtdet.commands.values import non_negative, parse_classes, positive_float, positive_int
+from trtdet.commands.values import (
+    non_negative,
+    parse_classes,
+    positive_float,
+    positive_int,
+    thread_count,
+)
 from trtdet.labels import find_classes, read_labels
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.run.options import RunOptions
@@ -151,7 +157,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(parser, "--json", note="goes with --benchmark")
     # fmt: off
     parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or start one here ('local'); every machine must see model, images and this program under the same paths (default: none)")
-    parser.add_argument("--ray_workers", type=positive_int, metavar="N", help="with --ray: number of workers (default: what fits)")
+    parser.add_argument("--ray_workers", type=thread_count, metavar="N", help="with --ray: number of workers (default: what fits)")
     # fmt: on
     add_video_options(parser)
     add_run_options(parser)

@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 from trtdet.commands.cli import ArgumentParser
 from trtdet.commands.values import (
+    batch_size,
+    box_count,
     parse_devices,
     parse_model,
     parse_page,
@@ -16,6 +18,9 @@ from trtdet.commands.values import (
     positive_float,
     positive_int,
     positive_unit_interval,
+    seed,
+    side,
+    thread_count,
     unit_interval,
 )
 from trtdet.engine.options import parse_batch, parse_sizes, parse_version
@@ -70,25 +75,25 @@ SHARED = {
     "--output written": _row("--output", "DIR", "the folder that deploy.py wrote", "none", **FILE),
     "--annotations": _row("--annotations", "FILE", "COCO annotations of the images, such as instances_val2017.json", "none", **FILE),
     "--labels": _row("--labels", "FILE", "class names, one per line; 'coco' for COCO's", f"the model's, COCO's for {len(COCO_LABELS)} classes", **FILE),
-    "--batch_size": _row("--batch_size", "N", "images per batch", "what suits the model", type=positive_int),
+    "--batch_size": _row("--batch_size", "N", "images per batch", "what suits the model", type=batch_size),
     "--batch_size range": _row("--batch_size", "N|MIN:OPT:MAX", "images per batch, or a range; TensorRT tunes for OPT", "the ONNX file's, 1 where that is dynamic", type=parse_batch),
     "--size": _row("--size", "H,W", "input size, for a model that leaves it open: H,W or HxW, or one number for a square", "the model's", type=parse_size),
     "--size range": _row("--size", "SIZE|MIN:OPT:MAX", "input size, for a model that leaves it open: H,W or HxW, or one number for a square; or a range; TensorRT tunes for OPT", "the ONNX file's", type=parse_sizes),
-    "--resize": _row("--resize", "SHORTER", "for a model of dynamic input size: scale the shorter side of each image to this many pixels; a batch gets the smallest input that holds all its images", "off", type=positive_int),
-    "--max_size": _row("--max_size", "LONGER", "with --resize: the longer side has at most this many pixels", str(DEFAULT_MAX_SIZE), type=positive_int),
+    "--resize": _row("--resize", "SHORTER", "for a model of dynamic input size: scale the shorter side of each image to this many pixels; a batch gets the smallest input that holds all its images", "off", type=side),
+    "--max_size": _row("--max_size", "LONGER", "with --resize: the longer side has at most this many pixels", str(DEFAULT_MAX_SIZE), type=side),
     "--resample": _row("--resample", None, "how images are scaled: bilinear as TensorFlow does it, antialias as Pillow does it", "as the model was trained", choices=get_args(Resample)),
     "--score_threshold": _row("--score_threshold", "SCORE", "leave out detections below this score", "the model's threshold", type=unit_interval),
     "--iou_threshold": _row("--iou_threshold", "IOU", "overlap from which NMS suppresses a box", "the model's", type=positive_unit_interval),
-    "--max_detections": _row("--max_detections", "N", "detections per image", "the model's", type=positive_int),
+    "--max_detections": _row("--max_detections", "N", "detections per image", "the model's", type=box_count),
     "--draw_threshold": _row("--draw_threshold", "SCORE", "draw only detections of at least this score", str(DRAW_THRESHOLD), type=unit_interval, default=DRAW_THRESHOLD),
     "--max_ap_drop": _row("--max_ap_drop", "DROP", "how far AP, 0 to 1, may fall", str(MAX_AP_DROP), type=unit_interval, default=MAX_AP_DROP),
     "--recursive": _row("--recursive", None, "search the folders below --input too", **SWITCH),
     "--num_images": _row("--num_images", "N", "use at most N of the images, evenly spread", "all", type=positive_int),
-    "--workers": _row("--workers", "N", "threads that decode and resize images", "one per core", type=positive_int),
+    "--workers": _row("--workers", "N", "threads that decode and resize images", "one per core", type=thread_count),
     "--devices": _row("--devices", "N,...", "GPUs, as in 0,1, or 'all'", "0", type=parse_devices),
     "--provider": _row("--provider", None, "what ONNX Runtime runs on", "auto, the first of the others that is there", choices=PROVIDERS),
-    "--threads": _row("--threads", "N", "CPU threads of ONNX Runtime", "one per core", type=positive_int),
-    "--contexts": _row("--contexts", "N", "batches of an engine that may run at the same time on a GPU, for small models", "1", type=positive_int),
+    "--threads": _row("--threads", "N", "CPU threads of ONNX Runtime", "one per core", type=thread_count),
+    "--contexts": _row("--contexts", "N", "batches of an engine that may run at the same time on a GPU, for small models", "1", type=thread_count),
     "--no_cuda_graph": _row("--no_cuda_graph", None, "launch the kernels of an engine one by one", dest="cuda_graph", action="store_const", const=False),
     "--plugins": _row("--plugins", "LIB.so", "libraries with TensorRT plugins that the model needs; they run with your permissions", "none", type=Path, **SEVERAL),
     "--allow_host_code": _row("--allow_host_code", None, "let an engine run its own code on the CPU with your permissions, as a version-compatible engine does; only for files you trust", action="store_const", const=True),
@@ -180,9 +185,9 @@ def add_calibration_options(group: argparse._ArgumentGroup) -> None:
     number.add_argument("--calib_num_images", type=positive_int, metavar="N", help=f"calibrate on at most N images, chosen at random (default: {options.DEFAULT_NUM_IMAGES})")
     number.add_argument("--calib_batches", type=positive_int, metavar="N", help="calibrate on at most N batches of --calib_batch_size images (default: --calib_num_images decides)")
     group.add_argument("--calib_fraction", type=positive_unit_interval, default=1.0, metavar="F", help="calibrate on at most this share of the images (default: 1)")
-    group.add_argument("--calib_batch_size", type=positive_int, metavar="N", help=f"images at a time; the scales do not depend on it (default: {CALIBRATION_BATCH}, or the ONNX file's)")
+    group.add_argument("--calib_batch_size", type=batch_size, metavar="N", help=f"images at a time; the scales do not depend on it (default: {CALIBRATION_BATCH}, or the ONNX file's)")
     group.add_argument("--calib_method", choices=METHODS, help=f"how the range of an activation is chosen (default: as in an existing cache, else {options.DEFAULT_METHOD}; for fp8 {FP8_METHOD}, as fp8 needs no clipping)")
-    group.add_argument("--calib_seed", type=int, default=options.DEFAULT_SEED, metavar="N", help="seed of the choice of images (default: %(default)s)")
+    group.add_argument("--calib_seed", type=seed, default=options.DEFAULT_SEED, metavar="N", help="seed of the choice of images (default: %(default)s)")
     group.add_argument("--int8_share", type=positive_unit_interval, metavar="SHARE", help=f"leave the convolutions that hurt most out of int8 or fp8, but keep at least this share of the multiply-accumulates in it; measured on 16 images of --calib_input and kept with --calib_cache; 1 leaves nothing out (default: {options.DEFAULT_SHARE}; 1 if --keep_fp16, --keep_fp32 or --precision_json say what stays out)")
     # fmt: on
     add(group, "--provider", note="a GPU calibrates faster, its scales differ in the last digits")
@@ -246,7 +251,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("for a model on a Triton server")
     # fmt: off
     server.add_argument("--spec", type=Path, metavar="FILE", help="the engine's .json or the ONNX file, where the server's config.pbtxt is not of deploy.py (default: what the server says)")
-    server.add_argument("--requests", type=positive_int, metavar="N", help="batches in flight (default: 4)")
+    server.add_argument("--requests", type=thread_count, metavar="N", help="batches in flight (default: 4)")
     server.add_argument("--timeout", type=positive_float, metavar="SECONDS", help="what one request may take (default: 60)")
     server.add_argument("--no_shared_memory", dest="shared_memory", action="store_const", const=False, help="send the images in the requests, even to a server on this machine")
     # fmt: on

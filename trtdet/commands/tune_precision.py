@@ -115,7 +115,7 @@ def run(
     if plot:
         title = f"{onnx_path.name}: each convolution alone in INT8"
         sensitivity.plot(plot, found, kept, title=title)
-    print(tuner.summary(kept))
+    print(files.printable_lines(tuner.summary(kept)))
     print(output)
 
 

@@ -2,12 +2,25 @@
 """Types of values on the command line: argparse calls them, and prints what they raise."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from trtdet.engine.options import MOST_IMAGES
 from trtdet.runtimes import options
 from trtdet.runtimes.options import TritonUrl
+from trtdet.spec import LARGEST_SIDE, MOST_BOXES
+
+#: Bounds of options: beyond them nobody means it, and memory is gone before anything can be said.
+#: Threads: some hundred cores are the most a machine has, and 32,000 threads take 17 GB.
+MOST_THREADS = 1024
+#: What counts anything else: 32 bits, as TensorRT and Triton have.
+LARGEST_COUNT = 2**31 - 1
+#: Seconds: more than a month, and what Python's clocks still take.
+LONGEST_S = 1e7
+#: Characters of a wrong value that are shown.
+SHOWN = 60
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -40,8 +53,18 @@ def _number(
     except ValueError:
         value = None
     if value is None or not within(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text[:SHOWN]!r}")
     return value
+
+
+def _whole(text: str, low: int, high: int, why: str = "") -> int:
+    """A whole number of a text, in the digits that every program takes; `why` is the reason of the upper bound."""
+    value = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else None
+    if value is not None and low <= value <= high:
+        return value
+    too_small = value is not None and value < low
+    expected = f"of at least {low}" if too_small else f"from {low} to {high}{why}"
+    raise argparse.ArgumentTypeError(f"expected a whole number {expected}, got {text[:SHOWN]!r}")
 
 
 def unit_interval(text: str) -> float:
@@ -67,24 +90,54 @@ def parse_classes(text: str) -> tuple[str, ...]:
 
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+    return _whole(text, 1, LARGEST_COUNT)
+
+
+def thread_count(text: str) -> int:
+    """argparse type: a number of threads, or of what has a thread of its own."""
+    return _whole(text, 1, MOST_THREADS, " (each is a thread with memory of its own)")
+
+
+def batch_size(text: str) -> int:
+    """argparse type: images in a batch."""
+    return _whole(text, 1, MOST_IMAGES, " (a tensor has less than 2^31 elements)")
+
+
+def side(text: str) -> int:
+    """argparse type: pixels of a side of a picture."""
+    return _whole(text, 1, LARGEST_SIDE, " pixels")
+
+
+def box_count(text: str) -> int:
+    """argparse type: detections per image."""
+    return _whole(text, 1, MOST_BOXES, " (so many are kept for every image)")
+
+
+def seed(text: str) -> int:
+    """argparse type: the seed of a choice."""
+    return _whole(text, 0, LARGEST_COUNT)
+
+
+def dla_core(text: str) -> int:
+    """argparse type: a DLA core of a Jetson."""
+    return _whole(text, 0, 15)
 
 
 def positive_float(text: str) -> float:
     """argparse type: a finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+    return _number(
+        text, float, lambda value: 0 < value <= LONGEST_S, f"a number above 0, up to {LONGEST_S:g}"
+    )
 
 
 def non_negative(text: str) -> float:
     """argparse type: a number of at least 0."""
-    return _number(text, float, lambda value: value >= 0, "a number of at least 0")
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 
 
 def non_negative_int(text: str) -> int:
     """argparse type: an integer of at least 0."""
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
+    return _whole(text, 0, LARGEST_COUNT)
 
 
 def parse_model(text: str) -> Path | TritonUrl:

@@ -51,13 +51,14 @@ def run(
     from trtdet.images.files import find_images, root_of
     from trtdet.results import coco
     from trtdet.results.coco import ANNOTATIONS, class_ids_of, ground_truth, labels_of
+    from trtdet.results.draw import check_font
     from trtdet.results.naming import check_apart, output_names, with_suffix_added, write_picture
 
     if not detections.is_dir():
         there = "a file" if detections.exists() else "nothing"
         raise FileNotFoundError(f"--detections: expected a folder with TSVs of infer.py, found {there} at {detections}")  # fmt: skip
     if font_path:
-        files.check_input(font_path, "--font", "a TrueType font")
+        check_font(font_path)
     if annotations:
         files.check_input(annotations, *ANNOTATIONS)
     paths = find_images(source, recursive=recursive, num_images=num_images)
@@ -66,7 +67,7 @@ def run(
     check_folder(output)
     check_apart(output, names, source, recursive=recursive)
     known_labels = detections / LABELS_FILE
-    if known_labels.is_file():
+    if files.is_beside(known_labels):
         names_there = read_labels(known_labels)
         if labels and len(labels) != len(names_there):
             logger.warning("--labels has %d names, the model %d (%s); classes without a name are drawn as numbers", len(labels), len(names_there), known_labels)  # fmt: skip

@@ -72,20 +72,27 @@ class Options:
     raw_path: Path | None = None  # keep the unedited conversion here
     map_ops: tuple[OpMapping, ...] = ()
     verify: bool = True
+    signature: str | None = None  # of a SavedModel
     given: frozenset[str] = (
         frozenset()
     )  # options named by the user: what they settle is not warned of
 
 
-def open_source(path: Path, *, is_onnx: bool, mappings: Sequence[OpMapping] = ()) -> Source:
-    """A SavedModel folder or an ONNX file, in the latter custom operators replaced by plugins."""
+def open_source(
+    path: Path,
+    *,
+    is_onnx: bool,
+    mappings: Sequence[OpMapping] = (),
+    signature: str | None = None,
+) -> Source:
+    """A SavedModel folder, of which one signature, or an ONNX file, in which custom operators are replaced by plugins."""
     if is_onnx:
         return OnnxSource(
             path, edit=lambda model: map_ops(model, mappings), lower=deformable_attention.lower
         )
     from trtdet.sources.saved_model import SavedModelSource
 
-    return SavedModelSource(path)
+    return SavedModelSource(path, signature=signature)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from trtdet.conversion.comparison import compare_to_the_end
 from trtdet.conversion.convert import Options, convert, open_source, provenance, size_text
 from trtdet.conversion.verification import Difference, verify
 from trtdet.families.evidence import table
+from trtdet.sources.saved_model_folder import find_saved_model
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,11 @@ def convert_file(
         OSError, ValueError: a file that cannot be read or written.
     """
     files.check_outputs([onnx_path, options.raw_path], [source_path] if is_onnx else [])
-    with open_source(source_path, is_onnx=is_onnx, mappings=options.map_ops) as source:
+    if not is_onnx:
+        source_path = find_saved_model(source_path)
+    with open_source(
+        source_path, is_onnx=is_onnx, mappings=options.map_ops, signature=options.signature
+    ) as source:
         logger.info("read %s", source_path)
         done = convert(source, options)
         for line in table(done.spec.evidence).splitlines():

@@ -7,11 +7,13 @@ must say follows from the sidecar of the engine they name. nvinfer itself only p
 
 import configparser
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trtdet import files
 from trtdet.deploy import text_format, triton
 from trtdet.deploy.deepstream import (
     APP_FILE,
@@ -41,11 +43,21 @@ def check_folder(folder: Path) -> list[str]:
         raise FileNotFoundError(f"{folder}: expected DeepStream's config_infer*.txt, found none")
     problems = []
     for path in configs:
-        check = _server_faults if path.name == SERVER_FILE else _nvinfer_faults
-        problems += [f"{path}: {fault}" for fault in check(path)]
-    if (folder / APP_FILE).is_file():
-        problems += [f"{folder / APP_FILE}: {fault}" for fault in _app_faults(folder / APP_FILE)]
+        problems += _faults_of(
+            path, _server_faults if path.name == SERVER_FILE else _nvinfer_faults
+        )
+    if os.path.lexists(folder / APP_FILE):
+        problems += _faults_of(folder / APP_FILE, _app_faults)
     return problems
+
+
+def _faults_of(path: Path, check: Callable[[Path], Iterator[str]]) -> list[str]:
+    """What a check finds, or why the file cannot be read; each names the file."""
+    try:
+        return [f"{path}: {fault}" for fault in check(path)]
+    except (OSError, ValueError) as error:
+        text = files.message_of(error)
+        return [text if str(path) in text else f"{path}: {text}"]
 
 
 def _table(name: str) -> dict[str, Any]:
@@ -59,7 +71,7 @@ def read_groups(path: Path) -> Groups:
     Raises:
         ValueError: not of that form.
     """
-    text = path.read_text(encoding="utf-8")
+    text = files.read_text(path)
     if path.suffix in (".yml", ".yaml"):
         return _read_yaml(text)
     parser = configparser.RawConfigParser(delimiters=("=",), comment_prefixes=("#",), strict=True)
@@ -210,7 +222,7 @@ def _label_faults(folder: Path, name: str, classes: int) -> Iterator[str]:
     path = folder / name
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = files.read_text(path).splitlines()
     if "" in lines:
         yield f"{name}: line {lines.index('') + 1} is empty; nvinfer skips it and later classes get the names of others"
     elif len(lines) != classes:
@@ -221,7 +233,7 @@ def _server_faults(path: Path) -> Iterator[str]:
     from google.protobuf.text_format import ParseError
 
     table = _table("nvinferserver_fields.json")
-    text = path.read_text(encoding="utf-8")
+    text = files.read_text(path)
     try:
         config = text_format.parse(text, "PluginControl", table["messages"], table["enums"])
     except ParseError as error:

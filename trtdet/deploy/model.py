@@ -13,7 +13,7 @@ from trtdet.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph import tidy
 from trtdet.labels import label_of, names_of, read_labels
-from trtdet.onnx_files import read_onnx
+from trtdet.onnx_files import image_input, read_onnx
 from trtdet.precision.quantization import precision_of
 from trtdet.runtimes.kinds import check_model
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
@@ -151,8 +151,7 @@ def describe_onnx(model: onnx.ModelProto, path: Path) -> Deployable:
             f"{path}: expected the outputs {', '.join(OUTPUT_NAMES)}, found {', '.join(sorted(names))}; "
             "write it again with create_onnx.py (any --nms but none)"
         )
-    weights = {weight.name for weight in model.graph.initializer}
-    (tensor,) = (value for value in model.graph.input if value.name not in weights)
+    tensor = image_input(model, path)
     batch = tensor.type.tensor_type.shape.dim[0].dim_value  # 0: free
     largest = batch or None
     return Deployable(

@@ -8,7 +8,6 @@ Source of the rules: triton-inference-server core/src/model_config_utils.cc, ten
 
 import json
 import logging
-import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from trtdet.deploy.text_format import Word
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
 from trtdet.nms import lowering
-from trtdet.onnx_files import read_onnx
+from trtdet.onnx_files import naming, read_onnx
 from trtdet.sessions import TELEMETRY_SWITCH
 from trtdet.spec import METADATA_KEY
 
@@ -331,7 +330,8 @@ def write_repository(
     if onnx_model is not None:
         onnx_name = f"{name}_onnx" if engines else name
         config = model_config(onnx_name, "onnxruntime_onnx", onnx_model, options)
-        lowered = lowering.lower(read_onnx(onnx_model.path), "onnx").SerializeToString()
+        with naming(onnx_model.path):
+            lowered = lowering.lower(read_onnx(onnx_model.path), "onnx").SerializeToString()
         planned.append(_Planned(config, onnx_model, {"model.onnx": lowered}))
     if not planned:
         raise ValueError("expected an engine or an ONNX file, got neither")
@@ -426,7 +426,7 @@ def _check_config_there(path: Path, text: str) -> None:
     """
     if not path.is_file():
         return
-    there, new = (_interface(lines) for lines in (path.read_text(encoding="utf-8"), text))
+    there, new = (_interface(lines) for lines in (files.read_text(path), text))
     for expected, found in zip_longest(new, there):
         if expected != found:
             raise ValueError(
@@ -470,7 +470,7 @@ def _short(line: str | None) -> str:
 def _say_what_is_kept(folder: Path, model: _Planned) -> None:
     """Warn of what this run would have written otherwise into the configuration and the labels that are there."""
     names = (*INTERFACE, "string_value")
-    there = _lines((folder / "config.pbtxt").read_text(encoding="utf-8"))
+    there = _lines(files.read_text(folder / "config.pbtxt"))
     new = (line for line in _lines(model.text) if line.split(":")[0] not in names)
     kept = [line for line in new if line not in there and ":" in line]
     if kept:
@@ -478,7 +478,7 @@ def _say_what_is_kept(folder: Path, model: _Planned) -> None:
         logger.warning("%s is kept as it is; not applied: %s", path, ", ".join(kept))
     labels = folder / LABELS_FILE
     if LABELS_FILE in model.text and labels.is_file():
-        lines = labels.read_text(encoding="utf-8").splitlines()
+        lines = files.read_text(labels).splitlines()
         if lines != list(label_lines(model.source.spec)):
             logger.warning("%s is kept as it is; other class names not applied", labels)
 
@@ -528,4 +528,4 @@ def serve_command(
     if any(info.version_compatible for info in infos):
         command.append("--backend-config=tensorrt,version-compatible=true")
     telemetry_off = f"{TELEMETRY_SWITCH}=1 " if onnx_model else ""  # of the server's ONNX Runtime
-    return telemetry_off + shlex.join(command)
+    return telemetry_off + files.shell_line(command)

@@ -5,11 +5,12 @@
 its TensorRT backend, and the model files themselves (sidecar, ONNX metadata) say which tensors and batch sizes are right.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trtdet import reading
+from trtdet import files, reading
 from trtdet.deploy.model import Deployable, Tensor, open_engine, open_onnx
 from trtdet.deploy.parameter import PARAMETER, REMEDY, PostprocessParameter, PreprocessParameter
 from trtdet.deploy.triton import (
@@ -31,6 +32,10 @@ DEFAULT_FILES = {
 }
 
 
+#: What a model of a repository is described by.
+CONFIG = "config.pbtxt"
+
+
 def check_repository(repository: Path) -> list[str]:
     """Every fault of a repository, one line each.
 
@@ -43,7 +48,9 @@ def check_repository(repository: Path) -> list[str]:
 
 def check_models(repository: Path) -> dict[str, list[str]]:
     """The faults of each model of a repository; raises as `check_repository` does."""
-    paths = sorted(repository.glob("*/config.pbtxt"))
+    # A link that leads nowhere is a configuration too, of a model that the server will not load.
+    folders = sorted(repository.iterdir()) if repository.is_dir() else []
+    paths = [folder / CONFIG for folder in folders if os.path.lexists(folder / CONFIG)]
     if not paths:
         raise FileNotFoundError(
             f"{repository}: expected a model repository, <name>/config.pbtxt, found none"
@@ -56,9 +63,10 @@ def check_models(repository: Path) -> dict[str, list[str]]:
     configs: dict[str, Any] = {}
     for path in paths:
         try:
-            configs[path.parent.name] = parse_config(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            problems[path.parent.name].append(f"{path}: {error}")
+            configs[path.parent.name] = parse_config(files.read_text(path))
+        except (OSError, ValueError) as error:
+            text = files.message_of(error)
+            problems[path.parent.name].append(text if str(path) in text else f"{path}: {text}")
     for folder, config in configs.items():
         where = repository / folder
         found = [*_own_faults(config, where), *_file_faults(config, where)]
@@ -145,8 +153,12 @@ def _faults_of_version(config: Any, path: Path) -> Iterator[str]:
         return
     yield from _model_faults(config, model)
     labels = path.parents[1] / LABELS_FILE
-    if labels.is_file():
-        found = len(labels.read_text(encoding="utf-8").splitlines())
+    if os.path.lexists(labels):
+        try:
+            found = len(files.read_text(labels).splitlines())
+        except (OSError, ValueError) as error:
+            yield files.message_of(error)
+            return
         if found != model.spec.num_classes:
             yield f"{LABELS_FILE}: expected {model.spec.num_classes} lines, one per class, found {found}"
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trtdet import files
 from trtdet.engine.flavor import Flavor
 from trtdet.engine.options import BatchRange, BuildOptions
 from trtdet.engine.support import takes_calibrator
@@ -221,7 +222,7 @@ def _load_timing_cache(
     path = options.timing_cache
     if path is None:
         return None
-    stored = path.read_bytes() if path.is_file() else b""
+    stored = path.read_bytes() if files.is_beside(path) else b""
     with flavor.collected_errors() as errors:
         cache = config.create_timing_cache(stored)
         accepted = bool(cache) and config.set_timing_cache(cache, ignore_mismatch=False)

@@ -18,6 +18,7 @@ from trtdet.images.files import find_images
 from trtdet.precision.body import Body
 from trtdet.precision.calibration import choose_images
 from trtdet.precision.calibration_cache import CalibrationCache
+from trtdet.precision.floats import to_bf16, to_fp16
 from trtdet.precision.graph_types import narrow_types
 from trtdet.precision.options import DEFAULT_SHARE, QUANTIZED_PRECISIONS, Int8Options
 from trtdet.precision.prepare import QUANTIZED, kept_nodes, load_model
@@ -120,8 +121,8 @@ def _precision(
     kept = kept_nodes(body, int8, to, names)
     wide = [pattern for pattern, kind in kept.items() if kind == "fp32"]
     if to == "bf16":
-        return floats.to_bf16(body.model, keep_fp32=wide)[1].lines()
-    lines = floats.to_fp16(body.model, keep_fp32=wide)[1].lines()
+        return to_bf16(body.model, keep_fp32=wide)[1].lines()
+    lines = to_fp16(body.model, keep_fp32=wide)[1].lines()
     return [*lines, "nodes whose activations do not fit FP16 stay float32 too: a build runs images to find them"]  # fmt: skip
 
 

@@ -8,11 +8,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from trtdet import checks
 from trtdet.images.options import SIZE_FORM, parse_size
 from trtdet.precision.options import Precision, Rest
 
 #: More than the memory of any GPU: who asks for so much counts in MiB, as trtexec does.
 MANY_GIB = 512
+#: Images of a batch: with TensorRT's limit of 2^31 elements in a tensor, those of so many would be 104 x 104 pixels.
+MOST_IMAGES = 65_536
 
 # --- options ----------------------------------------------------------------------------------------------------------------
 
@@ -42,6 +45,7 @@ class BatchRange:
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
             raise ValueError(f"batch sizes: expected 1 <= MIN <= OPT <= MAX, got {self}")
+        checks.whole("batch sizes", self.max, 1, MOST_IMAGES)
 
     def __str__(self) -> str:
         return str(self.opt) if self.min == self.max else f"{self.min},{self.opt},{self.max}"
@@ -90,7 +94,7 @@ def parse_batch(text: str) -> BatchRange:
         return BatchRange(*(sizes * 3 if len(sizes) == 1 else sizes))
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(
-            f"expected N or MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, got {text!r}"
+            f"expected N or MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= {MOST_IMAGES}, got {text[:60]!r}"
         ) from error
 
 
@@ -115,13 +119,13 @@ def parse_sizes(text: str) -> SizeRange:
         return SizeRange(*(sizes * 3 if len(sizes) == 1 else sizes))
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(
-            f"expected SIZE or MIN:OPT:MAX with MIN <= OPT <= MAX, a size being {SIZE_FORM}, got {text!r}"
+            f"expected SIZE or MIN:OPT:MAX with MIN <= OPT <= MAX, a size being {SIZE_FORM}, got {text[:60]!r}"
         ) from error
 
 
 def parse_version(text: str) -> tuple[int, ...]:
     """argparse type: "10.13.3"."""
-    if not re.fullmatch(r"\d+\.\d+\.\d+(\.\d+)?", text, re.ASCII):
+    if not re.fullmatch(r"\d{1,4}\.\d{1,4}\.\d{1,4}(\.\d{1,4})?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"expected X.Y.Z, such as 8.6.1, got {text!r}")
     return tuple(map(int, text.split(".")))
 

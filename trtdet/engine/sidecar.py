@@ -131,8 +131,11 @@ def read_sidecar(engine_path: Path, plan: bytes | None = None) -> EngineInfo | N
         EngineError: not readable, or of another engine than the one it stands beside.
     """
     path = sidecar_path(engine_path)
-    if not path.is_file():
-        return None
+    try:
+        if not files.is_beside(path):
+            return None
+    except ValueError as error:
+        raise EngineError(str(error)) from error
     info = read_info(path)
     if not info.engine_sha256:
         return info

@@ -8,6 +8,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from trtdet import files
+
 if TYPE_CHECKING:
     from trtdet.families.base import Family
 
@@ -34,7 +36,7 @@ def load_family(path: Path) -> Family:
     """
     if not path.is_file():
         raise ValueError(
-            f"--family {path}: expected one of {', '.join(FAMILIES)} or a Python file, found nothing there"
+            f"--family {path}: expected one of {', '.join(FAMILIES)} or a Python file, found {files.found_at(path)} there"
         )
     spec = spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:

@@ -4,6 +4,8 @@
 import argparse
 from typing import Literal
 
+from trtdet.spec import LARGEST_SIDE
+
 #: Pixels of the longer side with --resize, as ODTK has it.
 DEFAULT_MAX_SIZE = 1333
 Resample = Literal["bilinear", "antialias"]
@@ -19,5 +21,9 @@ def parse_size(text: str) -> tuple[int, int]:
     except ValueError:
         height = width = 0
     if height < 1 or width < 1:
-        raise argparse.ArgumentTypeError(f"expected {SIZE_FORM}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {SIZE_FORM}, got {text[:60]!r}")
+    if max(height, width) > LARGEST_SIDE:
+        raise argparse.ArgumentTypeError(
+            f"expected sides of at most {LARGEST_SIDE} pixels, got {text[:60]!r}"
+        )
     return height, width

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from trtdet import checks
 from trtdet.errors import GraphError
 from trtdet.graph import deformable_attention
 from trtdet.graph.builder import (
@@ -402,6 +403,12 @@ def _nms_of(node: onnx.NodeProto) -> Nms:
             f"{PLUGIN_OP} '{node.name}': expected the attributes that the plugin requires, found no {', '.join(missing)}"
         )
     values = {name: attributes[name] for name in required}
+    for name, value in (values | {"class_agnostic": attributes.get("class_agnostic", 0)}).items():
+        kinds = (int, float) if name.endswith("threshold") else int
+        if not isinstance(value, kinds):
+            raise GraphError(
+                f"{PLUGIN_OP} '{node.name}': expected a number as {name}, found {checks.shown(value)}"
+            )
     values["score_activation"] = bool(values["score_activation"])
     values["class_agnostic"] = bool(attributes.get("class_agnostic", 0))
     try:

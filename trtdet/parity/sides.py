@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trtdet import about
+from trtdet import about, files
 from trtdet.closing import Closing
 from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
 from trtdet.engine.sidecar import read_sidecar
-from trtdet.errors import GraphError
+from trtdet.errors import EngineError, GraphError
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
 from trtdet.families.evidence import MEASURED, NORMALISATION, READ
 from trtdet.files import message_of
@@ -29,7 +29,14 @@ from trtdet.graph import deformable_attention
 from trtdet.images.files import ImageArray, load_image
 from trtdet.images.preprocess import preprocess
 from trtdet.nms import lowering
-from trtdet.onnx_files import EXPORT_AGAIN, feed_of, fixed_batch, read_onnx, with_weights
+from trtdet.onnx_files import (
+    EXPORT_AGAIN,
+    feed_of,
+    fixed_batch,
+    naming,
+    read_onnx,
+    with_weights,
+)
 from trtdet.parity.numbers import SideInfo
 from trtdet.precision import quantization
 from trtdet.precision.emulation import emulate
@@ -42,6 +49,7 @@ from trtdet.runtimes.open import open_runtime
 from trtdet.sessions import FATAL_ERRORS, open_session
 from trtdet.sources.base import Source, cut_onnx
 from trtdet.sources.onnx_file import OnnxSource
+from trtdet.sources.saved_model_folder import find_saved_model
 from trtdet.sources.subgraphs import reads
 from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
 
@@ -214,7 +222,12 @@ class TrainedSide(Closing):
             except (OSError, ValueError) as error:
                 logger.warning("skipped: %s", message_of(error))
                 continue
-            yield path, self._own_detections(image) if self._own else self._detections(image)
+            try:
+                found = self._own_detections(image) if self._own else self._detections(image)
+            except (ValueError, GraphError, EngineError) as error:  # a picture of 500 x 1 pixels
+                logger.warning("skipped: %s: %s", path, message_of(error))
+                continue
+            yield path, found
 
     def _detections(self, image: ImageArray) -> Found:
         """Its heads, decoded and suppressed as in the converted file."""
@@ -367,11 +380,12 @@ def open_sides(
     trained = [is_as_trained(*pair) for pair in zip(paths, models, strict=True)]
     for i in sorted(range(len(paths)), key=trained.__getitem__):
         model, models[i] = models[i], None  # not kept longer than its side needs it
-        if trained[i]:
-            sides[i] = TrainedSide(paths[i], own_nms=own_nms, like=like, model=model)
-        else:
-            sides[i] = open_converted(paths[i], options, model)
-            like = sides[i].info.spec
+        with naming(paths[i]):
+            if trained[i]:
+                sides[i] = TrainedSide(paths[i], own_nms=own_nms, like=like, model=model)
+            else:
+                sides[i] = open_converted(paths[i], options, model)
+                like = sides[i].info.spec
         stack.enter_context(sides[i])
     return sides[0], sides[1]
 
@@ -382,12 +396,10 @@ def read_graph(path: Path, option: str) -> onnx.ModelProto | None:
     Raises:
         FileNotFoundError, GraphError: it is none of these.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found nothing at {path}")  # fmt: skip
     if path.is_dir():
-        if not (path / "saved_model.pb").is_file():
-            raise FileNotFoundError(f"{option}: expected a SavedModel, an ONNX file or an engine, found a folder without saved_model.pb at {path}")  # fmt: skip
+        find_saved_model(path, option)
         return None
+    files.check_input(path, option, "a SavedModel, an ONNX file or an engine")
     if path.suffix.lower() == ".onnx":
         return read_onnx(path, remedy=EXPORT_AGAIN, weights=False)
     check_engine(path)

@@ -245,7 +245,7 @@ def read_cache(
             f"--calib_cache {path}: not a TensorRT calibration cache: {error}; delete it, or name another"
         ) from error
     sidecar = sidecar_path(path)
-    if not sidecar.is_file():
+    if not files.is_beside(sidecar):
         logger.warning(
             "%s has no %s beside it (NVIDIA's tools write none): not checked whether it belongs to this model and images, "
             "and scales are per tensor only, which costs accuracy",

@@ -96,6 +96,8 @@ class ChannelRow:
 
     def __post_init__(self) -> None:
         checks.finite("noise", self.noise, 0, 1e300)
+        if not self._rows.size:
+            raise ValueError("values: expected four numbers for each channel, found none")
         if not np.isfinite(self._rows).all():
             raise ValueError("values: expected numbers, found infinity or NaN")
 

@@ -282,7 +282,7 @@ def scales_of(
         ValueError: neither images nor a cache; a cache of another model, preprocessing or other images, or of another method than is asked for; images that cannot be read.
         EngineError: ONNX Runtime is not installed.
     """
-    cached = options.cache is not None and options.cache.is_file()
+    cached = options.cache is not None and files.is_beside(options.cache)
     if not options.images and not cached:
         found = f"no cache at {options.cache}" if options.cache else "neither"
         raise ValueError(

@@ -155,7 +155,7 @@ class Journal:
         self.path = path
         self._context = dict(context)
         self._known: dict[str, dict[str, float]] = {}
-        if path.is_file():
+        if files.is_beside(path):
             self._read()
 
     def __len__(self) -> int:

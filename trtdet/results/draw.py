@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from trtdet import files
 from trtdet.detections import Detections
 from trtdet.images.files import ImageArray
 from trtdet.labels import Labels, label_of
@@ -21,6 +22,8 @@ AnyFont = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _BACKGROUND: Color = (24, 24, 24)
 _MIN_LUMINANCE = 0.22  # of class colours; 0 black, 1 white
 _MIN_FONT = 10  # pixels; below, letters run together
+#: Letters of a label that are looked at: more fit into no picture.
+LONGEST_LABEL = 4096
 
 
 # ---- drawing
@@ -148,13 +151,30 @@ def _length(text: str, font: AnyFont) -> float:
     return font.getlength(text)
 
 
+def check_font(path: Path) -> None:
+    """Find out before the first picture whether a font can be used.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or no font.
+    """
+    files.check_input(path, "--font", "a TrueType font")
+    try:
+        _font(_MIN_FONT, path).getlength("A")
+    except Exception as error:  # FreeType's errors reach Python as OSError, SyntaxError, ...
+        raise ValueError(f"--font: expected a TrueType font, {path} is none ({error}); name another") from error  # fmt: skip
+
+
 def _shorten(text: str, font: AnyFont, width: float) -> str:
     """`text`, or as much of it as fits into `width` pixels, at least one letter."""
-    if _length(text, font) <= width:
+    if len(text) <= LONGEST_LABEL and _length(text, font) <= width:
         return text
-    while len(text) > 1 and _length(text + "…", font) > width:
-        text = text[:-1]
-    return text + "…"
+    # Letters that fit, and that may fit: each look at one is a look at all of them.
+    low, high = 1, min(len(text), LONGEST_LABEL)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = _length(text[:middle] + "…", font) <= width
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return text[:low] + "…"
 
 
 @lru_cache(maxsize=4096)

@@ -260,7 +260,7 @@ def run_benchmark(
             share = rate / measured.images_per_second
             lines.append(f"End to end from files: {rate:.6g} images/s, {share:.1%} of the above")
             report["end_to_end"] = {"images_per_second": rate, "share_of_throughput": share}
-    print("\n".join(lines))
+    print("\n".join(map(files.printable, lines)))
     if json_path:
         files.write_text(json_path, json.dumps(report, indent=2) + "\n")
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from trtdet.detections import to_coco_results
+from trtdet.errors import GraphError
 from trtdet.images.files import SUFFIXES, Sources, find_images, image_size, root_of, spread
 from trtdet.results import coco
 from trtdet.results.categories import match_categories
@@ -68,6 +69,10 @@ def run_model(
         source, annotations, recursive=options.recursive, num_images=options.num_images
     )
     with open_model(engine, options) as runtime:
+        if runtime.without_value:
+            raise GraphError(
+                f"{engine}: the weights '{runtime.without_value}' hold NaN, so there is nothing to measure; train or export the model again"
+            )
         spec = runtime.spec
         category_ids = match_categories(
             spec.labels, spec.category_ids, annotations.categories, annotations.path

@@ -70,6 +70,7 @@ class Runtime(Closing):
         overlaps: whether `map` has several batches in flight. The time from one result to the next then is not that of a batch.
         one_size: whether a batch of another size takes long the first time, so that all should have one.
         needs_own_memory: whether batches in other memory than that of `allocate` take longer than it takes to prepare them.
+        without_value: the weights that are NaN, with which the model finds nothing; "": none is, as far as that is known.
         timed_on: of several devices, the one that `infer_timed` runs on; "": there is one.
     """
 
@@ -80,6 +81,7 @@ class Runtime(Closing):
     one_size: bool = False
     needs_own_memory: bool = False
     timed_on: str = ""
+    without_value: str = ""
 
     @abstractmethod
     def infer(self, images: NDArray[Any]) -> Outputs:

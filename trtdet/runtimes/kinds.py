@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from trtdet import files
-from trtdet.engine.sidecar import sidecar_path
+from trtdet.engine.sidecar import read_info, sidecar_path
 from trtdet.errors import GraphError
 
 #: Suffixes of models as they are trained -> how they get here.
@@ -31,10 +31,7 @@ def check_model(path: Path, option: str = "--model") -> None:
                 f"create_onnx.py --saved_model {path} --onnx {path.name}.onnx"
             )
         raise GraphError(f"{option}: expected an engine or an ONNX file, found a folder at {path}")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{option}: expected an engine or an ONNX file, found nothing at {path}"
-        )
+    files.check_input(path, option, "an engine or an ONNX file")
     suffix = path.suffix.lower()
     if suffix in AS_TRAINED:
         raise GraphError(
@@ -48,9 +45,11 @@ def check_engine(path: Path) -> None:
     """Tell an engine from other files by how they begin, before a GPU is looked for; one with its .json is taken for what that says.
 
     Raises:
+        EngineError, ValueError: its .json cannot be read.
         GraphError: it is a picture, text, an archive, an ONNX file, or empty.
     """
-    if sidecar_path(path).is_file():
+    if files.is_beside(sidecar := sidecar_path(path)):
+        read_info(sidecar)
         return
     with open(path, "rb") as file:
         what = files.kind_of(file.read(512))

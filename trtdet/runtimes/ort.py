@@ -19,7 +19,7 @@ from trtdet import sessions
 from trtdet.errors import EngineError, GraphError
 from trtdet.machine import available_cores
 from trtdet.nms import lowering
-from trtdet.onnx_files import check_external_data, read_onnx
+from trtdet.onnx_files import check_external_data, image_input, naming, read_onnx, without_value
 from trtdet.runtimes.base import AnyBatch, Outputs, Runtime, check_batch, naming_batch
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
@@ -81,9 +81,13 @@ class OnnxRuntime(Runtime):
         check_external_data(model, path)
         self.spec = ModelSpec.from_onnx(model, path)
         self._input, self.batch_range = _check_interface(model, self.spec, path)
+        if tensor := without_value(model.graph):
+            self.without_value = tensor
+            logger.warning("%s: the weights '%s' hold NaN, so it finds nothing, or nonsense; train or export the model again", path, tensor)  # fmt: skip
         threads = threads or available_cores()
         # Weights in files of their own (all of those over protobuf's 2 GB) stay there: the bytes refer to them.
-        lowered = lowering.lower(model, form="onnx").SerializeToString()
+        with naming(path):
+            lowered = lowering.lower(model, form="onnx").SerializeToString()
         wanted = pick_providers(provider, sessions.available_providers())
         self._session: sessions.Session | None = sessions.open_session(
             lowered,
@@ -217,14 +221,8 @@ def _check_interface(
             f"{path}: expected the outputs {', '.join(OUTPUT_NAMES)}, found {', '.join(outputs) or 'none'}; "
             "write it again with create_onnx.py (any --nms but none)"
         )
-    weights = {weight.name for weight in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if len(inputs) != 1:
-        raise GraphError(
-            f"{path}: expected one input, found {[value.name for value in inputs]}; "
-            "write it again with create_onnx.py"
-        )
-    tensor = inputs[0].type.tensor_type
+    images = image_input(model, path)
+    tensor = images.type.tensor_type
     dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     expected = spec.preprocessing
@@ -232,7 +230,7 @@ def _check_interface(
     if tuple(dims[1:]) != declared or dtype != np.dtype(expected.dtype):
         raise GraphError(
             f"{path}: its ModelSpec says images of {declared} {expected.dtype}, its input "
-            f"'{inputs[0].name}' takes {tuple(dims[1:])} {dtype}; write it again with create_onnx.py"
+            f"'{images.name}' takes {tuple(dims[1:])} {dtype}; write it again with create_onnx.py"
         )
     batch = dims[0]
-    return inputs[0].name, (1, None) if batch is None else (batch, batch)
+    return images.name, (1, None) if batch is None else (batch, batch)

@@ -8,9 +8,10 @@ NMS and loops never reach it.
 
 import logging
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,30 +24,42 @@ from trtdet.closing import Closing
 from trtdet.errors import GraphError
 from trtdet.sources.base import CANONICAL_OPS, Shape, SourceGraph, SourceNode
 from trtdet.sources.onnx_file import NEWEST_OPSET
+from trtdet.sources.saved_model_folder import GRAPH_FILE, find_saved_model, missing_variables
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
+#: What exports call the function that serves.
+DEFAULT_SIGNATURE = "serving_default"
+#: Characters of TensorFlow's message that are shown.
+LONGEST_REASON = 400
+
 
 class SavedModelSource(Closing):
-    """A SavedModel folder with the signature `serving_default`. Use as a context manager."""
+    """A SavedModel folder. Use as a context manager."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, signature: str | None = None) -> None:
         """Load and freeze.
+
+        Args:
+            signature: which of the model's functions; None: `serving_default`, or the only one there is.
 
         Raises:
             FileNotFoundError: no `saved_model.pb` there.
-            GraphError: TensorFlow is not installed, or the SavedModel has no `serving_default` signature.
+            GraphError: TensorFlow is not installed, or cannot load the SavedModel, or it has no such signature.
         """
-        if not (path / "saved_model.pb").is_file():
-            raise FileNotFoundError(
-                f"--saved_model: expected a SavedModel folder (with saved_model.pb) or an .onnx file, found neither at {path}"
-            )
+        path = find_saved_model(path)
         self.path = path
         self.spec: ModelSpec | None = None
         with _native_stderr_held():
             self._tf = _import_tensorflow()
-            self._graph_def, inputs, outputs, batch = _load_frozen(self._tf, path)
+            try:
+                frozen = _load_frozen(self._tf, path, signature)
+            except GraphError:
+                raise
+            except Exception as error:  # TensorFlow's own, protobuf's, KeyError of a function that is not there, ...
+                raise _load_error(path, error) from error
+            self._graph_def, inputs, outputs, batch = frozen
         self.graph = _read_graph_def(self._graph_def, inputs, outputs, batch)
         graph = self._tf.Graph()
         with graph.as_default():
@@ -58,7 +71,7 @@ class SavedModelSource(Closing):
             return self._session.run(list(fetches), dict(feeds))
         except self._tf.errors.OpError as error:
             raise GraphError(
-                f"TensorFlow cannot run the graph up to {list(fetches)}: {error.message}"
+                f"TensorFlow cannot run the graph up to {list(fetches)}: {reason_of(error.message)}"
             ) from error
 
     def extract(
@@ -154,20 +167,56 @@ def _import_tensorflow() -> Any:
     return tf
 
 
-def _load_frozen(tf: Any, path: Path) -> tuple[Any, tuple[str, ...], dict[str, str], int | None]:
+def reason_of(message: str) -> str:
+    """TensorFlow's message without the places in its graph, on one line that is not long."""
+    lines = [line.strip() for line in str(message).splitlines()]
+    noise = re.compile(
+        r"Graph execution error:|Detected at node|Node: '|\[\[|Original stack trace|\(\d+\) |  File "
+    )
+    said = [line for line in lines if line and not noise.match(line)] or lines
+    return " ".join(" ".join(said).split())[:LONGEST_REASON]
+
+
+def _load_error(path: Path, error: Exception) -> GraphError:
+    """What to do with a SavedModel that TensorFlow cannot load."""
+    if fault := missing_variables(path):
+        return GraphError(f"{path}: {fault}")
+    reason = reason_of(getattr(error, "message", "") or str(error)) or type(error).__name__
+    where = "variables" if re.search("variables|checkpoint|less bytes|TensorBundle|tensor_slice|Restore|snappy|checksum|table", reason, re.I) else GRAPH_FILE  # fmt: skip
+    return GraphError(
+        f"{path}: expected a SavedModel tagged 'serve', TensorFlow cannot load it ({where}: {reason}); copy or export the whole folder again"
+    )
+
+
+def _pick_signature(path: Path, there: Collection[str], wanted: str | None) -> str:
+    """The name of the function to convert.
+
+    Raises:
+        GraphError: it is not there, or the choice is not clear; lists all.
+    """
+    names = sorted(name for name in there if not name.startswith("__saved_model"))
+    if wanted is None and DEFAULT_SIGNATURE not in names and len(names) == 1:
+        logger.info("%s: taking its only signature, %s", path, names[0])
+        return names[0]
+    signature = wanted or DEFAULT_SIGNATURE
+    if signature in names:
+        return signature
+    advice = "name one of them, create_onnx.py --signature NAME" if names else "export the model with one, as tf.saved_model.save(model, DIR, signatures=...) does"  # fmt: skip
+    raise GraphError(f"{path}: expected the signature '{signature}', found {', '.join(names) or 'none'}; {advice}")  # fmt: skip
+
+
+def _load_frozen(
+    tf: Any, path: Path, wanted: str | None = None
+) -> tuple[Any, tuple[str, ...], dict[str, str], int | None]:
     """The frozen GraphDef, its input tensors, its outputs by name, and the batch size of its first output, None where free."""
     tf1 = tf.compat.v1
     graph = tf.Graph()
     with tf1.Session(graph=graph) as session:
-        try:
-            meta = tf1.saved_model.load(session, [tf.saved_model.SERVING], str(path))
-        except (RuntimeError, OSError, tf.errors.OpError) as error:
-            raise GraphError(f"{path}: expected a SavedModel tagged 'serve': {error}") from error
-        if "serving_default" not in meta.signature_def:
-            raise GraphError(
-                f"{path}: expected the signature 'serving_default', found {sorted(meta.signature_def)}"
-            )
-        signature = meta.signature_def["serving_default"]
+        meta = tf1.saved_model.load(session, [tf.saved_model.SERVING], str(path))
+        name = _pick_signature(path, meta.signature_def.keys(), wanted)
+        signature = meta.signature_def[name]
+        if not signature.outputs or not signature.inputs:
+            raise GraphError(f"{path}: expected inputs and outputs of the signature '{name}', found none; name another, create_onnx.py --signature NAME")  # fmt: skip
         outputs = {name: info.name for name, info in signature.outputs.items()}
         kept = [_node_name(tensor) for tensor in outputs.values()]
         sizes = [dim.size for dim in next(iter(signature.outputs.values())).tensor_shape.dim]
@@ -181,7 +230,7 @@ def _load_frozen(tf: Any, path: Path) -> tuple[Any, tuple[str, ...], dict[str, s
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     loaded = tf.saved_model.load(str(path))
-    serving = loaded.signatures["serving_default"]
+    serving = loaded.signatures[name]
     frozen = convert_variables_to_constants_v2(serving, lower_control_flow=False)
     # Inlining leaves traces behind that no output needs, NMS operations among them.
     graph_def = tf1.graph_util.extract_sub_graph(
@@ -225,9 +274,18 @@ def _read_node(node: Any, function: str) -> SourceNode:
 
         value = MakeNdarray(node.attr["value"].tensor)
     data = tuple(_tensor_name(tensor) for tensor in node.input if not tensor.startswith("^"))
+    outputs = (f"{node.name}:0",) if _has_output(node.op) else ()
     return SourceNode(
-        node.name, CANONICAL_OPS.get(node.op, node.op), data, (f"{node.name}:0",), value, function
+        node.name, CANONICAL_OPS.get(node.op, node.op), data, outputs, value, function
     )
+
+
+def _has_output(op: str) -> bool:
+    """Whether an operator makes a tensor; NoOp and Assert, which Keras leaves in its exports, do not."""
+    from tensorflow.python.framework import op_def_registry
+
+    known = op_def_registry.get(op)
+    return known is None or bool(known.output_arg)
 
 
 def _cone(by_name: Mapping[str, Any], outputs: Iterable[str], stop: set[str]) -> list[str]:
