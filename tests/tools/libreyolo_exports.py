@@ -21,18 +21,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import libreyolo
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-
-import libreyolo
 
 #: Layers that give class scores, and those that give boxes, of the families that have both as convolutions.
 SCORES = re.compile(r"(pred_cls|gfl_cls|rtm_cls|cls_pred|cls_preds|obj_preds|cv3)(\.\d+)*$")
 BOXES = re.compile(r"(pred_reg|gfl_reg|rtm_reg|reg_pred|reg_preds|cv2)(\.\d+)*$")
 #: Mean and largest value of their outputs; of scores the largest differs from class to class by about 1.
 SCORE_SPREAD, BOX_SPREAD = (-6.0, 0.0), (0.8, 2.0)
+#: How much less each further bin gets, where the sides of a box are means over bins.
+FALL = 0.5
 NUM_CLASSES = 80
 #: What is asked of `predict`.
 CONFIDENCE, OVERLAP, MOST = 0.001, 0.6, 100
@@ -93,9 +94,11 @@ def spread_outputs(net: nn.Module) -> Iterator[None]:
             to[:] = torch.tensor((-1.0, 3.0))
         elif not BOXES.search(name):
             continue
-        handles.append(
-            module.register_forward_hook(lambda m, _, out, to=to: settle(m, out, to))
-        )
+        values = n - NUM_CLASSES if n > NUM_CLASSES and SCORES.search(name) else n
+        if BOXES.search(name) or values < n:
+            bins = values // 4
+            to[n - values :] -= FALL * torch.arange(bins).repeat(4)[:, None]
+        handles.append(module.register_forward_hook(lambda m, _, out, to=to: settle(m, out, to)))
     try:
         yield
     finally:

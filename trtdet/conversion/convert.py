@@ -312,7 +312,29 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
         labels=labels or found.labels,
         category_ids=category_ids,
         rotated_mode=options.hints.rotated_nms or found.rotated_mode,
+        choices=choices_of(options) or found.choices,
     )
+
+
+def choices_of(options: Options) -> dict[str, Any]:
+    """What options said of the source, for whoever reads it again; class names stand in the spec already."""
+    said = options.hints.to_dict()
+    if options.labels:
+        said["labels"] = ()
+    return said | ({"family": options.family} if options.family != "auto" else {})
+
+
+def as_chosen(spec: ModelSpec) -> Options:
+    """Options to read the source of a converted model with again: what was said then.
+
+    Raises:
+        GraphError: the spec holds something else.
+    """
+    said = dict(spec.choices)
+    family = str(said.pop("family", "auto"))
+    labels = spec.labels if "labels" in said else ()
+    hints = Hints.from_dict({**said, "labels": labels}, "model spec: choices")
+    return Options(family=family, hints=hints, labels=labels, preprocessor=hints.preprocessor)
 
 
 def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:

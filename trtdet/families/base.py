@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtdet import reading
 from trtdet.errors import GraphError
 from trtdet.graph.builder import Builder
 from trtdet.graph.tidy import NETWORK_INPUT
@@ -95,6 +96,25 @@ class Hints:
     num_classes: int | None = None
     declared: "Declaration | None" = None
     assume: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was said, JSON-ready; `from_dict` reads it."""
+        said = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+        if self.declared:
+            declared = vars(self.declared).items()
+            said["declared"] = {k: v for k, v in declared if v not in (None, "", ())}
+        return said
+
+    @classmethod
+    def from_dict(cls, said: Mapping[str, Any], name: str) -> "Hints":
+        """The inverse of `to_dict`.
+
+        Raises:
+            GraphError: something else.
+        """
+        remedy = "convert the model again with create_onnx.py"
+        hints: Hints = reading.convert(said, cls, name=name, remedy=remedy, error=GraphError)
+        return hints
 
 
 NO_HINTS = Hints()
