@@ -518,6 +518,7 @@ def _ap_dict(
 
 #: Fields of a `ModelSpec` that may differ without a consequence for what is detected.
 _NEUTRAL = (
+    "choices.",
     "source",
     "evidence",
     "preprocessing.layout",
