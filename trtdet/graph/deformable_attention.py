@@ -48,6 +48,7 @@ from trtdet.graph.builder import (
     value_info,
 )
 from trtdet.sources.base import cut_onnx
+from trtdet.sources.subgraphs import captured
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def name_positions(model: onnx.ModelProto, tensors: Sequence[str]) -> None:
     """
     producer = {name: node for node in model.graph.node for name in node.output}
     public = {info.name for info in model.graph.output}
+    public.update(*(captured(node) for node in model.graph.node))  # bodies of loops keep the names
     pending, renamed = list(tensors), dict[str, str]()
     while pending:
         node = producer.get(pending.pop())
