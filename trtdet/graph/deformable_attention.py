@@ -275,7 +275,7 @@ def _maybe_attention(graph: _Graph, first: onnx.NodeProto) -> _Attention | str:
     sizes = [graph.dims(sample.input[0])[2:] for sample in samples]
     channels = graph.dims(first.input[0])[1:2]
     queries_of, points_of = ([graph.dims(s.input[1])[i : i + 1] for s in samples] for i in (1, 2))
-    known = [*channels, *sum([*sizes, *queries_of, *points_of], [])]
+    known = [*channels, *(x for dims in (*sizes, *queries_of, *points_of) for x in dims)]
     if len(known) != 1 + 4 * len(samples) or not all(isinstance(x, int) for x in known):
         return "its shapes are not constant"
     d, queries = int(channels[0] or 0), int(queries_of[0][0] or 0)
