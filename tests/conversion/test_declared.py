@@ -367,3 +367,28 @@ def test_the_choices_of_the_command_line_come_back() -> None:
     assert NO_HINTS.to_dict() == {} and Hints.from_dict({}, "choices") == NO_HINTS
     with pytest.raises(GraphError, match="choices: resize: expected"):
         Hints.from_dict({"resize": "squash"}, "choices")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        ("detr_tiny", ("--deformable_attention", "plugin"), "this detr model has none that could be rewritten"),
+        ("detr_tiny", ("--placement", "center"), "--placement: how images come into this detr model is known"),
+        ("deformable_detr_tiny", ("--boxes_output", "pred_boxes", "--scores_output", "logits", "--family", "deformable_detr"),
+         "the outputs of this deformable_detr model are known"),
+        ("v8", ("--num_classes", "3"), "--num_classes: how many classes this yolo model has is known"),
+        ("v8", ("--rotated_nms", "exact"), "--rotated_nms: this yolo model has no rotated boxes"),
+        ("v8", ("--deformable_attention", "keep"), "--deformable_attention: this yolo model has none"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused(
+    tmp_path: Path,
+    make: str,
+    options: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = networks.v8() if make == "v8" else detr_data.load(make)[0]
+    status, out = convert(save(model, tmp_path / "model.onnx"), *options)
+    assert status == 1 and not out.exists()
+    assert message in error_of(capsys)

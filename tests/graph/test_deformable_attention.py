@@ -259,7 +259,5 @@ def test_lowering_needs_constant_shapes():
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("trt.plugins", 1)]
     )
-    with pytest.raises(
-        GraphError, match="expected constant spatial_shapes and level_start_index, found .shapes."
-    ):
+    with pytest.raises(GraphError, match="expected constant spatial_shapes and level_start_index"):
         lower(model)

@@ -3,16 +3,19 @@
 
 It runs in an environment of its own, which has torch and LibreYOLO:
 
-    python tests/tools/libreyolo_exports.py OUT --photos DIR [--seed 1] CLASS:SIZE:PIXELS ...
+    python tests/tools/libreyolo_exports.py OUT --photos DIR [--seed 1] [--small] CLASS:SIZE:PIXELS ...
 
 writes OUT/CLASS_SIZE/model.onnx and reference.json: for each photograph the best detections of `predict`, in its pixels.
 
 Random weights are made to behave: batch normalisation has the statistics of the photographs, and the layers that give scores and
 boxes have outputs of a chosen mean and spread. So scores are neither equal nor 0 or 1, and boxes are no larger than the picture.
+
+With --small most weights are 0 and the others one of two values, and the file is written as model.onnx.xz: those of tests/data/libreyolo.
 """
 
 import argparse
 import json
+import lzma
 import os
 import re
 import traceback
@@ -35,11 +38,24 @@ SCORE_SPREAD, BOX_SPREAD = (-6.0, 0.0), (0.8, 2.0)
 #: How much less each further bin gets, where the sides of a box are means over bins.
 FALL = 0.5
 NUM_CLASSES = 80
+#: With --small: the share of weights that are not 0, in layers with more than `FEW` of them for each output.
+SHARE, FEW = 0.06, 100
+#: By how much a layer may be multiplied.
+MOST_GAIN = 50.0
 #: What is asked of `predict`.
 CONFIDENCE, OVERLAP, MOST = 0.001, 0.6, 100
 
 
-def shake(detector: Any, pixels: int, photos: list[Path], seed: int) -> None:
+def fill(weight: torch.Tensor, spread: float, small: bool) -> None:
+    """Random numbers of that standard deviation; `small`: 0, or one of two values."""
+    weight.normal_(0, spread)
+    if small:
+        share = SHARE if weight[0].numel() > FEW else 0.5
+        used = torch.rand_like(weight) < share
+        weight.copy_(weight.sign() * used * (spread / share**0.5))
+
+
+def shake(detector: Any, pixels: int, photos: list[Path], seed: int, small: bool) -> None:
     """Give a network random weights that behave."""
     net: nn.Module = detector.model
     torch.manual_seed(seed)
@@ -51,7 +67,7 @@ def shake(detector: Any, pixels: int, photos: list[Path], seed: int) -> None:
             with torch.no_grad():
                 if fan > 1 and not bins:
                     gain = 1.2 if module.bias is None else 0.03
-                    weight.normal_(0, (gain / fan) ** 0.5)
+                    fill(weight, (gain / fan) ** 0.5, small)
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1)
     batch = torch.cat([detector._preprocess(str(p), input_size=pixels)[0] for p in photos])
@@ -73,6 +89,7 @@ def settle(module: nn.Conv2d, out: torch.Tensor, to: torch.Tensor) -> torch.Tens
     assert module.bias is not None
     mean = out.mean(dim=(0, 2, 3))
     factor = (to[:, 1] - to[:, 0]) / (out.amax(dim=(0, 2, 3)) - mean).clamp(min=1e-6)
+    factor = factor.clamp(max=MOST_GAIN)  # an output that hardly varies would be rounding alone
     module.bias.copy_((module.bias - mean) * factor + to[:, 0])
     module.weight.mul_(factor[:, None, None, None])
     return (out - mean[:, None, None]) * factor[:, None, None] + to[:, 0, None, None]
@@ -106,9 +123,11 @@ def spread_outputs(net: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def export(cls: str, size: str, pixels: int, out: Path, photos: list[Path], seed: int) -> None:
+def export(
+    cls: str, size: str, pixels: int, out: Path, photos: list[Path], seed: int, small: bool
+) -> None:
     detector = getattr(libreyolo, cls)(None, size=size)
-    shake(detector, pixels, photos, seed)
+    shake(detector, pixels, photos, seed, small)
     folder = out / f"{cls}_{size}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.onnx"
@@ -130,6 +149,9 @@ def export(cls: str, size: str, pixels: int, out: Path, photos: list[Path], seed
     note = f"LibreYOLO {libreyolo.__version__} {cls} {size}, {pixels} pixels, random weights {seed}"
     with open(folder / "reference.json", "w") as file:
         json.dump({"note": note, "confidence": CONFIDENCE, "iou": OVERLAP, "images": images}, file)
+    if small:
+        (folder / "model.onnx.xz").write_bytes(lzma.compress(path.read_bytes(), preset=9))
+        path.unlink()
     print("OK", cls, size, options, [len(i["scores"]) for i in images], images[0]["scores"][:3])
 
 
@@ -154,13 +176,14 @@ def main() -> int:
     parser.add_argument("wanted", nargs="+", metavar="CLASS:SIZE:PIXELS")
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    photos = sorted(args.photos.glob("*.jpg"))[:4]
+    photos = sorted(p for p in args.photos.iterdir() if p.suffix in (".jpg", ".png"))[:4]
     failed = 0
     for text in args.wanted:
         cls, size, pixels = text.split(":")
         try:
-            export(cls, size, int(pixels), args.out, photos, args.seed)
+            export(cls, size, int(pixels), args.out, photos, args.seed, args.small)
         except Exception as error:
             failed += 1
             print("FAILED", text, type(error).__name__, str(error)[:600], flush=True)

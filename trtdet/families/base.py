@@ -118,6 +118,8 @@ class Hints:
 
 
 NO_HINTS = Hints()
+#: The fields of `Hints` that say how images come into a network.
+IMAGE_HINTS = frozenset(("channel_order", "placement", "pad_rgb"))
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class Reading:
         size_multiple: what height and width must be a multiple of, in a network that takes images of any size; None: its size is fixed.
         facts: where all of it comes from.
         final: how the source's own detections are read; None: it has none.
+        takes: the fields of `Hints` that say something of this model; the others are refused, so that nobody believes that they did something.
     """
 
     spec: ModelSpec
@@ -173,6 +176,7 @@ class Reading:
     size_multiple: int | None = None
     facts: tuple[Fact, ...] = ()
     final: "Final | None" = None
+    takes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

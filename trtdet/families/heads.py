@@ -22,7 +22,15 @@ from onnx import TensorProto
 
 from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
-from trtdet.families.base import NO_HINTS, Declaration, Heads, Hints, Reading, best_class_only
+from trtdet.families.base import (
+    IMAGE_HINTS,
+    NO_HINTS,
+    Declaration,
+    Heads,
+    Hints,
+    Reading,
+    best_class_only,
+)
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import (
     BOXES,
@@ -142,6 +150,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         batch=batch,
         rewrite=partial(_declare, shapes={k: seen[v][0].shape for k, v in plan.tensors.items()}),
         facts=evidence.settle(),
+        takes=IMAGE_HINTS | {"declared", "num_classes"},
         size_multiple=levels.strides[-1] if levels and not _has_size(source) else None,
     )
 
