@@ -235,6 +235,9 @@ class ModelSpec:
     sensitive_nodes: tuple[str, ...] = ()  # node-name patterns that low precision hurts
     source: dict[str, str] = field(default_factory=dict)  # provenance: file, hash, tool versions
     evidence: tuple[Fact, ...] = ()  # where each of these facts comes from
+    choices: dict[str, Any] = field(
+        default_factory=dict
+    )  # what options said: `families.base.Hints.to_dict`
 
     def __post_init__(self) -> None:
         checks.text("family", self.family)

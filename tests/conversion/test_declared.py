@@ -1,5 +1,6 @@
 """Detectors that no family knows: declared on the command line, or in a family file of the user's own."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import onnx
 import pytest
 import yolo_networks as networks
 from onnx import helper, numpy_helper
+from PIL import Image
 from test_mutations import IMAGES, found_by, pair
 
+from trtdet.commands import compare as compare_stage
 from trtdet.commands import create_onnx
+from trtdet.errors import GraphError
+from trtdet.families.base import NO_HINTS, Declaration, Hints
 from trtdet.sources.base import run_onnx
 from trtdet.spec import ModelSpec
 
@@ -291,3 +296,99 @@ def test_boxes_of_another_detector_beside_a_lone_head(
     status, _ = convert(save(model, tmp_path / "m.onnx"))
     assert status == 1
     assert "nothing explains the outputs beside beside it" in error_of(capsys)
+
+
+def compare(source: Path, out: Path, folder: Path) -> int:
+    """compare.py on two pictures of noise and shapes."""
+    photos = folder / "photos"
+    photos.mkdir(exist_ok=True)
+    for number in range(2):
+        picture = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(np.kron(picture, np.ones((8, 8, 1), np.uint8))).save(
+            photos / f"{number}.png"
+        )
+    sides = ["--reference", str(source), "--candidate", str(out), "--input", str(photos)]
+    return compare_stage.main([*sides, "--min_score", "0.01"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        DECLARED,
+        ("--boxes_output", "boxes_out", "--scores_output", "scores_out", "--preprocessor", "imagenet",
+         "--channel_order", "bgr", "--resize_mode", "letterbox", "--placement", "center", "--pad_color", "20"),
+    ],
+)  # fmt: skip
+def test_compare_reads_the_source_as_it_was_converted(
+    tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What options said of the source stands in the converted file, and compare.py takes it from there."""
+    source = save(pair(), tmp_path / "pair.onnx")
+    status, out = convert(source, *options)
+    assert status == 0
+    assert compare(source, out, tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "within all limits" in printed
+    count = re.search(r"on (\d+) and (\d+) detections, (\d+) matched", printed)
+    assert count and len(set(count.groups())) == 1 and int(count.group(1)) > 0
+
+
+def test_compare_finds_a_family_file_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = tmp_path / "mine.py"
+    family.write_text(
+        "from trtdet.families import heads\n"
+        "from trtdet.families.base import Declaration\n"
+        "from trtdet.families.pixels import Normal\n"
+        "NAME = 'mine'\n"
+        "def matches(source):\n    return True\n"
+        "def read(source, hints):\n"
+        "    normal = Normal((0.0,) * 3, (255.0,) * 3)\n"
+        "    framework = heads.Framework('mine', normal, resize='stretch', declared=Declaration('boxes_out', 'scores_out'))\n"
+        "    return heads.read(source, hints, framework)\n"
+    )
+    source = save(pair(), tmp_path / "pair.onnx")
+    status, out = convert(source, "--family", str(family))
+    assert status == 0
+    assert compare(source, out, tmp_path) == 0
+    family.unlink()
+    assert compare(source, out, tmp_path) == 1
+    assert "found nothing there" in capsys.readouterr().err
+
+
+def test_the_choices_of_the_command_line_come_back() -> None:
+    declared = Declaration(rows="rows", columns=("x1", "y1", "x2", "y2", "score"), label_base=0)
+    hints = Hints(
+        size_hw=(64, 96), preprocessor="unit", pad_rgb=(1.0, 2.0, 3.0), declared=declared, assume=True
+    )  # fmt: skip
+    text = json.dumps(hints.to_dict())
+    assert Hints.from_dict(json.loads(text), "choices") == hints
+    assert NO_HINTS.to_dict() == {} and Hints.from_dict({}, "choices") == NO_HINTS
+    with pytest.raises(GraphError, match="choices: resize: expected"):
+        Hints.from_dict({"resize": "squash"}, "choices")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        ("detr_tiny", ("--deformable_attention", "plugin"), "this detr model has none that could be rewritten"),
+        ("detr_tiny", ("--placement", "center"), "--placement: how images come into this detr model is known"),
+        ("deformable_detr_tiny", ("--boxes_output", "pred_boxes", "--scores_output", "logits", "--family", "deformable_detr"),
+         "the outputs of this deformable_detr model are known"),
+        ("v8", ("--num_classes", "3"), "--num_classes: how many classes this yolo model has is known"),
+        ("v8", ("--rotated_nms", "exact"), "--rotated_nms: this yolo model has no rotated boxes"),
+        ("v8", ("--deformable_attention", "keep"), "--deformable_attention: this yolo model has none"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused(
+    tmp_path: Path,
+    make: str,
+    options: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = networks.v8() if make == "v8" else detr_data.load(make)[0]
+    status, out = convert(save(model, tmp_path / "model.onnx"), *options)
+    assert status == 1 and not out.exists()
+    assert message in error_of(capsys)

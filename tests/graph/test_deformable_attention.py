@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, parser
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from trtdet.errors import GraphError
 from trtdet.graph.deformable_attention import PLUGIN_OP, has_plugin, lower, rewrite
@@ -56,13 +56,44 @@ attention (float[N, 47, 2, 4] value, float[N, 6, 2, 2, 3, 2] locations, float[N,
 """
 
 
-def reference(value, locations, weights):
-    """out[n, q, m * D + d], one sample after the other."""
+# As D-FINE has it: 3 points on the first level and 6 on the second, joined along the points.
+DFINE = """
+<ir_version: 8, opset_import: ["" : 16]>
+attention (float[N, 47, 2, 4] value, float[N, 6, 2, 9, 2] locations, float[N, 6, 2, 9] weights) => (float[N, 6, 8] output)
+<int64[2] levels = {35, 12}, int64[2] counts = {3, 6}, int64[4] map = {-1, 4, 5, 7}, int64[4] map_1 = {-1, 4, 3, 4},
+ int64[4] grid = {-1, 6, 9, 2}, int64[4] weight = {-1, 1, 6, 9}, int64[3] all_heads = {-1, 8, 6}, int64[1] last = {-1},
+ float two = {2.0}, float one = {1.0}>
+{
+  ["attn/Transpose"] value_t = Transpose <perm = [0, 2, 3, 1]> (value)
+  ["attn/Split"] value_0, value_1 = Split <axis = 3> (value_t, levels)
+  ["attn/Reshape"] value_map = Reshape (value_0, map)
+  ["attn/Reshape_1"] value_map_1 = Reshape (value_1, map_1)
+  ["attn/Mul"] doubled = Mul (locations, two)
+  ["attn/Sub"] grids = Sub (doubled, one)
+  ["attn/Transpose_1"] grids_t = Transpose <perm = [0, 2, 1, 3, 4]> (grids)
+  ["attn/Reshape_2"] grids_h = Reshape (grids_t, grid)
+  ["attn/Split_1"] grid_0, grid_1 = Split <axis = 2> (grids_h, counts)
+  ["attn/GridSample"] sampled_0 = GridSample <align_corners = 0, mode = "bilinear", padding_mode = "zeros"> (value_map, grid_0)
+  ["attn/GridSample_1"] sampled_1 = GridSample <align_corners = 0, mode = "bilinear", padding_mode = "zeros"> (value_map_1, grid_1)
+  ["attn/Transpose_2"] weights_t = Transpose <perm = [0, 2, 1, 3]> (weights)
+  ["attn/Reshape_3"] weights_h = Reshape (weights_t, weight)
+  ["attn/Concat"] stacked = Concat <axis = -1> (sampled_0, sampled_1)
+  ["attn/Mul_1"] weighted = Mul (stacked, weights_h)
+  ["attn/ReduceSum"] summed = ReduceSum <keepdims = 0> (weighted, last)
+  ["attn/Reshape_4"] heads = Reshape (summed, all_heads)
+  ["attn/Transpose_3"] output = Transpose <perm = [0, 2, 1]> (heads)
+}
+"""
+
+
+def reference(value, locations, weights, levels=(0, 1)):
+    """out[n, q, m * D + d], one sample after the other; `levels`: of the fourth axis of locations."""
     n = len(value)
     out = np.zeros((n, Q, M, D))
     starts = np.cumsum([0, *(h * w for h, w in SIZES)])
-    for index in np.ndindex(n, Q, M, len(SIZES), P):
-        image, query, head, level, _ = index
+    for index in np.ndindex(n, Q, M, len(levels), P):
+        image, query, head, part, _ = index
+        level = levels[part]
         h, w = SIZES[level]
         cells = value[image, starts[level] : starts[level + 1], head].reshape(h, w, D)
         x, y = locations[index] * (w, h) - 0.5
@@ -100,6 +131,32 @@ def test_every_form_equals_the_reference(torch_model, mode, n):
     model = lower(rewrite(torch_model, mode))
     (found,) = run_onnx(model, ["output"], fed)
     np.testing.assert_allclose(found, reference(**fed), atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["keep", "plugin", "gather"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_levels_with_numbers_of_points_of_their_own(mode, n, caplog):
+    """The second level of D-FINE's stands twice, with 3 of its 6 points each."""
+    caplog.set_level(logging.WARNING)
+    model = parser.parse_model(DFINE)
+    onnx.checker.check_model(model, full_check=True)
+    rng = np.random.default_rng(n)
+    fed = {
+        "value": rng.normal(size=(n, S, M, D)).astype(np.float32),
+        "locations": rng.uniform(-0.2, 1.2, (n, Q, M, 9, 2)).astype(np.float32),
+        "weights": rng.dirichlet(np.ones(9), (n, Q, M)).astype(np.float32),
+    }
+    rewritten = rewrite(model, mode)
+    assert not caplog.records
+    if mode == "plugin":
+        (plugin,) = [node for node in rewritten.graph.node if node.op_type == PLUGIN_OP]
+        constants = {t.name: numpy_helper.to_array(t) for t in rewritten.graph.initializer}
+        assert constants[plugin.input[1]].tolist() == [[5, 7], [3, 4], [3, 4]]
+        assert constants[plugin.input[2]].tolist() == [0, 35, 35]
+        assert plugin.input[0] == "value"
+    (found,) = run_onnx(lower(rewritten), ["output"], fed)
+    parts = fed["locations"].reshape(n, Q, M, 3, P, 2), fed["weights"].reshape(n, Q, M, 3, P)
+    np.testing.assert_allclose(found, reference(fed["value"], *parts, (0, 1, 1)), atol=2e-6)
 
 
 def test_corners_and_centres_of_cells(torch_model):
@@ -158,7 +215,7 @@ def test_levels_that_come_from_elsewhere_are_put_together(torch_model):
     [
         ("align_corners = 0", "align_corners = 1", "expected align_corners=0"),
         ('"zeros"', '"border"', "expected bilinear sampling with zeros outside"),
-        ("Concat <axis = -2>", "Max", "expected an Unsqueeze and a Concat of all levels"),
+        ("Concat <axis = -2>", "Max", "expected a Concat of all levels"),
     ],
 )
 def test_another_use_of_gridsample_is_kept(old, new, reason, caplog):
@@ -202,5 +259,5 @@ def test_lowering_needs_constant_shapes():
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("trt.plugins", 1)]
     )
-    with pytest.raises(GraphError, match="expected constant spatial_shapes, found 'shapes'"):
+    with pytest.raises(GraphError, match="expected constant spatial_shapes and level_start_index"):
         lower(model)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trtdet import about, files
 from trtdet.errors import GraphError
-from trtdet.families import FAMILIES, load_families, load_family
+from trtdet.families import load_families, load_family
 from trtdet.families.base import (
     ANCHORS,
     CLASS_LOGITS,
@@ -46,6 +46,17 @@ logger = logging.getLogger(__name__)
 MAX_SIDE = 8192
 #: ONNX's file format of 1.10 (2021), which TensorRT 8.6 reads.
 IR_VERSION = 8
+
+#: Hint -> its option, and what is said where a model has no use for it.
+WITHOUT_EFFECT = {
+    "rotated_nms": ("--rotated_nms", "this {} model has no rotated boxes; leave it out"),
+    "deformable_attention": ("--deformable_attention", "this {} model has none that could be rewritten; leave it out, or convert from the source"),
+    "channel_order": ("--channel_order", "how images come into this {} model is known; leave it out"),
+    "placement": ("--placement", "how images come into this {} model is known; leave it out"),
+    "pad_rgb": ("--pad_color", "how images come into this {} model is known; leave it out"),
+    "num_classes": ("--num_classes", "how many classes this {} model has is known; leave it out"),
+    "declared": ("--boxes_output, --rows_output and the like", "the outputs of this {} model are known; leave them out, or add --family heads"),
+}  # fmt: skip
 
 NmsForm = Literal["plugin", "onnx", "graph", "none", "legacy"]
 
@@ -319,7 +330,29 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
         labels=labels or found.labels,
         category_ids=category_ids,
         rotated_mode=options.hints.rotated_nms or found.rotated_mode,
+        choices=choices_of(options) or found.choices,
     )
+
+
+def choices_of(options: Options) -> dict[str, Any]:
+    """What options said of the source, for whoever reads it again; class names stand in the spec already."""
+    said = options.hints.to_dict()
+    if options.labels:
+        said["labels"] = ()
+    return said | ({"family": options.family} if options.family != "auto" else {})
+
+
+def as_chosen(spec: ModelSpec) -> Options:
+    """Options to read the source of a converted model with again: what was said then.
+
+    Raises:
+        GraphError: the spec holds something else.
+    """
+    said = dict(spec.choices)
+    family = str(said.pop("family", "auto"))
+    labels = spec.labels if "labels" in said else ()
+    hints = Hints.from_dict({**said, "labels": labels}, "model spec: choices")
+    return Options(family=family, hints=hints, labels=labels, preprocessor=hints.preprocessor)
 
 
 def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:
@@ -336,8 +369,8 @@ def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:
         f.name == NORMALISATION and f.origin.startswith(GIVEN) for f in reading.facts
     ):
         given[NORMALISATION] = (options.preprocessor, f"--preprocessor {options.preprocessor}")
-    if options.batch is not None:
-        given[BATCH] = (str(options.batch), "--input_shape, or the export's own")
+    if options.batch is not None and options.batch != reading.batch:
+        given[BATCH] = (str(options.batch), "--input_shape")
     return with_options(reading.facts, given)
 
 
@@ -348,32 +381,9 @@ def refuse_without_effect(reading: Reading, options: Options) -> None:
         GraphError: names the option, and what the model has instead.
     """
     hints, found = options.hints, reading.spec
-    if hints.rotated_nms and found.selection != "rotated_nms":
-        raise GraphError(
-            f"--rotated_nms: this {found.family} model has no rotated boxes; leave it out"
-        )
-    deformable = ("deformable_detr", "rtdetr", "rfdetr")
-    if hints.deformable_attention and (found.family not in deformable or not reading.rewrite):
-        raise GraphError(
-            f"--deformable_attention: this {found.family} model has none that could be rewritten; leave it out, or convert from the source"
-        )
-    images = {
-        "--channel_order": hints.channel_order,
-        "--placement": hints.placement,
-        "--pad_color": hints.pad_rgb,
-    }
-    useless = [option for option, value in images.items() if value]
-    if found.family in ("detr", "deformable_detr", "rtdetr", "rfdetr"):
-        useless = [option for option in useless if option != "--channel_order"]
-    known = {*FAMILIES} - {"yolo", "heads"}
-    if found.family in known and useless:
-        raise GraphError(
-            f"{useless[0]}: how images come into this {found.family} model is known; leave it out"
-        )
-    if hints.declared and found.family in {*FAMILIES} - {"heads"}:
-        raise GraphError(
-            f"the outputs of this {found.family} model are known; leave out the options that declare them, or add --family heads"
-        )
+    for name, (option, why) in WITHOUT_EFFECT.items():
+        if getattr(hints, name) is not None and name not in reading.takes:
+            raise GraphError(f"{option}: {why.format(found.family)}")
     if hints.resize and hints.resize != found.preprocessing.resize:
         raise GraphError(
             f"--resize_mode {hints.resize}: this {found.family} model was trained with {found.preprocessing.resize}, and its boxes go "

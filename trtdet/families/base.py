@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtdet import reading
 from trtdet.errors import GraphError
 from trtdet.graph.builder import Builder
 from trtdet.graph.tidy import NETWORK_INPUT
@@ -96,8 +97,29 @@ class Hints:
     declared: "Declaration | None" = None
     assume: bool = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """What was said, JSON-ready; `from_dict` reads it."""
+        said = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+        if self.declared:
+            declared = vars(self.declared).items()
+            said["declared"] = {k: v for k, v in declared if v not in (None, "", ())}
+        return said
+
+    @classmethod
+    def from_dict(cls, said: Mapping[str, Any], name: str) -> "Hints":
+        """The inverse of `to_dict`.
+
+        Raises:
+            GraphError: something else.
+        """
+        remedy = "convert the model again with create_onnx.py"
+        hints: Hints = reading.convert(said, cls, name=name, remedy=remedy, error=GraphError)
+        return hints
+
 
 NO_HINTS = Hints()
+#: The fields of `Hints` that say how images come into a network.
+IMAGE_HINTS = frozenset(("channel_order", "placement", "pad_rgb"))
 
 
 @dataclass(frozen=True)
@@ -134,6 +156,7 @@ class Reading:
         size_multiple: what height and width must be a multiple of, in a network that takes images of any size; None: its size is fixed.
         facts: where all of it comes from.
         final: how the source's own detections are read; None: it has none.
+        takes: the fields of `Hints` that say something of this model; the others are refused, so that nobody believes that they did something.
     """
 
     spec: ModelSpec
@@ -153,6 +176,7 @@ class Reading:
     size_multiple: int | None = None
     facts: tuple[Fact, ...] = ()
     final: "Final | None" = None
+    takes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -483,6 +483,9 @@ def describe(
         feeds={export.mask: _ones_mask(export, 1)} if export.mask else {},
         facts=evidence.settle(),
         final=final_of(export),
+        takes=frozenset(
+            ["channel_order", *(["deformable_attention"] if is_deformable(source) else [])]
+        ),
     )
 
 

@@ -22,7 +22,15 @@ from onnx import TensorProto
 
 from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
-from trtdet.families.base import NO_HINTS, Declaration, Heads, Hints, Reading, best_class_only
+from trtdet.families.base import (
+    IMAGE_HINTS,
+    NO_HINTS,
+    Declaration,
+    Heads,
+    Hints,
+    Reading,
+    best_class_only,
+)
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import (
     BOXES,
@@ -102,6 +110,8 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
     known = framework or Framework("")
+    if not _has_size(source):  # what boxes would be clipped to is not known yet
+        known = known.with_changes(clipped=False)
     evidence = Evidence(str(source.path), hints.assume)
     origin = f"read: metadata of {known.name}" if framework else "the shapes of its outputs"
     evidence.add(ev.FAMILY, known.name or NAME, origin if framework else ev.MEASURED + origin)
@@ -124,6 +134,9 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw)
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
     levels = maybe_levels(plan.count, size_hw)
+    clips = known.clipped and not plan.selected
+    if clips:
+        spec = spec.replace(nms=dataclasses.replace(spec.nms, box_coding=0))
     return Reading(
         spec=spec,
         image_input=pixels.tensor,
@@ -131,10 +144,13 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         network_layout=pixels.layout,
         image_layout=pixels.layout,
         heads=plan.tensors,
-        assemble=partial(assemble, plan=plan, best_class=known.best_class),
+        assemble=partial(
+            assemble, plan=plan, best_class=known.best_class, clip_hw=size_hw if clips else None
+        ),
         batch=batch,
         rewrite=partial(_declare, shapes={k: seen[v][0].shape for k, v in plan.tensors.items()}),
         facts=evidence.settle(),
+        takes=IMAGE_HINTS | {"declared", "num_classes"},
         size_multiple=levels.strides[-1] if levels and not _has_size(source) else None,
     )
 
@@ -288,8 +304,19 @@ def _declare(graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
 # ---- from the outputs to boxes and scores
 
 
-def assemble(build: Builder, spec: ModelSpec, *, plan: Plan, best_class: bool = False) -> Heads:
-    """boxes [N, A, 4] and scores [N, A, C] of the outputs, as the plan says."""
+def assemble(
+    build: Builder,
+    spec: ModelSpec,
+    *,
+    plan: Plan,
+    best_class: bool = False,
+    clip_hw: tuple[int, int] | None = None,
+) -> Heads:
+    """boxes [N, A, 4] and scores [N, A, C] of the outputs, as the plan says.
+
+    Args:
+        clip_hw: size of the input that boxes are clipped to; they become corners.
+    """
     if plan.rows:
         rows = build.node("Transpose", "rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
         boxes = build.slice_last("boxes", rows, plan.first_box, plan.first_box + 4)
@@ -321,7 +348,36 @@ def assemble(build: Builder, spec: ModelSpec, *, plan: Plan, best_class: bool = 
         scores = _one_hot(build, spec, plan, scores)
     if best_class:
         scores = best_class_only(build, scores)
+    if clip_hw:
+        return _clipped(build, plan, boxes, scores, clip_hw)
     return Heads(boxes, scores)
+
+
+def _clipped(
+    build: Builder, plan: Plan, boxes: str, scores: str, size_hw: tuple[int, int]
+) -> Heads:
+    """Corners within the input; the scores of boxes of which nothing is left become 0."""
+    limit = np.array(size_hw if plan.box_format == "yxyx" else size_hw[::-1], np.float32)
+    if plan.is_unit:
+        limit = np.ones(2, np.float32)
+    first, second = build.slice_last("first", boxes, 0, 2), build.slice_last("second", boxes, 2, 4)
+    if plan.box_format == "cxcywh":
+        half = build.node("Mul", "half_size", second, np.float32(0.5))
+        first, second = (
+            build.node("Sub", "first_corner", first, half),
+            build.node("Add", "second_corner", first, half),
+        )
+    least, most = (
+        build.node("Max", f"{name}_within", build.node("Min", f"{name}_below", x, limit), np.float32(0))
+        for name, x in (("first", first), ("second", second))
+    )  # fmt: skip
+    sides = build.node("Sub", "sides", most, least)
+    shortest = build.reduce("ReduceMin", "shortest_side", sides, 2, keepdims=True)
+    is_left = build.node("Greater", "is_left", shortest, np.float32(0))
+    return Heads(
+        build.node("Concat", "clipped_boxes", least, most, axis=-1),
+        build.node("Where", "scores_of_boxes", is_left, scores, np.float32(0)),
+    )
 
 
 def _one_hot(build: Builder, spec: ModelSpec, plan: Plan, score: str) -> str:

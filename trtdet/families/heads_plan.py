@@ -34,6 +34,7 @@ class Framework:
         size_hw: of an input of any size.
         longest: where the longer side of a picture ends, in an input that is larger; None: at the input's.
         columns: of the only output. selected: it needs no NMS. best_class: a box counts for its best class alone.
+        clipped: boxes are clipped to the picture before the NMS, and those of which nothing is left are dropped.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Framework:
     columns: tuple[str, ...] = ()
     selected: bool | None = None
     best_class: bool = False
+    clipped: bool = False
 
     def with_changes(self, **changes: Any) -> "Framework":
         return dataclasses.replace(self, **changes)

@@ -174,7 +174,8 @@ class Reader(Finder):
                 ev.SELECTION, "--selected (detections that need no NMS), or --selected no", "NMS"
             )
             return plan
-        self.evidence.add(ev.SELECTION, "the model's own" if selected else "NMS per class", origin)
+        nms = "NMS per class" + (", boxes clipped to the input" if self.known.clipped else "")
+        self.evidence.add(ev.SELECTION, "the model's own" if selected else nms, origin)
         return dataclasses.replace(plan, selected=selected)
 
     def _scores(self, plan: Plan) -> Plan:

@@ -60,14 +60,14 @@ _ROWS = ("x1", "y1", "x2", "y2", "scores")
 
 
 def _dense(name: str, normal: Normal, **others: Any) -> Framework:
-    return Framework(name, normal, iou_threshold=0.45, **others)
+    return Framework(name, normal, iou_threshold=0.45, clipped=True, **others)
 
 
 DENSE: Mapping[str, Framework] = {
     "yolo9": _dense("YOLOv9", UNIT, resize="letterbox", rounding="floor64", declared=_PIXELS, columns=_ROWS),
     "yolo9_p2": _dense("YOLOv9-P2", UNIT, resize="letterbox", rounding="floor64", declared=_PIXELS, columns=_ROWS),
     "yolo9_e2e": _dense("YOLOv9-E2E", UNIT, resize="letterbox", rounding="floor64", declared=_PIXELS, columns=_ROWS, selected=True, kept=300),
-    "yolox": _dense("YOLOX", RAW_BGR, resize="letterbox", rounding="floor64", best_class=True, columns=("cx", "cy", "w", "h", "objectness", "scores")),
+    "yolox": _dense("YOLOX", RAW_BGR, resize="letterbox", rounding="floor64", antialias=True, best_class=True, columns=("cx", "cy", "w", "h", "objectness", "scores")),
     "yolonas": _dense("YOLO-NAS", UNIT, resize="letterbox", placement="center", antialias=True, longest=636, declared=_PIXELS, best_class=True),
     "picodet": _dense("PicoDet", IMAGENET, resize="stretch", declared=_PIXELS, columns=_ROWS),
     "ppyoloe": _dense("PP-YOLOE", IMAGENET, resize="stretch", declared=_PIXELS),

@@ -96,6 +96,7 @@ def read(source: Source, hints: Hints) -> Reading:
         size_multiple=_size_multiple(graph, size_hw, layout),
         notes=_notes(size_hw, unknown_ops(source, HEADS)),
         facts=_facts(graph, layout, size_hw, hints),
+        takes=frozenset(["rotated_nms"] if layout.rotated else []),
     )
 
 

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
 from trtdet.families.base import (
+    IMAGE_HINTS,
     NO_HINTS,
     Final,
     Found,
@@ -310,6 +311,7 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
         size_multiple=_size_multiple(source.graph, head),
         facts=evidence.settle(),
         final=_final(final, head, metadata) if not unknown else None,
+        takes=IMAGE_HINTS | ({"rotated_nms"} if metadata.is_rotated else set()),
     )
 
 

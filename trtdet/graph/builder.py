@@ -90,7 +90,7 @@ class Builder:
         return self.node("Slice", name, tensor, *bounds)
 
     def reduce(self, op: str, name: str, tensor: str, axis: int, *, keepdims: bool) -> str:
-        """ReduceSum or ReduceMax over one axis, which became an input at opset 13 and 18."""
+        """ReduceSum, ReduceMax or ReduceMin over one axis, which became an input at opset 13 and 18."""
         if self.opset >= (13 if op == "ReduceSum" else 18):
             return self.node(op, name, tensor, np.array([axis], np.int64), keepdims=int(keepdims))
         return self.node(op, name, tensor, axes=[axis], keepdims=int(keepdims))

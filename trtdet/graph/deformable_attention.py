@@ -5,9 +5,10 @@ For N images, M heads of D channels, L levels of H_l x W_l cells (S in all), Q q
 
     out[n, q, m] = sum over l, p of weights[n, q, m, l, p] * bilinear(value[n, level l, m], locations[n, q, m, l, p])
 
-torch writes it as one GridSample for each level, whose results are joined, multiplied by the weights and summed. Some TensorRT
+torch writes it as one GridSample for each level, whose results are joined, multiplied by the weights and summed. Levels of D-FINE have
+numbers of points of their own, P_l: a level with 6 points where another has 3 is written as two levels over the same cells. Some TensorRT
 versions compile that GridSample wrongly (NVIDIA/TensorRT#4813: 10.14 and 11.1 in FP32; 10.13 and ONNX Runtime agree). `rewrite`
-recognises the pattern, from RT-DETR and D-FINE too, and writes
+recognises the pattern, and writes
 
 | mode | as | runs on |
 |---|---|---|
@@ -23,6 +24,7 @@ int32 [L,2], `level_start_index` int32 [L], `sampling_locations` [N,Q,M,L,P,2], 
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,6 +48,7 @@ from trtdet.graph.builder import (
     value_info,
 )
 from trtdet.sources.base import cut_onnx
+from trtdet.sources.subgraphs import captured
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +118,7 @@ def name_positions(model: onnx.ModelProto, tensors: Sequence[str]) -> None:
     """
     producer = {name: node for node in model.graph.node for name in node.output}
     public = {info.name for info in model.graph.output}
+    public.update(*(captured(node) for node in model.graph.node))  # bodies of loops keep the names
     pending, renamed = list(tensors), dict[str, str]()
     while pending:
         node = producer.get(pending.pop())
@@ -173,20 +177,31 @@ class _Attention:
 
     Attributes:
         samples: GridSamples, one for each level in the order of the levels.
-        sizes_hw: of the levels.
-        heads: M. channels: D. queries: Q. points: P.
+        sizes_hw: of the levels. points_of: P_l of each.
+        heads: M. channels: D. queries: Q.
         weights: tensor [N*M, 1, Q, L*P].
         output: tensor [N*M, D, Q], the sum.
     """
 
     samples: tuple[onnx.NodeProto, ...]
     sizes_hw: tuple[tuple[int, int], ...]
+    points_of: tuple[int, ...]
     heads: int
     channels: int
     queries: int
-    points: int
     weights: str
     output: str
+
+    @property
+    def points(self) -> int:
+        """P, of every part: the greatest number that divides the points of every level."""
+        return math.gcd(*self.points_of)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The level of each part: a level with k * P points has k."""
+        counts = enumerate(n // self.points for n in self.points_of)
+        return tuple(level for level, count in counts for _ in range(count))
 
 
 class _Graph:
@@ -240,11 +255,12 @@ def _maybe_attention(graph: _Graph, first: onnx.NodeProto) -> _Attention | str:
     """The attention that a GridSample belongs to, or what is missing of it, as a sentence."""
     join = _maybe_join(graph, first)
     if join is None:
-        return "expected an Unsqueeze and a Concat of all levels behind it"
+        return "expected a Concat of all levels behind it"
     samples = []
     for name in join.input:
-        unsqueeze = graph.producer.get(name)
-        sample = graph.producer.get(unsqueeze.input[0]) if unsqueeze is not None else None
+        sample = graph.producer.get(name)
+        if sample is not None and sample.op_type == "Unsqueeze":
+            sample = graph.producer.get(sample.input[0])
         if sample is None or sample.op_type != "GridSample":
             return f"expected a GridSample for every level before Concat '{join.name}'"
         if reason := _other_sampling(sample):
@@ -258,24 +274,26 @@ def _maybe_attention(graph: _Graph, first: onnx.NodeProto) -> _Attention | str:
     (weights,) = [name for name in product.input if name != joined] or [""]
     sizes = [graph.dims(sample.input[0])[2:] for sample in samples]
     channels = graph.dims(first.input[0])[1:2]
-    grid = graph.dims(first.input[1])[1:3]
-    known = [*channels, *grid, *(side for size in sizes for side in size)]
-    if len(known) != 3 + 2 * len(samples) or not all(isinstance(x, int) for x in known):
+    queries_of, points_of = ([graph.dims(s.input[1])[i : i + 1] for s in samples] for i in (1, 2))
+    known = [*channels, *(x for dims in (*sizes, *queries_of, *points_of) for x in dims)]
+    if len(known) != 1 + 4 * len(samples) or not all(isinstance(x, int) for x in known):
         return "its shapes are not constant"
-    d, (queries, points) = int(channels[0] or 0), (int(x or 0) for x in grid)
+    d, queries = int(channels[0] or 0), int(queries_of[0][0] or 0)
     heads = _maybe_heads(graph, total.output[0], d, queries)
     if heads is None:
         return f"expected a Reshape to [N, heads * {d}, {queries}] behind ReduceSum '{total.name}'"
     return _Attention(
         tuple(samples),
         tuple((int(h or 0), int(w or 0)) for h, w in sizes),
-        heads, d, queries, points, weights, total.output[0],
+        tuple(int(n or 0) for (n,) in points_of),
+        heads, d, queries, weights, total.output[0],
     )  # fmt: skip
 
 
 def _maybe_join(graph: _Graph, sample: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The Concat of the levels: of a new axis between queries and points (torch's stack), or along the points."""
     unsqueeze = graph.maybe_only_reader(sample.output[0], "Unsqueeze")
-    return graph.maybe_only_reader(unsqueeze.output[0], "Concat") if unsqueeze is not None else None
+    return graph.maybe_only_reader((unsqueeze or sample).output[0], "Concat")
 
 
 def _follow(graph: _Graph, name: str, op: str) -> str:
@@ -315,6 +333,7 @@ def _insert_plugin(build: Builder, graph: _Graph, attention: _Attention) -> None
     m, d, q, p = attention.heads, attention.channels, attention.queries, attention.points
     sizes = np.array(attention.sizes_hw, np.int32)
     starts = np.concatenate([[0], np.cumsum(sizes.prod(1))[:-1]]).astype(np.int32)
+    parts = list(attention.parts)
     value = _value(build, graph, attention)
     locations, weights = _locations(build, graph, attention), _weights(build, graph, attention)
     if graph.constants.keys() >= {sample.input[1] for sample in attention.samples}:
@@ -323,10 +342,10 @@ def _insert_plugin(build: Builder, graph: _Graph, attention: _Attention) -> None
         weights = _for_every_image(build, weights, value, 5)
     inputs: dict[str, Dims] = {
         value: [None, int(sizes.prod(1).sum()), m, d],
-        build.constant("attention/spatial_shapes", sizes): [len(sizes), 2],
-        build.constant("attention/level_start_index", starts): [len(sizes)],
-        locations: [None, q, m, len(sizes), p, 2],
-        weights: [None, q, m, len(sizes), p],
+        build.constant("attention/spatial_shapes", sizes[parts]): [len(parts), 2],
+        build.constant("attention/level_start_index", starts[parts]): [len(parts)],
+        locations: [None, q, m, len(parts), p, 2],
+        weights: [None, q, m, len(parts), p],
     }
     graph.learned.update(inputs)
     result = build.node(
@@ -361,11 +380,11 @@ def _locations(build: Builder, graph: _Graph, attention: _Attention) -> str:
     """[N, Q, M, L, P, 2], 0 to 1; GridSample's grids are 2 x - 1."""
     m, q, p = attention.heads, attention.queries, attention.points
     grids = [s.input[1] for s in attention.samples]
-    joined = _common_origin(graph, grids, [q, m, len(grids), p, 2])
+    joined = _common_origin(graph, grids, [q, m, len(attention.parts), p, 2])
     if joined is None:
         levels = []
-        for grid in grids:
-            heads = build.reshape("positions/level", grid, [-1, m, q, 1, p, 2])
+        for grid, points in zip(grids, attention.points_of, strict=True):
+            heads = build.reshape("positions/level", grid, [-1, m, q, points // p, p, 2])
             levels.append(
                 build.node("Transpose", "positions/level_queries", heads, perm=[0, 2, 1, 3, 4, 5])
             )
@@ -379,9 +398,11 @@ def _locations(build: Builder, graph: _Graph, attention: _Attention) -> str:
 def _weights(build: Builder, graph: _Graph, attention: _Attention) -> str:
     """[N, Q, M, L, P]"""
     m, q, p = attention.heads, attention.queries, attention.points
-    levels = len(attention.samples)
+    levels = len(attention.parts)
     if origin := graph.maybe_origin(attention.weights, [q, m, levels, p]):
         return origin
+    if origin := graph.maybe_origin(attention.weights, [q, m, levels * p]):
+        return build.reshape("attention/weights", origin, [-1, q, m, levels, p])
     heads = build.reshape("attention/weights/by_head", attention.weights, [-1, m, q, levels, p])
     return build.node("Transpose", "attention/weights", heads, perm=[0, 2, 1, 3, 4])
 
@@ -436,10 +457,10 @@ def _lower_node(
     constants: Mapping[str, NDArray[Any]],
 ) -> None:
     """One GatherND for each of the four neighbours of every point, weighted and summed."""
-    value, shapes, _, locations, weights = node.input
-    if shapes not in constants:
+    value, shapes, level_starts, locations, weights = node.input
+    if not {shapes, level_starts} <= constants.keys():
         raise GraphError(
-            f"{PLUGIN_OP} '{node.name}': expected constant spatial_shapes, found '{shapes}'; use the plugin, or --deformable_attention keep"
+            f"{PLUGIN_OP} '{node.name}': expected constant spatial_shapes and level_start_index, found '{shapes}' and '{level_starts}'; use the plugin, or --deformable_attention keep"
         )
     sizes = constants[shapes].astype(np.int64)  # h, w of each level
     dims = types[locations][1] if locations in types else []
@@ -448,8 +469,7 @@ def _lower_node(
             f"{PLUGIN_OP} '{node.name}': expected sampling_locations [N, queries, heads, levels, points, 2], found {dims}"
         )
     q, m, levels, p = (int(x or 0) for x in dims[1:5])
-    s = int(sizes.prod(1).sum())
-    d = int(types[value][1][3] or 0)
+    s, d = (int(x or 0) for x in types[value][1][1:4:2])
     cells = build.node("Transpose", "attention/cells_by_head", value, perm=[0, 2, 1, 3])
     cells = build.reshape("attention/cells", cells, [-1, s, d])
     by_head = build.node("Transpose", "positions/by_head", locations, perm=[0, 2, 1, 3, 4, 5])
@@ -463,7 +483,7 @@ def _lower_node(
     low = build.node("Floor", "positions/floor", centred)
     far = build.node("Sub", "positions/fraction", centred, low)
     near = build.node("Sub", "positions/rest", np.float32(1), far)
-    starts = np.concatenate([[0], np.cumsum(sizes.prod(1))[:-1]])
+    starts = constants[level_starts].astype(np.int64)
     parts = []
     for dy in (0, 1):
         for dx in (0, 1):

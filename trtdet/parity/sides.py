@@ -21,7 +21,7 @@ from trtdet.conversion import convert as conversion
 from trtdet.detections import Detections, decode
 from trtdet.engine.sidecar import read_sidecar
 from trtdet.errors import EngineError, GraphError
-from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Hints, Reading
+from trtdet.families.base import CLASS_LOGITS, RAW_BOXES, Reading
 from trtdet.families.evidence import MEASURED, NORMALISATION, READ
 from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform, in_layout, yxyx_to_xyxy
@@ -259,7 +259,7 @@ class TrainedSide(Closing):
         """Values of heads as the converted file has them: boxes of a model with a mask relative to the network input."""
         feeds, transform = self._feed(image)
         tensors = [self._reading.heads[name] for name in names]
-        values = self._source.run(tensors, feeds)
+        values = [value.astype(np.float32) for value in self._source.run(tensors, feeds)]
         if self._reading.feeds:
             share = picture_share(transform, self.info.spec.preprocessing)
             values = [
@@ -308,13 +308,15 @@ def conversion_options(like: ModelSpec | None) -> conversion.Options:
     """With what the user of create_onnx.py chose for `like`; what the file says itself comes first."""
     if like is None:
         return conversion.Options()
-    hints = Hints(
+    chosen = conversion.as_chosen(like)
+    hints = dataclasses.replace(
+        chosen.hints,
         size_hw=like.preprocessing.size_hw,
         resize=like.preprocessing.resize,
         rotated_nms=like.rotated_mode if like.selection == "rotated_nms" else None,
     )
     given = frozenset(("resize_mode", "preprocessor"))
-    return conversion.Options(hints=hints, given=given)
+    return dataclasses.replace(chosen, hints=hints, given=given)
 
 
 def with_normalisation(spec: ModelSpec, reading: Reading, like: ModelSpec | None) -> ModelSpec:

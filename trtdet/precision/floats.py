@@ -42,6 +42,7 @@ from trtdet.precision.graph_types import (
     raise_opset,
     replace_nodes,
 )
+from trtdet.precision.normalisation import statistics
 from trtdet.sessions import open_session
 from trtdet.sources.subgraphs import captured, reads
 
@@ -245,6 +246,7 @@ class _Conversion:
             if node.op_type in COMPUTE_OPS and i not in in_nms and self._convertible(node)
         }
         leads_to_compute, follows_compute = self._upstream(compute), self._downstream(compute)
+        in_statistics = statistics(self.nodes)
         low: set[int] = set()
         narrow: set[str] = set()  # tensors that nodes in `low` make
         for i, node in enumerate(self.nodes):
@@ -252,6 +254,8 @@ class _Conversion:
                 reason = "box decoding and NMS"
             elif node.name.startswith(POSITIONS_PREFIX):
                 reason = "positions"
+            elif i in in_statistics and i in leads_to_compute:
+                reason = "statistics of normalisation"
             elif node.op_type in PAIR_OPS and i in leads_to_compute and self._convertible(node):
                 reason = ""  # for now: see `_settle_pairs`
             elif i not in follows_compute:
