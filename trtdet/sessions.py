@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from trtdet.errors import EngineError
 
 if TYPE_CHECKING:
@@ -136,7 +134,7 @@ class Bound:
             self._buffer.update_inplace(array)
             self._session._session.run_with_iobinding(self._binding)
             # The next run may write into the same memory.
-            return [np.array(value.numpy()) for value in self._binding.get_outputs()]
+            return [value.numpy().copy() for value in self._binding.get_outputs()]
 
 
 def open_session(
