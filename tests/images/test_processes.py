@@ -295,6 +295,7 @@ def test_which_runs_get_processes(
     with StandInRuntime() as one:
         for name, value in runtime.items():
             setattr(one, name, value)
+        monkeypatch.setattr(batcher, "available_cores", lambda: 4)
         monkeypatch.setattr(batcher, "_MANY_WORKERS", 2)
         monkeypatch.setattr(batcher, "_MANY_IMAGES", 8)
         for workers, enough in ((2, True), (1, False), (3, False)):
@@ -312,8 +313,13 @@ def test_what_goes_with_threads_alone(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("workers", "images", "worth"),
-    [(16, 2048, True), (16, 2047, False), (8, 1024, True), (7, 10**6, False), (2, 10**6, False)],
+    [(16, 2048, True), (16, 2047, False), (8, 1024, True), (7, 10**6, False), (None, 2048, True)],
 )
-def test_when_processes_are_worth_their_start(workers: int, images: int, worth: bool) -> None:
+def test_when_processes_are_worth_their_start(
+    workers: int | None, images: int, worth: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher, "available_cores", lambda: 16)
     assert worth_processes(workers, images) is worth
+    monkeypatch.setattr(batcher, "available_cores", lambda: 4)
+    assert not worth_processes(workers, images)
     assert batcher._SHARE == 4

@@ -45,8 +45,10 @@ _MANY_IMAGES = 128
 
 def worth_processes(workers: int | None, images: int) -> bool:
     """Whether workers with processes of their own prepare so many images sooner than threads."""
-    workers = workers or available_cores()
-    return workers >= _MANY_WORKERS and images >= workers * _MANY_IMAGES and available()
+    cores = available_cores()
+    workers = workers or cores
+    many = min(workers, cores) >= _MANY_WORKERS and images >= workers * _MANY_IMAGES
+    return many and available()
 
 
 # ---- batches
