@@ -110,6 +110,7 @@ NOT_FOR_VIDEO = {
     "ray": "--ray",
     "resume": "--resume",
     "clean": "--clean",
+    "report": "--report",
     "recursive": "--recursive",
     "num_images": "--num_images",
 }
@@ -125,6 +126,7 @@ NOT_MEASURED = {
     "classes": "--classes",
     "resume": "--resume",
     "clean": "--clean",
+    "report": "--report",
 }
 
 
@@ -154,6 +156,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="first remove the files that an earlier run wrote into the folder, by its manifest.json",
     )
+    add(parser, "--report", note="a gallery")
+    add(parser, "--embed")
     add(parser, "--json", note="goes with --benchmark")
     # fmt: off
     parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or start one here ('local'); every machine must see model, images and this program under the same paths (default: none)")
@@ -212,6 +216,10 @@ def check_ray_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--devices: Ray hands out the GPUs; leave it out, or limit --ray_workers")
     if args.ray_workers and not args.ray:
         parser.error("--ray_workers needs --ray")
+    if args.ray and args.report:
+        parser.error("--report: not with --ray; leave one of them out")
+    if args.embed and not args.report:
+        parser.error("--embed goes with --report")
     if args.ray and args.resume:
         parser.error("--resume: a run with --ray goes on by itself; leave it out")
     if args.resume and isinstance(args.engine, TritonUrl):
@@ -233,6 +241,8 @@ def run(
     classes: Sequence[str] | None = None,
     resume: bool = False,
     clean: bool = False,
+    report: Path | None = None,
+    embed: bool = False,
 ) -> int:
     """Detect, draw and write; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.images.files import find_images, root_of
@@ -257,6 +267,7 @@ def run(
         read_labels(labels)  # before the model is loaded, which says how many it needs
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
     files.check_folder(output)
+    files.check_outputs([report], [engine if isinstance(engine, Path) else None])
     names = name_outputs(paths, source, output, options, pictures=pictures)
     image_ids = pick_image_ids(paths, root_of(source), annotations)
     count = boxes = 0
@@ -324,7 +335,36 @@ def run(
             f"{len(kept)} of these images were done before; their detections are not counted"
         )
     print(output / "detections.json")
+    if report:
+        failed = {path for path, _ in batcher.failures}
+        done = {path: name for path, name in names.items() if path not in failed}
+        write_report(report, engine.name, done, source, output, texts, embed=embed)
     return SOME_SKIPPED if skipped else 0
+
+
+def write_report(
+    report: Path,
+    model: str,
+    names: Mapping[Path, Path],
+    source: Sources,
+    output: Path,
+    labels: Sequence[str],
+    *,
+    embed: bool,
+) -> None:
+    """The gallery, of the TSVs that were written."""
+    from trtdet.images.files import root_of
+    from trtdet.results.gallery import Page, write_gallery
+    from trtdet.results.gallery_items import items_of_run
+
+    items = items_of_run(output, names, root_of(source))
+    page = Page(
+        f"{model}: {len(items)} images",
+        f"detections of {model}; the TSV files have all of them",
+        labels,
+    )
+    write_gallery(report, items, page, embed=embed)
+    print(report)
 
 
 def name_outputs(
@@ -474,6 +514,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 classes=args.classes,
                 resume=args.resume,
                 clean=args.clean,
+                report=args.report,
+                embed=args.embed,
             )
         run_benchmark(
             args.engine,
