@@ -275,9 +275,8 @@ def run(
         threshold = check_score_threshold(options.score_threshold, runtime.spec)
         texts = pick_labels(labels, runtime.spec)
         wanted = None if classes is None else find_classes(classes, texts, runtime.spec.num_classes)
-        model = files.sha256(engine) if isinstance(engine, Path) else str(engine)
         made_with = run_identity(
-            model,
+            files.sha256(engine) if isinstance(engine, Path) else str(engine),
             options,
             wanted,
             labels=texts,
@@ -291,8 +290,7 @@ def run(
         say_stale(folder, output, names.values(), clean=clean)
         kept = find_kept(folder, output, names, image_ids, suffixes) if resume else {}
         todo = [path for path in paths if path not in kept]
-        done, first, start = 0, 0, time.perf_counter()
-        warm = start
+        speed = Speed()
         with (
             folder,
             open_batcher(runtime, todo, options, keep_sources=pictures) as batcher,
@@ -318,16 +316,13 @@ def run(
                 else:
                     writer.write(result)
                     boxes += len(result.detections)
-                    done += 1
-                    if done == batcher.batch_size:  # a GPU prepares itself with the first batch
-                        first, warm = done, time.perf_counter()
+                    speed.count(batcher.batch_size)
                 count += 1
             check_read(batcher, count)
         folder.finish()
-        end = time.perf_counter()
-        rate = (done - first) / (end - warm) if done > first else done / (end - start)
+        speed.stop()
     skipped = len(batcher.failures)
-    logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {end - start:.1f} s, {rate:.1f} images/s after the first batch")  # fmt: skip
+    logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {speed}")
     if pictures and writer.undrawn:
         logger.info(f"pictures show detections from a score of {draw_threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
     if kept:
@@ -337,9 +332,34 @@ def run(
     print(output / "detections.json")
     if report:
         failed = {path for path, _ in batcher.failures}
-        done = {path: name for path, name in names.items() if path not in failed}
-        write_report(report, engine.name, done, source, output, texts, embed=embed)
+        shown = {path: name for path, name in names.items() if path not in failed}
+        write_report(report, engine.name, shown, source, output, texts, embed=embed)
     return SOME_SKIPPED if skipped else 0
+
+
+class Speed:
+    """How fast images come. The first batch does not count where there are more: a GPU prepares itself with it."""
+
+    def __init__(self) -> None:
+        self._done = self._first = 0
+        self._start = self._warm = self._end = time.perf_counter()
+
+    def count(self, batch_size: int) -> None:
+        """One more image."""
+        self._done += 1
+        if self._done == batch_size:
+            self._first, self._warm = self._done, time.perf_counter()
+
+    def stop(self) -> None:
+        """The last one is written."""
+        self._end = time.perf_counter()
+
+    def __str__(self) -> str:
+        if self._done > self._first:
+            rate = (self._done - self._first) / (self._end - self._warm)
+        else:
+            rate = self._done / (self._end - self._start)
+        return f"{self._end - self._start:.1f} s, {rate:.1f} images/s after the first batch"
 
 
 def write_report(
