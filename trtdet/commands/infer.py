@@ -72,6 +72,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from trtdet.images.files import Sources
     from trtdet.results.manifest import RunFolder
     from trtdet.results.writer import ImageResult
+    from trtdet.runtimes.base import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +228,31 @@ def check_ray_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--resume: needs a model that is a file, to know that it is the same")
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What is written, and how.
+
+    Attributes:
+        names: image -> the name of its outputs, relative to `folder`.
+        image_ids: image -> its id in detections.json.
+        labels: [class_id] -> text.
+    """
+
+    folder: Path
+    names: Mapping[Path, Path]
+    image_ids: Mapping[Path, int | str]
+    labels: Sequence[str]
+    pictures: bool
+    draw_threshold: float
+    image_format: ImageFormat
+    tsv_header: bool
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files of an image."""
+        return (".tsv", f".{self.image_format}") if self.pictures else (".tsv",)
+
+
 def run(
     engine: Path | TritonUrl,
     source: Sources,
@@ -247,19 +274,8 @@ def run(
     """Detect, draw and write; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.images.files import find_images, root_of
     from trtdet.results.coco import ANNOTATIONS
-    from trtdet.results.manifest import RunFolder
-    from trtdet.results.naming import planned_files
-    from trtdet.results.writer import pick_image_ids, result_writer
-    from trtdet.run.detect import (
-        check_read,
-        check_score_threshold,
-        detect,
-        open_batcher,
-        open_model,
-        pick_labels,
-        progress,
-        run_identity,
-    )
+    from trtdet.results.writer import pick_image_ids
+    from trtdet.run.detect import check_score_threshold, open_model, pick_labels
 
     if annotations:
         files.check_input(annotations, *ANNOTATIONS)
@@ -270,71 +286,116 @@ def run(
     files.check_outputs([report], [engine if isinstance(engine, Path) else None])
     names = name_outputs(paths, source, output, options, pictures=pictures)
     image_ids = pick_image_ids(paths, root_of(source), annotations)
-    count = boxes = 0
     with open_model(engine, options) as runtime:
         threshold = check_score_threshold(options.score_threshold, runtime.spec)
         texts = pick_labels(labels, runtime.spec)
         wanted = None if classes is None else find_classes(classes, texts, runtime.spec.num_classes)
-        made_with = run_identity(
-            files.sha256(engine) if isinstance(engine, Path) else str(engine),
-            options,
-            wanted,
-            labels=texts,
-            pictures=pictures,
-            draw_threshold=draw_threshold,
-            image_format=image_format,
-            tsv_header=tsv_header,
+        outputs = Outputs(
+            output, names, image_ids, texts, pictures, draw_threshold, image_format, tsv_header
         )
-        suffixes = (".tsv", f".{image_format}") if pictures else (".tsv",)
-        folder = RunFolder(output, planned_files(names.values(), texts, suffixes), made_with)
+        folder = open_folder(engine, options, wanted, outputs)
         say_stale(folder, output, names.values(), clean=clean)
-        kept = find_kept(folder, output, names, image_ids, suffixes) if resume else {}
-        todo = [path for path in paths if path not in kept]
-        speed = Speed()
-        with (
+        kept = find_kept(folder, output, names, image_ids, outputs.suffixes) if resume else {}
+        failures = detect_and_write(
+            runtime,
+            paths,
+            options,
+            outputs,
             folder,
-            open_batcher(runtime, todo, options, keep_sources=pictures) as batcher,
-            result_writer(
-                output,
-                runtime.spec,
-                names=names,
-                image_ids=image_ids,
-                labels=texts,
-                tsv_header=tsv_header,
-                draw_threshold=draw_threshold,
-                folder=folder,
-                image_format=image_format,
-            ) as writer,
-            closing(detect(runtime, batcher, score_threshold=threshold, classes=wanted)) as found,
-            closing(progress(found, len(todo))) as results,
-        ):
-            for result in in_order(paths, kept, results):
-                if not count:
-                    folder.start(clean=clean, resumed=bool(kept))
-                if isinstance(result, str):
-                    writer.keep(result)
-                else:
-                    writer.write(result)
-                    boxes += len(result.detections)
-                    speed.count(batcher.batch_size)
-                count += 1
-            check_read(batcher, count)
-        folder.finish()
-        speed.stop()
-    skipped = len(batcher.failures)
-    logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {speed}")
-    if pictures and writer.undrawn:
-        logger.info(f"pictures show detections from a score of {draw_threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
-    if kept:
-        logger.info(
-            f"{len(kept)} of these images were done before; their detections are not counted"
+            kept,
+            threshold=threshold,
+            classes=wanted,
+            clean=clean,
         )
     print(output / "detections.json")
     if report:
-        failed = {path for path, _ in batcher.failures}
-        shown = {path: name for path, name in names.items() if path not in failed}
+        shown = {path: name for path, name in names.items() if path not in failures}
         write_report(report, engine.name, shown, source, output, texts, embed=embed)
-    return SOME_SKIPPED if skipped else 0
+    return SOME_SKIPPED if failures else 0
+
+
+def open_folder(
+    engine: Path | TritonUrl, options: RunOptions, classes: Sequence[int] | None, outputs: Outputs
+) -> RunFolder:
+    """The output folder, and what its files are made with."""
+    from trtdet.results.manifest import RunFolder
+    from trtdet.results.naming import planned_files
+    from trtdet.run.detect import run_identity
+
+    made_with = run_identity(
+        files.sha256(engine) if isinstance(engine, Path) else str(engine),
+        options,
+        classes,
+        labels=outputs.labels,
+        pictures=outputs.pictures,
+        draw_threshold=outputs.draw_threshold,
+        image_format=outputs.image_format,
+        tsv_header=outputs.tsv_header,
+    )
+    planned = planned_files(outputs.names.values(), outputs.labels, outputs.suffixes)
+    return RunFolder(outputs.folder, planned, made_with)
+
+
+def detect_and_write(
+    runtime: Runtime,
+    paths: Sequence[Path],
+    options: RunOptions,
+    outputs: Outputs,
+    folder: RunFolder,
+    kept: Mapping[Path, str],
+    *,
+    threshold: float,
+    classes: Sequence[int] | None,
+    clean: bool,
+) -> set[Path]:
+    """Run the images that are not in `kept` and write what is found.
+
+    Returns:
+        The images that could not be read.
+    """
+    from trtdet.results.writer import result_writer
+    from trtdet.run.detect import check_read, detect, open_batcher, progress
+
+    todo = [path for path in paths if path not in kept]
+    count = boxes = 0
+    speed = Speed()
+    with (
+        folder,
+        open_batcher(runtime, todo, options, keep_sources=outputs.pictures) as batcher,
+        result_writer(
+            outputs.folder,
+            runtime.spec,
+            names=outputs.names,
+            image_ids=outputs.image_ids,
+            labels=outputs.labels,
+            tsv_header=outputs.tsv_header,
+            draw_threshold=outputs.draw_threshold,
+            folder=folder,
+            image_format=outputs.image_format,
+        ) as writer,
+        closing(detect(runtime, batcher, score_threshold=threshold, classes=classes)) as found,
+        closing(progress(found, len(todo))) as results,
+    ):
+        for result in in_order(paths, kept, results):
+            if not count:
+                folder.start(clean=clean, resumed=bool(kept))
+            if isinstance(result, str):
+                writer.keep(result)
+            else:
+                writer.write(result)
+                boxes += len(result.detections)
+                speed.count(batcher.batch_size)
+            count += 1
+        check_read(batcher, count)
+    folder.finish()
+    speed.stop()
+    skipped = len(batcher.failures)
+    logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {speed}")
+    if outputs.pictures and writer.undrawn:
+        logger.info(f"pictures show detections from a score of {outputs.draw_threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
+    if kept:
+        logger.info(f"{len(kept)} of these images were done before; their detections are not counted")  # fmt: skip
+    return {path for path, _ in batcher.failures}
 
 
 class Speed:
