@@ -10,6 +10,19 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+tensorrt=requirements-tensorrt.txt
+case " $* " in
+*" --stand_in "*) tensorrt=requirements-rtx.txt ;; # builds without a GPU
+*" --help "* | *" -h "*) ;;
+*)
+  # Before gigabytes are installed.
+  command -v nvidia-smi >/dev/null || [ -e /usr/lib/wsl/lib/nvidia-smi ] || [ -e /etc/nv_tegra_release ] || {
+    echo "error: no NVIDIA driver found (nvidia-smi); this report is about engines on a GPU. --stand_in tries it without one" >&2
+    exit 1
+  }
+  ;;
+esac
+
 ready='
 from importlib.util import find_spec
 import sys
@@ -18,7 +31,7 @@ sys.exit(any(find_spec(name) is None for name in needed) or not (find_spec("tens
 '
 python=${PYTHON:-python3}
 if ! "$python" -c "$ready" 2>/dev/null; then
-  source scripts/setup.sh requirements.txt requirements-tensorflow.txt requirements-tensorrt.txt requirements-dev.txt
+  source scripts/setup.sh requirements.txt requirements-tensorflow.txt $tensorrt requirements-dev.txt
   python=python
 fi
 exec "$python" benchmarks/gpu_report.py "$@"

@@ -2,6 +2,8 @@
 """benchmarks/gpu_report.py: with the stand-in on any machine; what it calls passed, and what not."""
 
 import json
+import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -193,6 +195,15 @@ def test_a_command_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_script_names_files_that_are_there() -> None:
     script = (ROOT / "examples" / "gpu.sh").read_text()
     subprocess.run(["bash", "-n", ROOT / "examples" / "gpu.sh"], check=True)
-    for word in script.split():
+    for word in re.findall(r"[\w./-]+", script):
         if word.endswith((".txt", "setup.sh")) or word == "benchmarks/gpu_report.py":
             assert (ROOT / word).is_file(), word
+
+
+def test_the_script_refuses_before_it_installs(tmp_path: Path) -> None:
+    """No driver, no --stand_in: nothing is installed."""
+    for name in ("bash", "dirname", "env"):
+        (tmp_path / name).symlink_to(shutil.which(name) or "")
+    done = subprocess.run([tmp_path / "bash", ROOT / "examples" / "gpu.sh"], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: no NVIDIA driver found") and "--stand_in" in done.stderr

@@ -591,7 +591,7 @@ def test_images_per_second(
             yield None
         now[0] += 1  # clearing up
 
-    monkeypatch.setattr(infer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
     assert benchmark.images_per_second(results(), skip=skip) == pytest.approx(expected)
 
 

@@ -35,10 +35,11 @@ class Page:
         self._number = 0
         self._session: str | None = None
         self.requests: list[str] = []  # URLs that the page asked for, those of data left out
+        self.errors: list[str] = []  # exceptions of the page, and what its console calls an error
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
-        for domain in ("Page", "Network", "Runtime"):
+        for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -68,6 +69,7 @@ class Page:
             mobile=width < 600,
         )
         self.requests.clear()
+        self.errors.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
         deadline = time.monotonic() + TIMEOUT_S
         while (
@@ -103,6 +105,13 @@ class Page:
             self._buffer += data
         message, _, self._buffer = self._buffer.partition(b"\0")
         answer: dict[str, Any] = json.loads(message)
+        method, told = answer.get("method"), answer.get("params", {})
+        if method == "Runtime.exceptionThrown" or (
+            method == "Runtime.consoleAPICalled" and told["type"] == "error"
+        ):
+            self.errors.append(json.dumps(told)[:500])
+        if method == "Log.entryAdded" and told["entry"]["level"] == "error":
+            self.errors.append(told["entry"]["text"])
         if answer.get("method") == "Network.requestWillBeSent":
             url = answer["params"]["request"]["url"]
             if not url.startswith("data:"):

@@ -45,7 +45,6 @@ from trtdet.engine.options import (
     parse_gib,
 )
 from trtdet.files import printable_lines
-from trtdet.onnx_files import naming
 from trtdet.precision.options import PRECISIONS, QUANTIZED_PRECISIONS, RESTS, Int8Options
 
 logger = logging.getLogger(__name__)
@@ -65,6 +64,7 @@ def run(
     """Build `onnx_path` into `engine_path`, or only prepare it as `save_onnx`, and print what came out."""
     from trtdet.engine.dry_run import plan_file
     from trtdet.engine.stage import build_file, prepare_file
+    from trtdet.onnx_files import naming
     from trtdet.runtimes.kinds import check_model
 
     check_model(onnx_path)

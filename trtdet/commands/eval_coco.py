@@ -34,6 +34,7 @@ from trtdet.runtimes.options import TritonUrl
 
 if TYPE_CHECKING:
     from trtdet.images.files import Sources
+    from trtdet.results.coco import Annotations, Evaluation, Result
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # fmt: on
     add(parser, "--json")
     add(parser, "--plot")
+    add(parser, "--report", note="missed, false and matched objects, AP of each class")
+    add(parser, "--embed")
     # fmt: off
     parser.add_argument("--automl_path", "-p", type=Path, metavar="DIR", help="run AutoML's own coco_metric too, from this checkout of google/automl (default: none; needs TensorFlow)")
     # fmt: on
@@ -57,6 +60,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--model needs --input, the images")
     if not args.engine and not args.detections:
         parser.error("--model is required (or --detections alone, to evaluate a file)")
+    if args.report and not args.input:
+        parser.error("--report needs --input, the images")
+    if args.embed and not args.report:
+        parser.error("--embed goes with --report")
     return args
 
 
@@ -70,6 +77,8 @@ def run(
     output: Path | None = None,
     plot: Path | None = None,
     automl_path: Path | None = None,
+    report_path: Path | None = None,
+    embed: bool = False,
 ) -> int:
     """Evaluate; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.results import coco
@@ -90,9 +99,9 @@ def run(
         )
     if engine:
         model = engine if isinstance(engine, Path) else None
-        files.check_outputs([output, plot, detections], [annotations_path, model])
+        files.check_outputs([output, plot, report_path, detections], [annotations_path, model])
     else:
-        files.check_outputs([output, plot], [annotations_path, detections])
+        files.check_outputs([output, plot, report_path], [annotations_path, detections])
     files.check_input(annotations_path, *ANNOTATIONS)
     if detections is not None and not engine:
         files.check_input(detections, "--detections", "detections in COCO's results format, such as infer.py's detections.json")  # fmt: skip
@@ -128,7 +137,45 @@ def run(
         title = f"{(engine or detections or annotations_path).name}: AP {report['AP']:.4f}, {len(done.image_ids)} images"
         coco.plot_precision_recall(plot, evaluation, title=title)
         logger.info("wrote %s", plot)
+    if report_path and source is not None:
+        title = f"{(engine or detections or annotations_path).name}: AP {report['AP']:.4f}"
+        write_report(
+            report_path, title, source, annotations, options, done.results, evaluation, embed=embed
+        )
     return SOME_SKIPPED if done.skipped else 0
+
+
+def write_report(
+    path: Path,
+    title: str,
+    source: Sources,
+    annotations: Annotations,
+    options: RunOptions,
+    results: Sequence[Result],
+    evaluation: Evaluation,
+    *,
+    embed: bool,
+) -> None:
+    """The page of missed, false and matched objects."""
+    from trtdet.images.files import root_of
+    from trtdet.results.gallery import Page, write_gallery
+    from trtdet.results.gallery_items import items_of_evaluation
+    from trtdet.run.evaluate import annotated_images
+
+    images = annotated_images(
+        source, annotations, recursive=options.recursive, num_images=options.num_images
+    )
+    items, classes = items_of_evaluation(images, root_of(source), annotations, results)
+    page = Page(
+        title,
+        f"{len(items)} images of {annotations.path.name}; a match overlaps by an IoU of 0.5 or more",
+        {i: annotations.categories[category] for category, i in classes.items()},
+        evaluation.metrics,
+        {classes[category]: figures for category, figures in evaluation.by_category.items()},
+        evaluation.precision[0].tolist(),
+    )
+    write_gallery(path, items, page, embed=embed)
+    print(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,5 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             output=args.json,
             plot=args.plot,
             automl_path=args.automl_path,
+            report_path=args.report,
+            embed=args.embed,
         ),
     )

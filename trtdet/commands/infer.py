@@ -68,14 +68,9 @@ Exit status: 0 every image is done; 1 an error, or no image could be read; 2 wro
 from __future__ import annotations
 
 import argparse
-import logging
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Sequence
+from typing import get_args
 
-from trtdet import files
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
 from trtdet.commands.options import add, add_model_option, add_run_options, parse_run_args
 from trtdet.commands.values import (
@@ -85,19 +80,10 @@ from trtdet.commands.values import (
     positive_int,
     thread_count,
 )
-from trtdet.labels import find_classes, read_labels
-from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
+from trtdet.results.options import ImageFormat
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import TritonUrl
 from trtdet.video.options import VideoOptions, is_video
-
-if TYPE_CHECKING:
-    from trtdet.images.files import Sources
-    from trtdet.results.manifest import RunFolder
-    from trtdet.results.writer import ImageResult
-
-logger = logging.getLogger(__name__)
-
 
 #: Names that are no folder's.
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -110,6 +96,7 @@ NOT_FOR_VIDEO = {
     "ray": "--ray",
     "resume": "--resume",
     "clean": "--clean",
+    "report": "--report",
     "recursive": "--recursive",
     "num_images": "--num_images",
 }
@@ -125,6 +112,7 @@ NOT_MEASURED = {
     "classes": "--classes",
     "resume": "--resume",
     "clean": "--clean",
+    "report": "--report",
 }
 
 
@@ -154,6 +142,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="first remove the files that an earlier run wrote into the folder, by its manifest.json",
     )
+    add(parser, "--report", note="a gallery")
+    add(parser, "--embed")
     add(parser, "--json", note="goes with --benchmark")
     # fmt: off
     parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (HOST:PORT, or 'auto' on one of its machines), or start one here ('local'); every machine must see model, images and this program under the same paths (default: none)")
@@ -212,206 +202,14 @@ def check_ray_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--devices: Ray hands out the GPUs; leave it out, or limit --ray_workers")
     if args.ray_workers and not args.ray:
         parser.error("--ray_workers needs --ray")
+    if args.ray and args.report:
+        parser.error("--report: not with --ray; leave one of them out")
+    if args.embed and not args.report:
+        parser.error("--embed goes with --report")
     if args.ray and args.resume:
         parser.error("--resume: a run with --ray goes on by itself; leave it out")
     if args.resume and isinstance(args.engine, TritonUrl):
         parser.error("--resume: needs a model that is a file, to know that it is the same")
-
-
-def run(
-    engine: Path | TritonUrl,
-    source: Sources,
-    output: Path,
-    options: RunOptions,
-    *,
-    labels: Path | str | None = None,
-    annotations: Path | None = None,
-    pictures: bool = True,
-    draw_threshold: float = DRAW_THRESHOLD,
-    image_format: ImageFormat = "png",
-    tsv_header: bool = False,
-    classes: Sequence[str] | None = None,
-    resume: bool = False,
-    clean: bool = False,
-) -> int:
-    """Detect, draw and write; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
-    from trtdet.images.files import find_images, root_of
-    from trtdet.results.coco import ANNOTATIONS
-    from trtdet.results.manifest import RunFolder
-    from trtdet.results.naming import planned_files
-    from trtdet.results.writer import pick_image_ids, result_writer
-    from trtdet.run.detect import (
-        check_read,
-        check_score_threshold,
-        detect,
-        open_batcher,
-        open_model,
-        pick_labels,
-        progress,
-        run_identity,
-    )
-
-    if annotations:
-        files.check_input(annotations, *ANNOTATIONS)
-    if labels is not None:
-        read_labels(labels)  # before the model is loaded, which says how many it needs
-    paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
-    files.check_folder(output)
-    names = name_outputs(paths, source, output, options, pictures=pictures)
-    image_ids = pick_image_ids(paths, root_of(source), annotations)
-    count = boxes = 0
-    with open_model(engine, options) as runtime:
-        threshold = check_score_threshold(options.score_threshold, runtime.spec)
-        texts = pick_labels(labels, runtime.spec)
-        wanted = None if classes is None else find_classes(classes, texts, runtime.spec.num_classes)
-        model = files.sha256(engine) if isinstance(engine, Path) else str(engine)
-        made_with = run_identity(
-            model,
-            options,
-            wanted,
-            labels=texts,
-            pictures=pictures,
-            draw_threshold=draw_threshold,
-            image_format=image_format,
-            tsv_header=tsv_header,
-        )
-        suffixes = (".tsv", f".{image_format}") if pictures else (".tsv",)
-        folder = RunFolder(output, planned_files(names.values(), texts, suffixes), made_with)
-        say_stale(folder, output, names.values(), clean=clean)
-        kept = find_kept(folder, output, names, image_ids, suffixes) if resume else {}
-        todo = [path for path in paths if path not in kept]
-        done, first, start = 0, 0, time.perf_counter()
-        warm = start
-        with (
-            folder,
-            open_batcher(runtime, todo, options, keep_sources=pictures) as batcher,
-            result_writer(
-                output,
-                runtime.spec,
-                names=names,
-                image_ids=image_ids,
-                labels=texts,
-                tsv_header=tsv_header,
-                draw_threshold=draw_threshold,
-                folder=folder,
-                image_format=image_format,
-            ) as writer,
-            closing(detect(runtime, batcher, score_threshold=threshold, classes=wanted)) as found,
-            closing(progress(found, len(todo))) as results,
-        ):
-            for result in in_order(paths, kept, results):
-                if not count:
-                    folder.start(clean=clean, resumed=bool(kept))
-                if isinstance(result, str):
-                    writer.keep(result)
-                else:
-                    writer.write(result)
-                    boxes += len(result.detections)
-                    done += 1
-                    if done == batcher.batch_size:  # a GPU prepares itself with the first batch
-                        first, warm = done, time.perf_counter()
-                count += 1
-            check_read(batcher, count)
-        folder.finish()
-        end = time.perf_counter()
-        rate = (done - first) / (end - warm) if done > first else done / (end - start)
-    skipped = len(batcher.failures)
-    logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {end - start:.1f} s, {rate:.1f} images/s after the first batch")  # fmt: skip
-    if pictures and writer.undrawn:
-        logger.info(f"pictures show detections from a score of {draw_threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
-    if kept:
-        logger.info(
-            f"{len(kept)} of these images were done before; their detections are not counted"
-        )
-    print(output / "detections.json")
-    return SOME_SKIPPED if skipped else 0
-
-
-def name_outputs(
-    paths: Sequence[Path], source: Sources, output: Path, options: RunOptions, *, pictures: bool
-) -> dict[Path, Path]:
-    """Image -> the name of its outputs.
-
-    Raises:
-        ValueError: a picture would replace an image that is read.
-    """
-    from trtdet.images.files import root_of
-    from trtdet.results import naming
-
-    names = dict(zip(paths, naming.output_names(paths, root_of(source)), strict=True))
-    if pictures:
-        naming.check_apart(output, names, source, recursive=options.recursive)
-    return names
-
-
-def say_stale(folder: RunFolder, output: Path, names: Iterable[Path], *, clean: bool) -> None:
-    """Warn of what an earlier run left, unless it is removed."""
-    from trtdet.results import naming
-
-    stale = folder.stale()
-    if stale and not clean:
-        logger.warning(
-            "%s has %d files of an earlier run that this one does not write, such as %s; they are kept (--clean removes them)",
-            output,
-            len(stale),
-            stale[0],
-        )
-    listed = folder.before.files if folder.before else []
-    others = naming.left_over(
-        output, [*names, *(Path(name).with_suffix("") for name in listed if name.endswith(".tsv"))]
-    )
-    if others:
-        logger.warning(
-            "%s has results of %d other images, which no manifest lists; they are kept",
-            output,
-            others,
-        )
-
-
-def find_kept(
-    folder: RunFolder,
-    output: Path,
-    names: Mapping[Path, Path],
-    image_ids: Mapping[Path, int | str],
-    suffixes: Sequence[str],
-) -> dict[Path, str]:
-    """Images that a run that was broken off has done -> their part of detections.json.
-
-    Args:
-        suffixes: of the files of an image, all of which have to be there.
-    """
-    from trtdet.results import naming
-
-    done = folder.done()
-    kept = {}
-    for path, name in names.items():
-        one = done.get(name.as_posix())
-        if (
-            one is not None
-            and one.id == image_ids.get(path)
-            and all(naming.with_suffix_added(output / name, s).is_file() for s in suffixes)
-        ):
-            kept[path] = one.text
-    if kept:
-        logger.info("--resume: %d of %d images are done already", len(kept), len(names))
-    else:
-        logger.warning("--resume: %s has no run that was broken off; it begins anew", output)
-    return kept
-
-
-def in_order(
-    paths: Sequence[Path], kept: Mapping[Path, str], results: Iterable[ImageResult]
-) -> Iterator[ImageResult | str]:
-    """What was done before and what is done now, in the order of the images; those that cannot be read are in neither."""
-    waiting = iter(paths)
-    for result in results:
-        for path in waiting:
-            if path == result.path:
-                break
-            if path in kept:
-                yield kept[path]
-        yield result
-    yield from (kept[path] for path in waiting if path in kept)
 
 
 def run_on_video(args: argparse.Namespace, options: RunOptions) -> int:
@@ -440,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def stage() -> int:
         from trtdet.run.benchmark import run_benchmark
+        from trtdet.run.infer import run
         from trtdet.run.ray import run_on_ray
 
         if args.ray:
@@ -460,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.video:
             return run_on_video(args, options)
         if not args.benchmark:
-            return run(
+            skipped = run(
                 args.engine,
                 args.input,
                 args.output,
@@ -474,7 +273,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 classes=args.classes,
                 resume=args.resume,
                 clean=args.clean,
+                report=args.report,
+                embed=args.embed,
             )
+            return SOME_SKIPPED if skipped else 0
         run_benchmark(
             args.engine,
             args.input,

@@ -99,6 +99,7 @@ SHARED = {
     "--allow_host_code": _row("--allow_host_code", None, "let an engine run its own code on the CPU with your permissions, as a version-compatible engine does; only for files you trust", action="store_const", const=True),
     "--json": _row("--json", "FILE", "write the result to this file as JSON", "none", **FILE),
     "--report": _row("--report", "FILE.html", "write the result to this file as a page, pictures included", "none", type=parse_page),
+    "--embed": _row("--embed", None, "with --report: put the pictures into the page, at up to 1600 pixels; else they are links to the files", **SWITCH),
     "--plot": _row("--plot", "FILE", "draw the result to this picture file (.png, .svg, .pdf)", "none", type=parse_plot),
     "--precision_json": _row("--precision_json", "FILE", "what tune_precision.py found for this model", "none", **FILE),
     "--name": _row("--name", "NAME", "what the model is called there", "detector"),

@@ -12,7 +12,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +139,13 @@ class Evaluation:
         precision: (10, 101) precision at IoU 0.50, 0.55, ..., 0.95 and recall 0, 0.01, ..., 1, averaged over the categories; all sizes,
             100 detections.
         iou_type: what overlaps were of: "bbox", or "segm", the polygons of rotated boxes.
+        by_category: category id -> its AP and AP50; those without an object are not in it.
     """
 
     metrics: dict[str, float]
     precision: NDArray[np.float64]
     iou_type: str = "bbox"
+    by_category: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -197,7 +199,13 @@ def evaluate(
     precision = run.eval["precision"][:, :, :, 0, -1]  # (iou, recall, category), -1: no objects
     there = (precision > -1).any(axis=(0, 1))
     mean = precision[:, :, there].mean(axis=2) if there.any() else np.zeros(precision.shape[:2])
-    return Evaluation(dict(zip(METRICS, map(float, run.stats), strict=True)), mean, iou_type)
+    by_category = {
+        int(category): (float(precision[:, :, k].mean()), float(precision[0, :, k].mean()))
+        for k, category in enumerate(run.params.catIds)
+        if there[k]
+    }
+    metrics = dict(zip(METRICS, map(float, run.stats), strict=True))
+    return Evaluation(metrics, mean, iou_type, by_category)
 
 
 def _image_entries(

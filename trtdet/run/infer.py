@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model on image files: pictures, TSVs, detections.json; what infer.py does with images on one machine."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtdet import files
+from trtdet.images.files import Sources, find_images, root_of
+from trtdet.labels import find_classes, read_labels
+from trtdet.results import naming
+from trtdet.results.coco import ANNOTATIONS
+from trtdet.results.gallery import Page, write_gallery
+from trtdet.results.gallery_items import items_of_run
+from trtdet.results.manifest import RunFolder
+from trtdet.results.naming import planned_files
+from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
+from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
+from trtdet.run.detect import (
+    check_read,
+    check_score_threshold,
+    detect,
+    open_batcher,
+    open_model,
+    pick_labels,
+    progress,
+    run_identity,
+)
+from trtdet.run.options import RunOptions
+from trtdet.runtimes.base import Runtime
+from trtdet.runtimes.options import TritonUrl
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written, and how.
+
+    Attributes:
+        names: image -> the name of its outputs, relative to `folder`.
+        image_ids: image -> its id in detections.json.
+        labels: [class_id] -> text.
+    """
+
+    folder: Path
+    names: Mapping[Path, Path]
+    image_ids: Mapping[Path, int | str]
+    labels: Sequence[str]
+    pictures: bool
+    draw_threshold: float
+    image_format: ImageFormat
+    tsv_header: bool
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files of an image."""
+        return (".tsv", f".{self.image_format}") if self.pictures else (".tsv",)
+
+
+def run(
+    engine: Path | TritonUrl,
+    source: Sources,
+    output: Path,
+    options: RunOptions,
+    *,
+    labels: Path | str | None = None,
+    annotations: Path | None = None,
+    pictures: bool = True,
+    draw_threshold: float = DRAW_THRESHOLD,
+    image_format: ImageFormat = "png",
+    tsv_header: bool = False,
+    classes: Sequence[str] | None = None,
+    resume: bool = False,
+    clean: bool = False,
+    report: Path | None = None,
+    embed: bool = False,
+) -> int:
+    """Detect, draw and write.
+
+    Args:
+        source: files, folders and globs.
+        annotations: give the images their ids.
+        resume: go on with a run that was broken off.
+        clean: first remove what an earlier run wrote.
+        report: a gallery; `embed`: with the pictures in it.
+
+    Returns:
+        How many images could not be read.
+
+    Raises:
+        ValueError: not one could be read, or options that do not fit the model or the folder.
+    """
+    if annotations:
+        files.check_input(annotations, *ANNOTATIONS)
+    if labels is not None:
+        read_labels(labels)  # before the model is loaded, which says how many it needs
+    paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
+    files.check_folder(output)
+    files.check_outputs([report], [engine if isinstance(engine, Path) else None])
+    names = name_outputs(paths, source, output, options, pictures=pictures)
+    image_ids = pick_image_ids(paths, root_of(source), annotations)
+    with open_model(engine, options) as runtime:
+        threshold = check_score_threshold(options.score_threshold, runtime.spec)
+        texts = pick_labels(labels, runtime.spec)
+        wanted = None if classes is None else find_classes(classes, texts, runtime.spec.num_classes)
+        outputs = Outputs(
+            output, names, image_ids, texts, pictures, draw_threshold, image_format, tsv_header
+        )
+        folder = open_folder(engine, options, wanted, outputs)
+        say_stale(folder, output, names.values(), clean=clean)
+        kept = find_kept(folder, output, names, image_ids, outputs.suffixes) if resume else {}
+        failures = detect_and_write(
+            runtime,
+            paths,
+            options,
+            outputs,
+            folder,
+            kept,
+            threshold=threshold,
+            classes=wanted,
+            clean=clean,
+        )
+    print(output / "detections.json")
+    if report:
+        shown = {path: name for path, name in names.items() if path not in failures}
+        write_report(report, engine.name, shown, source, output, texts, embed=embed)
+    return len(failures)
+
+
+def open_folder(
+    engine: Path | TritonUrl, options: RunOptions, classes: Sequence[int] | None, outputs: Outputs
+) -> RunFolder:
+    """The output folder, and what its files are made with."""
+    made_with = run_identity(
+        files.sha256(engine) if isinstance(engine, Path) else str(engine),
+        options,
+        classes,
+        labels=outputs.labels,
+        pictures=outputs.pictures,
+        draw_threshold=outputs.draw_threshold,
+        image_format=outputs.image_format,
+        tsv_header=outputs.tsv_header,
+    )
+    planned = planned_files(outputs.names.values(), outputs.labels, outputs.suffixes)
+    return RunFolder(outputs.folder, planned, made_with)
+
+
+def detect_and_write(
+    runtime: Runtime,
+    paths: Sequence[Path],
+    options: RunOptions,
+    outputs: Outputs,
+    folder: RunFolder,
+    kept: Mapping[Path, str],
+    *,
+    threshold: float,
+    classes: Sequence[int] | None,
+    clean: bool,
+) -> set[Path]:
+    """Run the images that are not in `kept` and write what is found.
+
+    Returns:
+        The images that could not be read.
+    """
+    todo = [path for path in paths if path not in kept]
+    count = boxes = 0
+    speed = Speed()
+    with (
+        folder,
+        open_batcher(runtime, todo, options, keep_sources=outputs.pictures) as batcher,
+        result_writer(
+            outputs.folder,
+            runtime.spec,
+            names=outputs.names,
+            image_ids=outputs.image_ids,
+            labels=outputs.labels,
+            tsv_header=outputs.tsv_header,
+            draw_threshold=outputs.draw_threshold,
+            folder=folder,
+            image_format=outputs.image_format,
+        ) as writer,
+        closing(detect(runtime, batcher, score_threshold=threshold, classes=classes)) as found,
+        closing(progress(found, len(todo))) as results,
+    ):
+        for result in in_order(paths, kept, results):
+            if not count:
+                folder.start(clean=clean, resumed=bool(kept))
+            if isinstance(result, str):
+                writer.keep(result)
+            else:
+                writer.write(result)
+                boxes += len(result.detections)
+                speed.count(batcher.batch_size)
+            count += 1
+        check_read(batcher, count)
+    folder.finish()
+    speed.stop()
+    skipped = len(batcher.failures)
+    logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {speed}")
+    if outputs.pictures and writer.undrawn:
+        logger.info(f"pictures show detections from a score of {outputs.draw_threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
+    if kept:
+        logger.info(f"{len(kept)} of these images were done before; their detections are not counted")  # fmt: skip
+    return {path for path, _ in batcher.failures}
+
+
+class Speed:
+    """How fast images come. The first batch does not count where there are more: a GPU prepares itself with it."""
+
+    def __init__(self) -> None:
+        self._done = self._first = 0
+        self._start = self._warm = self._end = time.perf_counter()
+
+    def count(self, batch_size: int) -> None:
+        """One more image."""
+        self._done += 1
+        if self._done == batch_size:
+            self._first, self._warm = self._done, time.perf_counter()
+
+    def stop(self) -> None:
+        """The last one is written."""
+        self._end = time.perf_counter()
+
+    def __str__(self) -> str:
+        if self._done > self._first:
+            rate = (self._done - self._first) / (self._end - self._warm)
+        else:
+            rate = self._done / (self._end - self._start)
+        return f"{self._end - self._start:.1f} s, {rate:.1f} images/s after the first batch"
+
+
+def write_report(
+    report: Path,
+    model: str,
+    names: Mapping[Path, Path],
+    source: Sources,
+    output: Path,
+    labels: Sequence[str],
+    *,
+    embed: bool,
+) -> None:
+    """The gallery, of the TSVs that were written."""
+    items = items_of_run(output, names, root_of(source))
+    page = Page(
+        f"{model}: {len(items)} images",
+        f"detections of {model}; the TSV files have all of them",
+        labels,
+    )
+    write_gallery(report, items, page, embed=embed)
+    print(report)
+
+
+def name_outputs(
+    paths: Sequence[Path], source: Sources, output: Path, options: RunOptions, *, pictures: bool
+) -> dict[Path, Path]:
+    """Image -> the name of its outputs.
+
+    Raises:
+        ValueError: a picture would replace an image that is read.
+    """
+    names = dict(zip(paths, naming.output_names(paths, root_of(source)), strict=True))
+    if pictures:
+        naming.check_apart(output, names, source, recursive=options.recursive)
+    return names
+
+
+def say_stale(folder: RunFolder, output: Path, names: Iterable[Path], *, clean: bool) -> None:
+    """Warn of what an earlier run left, unless it is removed."""
+    stale = folder.stale()
+    if stale and not clean:
+        logger.warning(
+            "%s has %d files of an earlier run that this one does not write, such as %s; they are kept (--clean removes them)",
+            output,
+            len(stale),
+            stale[0],
+        )
+    listed = folder.before.files if folder.before else []
+    others = naming.left_over(
+        output, [*names, *(Path(name).with_suffix("") for name in listed if name.endswith(".tsv"))]
+    )
+    if others:
+        logger.warning(
+            "%s has results of %d other images, which no manifest lists; they are kept",
+            output,
+            others,
+        )
+
+
+def find_kept(
+    folder: RunFolder,
+    output: Path,
+    names: Mapping[Path, Path],
+    image_ids: Mapping[Path, int | str],
+    suffixes: Sequence[str],
+) -> dict[Path, str]:
+    """Images that a run that was broken off has done -> their part of detections.json.
+
+    Args:
+        suffixes: of the files of an image, all of which have to be there.
+    """
+    done = folder.done()
+    kept = {}
+    for path, name in names.items():
+        one = done.get(name.as_posix())
+        if (
+            one is not None
+            and one.id == image_ids.get(path)
+            and all(naming.with_suffix_added(output / name, s).is_file() for s in suffixes)
+        ):
+            kept[path] = one.text
+    if kept:
+        logger.info("--resume: %d of %d images are done already", len(kept), len(names))
+    else:
+        logger.warning("--resume: %s has no run that was broken off; it begins anew", output)
+    return kept
+
+
+def in_order(
+    paths: Sequence[Path], kept: Mapping[Path, str], results: Iterable[ImageResult]
+) -> Iterator[ImageResult | str]:
+    """What was done before and what is done now, in the order of the images; those that cannot be read are in neither."""
+    waiting = iter(paths)
+    for result in results:
+        for path in waiting:
+            if path == result.path:
+                break
+            if path in kept:
+                yield kept[path]
+        yield result
+    yield from (kept[path] for path in waiting if path in kept)
