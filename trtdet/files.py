@@ -101,7 +101,9 @@ def _temporary_beside(target: Path) -> Path:
             os.close(os.open(temporary, flags, 0o666))
         except FileExistsError:  # of a process that had the same number
             continue
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if target.parent.is_dir():  # /proc: nothing can be made in it
+                raise FileNotFoundError(error.errno, error.strerror, str(target)) from error
             target.parent.mkdir(parents=True, exist_ok=True)
             continue
         return temporary

@@ -103,7 +103,7 @@ PATHS = {
     "visualize": ("visualize --input photos --detections tsvs --output out", ("--output photos", "--detections nowhere", "--detections model.onnx", "--font nowhere", "--font labels.txt", "--font photos", "--labels nowhere", "--annotations nowhere", "--input tsvs", "--output model.onnx")),
     "image_batcher": ("image_batcher --model model.onnx --input photos --output out", ("--output photos", "--model nowhere", "--model photos", "--model annotations.json", "--output model.onnx")),
     "triton": (TRITON, ("--output model.onnx", "--labels nowhere", "--model nowhere.engine", "--model photos")),
-    "deepstream": (DEEPSTREAM, ("--output d0.engine", "--model model.onnx", "--model nowhere", "--labels photos")),
+    "deepstream": (DEEPSTREAM, ("--output d0.engine", "--model photos", "--model nowhere", "--labels photos")),
     "trtexec": (TRTEXEC, ("--model nowhere", "--model photos")),
     "times": ("deploy trtexec --batch_size 1 --parse_times times.json", ("--parse_times nowhere", "--parse_times photos", "--parse_times labels.txt")),
     "log": ("deploy trtexec --parse_log trtexec.log", ("--parse_log nowhere", "--parse_log photos", "--parse_log labels.txt")),
