@@ -79,10 +79,10 @@ from trtdet import files
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
 from trtdet.commands.options import add, add_model_option, add_run_options, parse_run_args
 from trtdet.commands.values import (
-    non_negative,
     parse_classes,
     positive_float,
     positive_int,
+    seconds,
     thread_count,
 )
 from trtdet.labels import find_classes, read_labels
@@ -183,7 +183,7 @@ def add_video_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("for a video")
     # fmt: off
     group.add_argument("--every", type=positive_int, metavar="N", help="look at one of N frames (default: 1)")
-    group.add_argument("--start", type=non_negative, metavar="SECONDS", help="begin at this time (default: 0)")
+    group.add_argument("--start", type=seconds, metavar="SECONDS", help="begin at this time (default: 0)")
     group.add_argument("--duration", type=positive_float, metavar="SECONDS", help="look at so much of it (default: to the end)")
     # fmt: on
 
