@@ -36,6 +36,7 @@ from trtdet.results.draw import draw
 from trtdet.run.detect import check_score_threshold, detect, open_batcher, open_model, pick_labels
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import is_url, parse_url
+from trtdet.sources.saved_model_folder import GRAPH_FILE
 from trtdet.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -314,7 +315,9 @@ def convert(source: str | Path, output: str | Path, **options: Any) -> Conversio
     own = {name: value for name, value in options.items() if name in known or name not in names}
     given = frozenset("resize_mode" if name == "resize" else name for name in options)
     chosen = Options(hints=hints, given=given, **own)
-    return convert_file(source, Path(output), chosen, is_onnx=not source.is_dir())
+    return convert_file(
+        source, Path(output), chosen, is_onnx=not source.is_dir() and source.name != GRAPH_FILE
+    )
 
 
 def _refuse(options: Mapping[str, Any], names: Sequence[str], reason: str) -> None:

@@ -70,7 +70,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = _temporary_beside(target)
         try:
             yield temporary
-            temporary.replace(target)
+            _move(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -78,6 +78,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if error.errno in _NO_ROOM and not error.filename:
             raise OSError(error.errno, f"{error.strerror}; make room, or choose another folder", str(path)) from error  # fmt: skip
         raise
+
+
+def _move(temporary: Path, target: Path) -> None:
+    """Put a file in its place; what is wrong names the place, not the temporary name."""
+    try:
+        temporary.replace(target)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(target)) from error
 
 
 def _is_special(path: Path) -> bool:
@@ -101,7 +109,9 @@ def _temporary_beside(target: Path) -> Path:
             os.close(os.open(temporary, flags, 0o666))
         except FileExistsError:  # of a process that had the same number
             continue
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if target.parent.is_dir():  # /proc: nothing can be made in it
+                raise FileNotFoundError(error.errno, error.strerror, str(target)) from error
             target.parent.mkdir(parents=True, exist_ok=True)
             continue
         return temporary

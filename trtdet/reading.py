@@ -127,7 +127,7 @@ def _check_schema(data: Any, kind: Any, place: str) -> None:
     if (schema := getattr(kind, "SCHEMA", None)) is not None:
         found = data.get("schema") if isinstance(data, dict) else data
         if isinstance(found, bool) or found != schema:
-            other = OtherSchemaError if isinstance(found, int) else ValueError
+            other = OtherSchemaError if isinstance(data, dict) and isinstance(found, int) else ValueError  # fmt: skip
             raise other(f"{place}{': ' if place else ''}expected schema {schema}, found {shown(found)}")  # fmt: skip
     if isinstance(data, dict):
         hints = get_type_hints(kind)

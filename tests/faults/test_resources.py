@@ -252,6 +252,16 @@ def test_category_ids_of_any_size_take_no_memory(desk: Path, capsys: Any) -> Non
     assert outcome.status == 0, outcome.err
 
 
+@posix
+def test_no_memory_is_one_line(desk: Path) -> None:
+    line = "image_batcher --size 20000 --input photos --output out"
+    result = limited(desk, "AS", 3 << 30, line)
+    assert result.returncode == 1, result.stderr
+    (error,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
+    assert error.startswith("error: not enough memory (") and "a smaller --batch_size" in error
+    assert "Traceback" not in result.stderr
+
+
 def test_a_shell_line_is_exact_and_printable(tmp_path: Path) -> None:
     names = ["plain", "with space", "tab\there", "new\nline", "\x1b[31m", "quote'd", '"', "back\\slash\t", os.fsdecode(b"caf\xe9"), "$(touch x)", "\u2028"]  # fmt: skip
     line = files.shell_line(["printf", "%s\\0", *names])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import fault_desk
 import pytest
 from conftest import EXAMPLES
+from PIL import Image
 
 from trtdet.sources.saved_model_folder import find_saved_model
 
@@ -221,3 +223,26 @@ def test_nodes_without_a_result_are_none_of_the_ends(tmp_path: Path) -> None:
         (name,) = source.graph.inputs
         tensor = find_detections(source, {name: np.ones((1, 32, 32, 3), np.float32)})
         assert source.run([tensor], {name: np.ones((1, 32, 32, 3), np.float32)})[0].shape == (1, 4, 7)  # fmt: skip
+
+
+# ---- pictures that a model cannot take
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "--own_nms"])
+@pytest.mark.parametrize("size", [(20000, 50), (500, 1)])
+def test_compare_goes_on_after_a_picture_that_the_model_cannot_take(
+    size: tuple[int, int], options: str, tiny_onnx: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """AutoML's own preprocessing scales the shorter side to nothing."""
+    shutil.copytree(EXAMPLES / "images", tmp_path / "in")
+    Image.new("RGB", size).save(tmp_path / "in" / "zz.png")
+    limits = "--max_missing 1 --max_extra 100 --max_score_diff 1 --max_box_diff 1000 --max_flips 1"
+    line = f"compare --reference {SOUND} --candidate {tiny_onnx} --input in --json out.json {limits} {options}"
+    outcome = fault_desk.run(tmp_path, line, capsys)
+    assert outcome.status == 3, outcome.err
+    (skipped,) = [text for text in outcome.err.splitlines() if "skipped" in text]
+    assert re.match(r"W skipped: in/zz\.png: .*must be positive", skipped), skipped
+    assert len(skipped) < 300
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["images"] == len(list((EXAMPLES / "images").iterdir()))

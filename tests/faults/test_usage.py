@@ -25,6 +25,7 @@ WRONG = {
     "sizes": ("0", "0,8", "-8,8", "8,8,8,8", "40000", "8,40000", "x", "nan", "9" * 5000, "8,inf"),
     "batches": ("0", "-1", "8:4:1", "1:2", "1:2:3:4", "1:2:70000", "x", "9" * 20, "9" * 5000, "1.5"),
     "devices": ("-1", "x", "0,0", "1.5", "", "9" * 5000),
+    "time": ("-1", "nan", "inf", "1e400", "1e308", "x", ""),
     "seconds": ("0", "-1", "nan", "inf", "1e400", "1e308", "x"),
     "version": ("x", "10", "10.13", "1.2.3.4.5", f"{'9' * 5000}.1.1", "-1.2.3", "99999.1.1"),
 }  # fmt: skip
@@ -32,6 +33,7 @@ WRONG = {
 INFER = "infer --model model.onnx --input photos --output out"
 ENGINE = "infer --model d0.engine --input photos --output out"
 SERVED = "infer --model grpc://h:1/m --input photos --output out"
+VIDEO = "infer --model model.onnx --input clip.mp4 --output out"
 BUILD = "build_engine --model net.onnx --save_onnx out.onnx --engine out.engine"
 INT8 = f"{BUILD} --precision int8"
 CREATE = "create_onnx --source_onnx yolo.onnx --onnx out.onnx"
@@ -47,7 +49,7 @@ OPTIONS = {
     (INFER, "--threads"): "threads", (INFER, "--workers"): "threads", (INFER, "--batch_size"): "batch", (INFER, "--num_images"): "count",
     (INFER, "--score_threshold"): "share", (INFER, "--draw_threshold"): "share", (INFER, "--size"): "sizes", (INFER, "--resize"): "side",
     ("infer --model model.onnx", "--benchmark"): "count", (ENGINE, "--contexts"): "threads", (ENGINE, "--devices"): "devices",
-    (SERVED, "--requests"): "threads", (SERVED, "--timeout"): "seconds", (f"{INFER} --ray local", "--ray_workers"): "threads",
+    (VIDEO, "--every"): "count", (VIDEO, "--start"): "time", (VIDEO, "--duration"): "seconds", (SERVED, "--requests"): "threads", (SERVED, "--timeout"): "seconds", (f"{INFER} --ray local", "--ray_workers"): "threads",
     (BUILD, "--batch_size"): "batches", (BUILD, "--dynamic_batch_size"): "batches", (BUILD, "--dla_core"): "core",
     (BUILD, "--workspace"): "seconds", (BUILD, "--optimization_level"): "level", (INT8, "--calib_num_images"): "count",
     (INT8, "--calib_batches"): "count", (INT8, "--calib_batch_size"): "batch", (INT8, "--calib_fraction"): "share", (INT8, "--int8_share"): "share",
@@ -103,7 +105,7 @@ PATHS = {
     "visualize": ("visualize --input photos --detections tsvs --output out", ("--output photos", "--detections nowhere", "--detections model.onnx", "--font nowhere", "--font labels.txt", "--font photos", "--labels nowhere", "--annotations nowhere", "--input tsvs", "--output model.onnx")),
     "image_batcher": ("image_batcher --model model.onnx --input photos --output out", ("--output photos", "--model nowhere", "--model photos", "--model annotations.json", "--output model.onnx")),
     "triton": (TRITON, ("--output model.onnx", "--labels nowhere", "--model nowhere.engine", "--model photos")),
-    "deepstream": (DEEPSTREAM, ("--output d0.engine", "--model model.onnx", "--model nowhere", "--labels photos")),
+    "deepstream": (DEEPSTREAM, ("--output d0.engine", "--model photos", "--model nowhere", "--labels photos")),
     "trtexec": (TRTEXEC, ("--model nowhere", "--model photos")),
     "times": ("deploy trtexec --batch_size 1 --parse_times times.json", ("--parse_times nowhere", "--parse_times photos", "--parse_times labels.txt")),
     "log": ("deploy trtexec --parse_log trtexec.log", ("--parse_log nowhere", "--parse_log photos", "--parse_log labels.txt")),

@@ -24,7 +24,7 @@ import toy_detector
 import toy_network
 import yolo_networks
 
-from trtdet.commands import deploy
+from trtdet.commands import deploy, infer
 from trtdet.detections import Detections, write_tsv
 from trtdet.engine.options import BatchRange
 from trtdet.engine.sidecar import EngineInfo, write_engine
@@ -108,6 +108,7 @@ def make(folder: Path) -> Path:
     (folder / "tsvs" / "labels.txt").write_text("\n".join(toy_detector.LABELS) + "\n")
     make_int8(folder)
     make_served(folder)
+    make_broken_off(folder)
     return folder
 
 
@@ -128,6 +129,25 @@ def make_served(folder: Path) -> None:
             ["deepstream", *engine, "--output", str(folder / "stream")],
         ):
             assert deploy.main(words) == 0
+
+
+def make_broken_off(folder: Path) -> None:
+    """What a run of infer.py leaves that was ended after the first image."""
+    there = os.getcwd()
+    os.chdir(folder)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            line = "--model model.onnx --input photos --output found"
+            assert infer.main(line.split()) == 0
+    finally:
+        os.chdir(there)
+    found = json.loads((folder / "found" / "detections.json").read_text())
+    text = ",\n".join(json.dumps(entry) for entry in found if entry["image_id"] == 1)
+    line = json.dumps({"name": "1", "id": 1, "text": text})
+    (folder / "found" / "detections.partial.jsonl").write_text(line + "\n")
+    manifest = json.loads((folder / "found" / "manifest.json").read_text())
+    write_json(folder / "found" / "manifest.json", manifest | {"complete": False})
+    (folder / "found" / "detections.json").unlink()
 
 
 def make_int8(folder: Path) -> None:

@@ -81,6 +81,12 @@ def run_main(run: Callable[[], int | None]) -> int:
             logger.debug("traceback", exc_info=True)
             sys.stderr.write(f"error: {message_of(error)}\n")
             return 1
+        except MemoryError as error:
+            logger.debug("traceback", exc_info=True)
+            sys.stderr.write(
+                f"error: not enough memory ({message_of(error)}); a smaller --batch_size or --size, or fewer --workers, needs less\n"
+            )
+            return 1
         except KeyboardInterrupt:
             sys.stderr.write("terminated\n" if terminated.is_set() else "interrupted\n")
             return 143 if terminated.is_set() else 130

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-#: Pictures at a time; nothing else depends on it here.
-BATCH_SIZE = 8
+#: Pictures at a time, and bytes of them; nothing else depends on it here.
+BATCH_SIZE, BATCH_BYTES = 8, 1 << 30
 
 
 def show(
@@ -79,6 +80,12 @@ def show(
                 )
             batch.release()
     return len(batches.failures)
+
+
+def batch_size_of(preprocessing: Preprocessing) -> int:
+    """Pictures at a time, fewer where they are large."""
+    size = 4 * math.prod(preprocessing.image_shapes[-1])
+    return max(1, min(BATCH_SIZE, BATCH_BYTES // size))
 
 
 def _table_row(
@@ -139,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             names,
             args.output,
             preprocessing,
-            batch_size=args.batch_size or BATCH_SIZE,
+            batch_size=args.batch_size or batch_size_of(preprocessing),
             resample=args.resample,
             workers=args.workers,
             resize=resize,

@@ -74,10 +74,10 @@ from typing import get_args
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
 from trtdet.commands.options import add, add_model_option, add_run_options, parse_run_args
 from trtdet.commands.values import (
-    non_negative,
     parse_classes,
     positive_float,
     positive_int,
+    seconds,
     thread_count,
 )
 from trtdet.results.options import ImageFormat
@@ -173,7 +173,7 @@ def add_video_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("for a video")
     # fmt: off
     group.add_argument("--every", type=positive_int, metavar="N", help="look at one of N frames (default: 1)")
-    group.add_argument("--start", type=non_negative, metavar="SECONDS", help="begin at this time (default: 0)")
+    group.add_argument("--start", type=seconds, metavar="SECONDS", help="begin at this time (default: 0)")
     group.add_argument("--duration", type=positive_float, metavar="SECONDS", help="look at so much of it (default: to the end)")
     # fmt: on
 

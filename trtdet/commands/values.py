@@ -130,6 +130,11 @@ def positive_float(text: str) -> float:
     )
 
 
+def seconds(text: str) -> float:
+    """argparse type: a time from the beginning of a video."""
+    return _number(text, float, lambda value: 0 <= value <= LONGEST_S, f"a number from 0 to {LONGEST_S:g}")  # fmt: skip
+
+
 def non_negative(text: str) -> float:
     """argparse type: a number of at least 0."""
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, TextIO
 
-from trtdet import files, reading
+from trtdet import checks, files, reading
 from trtdet.closing import Closing
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class RunFolder(Closing):
         self._partial: TextIO | None = None
         self.before: Manifest | None = None
         path = output / MANIFEST
-        if path.is_file():
+        if files.is_beside(path):
             remedy = f"remove it, and what else {output} has of an earlier run"
             self.before = reading.read(path, Manifest, remedy=remedy)
 
@@ -110,7 +110,7 @@ class RunFolder(Closing):
             ValueError: the folder has results of a run with other options.
         """
         path = self._output / PARTIAL
-        if self.before is None or self.before.complete or not path.is_file():
+        if self.before is None or self.before.complete or not files.is_beside(path):
             return {}
         if self.before.run != self._run:
             other = [
@@ -123,11 +123,12 @@ class RunFolder(Closing):
                 "finish that one, or start anew without --resume"
             )
         found = {}
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in files.read_text(path).splitlines(keepends=True):
             if line.endswith("\n"):  # the last one may be cut
                 one = reading.parse(
                     line, Done, name=str(path), remedy="start anew without --resume"
                 )
+                _check_results(path, one.text)
                 found[one.name] = one
         return found
 
@@ -186,6 +187,20 @@ class RunFolder(Closing):
             "files": names,
         }
         files.write_text(self._output / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def _check_results(path: Path, text: str) -> None:
+    """Find out whether the part of detections.json that a line keeps is one: it is copied as it is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        entries = json.loads(f"[{text}]")
+    except (ValueError, RecursionError):
+        entries = [None]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: text: expected detections in JSON, found {checks.shown(text)}; start anew without --resume")  # fmt: skip
 
 
 def _cut_last_line(path: Path) -> None:
