@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from trtdet.commands import create_onnx
 from trtdet.errors import GraphError
-from trtdet.families import yolo
+from trtdet.families import yolo, yolo_conventions
 from trtdet.families.base import Hints
 from trtdet.geometry import box_iou
 from trtdet.images.preprocess import preprocess
@@ -260,7 +260,7 @@ def test_coco_names_have_coco_ids(tmp_path: Path) -> None:
     metadata = {prop.key: prop.value for prop in model.metadata_props} | {"names": str(names)}
     helper.set_model_props(model, metadata)
     assert yolo.read_metadata(model).names == COCO_80_LABELS
-    assert yolo._category_ids(COCO_80_LABELS, 80) == COCO_80_IDS
+    assert yolo_conventions.category_ids_of(COCO_80_LABELS, 80) == COCO_80_IDS
     assert (COCO_80_IDS[0], COCO_80_IDS[11], COCO_80_IDS[79]) == (1, 13, 90)
 
 

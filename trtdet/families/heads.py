@@ -216,10 +216,8 @@ def _preprocessing(
             colour = ",".join(f"{x:g}" for x in pad)
             evidence.add(ev.RESIZE, f"letterbox, {placement.replace('_', ' ')} on {colour}", origin)
         placement, pad = placement or "center", pad or (114.0, 114.0, 114.0)
-    if resize == "stretch" and not evidence.missing:
-        evidence.add(ev.RESIZE, "stretch", origin) if ev.RESIZE not in {
-            f.name for f in evidence.facts
-        } else None
+    else:
+        evidence.add(ev.RESIZE, "stretch", origin)
     return Preprocessing(
         size_hw,
         dtype="uint8",
@@ -249,14 +247,9 @@ def _spec(
     evidence.add(ev.CATEGORY_IDS, f"{ids[0]}..{ids[-1]}" if ids else "none", origin)
     one_class_each = plan.labels != "" or plan.label_column is not None
     kept = known.kept or (plan.count if plan.selected else MAX_DETECTIONS)
-    kept = min(
-        kept,
-        plan.count
-        if one_class_each or plan.num_classes == 1
-        else plan.count * max(plan.num_classes, 1),
-    )
-    if not plan.selected:
-        kept = known.kept or MAX_DETECTIONS
+    if plan.selected:
+        pairs = plan.count * (1 if one_class_each else max(plan.num_classes, 1))
+        kept = min(kept, pairs)
     how = (
         f"{ev.CONVENTION}{known.name}"
         if known.kept

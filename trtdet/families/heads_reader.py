@@ -59,12 +59,7 @@ class Reader(Finder):
         if plan.rows:
             boxes = [r[:, plan.first_box : plan.first_box + 4] for r in self.rows_of(plan)]
         else:
-            boxes = [
-                np.asarray(v, np.float64).reshape(-1, 4)
-                if v.shape[-1] == 4
-                else np.asarray(v[0].T, np.float64)
-                for v in self.seen[plan.boxes]
-            ]
+            boxes = [np.asarray(v, np.float64).reshape(-1, 4) for v in self.seen[plan.boxes]]
         live = self._live_rows(plan)
         d = self.declared
         units = (

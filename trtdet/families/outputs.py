@@ -75,17 +75,26 @@ def look(
 
 
 def batch_of(
-    source: OnnxSource, pixels: Pixels, tensors: Sequence[str], size_hw: tuple[int, int]
+    source: OnnxSource,
+    pixels: Pixels,
+    tensors: Sequence[str],
+    size_hw: tuple[int, int],
+    feeds: Mapping[str, NDArray[Any]] | None = None,
 ) -> tuple[int | None, str]:
     """The batch size that an export holds, None where it is dynamic; and where that comes from.
 
     An axis may be called dynamic where operators of the network hold one image only.
+
+    Args:
+        feeds: of further inputs, for one image.
     """
     if pixels.batch is not None:
         return pixels.batch, "read: the shape of the input"
     shape = (2, 3, *size_hw) if pixels.layout == "NCHW" else (2, *size_hw, 3)
+    others = {name: np.repeat(value, 2, axis=0) for name, value in (feeds or {}).items()}
     try:
-        values = source.run(list(tensors), {pixels.tensor: np.zeros(shape, np.float32)})
+        fed = {pixels.tensor: np.zeros(shape, np.float32), **others}
+        values = source.run(list(tensors), fed)
     except GraphError:
         values = []
     if values and all(v.ndim and len(v) == 2 for v in values):

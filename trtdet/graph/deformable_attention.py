@@ -47,7 +47,7 @@ from trtdet.graph.builder import (
     known_types,
     value_info,
 )
-from trtdet.sources.base import cut_onnx
+from trtdet.sources.base import constants_of, cut_onnx
 from trtdet.sources.subgraphs import captured
 
 logger = logging.getLogger(__name__)
@@ -213,14 +213,7 @@ class _Graph:
         for node in model.graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
-        self.constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-        self.constants |= {
-            n.output[0]: numpy_helper.to_array(a.t)
-            for n in model.graph.node
-            if n.op_type == "Constant"
-            for a in n.attribute
-            if a.name == "value"
-        }
+        self.constants = constants_of(model)
         self.learned: dict[
             str, Dims
         ] = {}  # what inference may not see: shapes of the plugin's inputs

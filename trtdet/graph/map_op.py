@@ -7,7 +7,7 @@ they are: that the plugin wants them so is between the exporter and the plugin.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -16,7 +16,7 @@ from onnx import helper
 from trtdet.errors import GraphError
 from trtdet.graph.builder import PLUGIN_DOMAIN, forget_domain, import_domain
 from trtdet.graph.deformable_attention import PLUGIN_OP
-from trtdet.sources.base import Source, cut_onnx
+from trtdet.sources.base import Source, nodes_between
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.sources.subgraphs import subgraphs
 
@@ -112,20 +112,29 @@ def map_ops(model: onnx.ModelProto, mappings: Sequence[OpMapping]) -> int:
 
 def _all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """Nodes of the graph and of all graphs inside it."""
-    nodes = []
-    for node in graph.node:
-        nodes.append(node)
+    return _within(graph.node)
+
+
+def _within(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes, and those of all graphs inside them."""
+    found = []
+    for node in nodes:
+        found.append(node)
         for inner in subgraphs(node):
-            nodes.extend(_all_nodes(inner))
-    return nodes
+            found.extend(_all_nodes(inner))
+    return found
 
 
 def custom_ops(model: onnx.ModelProto) -> list[str]:
     """Operators that ONNX does not define, with their domain."""
+    return _custom_ops(_all_nodes(model.graph))
+
+
+def _custom_ops(nodes: Iterable[onnx.NodeProto]) -> list[str]:
     return sorted(
         {
             f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-            for node in _all_nodes(model.graph)
+            for node in nodes
             if not onnx.defs.has(node.op_type, node.domain)
         }
     )
@@ -138,10 +147,8 @@ def unknown_ops(source: Source, tensors: Sequence[str]) -> list[str]:
     """
     if not isinstance(source, OnnxSource):
         return []
-    names = (
-        op.rpartition("::")
-        for op in custom_ops(cut_onnx(source.model, source.graph.inputs, tensors))
-    )
+    between = nodes_between(source.model, source.graph.inputs, tensors)
+    names = (op.rpartition("::") for op in _custom_ops(_within(between)))
     return [
         domain + separator + op
         for domain, separator, op in names

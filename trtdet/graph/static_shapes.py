@@ -29,7 +29,7 @@ from onnx import helper, numpy_helper
 
 from trtdet.errors import GraphError
 from trtdet.graph.builder import tensor_types
-from trtdet.sources.base import Shape, cut_onnx, run_onnx
+from trtdet.sources.base import Shape, constants_of, cut_onnx, run_onnx
 
 #: Batch sizes at which a dynamic batch is measured; two to draw a line through, one to see that it is a line.
 MEASURED_BATCHES = (1, 2, 3)
@@ -102,7 +102,7 @@ def _split_sequences(model: onnx.ModelProto, measured: "_Measured") -> bool:
     Raises:
         GraphError: a sequence whose sizes or positions are not constant.
     """
-    constants = _constants(model)
+    constants = constants_of(model)
     splits: dict[str, list[str]] = {}
     kept = []
     for node in model.graph.node:
@@ -188,7 +188,7 @@ class _Measured:
         self, model: onnx.ModelProto, inputs: Mapping[str, Shape], batches: Sequence[int]
     ) -> None:
         self.batches = list(batches)
-        self.constants = _constants(model)
+        self.constants = constants_of(model)
         self._from_shapes = _following_from_shapes(model, self.constants)
         probe = onnx.ModelProto()
         probe.CopyFrom(model)
@@ -286,7 +286,7 @@ def _with_inferred_shapes(
 
 def _fold_sizes(model: onnx.ModelProto) -> bool:
     """Compute the sizes that follow from constants by ways that shape inference does not see. Returns whether there were any."""
-    constants = set(_constants(model))
+    constants = set(constants_of(model))
     follows = set(constants)
     producer = {node.output[0]: node for node in model.graph.node if len(node.output) == 1}
     for node in model.graph.node:
@@ -479,16 +479,6 @@ def _leave_out_empty(node: onnx.NodeProto, measured: _Measured) -> None:
     kept = [n for n in node.input if not (v := measured.values(n)) or any(x.size for x in v)]
     if kept and len(kept) < len(node.input):
         node.input[:] = kept
-
-
-def _constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
-    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    values[node.output[0]] = numpy_helper.to_array(attribute.t)
-    return values
 
 
 def _constant(model: onnx.ModelProto, name: str, value: NDArray[Any]) -> str:

@@ -38,6 +38,7 @@ from trtdet.graph.builder import (
     value_info,
 )
 from trtdet.nms.lowering import PLUGIN_OP, decode_boxes, head_sizes
+from trtdet.nms.outputs import declare_outputs
 from trtdet.spec import OUTPUT_NAMES, Nms
 
 logger = logging.getLogger(__name__)
@@ -260,9 +261,4 @@ def _decode_heads(
 def _finish(model: onnx.ModelProto, build: Builder, batch: Batch, nms: Nms) -> None:
     build.append_to(model)
     import_domain(model, PLUGIN_DOMAIN)
-    k = nms.max_output_boxes
-    types = (TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32)
-    shapes = ([batch, 1], [batch, k, 4], [batch, k], [batch, k])
-    set_outputs(
-        model, [value_info(*output) for output in zip(OUTPUT_NAMES, types, shapes, strict=True)]
-    )
+    declare_outputs(model, batch, nms.max_output_boxes)

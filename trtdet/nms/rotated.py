@@ -25,7 +25,6 @@ from trtdet.graph.builder import (
     Builder,
     dims_text,
     known_types,
-    set_outputs,
     tensor_types,
     value_info,
 )
@@ -38,6 +37,7 @@ from trtdet.nms.lowering import (
     pairwise,
     suppress_by_rounds,
 )
+from trtdet.nms.outputs import declare_outputs
 from trtdet.nms.rotated_reference import GAUSSIAN_EPSILON, ROTATED_CANDIDATES
 from trtdet.spec import OUTPUT_NAMES, Nms, RotatedMode
 
@@ -90,12 +90,7 @@ def insert_rotated_nms(
         rows = build.slice_last("candidate_boxes_with_angle", rows, 0, 5)
     emit(build, OUTPUT_NAMES, {}, rows, survives, found, nms, box_size=5)
     build.append_to(model)
-    k = nms.max_output_boxes
-    types = (TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32)
-    shapes = ([batch, 1], [batch, k, 5], [batch, k], [batch, k])
-    set_outputs(
-        model, [value_info(*output) for output in zip(OUTPUT_NAMES, types, shapes, strict=True)]
-    )
+    declare_outputs(model, batch, nms.max_output_boxes, box_size=5)
 
 
 class _Box:

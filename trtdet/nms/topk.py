@@ -18,8 +18,9 @@ import onnx
 from onnx import TensorProto
 
 from trtdet.errors import GraphError
-from trtdet.graph.builder import Builder, dims_text, known_types, set_outputs, value_info
+from trtdet.graph.builder import Builder, dims_text, known_types
 from trtdet.nms.lowering import TENSORRT_TOPK, decode_boxes, head_sizes
+from trtdet.nms.outputs import declare_outputs
 from trtdet.spec import OUTPUT_NAMES, Nms
 
 
@@ -54,11 +55,7 @@ def insert_topk(
         score = build.node("Sigmoid", "kept_probabilities", score)
     _emit(build, score, corners, class_id, count, nms)
     build.append_to(model)
-    types = (TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32)
-    shapes = ([batch, 1], [batch, k, 4], [batch, k], [batch, k])
-    set_outputs(
-        model, [value_info(*output) for output in zip(OUTPUT_NAMES, types, shapes, strict=True)]
-    )
+    declare_outputs(model, batch, k)
 
 
 def _check_heads(model: onnx.ModelProto, boxes: str, scores: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import onnx.version_converter
 from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
-from trtdet.sessions import FATAL_ERRORS, SessionError, open_session
+from trtdet.sessions import FATAL_ERRORS, Session, SessionError, open_session
 from trtdet.sources.subgraphs import reads
 from trtdet.spec import ModelSpec
 
@@ -198,6 +198,34 @@ def cut_onnx(
     return cut
 
 
+def nodes_between(
+    model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[str]
+) -> list[onnx.NodeProto]:
+    """The nodes that `outputs` follow from, those above `inputs` left out; no weight is copied."""
+    producer = {tensor: node for node in model.graph.node for tensor in node.output}
+    reached, pending = set(inputs), list(outputs)
+    needed: set[int] = set()
+    while pending:
+        tensor = pending.pop()
+        node = None if tensor in reached else producer.get(tensor)
+        reached.add(tensor)
+        if node is not None and id(node) not in needed:
+            needed.add(id(node))
+            pending.extend(sorted(reads(node)))
+    return [node for node in model.graph.node if id(node) in needed]
+
+
+def constants_of(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """Initializers, and what Constant nodes make."""
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    values[node.output[0]] = onnx.numpy_helper.to_array(attribute.t)
+    return values
+
+
 def run_onnx(
     model: onnx.ModelProto, fetches: Sequence[str], feeds: Mapping[str, NDArray[Any]]
 ) -> list[NDArray[Any]]:
@@ -207,6 +235,13 @@ def run_onnx(
         fetches: tensors to return, outputs or inner ones.
         feeds: tensor -> value, inputs or inner ones.
     """
+    return run_part(open_part(model, fetches, feeds), fetches, feeds)
+
+
+def open_part(
+    model: onnx.ModelProto, fetches: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+) -> Session:
+    """The part of a model that `run_onnx` runs, opened; for values of other sizes too."""
     cut = cut_onnx(model, feeds, fetches)
     cut.ir_version = min(
         cut.ir_version, 10
@@ -217,7 +252,20 @@ def run_onnx(
         info.CopyFrom(onnx.helper.make_tensor_value_info(info.name, elem_type, [None] * value.ndim))
     part = f"the graph up to {list(fetches)}"
     try:  # what ONNX Runtime has to say is in the exception
-        session = open_session(cut, part, optimize=False, log_level=FATAL_ERRORS)
+        return open_session(cut, part, optimize=False, log_level=FATAL_ERRORS)
+    except SessionError as error:
+        raise GraphError(str(error)) from error
+
+
+def run_part(
+    session: Session, fetches: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+) -> list[NDArray[Any]]:
+    """What ONNX Runtime computes.
+
+    Raises:
+        GraphError: what it says.
+    """
+    try:
         return session.run(fetches, feeds)
     except SessionError as error:
         raise GraphError(str(error)) from error

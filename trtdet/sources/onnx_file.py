@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 from trtdet.closing import Closing
 from trtdet.errors import GraphError
 from trtdet.onnx_files import EXPORT_AGAIN, read_onnx
-from trtdet.sources.base import CANONICAL_OPS, Shape, SourceGraph, SourceNode, cut_onnx, run_onnx
+from trtdet.sessions import Session
+from trtdet.sources.base import (
+    CANONICAL_OPS,
+    Shape,
+    SourceGraph,
+    SourceNode,
+    constants_of,
+    cut_onnx,
+    open_part,
+    run_onnx,
+    run_part,
+)
 from trtdet.spec import ModelSpec
 
 #: INT8 weights with a scale per channel take opset 13. TensorRT 8.6 reads up to 17.
@@ -44,6 +55,7 @@ class OnnxSource(Closing):
         if edit:
             edit(self.model)
         self._lower = lower
+        self._opened: tuple[object, Session] | None = None
         self.graph = _read_onnx_graph(self.model)
         self.spec = ModelSpec.maybe_from_onnx(self.model)
         self._dtypes = {
@@ -53,7 +65,13 @@ class OnnxSource(Closing):
 
     def run(self, fetches: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         cast = {name: x.astype(self._dtypes.get(name, x.dtype)) for name, x in feeds.items()}
-        return run_onnx(self._lower(self.model) if self._lower else self.model, fetches, cast)
+        # A family asks for the same tensors picture by picture.
+        wanted = (*fetches,), tuple((name, x.dtype, x.ndim) for name, x in cast.items())
+        if self._opened is None or self._opened[0] != wanted:
+            self._opened = None
+            model = self._lower(self.model) if self._lower else self.model
+            self._opened = wanted, open_part(model, fetches, cast)
+        return run_part(self._opened[1], fetches, cast)
 
     def extract(
         self, inputs: Mapping[str, Shape], outputs: Sequence[str], *, opset: int | None
@@ -92,7 +110,7 @@ class OnnxSource(Closing):
         return self._dtypes[name]
 
     def close(self) -> None:
-        """Nothing is held."""
+        self._opened = None
 
 
 def _frees_size(info: onnx.ValueInfoProto, shape: Shape) -> bool:
@@ -139,14 +157,7 @@ def _resize_to_sizes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> Non
 
     5/3 is floored differently by every runtime, and by shape inference.
     """
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    constants |= {
-        n.output[0]: onnx.numpy_helper.to_array(a.t)
-        for n in model.graph.node
-        if n.op_type == "Constant"
-        for a in n.attribute
-        if a.name == "value"
-    }
+    constants = constants_of(model)
     resizes = []
     for node in model.graph.node:
         scales = (
