@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from trtdet import files
 from trtdet.errors import GraphError
-from trtdet.sessions import SessionError
 
 if TYPE_CHECKING:
     import onnx
@@ -74,6 +73,8 @@ def feed_of(model: onnx.ModelProto, image: NDArray[Any]) -> dict[str, NDArray[An
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Let what goes wrong with a graph name the file that it is from."""
+    from trtdet.sessions import SessionError  # needs NumPy, which a command line does without
+
     try:
         yield
     except (GraphError, SessionError) as error:
