@@ -2,6 +2,7 @@
 """Stage 2: real builds by TensorRT-RTX, and what TensorRT 8.6, 10 and 11 are asked, on a stand-in."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -611,7 +612,7 @@ def test_new_engine_never_stands_beside_an_old_sidecar(tmp_path: Path, monkeypat
     write_engine(path, b"old", INFO)
 
     def fail(*_: object, **__: object) -> str:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(sidecar.json, "dumps", fail)
     with pytest.raises(OSError, match="disk full"):
@@ -628,7 +629,7 @@ def test_engine_without_its_sidecar_rather_than_with_an_old_one(tmp_path: Path, 
 
     def fail_on_sidecar(self: Path, target: Path) -> Path:
         if target.suffix == ".json":
-            raise OSError("disk full")
+            raise OSError(errno.ENOSPC, "disk full")
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", fail_on_sidecar)
@@ -650,7 +651,7 @@ def test_engine_without_its_sidecar_rather_than_with_an_old_one(tmp_path: Path, 
         (["--onnx", "a", "--save_onnx", "b", "-b", "4"], "without --engine nothing is built: leave out all but"),
         (["--onnx", "a", "--save_onnx", "b", "--flavor", "tensorrt"], "without --engine nothing is built"),
         (["--onnx", "a", "-e", "b", "-p", "bf16", "--fp16_check_input", "c"], "--fp16_check_input goes with --precision fp16"),
-        (["--onnx", "a", "-e", "b", "-b", "4,2,8"], "expected N or MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, got '4,2,8'"),
+        (["--onnx", "a", "-e", "b", "-b", "4,2,8"], "expected N or MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= 65536, got '4,2,8'"),
         (["--onnx", "a", "-e", "b", "-b", "0"], "got '0'"),
         (["--onnx", "a", "-e", "b", "-b", "1,2"], "got '1,2'"),
         (["--onnx", "a", "-e", "b", "-d", "4"], "expected MIN,OPT,MAX, got '4'"),

@@ -819,6 +819,7 @@ def test_another_run_is_not_gone_on_with(toy: Path, tmp_path: Path, monkeypatch:
     assert run(toy, tmp_path / "in", tmp_path / "out", "--resume", "--score_threshold", "0.3") == 1
     assert "has results of a run with another score_threshold; finish that one" in capsys.readouterr().err  # fmt: skip
     assert run(toy, tmp_path / "in", tmp_path / "out") == 0  # anew
+    assert "has a run that was broken off; this one begins anew (--resume goes on with it)" in capsys.readouterr().err  # fmt: skip
     assert run(toy, tmp_path / "in", tmp_path / "out", "--resume") == 0
     assert "has no run that was broken off; it begins anew" in capsys.readouterr().err
     assert not (tmp_path / "out" / "detections.partial.jsonl").exists()

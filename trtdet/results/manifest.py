@@ -77,6 +77,12 @@ class RunFolder(Closing):
             remedy = f"remove it, and what else {output} has of an earlier run"
             self.before = reading.read(path, Manifest, remedy=remedy)
 
+    @property
+    def broken_off(self) -> bool:
+        """Whether an earlier run did not come to its end, and left what is done."""
+        unfinished = self.before is not None and not self.before.complete
+        return unfinished and (self._output / PARTIAL).is_file()
+
     def stale(self) -> list[str]:
         """What an earlier run left, and this one does not write."""
         listed = self.before.files if self.before else []

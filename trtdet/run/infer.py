@@ -112,6 +112,8 @@ def run(
         )
         folder = open_folder(engine, options, wanted, outputs)
         say_stale(folder, output, names.values(), clean=clean)
+        if folder.broken_off and not (resume or clean):
+            logger.warning("%s has a run that was broken off; this one begins anew (--resume goes on with it)", output)  # fmt: skip
         kept = find_kept(folder, output, names, image_ids, outputs.suffixes) if resume else {}
         failures = detect_and_write(
             runtime,
