@@ -79,7 +79,7 @@ def compare(
     )
     if not result.detections.reference:
         raise ValueError(
-            f"--score_threshold {threshold:g}: the reference finds nothing of this score in {len(images)} images, so nothing "
+            f"--min_score {threshold:g}: the reference finds nothing of this score in {len(images)} images, so nothing "
             "can be compared; give other images, or a lower threshold"
         )
     return result
@@ -90,7 +90,7 @@ def score_threshold(wanted: float, *specs: ModelSpec) -> float:
     kept = max(spec.nms.score_threshold for spec in specs)
     if kept > wanted:
         logger.warning(
-            "--score_threshold %g: one of the models keeps nothing below %g, so that is compared",
+            "--min_score %g: one of the models keeps nothing below %g, so that is compared",
             wanted,
             kept,
         )
