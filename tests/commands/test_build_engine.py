@@ -361,7 +361,7 @@ def test_graph_that_onnx_itself_refuses(model: Path, tmp_path: Path, capsys: pyt
     onnx.save(broken, model)
     assert build_engine.main(["--onnx", str(model), "--save_onnx", str(tmp_path / "x.onnx")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: model: expected a valid ONNX graph, ONNX says: ")
+    assert error.startswith(f"error: {model}: expected a valid ONNX graph, ONNX says: ")
     assert "undeclared" in error and [p.name for p in tmp_path.iterdir()] == ["onnx"]
 
 

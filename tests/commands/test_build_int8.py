@@ -537,7 +537,7 @@ def test_pairs_of_the_other_type_are_refused(calibrated: Path, fp8_onnx: Path, t
     options = ["--save_onnx", path, "--calib_input", IMAGES, "--calib_cache", tmp_path / "c"]
     for model, asked, own in ((calibrated / "int8.onnx", "fp8", "int8"), (fp8_onnx, "int8", "fp8")):
         assert build(model, *options, "--precision", asked) == 1
-        assert error_of(capsys) == f"error: --precision {asked}: the ONNX file brings its own Q/DQ, in {own.upper()}; give --precision {own}, or the float32 file of create_onnx.py"  # fmt: skip
+        assert error_of(capsys) == f"error: {model}: --precision {asked}: the ONNX file brings its own Q/DQ, in {own.upper()}; give --precision {own}, or the float32 file of create_onnx.py"  # fmt: skip
         assert list(tmp_path.iterdir()) == []
     assert build_chosen(fp8_onnx, "--save_onnx", path, "--precision", "fp8") == 0
     assert path.read_bytes() == fp8_onnx.read_bytes()
