@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""tune_precision.py --help says what it does; the stage itself is trtdet/commands/tune_precision.py."""
+"""tune_precision.py --help says what it does; the stage itself is
+trtdet/commands/tune_precision.py.
+"""
 
 from trtdet.start import run_stage
 

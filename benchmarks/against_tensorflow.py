@@ -4,12 +4,12 @@
     python benchmarks/against_tensorflow.py --saved_model efficientdet-d0 --onnx d0.onnx \\
         --input photos
 
-Both read the same files, decode, preprocess, detect and write the detections; neither draws. A third
-candidate is ONNX Runtime alone, on images that are ready: what infer.py takes longer is the part of
-everything else. Each candidate is a process of its own, loaded and warm before the first round. In
-each round they work on the same images one after the other, so that a busy machine slows them all;
-the figures are medians over the rounds, and those of ratios are of the ratios within each round.
-"CPU" is the time of the processor on all cores; on a machine that others use it says more.
+Both read the same files, decode, preprocess, detect and write the detections; neither draws. A
+third candidate is ONNX Runtime alone, on images that are ready: what infer.py takes longer is the
+part of everything else. Each candidate is a process of its own, loaded and warm before the first
+round. In each round they work on the same images one after the other, so that a busy machine slows
+them all; the figures are medians over the rounds, and those of ratios are of the ratios within each
+round. "CPU" is the time of the processor on all cores; on a machine that others use it says more.
 """
 
 import argparse
@@ -99,7 +99,9 @@ def alone_work(model: Path) -> Work:
 
 
 def serve(work: Work) -> None:
-    """Of the child: a list of images per line of stdin; on stdout the seconds they took, and those of the processor."""
+    """Of the child: a list of images per line of stdin; on stdout the seconds they took, and
+    those of the processor.
+    """
     for line in sys.stdin:
         images = [Path(name) for name in json.loads(line)]
         start, start_cpu = time.perf_counter(), time.process_time()
@@ -134,7 +136,9 @@ def in_turn(
     images: Sequence[Path],
     rounds: int,
 ) -> dict[str, list[Seconds]]:
-    """Milliseconds per image of each candidate, one figure per round; in every second round they take turns backwards."""
+    """Milliseconds per image of each candidate, one figure per round; in every second round they
+    take turns backwards.
+    """
     found: dict[str, list[Seconds]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
         order = list(candidates) if number % 2 else list(candidates)[::-1]

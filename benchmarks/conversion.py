@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""create_onnx.py against NVIDIA's sample (TensorRT 10.13, deleted in 11.0) on the same SavedModel, in the same run.
+"""create_onnx.py against NVIDIA's sample (TensorRT 10.13, deleted in 11.0) on the same SavedModel,
+in the same run.
 
-    python benchmarks/conversion.py --saved_model efficientdet-d0 --sample TensorRT/samples/python/efficientdet/create_onnx.py
+    python benchmarks/conversion.py --saved_model efficientdet-d0 --sample
+    TensorRT/samples/python/efficientdet/create_onnx.py
 
-Each is run as a process of its own, in turn; the best of --rounds counts. The last line is the ratio. Verification on a photograph is
-part of our time; the sample has none.
+Each is run as a process of its own, in turn; the best of --rounds counts. The last line is the
+ratio. Verification on a photograph is part of our time; the sample has none.
 """
 
 import argparse

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of gpu_report.py: one HTML file that loads nothing from elsewhere. And its table of figures as text."""
+"""The page of gpu_report.py: one HTML file that loads nothing from elsewhere.
+
+And its table of figures as text.
+"""
 
 import json
 from collections.abc import Mapping, Sequence

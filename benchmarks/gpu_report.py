@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 (the path comes first)
-"""Does it work on this GPU? Every step on the example model and pictures, in one page and one JSON file for a report.
+"""Does it work on this GPU?
 
-    bash examples/gpu.sh
-    python benchmarks/gpu_report.py --model d0.onnx --input val2017 --annotations instances_val2017.json
+Every step on the example model and pictures, in one page and one JSON file for a report.
 
-In FP32, FP16 and INT8, and in BF16 and FP8 if the card has them: builds an engine, runs it, compares
-it with ONNX Runtime, measures AP and latency, and runs trtexec on the same engine if it is
+    bash examples/gpu.sh python benchmarks/gpu_report.py --model d0.onnx --input val2017
+    --annotations instances_val2017.json
+
+In FP32, FP16 and INT8, and in BF16 and FP8 if the card has them: builds an engine, runs it,
+compares it with ONNX Runtime, measures AP and latency, and runs trtexec on the same engine if it is
 installed. Then the runtime itself: all GPUs, an interrupted run, `pytest -m gpu`,
 compute-sanitizer. About ten minutes.
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of gpu_report.py: each runs one command of this project as a user would, in a process of its own, and becomes a `Line`."""
+"""The steps of gpu_report.py: each runs one command of this project as a user would, in a
+process of its own, and becomes a `Line`.
+"""
 
 import filecmp
 import json
@@ -22,7 +24,8 @@ from trtdet.parity.options import limits_for
 ROOT = Path(__file__).resolve().parents[1]
 STANDIN_INFER = ROOT / "tests" / "standins" / "standin_infer.py"
 
-#: "ok" is a step that did what it should with a stand-in behind it: it says nothing about a GPU with TensorRT.
+#: "ok" is a step that did what it should with a stand-in behind it: it says nothing about a GPU
+#: with TensorRT.
 Status = Literal["pass", "ok", "fail", "skipped"]
 
 #: Seconds that a step may take.
@@ -37,7 +40,9 @@ CAPABILITY_OF = {"bf16": (8, 0), "fp8": (8, 9)}
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: its status, -1 where it ran out of time, and stdout and stderr together."""
+    """How a process ended: its status, -1 where it ran out of time, and stdout and stderr
+    together.
+    """
 
     status: int
     text: str
@@ -146,7 +151,9 @@ class Setup:
         return "ok" if self.stand_in else "pass"
 
     def script(self, name: str, *options: object) -> list[str]:
-        """A command line of one of the scripts in the root of the repository, or of another Python file."""
+        """A command line of one of the scripts in the root of the repository, or of another
+        Python file.
+        """
         return [sys.executable, name, *map(str, options)]
 
     def run(self, name: str, command: Sequence[str], *, good: Sequence[int] = (0,)) -> tuple[Line, Outcome]:  # fmt: skip
@@ -368,7 +375,9 @@ def read_json(path: Path, otherwise: Any) -> Any:
 
 
 def infer_command(setup: Setup, engine: Path | None, *options: object) -> list[str]:
-    """infer.py on an engine, or on the stand-in engine: on the GPUs that are here, or in main memory."""
+    """infer.py on an engine, or on the stand-in engine: on the GPUs that are here, or in main
+    memory.
+    """
     if engine is not None:
         return setup.script("infer.py", "--model", engine, *options)
     kind = "cuda" if setup.gpus else "cpu"
@@ -491,8 +500,9 @@ def overlap(setup: Setup, engine: Path | None, batch: int) -> Iterator[Line]:
 def memcheck(setup: Setup, sanitizer: str | None, engine: Path | None, batch: int) -> Iterator[Line]:  # fmt: skip
     """compute-sanitizer on a short run.
 
-    No --leak-check: it records the Python frames of an allocation and so keeps alive the arrays in them, which are then "leaked".
-    cuda-bindings asks the driver for every entry point it knows; each one that an older driver lacks counts as an API error.
+    No --leak-check: it records the Python frames of an allocation and so keeps alive the arrays in
+    them, which are then "leaked". cuda-bindings asks the driver for every entry point it knows;
+    each one that an older driver lacks counts as an API error.
     """
     name = "compute-sanitizer memcheck"
     if sanitizer is None or not setup.gpus:
@@ -507,7 +517,10 @@ def memcheck(setup: Setup, sanitizer: str | None, engine: Path | None, batch: in
 
 
 def tests(setup: Setup) -> Iterator[Line]:
-    """`pytest -m gpu`. The stand-in's tests on CUDA memory are among these; only those of TensorRT count as its."""
+    """`pytest -m gpu`.
+
+    The stand-in's tests on CUDA memory are among these; only those of TensorRT count as its.
+    """
     command = setup.script("-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider")
     line, outcome = setup.run("pytest -m gpu", command)
     passed, failed, left_out = (count(outcome.text, word) for word in ("passed", "failed", "skipped"))  # fmt: skip

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that runs `ImageBatcher`, of this checkout or of another: a line of JSON on stdin is a run, its seconds are a line on stdout."""
+"""A process that runs `ImageBatcher`, of this checkout or of another: a line of JSON on stdin is
+a run, its seconds are a line on stdout.
+"""
 
 import json
 import subprocess

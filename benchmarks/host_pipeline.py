@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files to batches, and on to detections and pictures: images per second, each beside its baseline, in one run.
+"""Files to batches, and on to detections and pictures: images per second, each beside its baseline,
+in one run.
 
     python benchmarks/host_pipeline.py --input photos [--onnx d0.onnx] [--against OTHER_CHECKOUT] \\
         [--nvidia_batcher TensorRT/samples/python/efficientdet/image_batcher.py]
@@ -8,9 +9,9 @@ Without --input, photographs are made up (smooth noise, JPEG quality 90). The pa
 
 1. ImageBatcher, against OpenCV alone: bytes in memory to pixels (and resized), in a pool of as many
    threads, the pixels thrown away. "processes" gives each worker a process; "N apart" is what as
-   many workers do in N processes that share nothing. Every figure is the best of --rounds, the candidates taken in turn within a round, so
-   that a busy machine slows them all. --check asks for 0.75 of decoding and, with
-   --nvidia_batcher, for twice NVIDIA's, from uint8 NHWC.
+   many workers do in N processes that share nothing. Every figure is the best of --rounds, the
+   candidates taken in turn within a round, so that a busy machine slows them all. --check asks for
+   0.75 of decoding and, with --nvidia_batcher, for twice NVIDIA's, from uint8 NHWC.
 2. With --against, ImageBatcher of another checkout and of this one in turn: the median ratio.
 3. Where the time of a worker goes.
 4. infer.py without and with pictures, around a stand-in for the engine that takes no time, and

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of `ImageBatcher` goes, step by step: of the clock and of the processor, with one worker and with all.
+"""Where the time of `ImageBatcher` goes, step by step: of the clock and of the processor, with one
+worker and with all.
 
-A step that takes longer on the clock than of the processor has waited: for Python's lock, for the disk, or for a core.
+A step that takes longer on the clock than of the processor has waited: for Python's lock, for the
+disk, or for a core.
 """
 
 import os

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What infer.py does around a model: files to detections, TSVs, detections.json and pictures, with a stand-in for the engine or with a model."""
+"""What infer.py does around a model: files to detections, TSVs, detections.json and pictures,
+with a stand-in for the engine or with a model.
+"""
 
 import tempfile
 import time
@@ -104,7 +106,9 @@ def lines(what: str, rates: dict[str, float]) -> list[str]:
 
 
 def unlike_names(paths: Sequence[Path], folder: Path, count: int) -> list[Path]:
-    """`count` links to the images, each with a name of its own: results of the same image twice would be one file."""
+    """`count` links to the images, each with a name of its own: results of the same image twice
+    would be one file.
+    """
     found = []
     for number in range(count):
         source = paths[number % len(paths)]

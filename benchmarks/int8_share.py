@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What INT8 costs at several shares of the multiply-accumulates, on images that chose nothing: the table and the picture of docs/int8.md.
+"""What INT8 costs at several shares of the multiply-accumulates, on images that chose nothing: the
+table and the picture of docs/int8.md.
 
   int8_share.py --model d0.onnx --input person_val100 --annotations person_val100.json --work out
 
-The images, in the order of their names, fall into an even and an odd half. Calibration and choice see one half, without annotations; the other is judged in
-four views (as it is, mirrored, 3 % darker, both), every pair computed as written. Then the other way round; all detections are pooled. The intervals
-of 95 % are of a paired bootstrap over the images, all views of an image together. What was measured is kept in --work: the same command goes on where it stopped.
+The images, in the order of their names, fall into an even and an odd half. Calibration and choice
+see one half, without annotations; the other is judged in four views (as it is, mirrored, 3 %
+darker, both), every pair computed as written. Then the other way round; all detections are pooled.
+The intervals of 95 % are of a paired bootstrap over the images, all views of an image together.
+What was measured is kept in --work: the same command goes on where it stopped.
 """
 
 import argparse
@@ -143,7 +146,9 @@ def average_precision(matches: Sequence[Matches], weights: NDArray[np.float64]) 
 
 
 def interval(reference: Sequence[Matches], other: Sequence[Matches], images: int, rounds: int) -> NDArray[Any]:  # fmt: skip
-    """(3, 3): the difference of AP, AP50 and AP75 to a reference, and the ends of its interval of 95 %."""
+    """(3, 3): the difference of AP, AP50 and AP75 to a reference, and the ends of its interval
+    of 95 %.
+    """
     rng = np.random.default_rng(0)
     once = np.ones(images)
     difference = average_precision(other, once) - average_precision(reference, once)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of the wall time of infer.py ONNX Runtime is busy: the rest is what the pipeline around it fails to hide.
+"""How much of the wall time of infer.py ONNX Runtime is busy: the rest is what the pipeline around
+it fails to hide.
 
     python benchmarks/onnx_runtime_busy.py --onnx d0.onnx --input photos
 
-The run is infer.py's with --no_images, from the second batch on: files are decoded and resized, detections decoded and written as TSV. --check asks for 95 %.
+The run is infer.py's with --no_images, from the second batch on: files are decoded and resized,
+detections decoded and written as TSV. --check asks for 95 %.
 """
 
 import argparse

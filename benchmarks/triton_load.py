@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a Triton server on this machine as perf_analyzer does: so many clients, each sending the next request when it has the answer.
+"""Load a Triton server on this machine as perf_analyzer does: so many clients, each sending the
+next request when it has the answer.
 
-    python benchmarks/triton_load.py --model grpc://localhost:8001/d0 --input photos --concurrency 1,8,32 --duration 60
+    python benchmarks/triton_load.py --model grpc://localhost:8001/d0 --input photos --concurrency
+    1,8,32 --duration 60
 
-Every client has a connection of its own. Every answer is compared with the one that the same images got before the load: the scores of
-all slots to 1e-3, as batches put together by the server may round differently. Exit status 1 where a request failed or was answered wrongly.
+Every client has a connection of its own. Every answer is compared with the one that the same images
+got before the load: the scores of all slots to 1e-3, as batches put together by the server may
+round differently. Exit status 1 where a request failed or was answered wrongly.
 
 Only for a server of your own on this machine; at most 256 clients and 600 s.
 """

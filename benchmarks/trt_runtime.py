@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of an engine's speed the TensorRT runtime passes on: overlap, CUDA graphs, memory, several GPUs.
+"""How much of an engine's speed the TensorRT runtime passes on: overlap, CUDA graphs, memory,
+several GPUs.
 
-    python benchmarks/trt_runtime.py --engine model.engine --json runtime.json --timeline runtime.png
-    python benchmarks/trt_runtime.py --standin cuda --ms 2 --size 512 --check
+    python benchmarks/trt_runtime.py --engine model.engine --json runtime.json --timeline
+    runtime.png python benchmarks/trt_runtime.py --standin cuda --ms 2 --size 512 --check
 
-Every figure stands beside its baseline of the same run. "engine only" launches the network back to back on buffers that are on the
-GPU already. "in memory" adds all that a real run has but files: host batches in, outputs out, in order. With --standin the engine is
-the tests' stand-in, a kernel that takes --ms whatever the GPU ("cpu": without a GPU, to try this script; its times mean nothing).
+Every figure stands beside its baseline of the same run. "engine only" launches the network back to
+back on buffers that are on the GPU already. "in memory" adds all that a real run has but files:
+host batches in, outputs out, in order. With --standin the engine is the tests' stand-in, a kernel
+that takes --ms whatever the GPU ("cpu": without a GPU, to try this script; its times mean nothing).
 """
 
 import argparse
@@ -130,7 +132,9 @@ def measure_overlap(engine: Path, size: int, count: int) -> dict[str, Any]:
 
 
 def measure_enqueue(engine: Path, size: int, count: int) -> dict[str, float]:
-    """Host time of one launch, microseconds, in the running pipeline: CUDA graph against plain enqueue."""
+    """Host time of one launch, microseconds, in the running pipeline: CUDA graph against plain
+    enqueue.
+    """
     found = {}
     for name, graph in (("graph", True), ("plain", False)):
         with TensorRTRuntime(engine, cuda_graph=graph) as runtime:
@@ -180,7 +184,9 @@ def fingerprint(results: Iterable[tuple[Batch, Outputs]]) -> int:
 def measure_devices(
     engine: Path, devices: Any, size: int, count: int
 ) -> dict[str, Any]:  # fmt: skip
-    """Throughput of several GPUs against the first of them alone; and whether the results are the same."""
+    """Throughput of several GPUs against the first of them alone; and whether the results are
+    the same.
+    """
     numbers = tuple(range(cuda.device_count())) if devices == "all" else devices
     qps: dict[int, float] = {}
     fingerprints = set()
@@ -255,7 +261,9 @@ def draw_timeline(path: Path, spans: Spans, title: str) -> None:
 
 
 def make_standin(kind: str, folder: Path, *, ms: float, size: int, batch: int, kernels: int) -> Path:  # fmt: skip
-    """An engine of the tests' stand-in, and the stand-in in the place of TensorRT (and, for "cpu", of CUDA)."""
+    """An engine of the tests' stand-in, and the stand-in in the place of TensorRT (and, for
+    "cpu", of CUDA).
+    """
     import standin_tensorrt_runtime as standin
 
     logging.getLogger("trtdet.runtimes.trt_load").setLevel(logging.ERROR)  # it has no sidecar

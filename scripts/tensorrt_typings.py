@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy the type stubs of the installed tensorrt-stubs to a folder, repaired so that mypy can read them.
+"""Copy the type stubs of the installed tensorrt-stubs to a folder, repaired so that mypy can read
+them.
 
     python scripts/tensorrt_typings.py build/typings
 
-The package is no typed one to mypy (it has no py.typed), so everything of `tensorrt` would pass; and its files, generated from the
-bindings of TensorRT 10.13, are not valid Python everywhere. pyproject.toml has mypy look into build/typings.
+The package is no typed one to mypy (it has no py.typed), so everything of `tensorrt` would pass;
+and its files, generated from the bindings of TensorRT 10.13, are not valid Python everywhere.
+pyproject.toml has mypy look into build/typings.
 """
 
 import argparse
@@ -27,7 +29,8 @@ SIGNATURE = re.compile(r"( *)def (\w+)\(.*:$")
 def repair(stub: str) -> str:
     """A stub file that mypy reads, from one that it does not.
 
-    A signature that is no Python (a parameter named `in`, one without a default after one with) becomes one that takes anything.
+    A signature that is no Python (a parameter named `in`, one without a default after one with)
+    becomes one that takes anything.
     """
     stub = SHADOW.sub("", stub).replace("import typing\n", f"import typing\n{MISSING_NAMES}", 1)
     return "".join(f"{_repair_signature(line)}\n" for line in stub.splitlines())
@@ -50,7 +53,9 @@ def _is_python(source: str) -> bool:
 
 
 def copy_stubs(target: Path) -> int:
-    """Write the repaired stubs below `target`, which is emptied first. Returns how many files there are.
+    """Write the repaired stubs below `target`, which is emptied first.
+
+    Returns how many files there are.
 
     Raises:
         importlib.metadata.PackageNotFoundError: tensorrt-stubs is not installed.

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Read when ONNX Runtime is first imported: trtdet.sessions says why.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-# Read when TensorFlow is first imported, which may be in a test module: trtdet.sources.saved_model says why.
+# Read when TensorFlow is first imported, which may be in a test module: trtdet.sources.saved_model
+# says why.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
@@ -30,7 +31,9 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """examples/tiny_shapes converted by create_onnx.py: three classes, 128x128, dynamic batch, EfficientNMS at the end."""
+    """examples/tiny_shapes converted by create_onnx.py: three classes, 128x128, dynamic batch,
+    EfficientNMS at the end.
+    """
     pytest.importorskip("tensorflow", reason="needs requirements-tensorflow.txt")
     from trtdet.commands import create_onnx
 
@@ -50,7 +53,9 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_configure() -> None:
-    """A shell starts background jobs with Ctrl-C ignored, and processes inherit that: the tests of Ctrl-C shall not depend on it."""
+    """A shell starts background jobs with Ctrl-C ignored, and processes inherit that: the tests
+    of Ctrl-C shall not depend on it.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts in benchmarks/ say of the figures they measure; the figures themselves are theirs to measure."""
+"""What the scripts in benchmarks/ say of the figures they measure; the figures themselves are
+theirs to measure.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +80,8 @@ def test_enqueue_times_come_with_their_ratio(rig: Callable[..., Rig], engine: Pa
 
 def test_rates_in_turn_are_compared_within_each_round() -> None:
     turns: list[str] = []
-    # A machine that takes twice as long in the second round, and ten times in the first, which warms up.
+    # A machine that takes twice as long in the second round, and ten times in the first, which
+    # warms up.
     slow = {0: 10, 1: 1, 2: 2}
 
     def candidate(name: str, ms: float) -> Callable[..., Any]:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trtdet.cuda` on the CPU stand-in for the CUDA runtime, and the stand-in against the signatures of the real one."""
+"""`trtdet.cuda` on the CPU stand-in for the CUDA runtime, and the stand-in against the
+signatures of the real one.
+"""
 
 import gc
 import inspect
@@ -111,7 +113,9 @@ def test_copies_and_events(cudart: StandinCudart) -> None:
 
 
 def test_unsynchronised_streams_give_stale_bytes(cudart: StandinCudart) -> None:
-    """The stand-in finds what it is there to find: without the event the second stream reads too early."""
+    """The stand-in finds what it is there to find: without the event the second stream reads too
+    early.
+    """
     source, target = (cuda.pinned_empty((8,), np.uint8) for _ in range(2))
     source[:] = 7
     results = []
@@ -201,7 +205,9 @@ def test_graph_replays_what_was_captured(cudart: StandinCudart) -> None:
 
 
 def test_garbage_found_during_a_capture_does_not_break_it(cudart: StandinCudart) -> None:
-    """A pinned array in a reference cycle: the collector, run by an allocation in the capture, would free it there."""
+    """A pinned array in a reference cycle: the collector, run by an allocation in the capture,
+    would free it there.
+    """
     threshold = gc.get_threshold()
     gc.collect()
     with cuda.Stream() as stream, cuda.DeviceBuffer(8) as buffer:

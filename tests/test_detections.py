@@ -37,7 +37,7 @@ def test_a_threshold_keeps_the_angles_of_what_it_keeps() -> None:
         detections((0.5,))
 
 
-def test_turned_boxes_are_not_cut_to_the_image() -> None:
+def test_rotated_boxes_are_not_cut_to_the_image() -> None:
     """Cutting would move the centre. The scale is the same for both axes, so the angle stays."""
     spec = ModelSpec("retinanet", Preprocessing((64, 64)), Nms(), (1,), box_order="xyxy")
     outputs = {

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README and docs: their commands run, their links and options exist, their prose keeps to the house's terms.
+"""README and docs: their commands run, their links and options exist, their prose keeps to the
+house's terms.
 
 `STAND_INS` has the small models and pictures that stand for those that the pages name.
 """
@@ -32,6 +33,9 @@ from trtdet.spec import ModelSpec
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 INLINE = [(page, command) for page in PAGES for command in inline_commands(page)]
 STAGES = (*(Path(name).stem for name in SCRIPTS), *ONLY_STAGES)
+
+#: Where the code is.
+ROOMS = ("trtdet", "tests", "benchmarks", "examples", "scripts")
 
 #: First words of commands that are not of this project: not run.
 FOREIGN = (
@@ -104,7 +108,8 @@ def make_engine(path: Path, tiny: Path) -> None:
     deploy_models.make_engine(path, ModelSpec.from_onnx(onnx.load(tiny)))
 
 
-#: What the pages name -> what makes its stand-in, of a path and examples/tiny_shapes as an ONNX file.
+#: What the pages name -> what makes its stand-in, of a path and examples/tiny_shapes as an ONNX
+#: file.
 STAND_INS: dict[str, Callable[[Path, Path], object]] = {
     "efficientdet-d0": lambda path, tiny: shutil.copytree(EXAMPLES / "tiny_shapes", path),
     "d0.onnx": lambda path, tiny: shutil.copy(tiny, path),
@@ -138,7 +143,9 @@ OTHERS = {
 
 
 class Folder:
-    """Where the commands run: on every page the stand-ins as they were, and what earlier commands wrote beside them."""
+    """Where the commands run: on every page the stand-ins as they were, and what earlier
+    commands wrote beside them.
+    """
 
     def __init__(self, path: Path, tiny: Path) -> None:
         self.path, self._stock = path / "reader", path / "stock"
@@ -177,7 +184,9 @@ def done() -> set[str]:
 
 
 def stage_of(words: Sequence[str]) -> tuple[str, list[str]] | None:
-    """The stage and its arguments, for `python infer.py ...`, `trtdet infer ...` and `python -m trtdet infer ...`."""
+    """The stage and its arguments, for `python infer.py ...`, `trtdet infer ...` and `python -m
+    trtdet infer ...`.
+    """
     if words[0] == "python" and words[1].removesuffix(".py") in STAGES:
         return words[1].removesuffix(".py"), list(words[2:])
     begin = 1 if words[0] == "trtdet" else 3 if list(words[:3]) == ["python", "-m", "trtdet"] else 0
@@ -227,7 +236,9 @@ def run_example() -> None:
 
 
 def parse(command: str) -> None:
-    """Parse the options of a command that cannot be run here, in a folder that has all files it names."""
+    """Parse the options of a command that cannot be run here, in a folder that has all files it
+    names.
+    """
     words = shlex.split(command)
     if stage := stage_of(words):
         name, arguments = stage
@@ -270,7 +281,9 @@ def test_commands_run(
 def test_commands_in_the_text_run(
     page: Path, command: str, folder: Folder, done: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine is built and run on a GPU only: the build is parsed, the rest takes the ONNX file in its place."""
+    """An engine is built and run on a GPU only: the build is parsed, the rest takes the ONNX
+    file in its place.
+    """
     monkeypatch.chdir(folder.open(page))
     parse(command)
     command = command.replace("d0.engine", "d0.onnx")
@@ -368,7 +381,8 @@ def test_options_named_in_prose_exist() -> None:
         for number, line in prose(page):
             for span in re.findall(r"`([^`]+)`", line):
                 for option in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", span):
-                    # Ours are in small letters with underscores; a hyphen or a capital is another program's.
+                    # Ours are in small letters with underscores; a hyphen or a capital is another
+                    # program's.
                     other = "-" in option[2:] or option.lower() != option or option in OTHERS
                     if not other and option not in known:
                         wrong.append(f"{page.name}:{number}: {option}")
@@ -387,6 +401,25 @@ def test_prose_is_at_most_100_columns_wide() -> None:
         for number, line in prose(page)
         if columns(line) > 100 and not line.lstrip("> ").startswith("|") and "](" not in line
     ]
+    assert wrong == []
+
+
+def test_docstrings_and_comments_are_at_most_100_columns_wide() -> None:
+    """But for tables, and what stands behind code."""
+    wrong = []
+    for path in (*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))):
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        looked_at = {i for i, line in enumerate(lines, 1) if line.lstrip().startswith("#")}
+        for node in ast.walk(ast.parse(text)):
+            value = node.value if isinstance(node, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                looked_at.update(range(node.lineno, (node.end_lineno or 0) + 1))
+        wrong += [
+            f"{path.relative_to(ROOT)}:{number}"
+            for number in sorted(looked_at)
+            if len(lines[number - 1]) > 100 and not lines[number - 1].lstrip().startswith("|")
+        ]
     assert wrong == []
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/gpu_report.py: with the stand-in on any machine; what it calls passed, and what not."""
+"""benchmarks/gpu_report.py: with the stand-in on any machine; what it calls passed, and what
+not.
+"""
 
 import json
 import re

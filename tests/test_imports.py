@@ -45,7 +45,8 @@ HOMES = {
 }
 #: Imported inside the functions that need them, never with a module.
 AT_THE_POINT_OF_USE = HOMES.keys() - {"cv2"}
-#: Modules that import by a name which is not written there: that of a stage, a TensorRT, a family, or a package that doctor looks for.
+#: Modules that import by a name which is not written there: that of a stage, a TensorRT, a family,
+#: or a package that doctor looks for.
 BY_NAME = (
     "trtdet.start",
     "trtdet.commands.main",
@@ -82,7 +83,9 @@ def _imports_by_function(node: ast.AST) -> TypeGuard[ast.Call]:
 
 
 def modules(root: Path) -> dict[str, str]:
-    """Dotted name -> source of every module of the package; `deploy/assets` is code for other programs."""
+    """Dotted name -> source of every module of the package; `deploy/assets` is code for other
+    programs.
+    """
     found = {}
     for path in sorted((root / "trtdet").rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -152,7 +155,9 @@ def misplaced(known: dict[str, str]) -> list[str]:
 
 
 def unseen(known: dict[str, str]) -> list[str]:
-    """Imports that the other rules cannot follow: relative ones, and those of a name that is not written there."""
+    """Imports that the other rules cannot follow: relative ones, and those of a name that is not
+    written there.
+    """
     found = []
     for module, source in known.items():
         names = [name for name, _ in imports_of(source)]

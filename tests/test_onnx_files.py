@@ -17,7 +17,9 @@ from trtdet.onnx_files import EXPORT_AGAIN, external_files, read_onnx
 
 
 def save_external(path: Path) -> Path:
-    """A model whose weights, 1 KiB, are in `weights.bin` beside it: those of its graph and those inside an If."""
+    """A model whose weights, 1 KiB, are in `weights.bin` beside it: those of its graph and those
+    inside an If.
+    """
     weights = numpy_helper.from_array(np.arange(256, dtype=np.float32), "w")
     inner = helper.make_tensor("v", TensorProto.FLOAT, [256], np.ones(256, np.float32))
     branch = helper.make_graph(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages for people in trouble, or on their way here: what they quote is what the program says, and each stage has the options that they advise.
+"""Pages for people in trouble, or on their way here: what they quote is what the program says, and
+each stage has the options that they advise.
 
 `test_docs.py` runs their commands.
 """
@@ -86,7 +87,9 @@ FOREIGN = {"--grid", "--ckpt_path", "--hparams", "--min_score_thresh", "--batch_
 
 
 def test_quoted_messages_are_the_programs() -> None:
-    """Of the left column, what is code is in the source, piece by piece between the names and numbers."""
+    """Of the left column, what is code is in the source, piece by piece between the names and
+    numbers.
+    """
     constants = []
     for path in sorted((ROOT / "trtdet").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every reader of files from outside: a value, or one line that names the file; nothing else, whatever stands in it."""
+"""Every reader of files from outside: a value, or one line that names the file; nothing else,
+whatever stands in it.
+"""
 
 import copy
 import json
@@ -180,7 +182,7 @@ def _journal(path: Path) -> None:
 
 IMAGES = [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 64} for n in (1, 2)]
 OBJECT = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1.0, 2.0, 30.0, 20.0], "area": 600.0, "iscrowd": 0}  # fmt: skip
-TURNED = OBJECT | {"bbox": [1.0, 2.0, 30.0, 20.0, 0.1], "segmentation": [[1, 2, 1, 22, 31, 22, 31, 2]]}  # fmt: skip
+ROTATED = OBJECT | {"bbox": [1.0, 2.0, 30.0, 20.0, 0.1], "segmentation": [[1, 2, 1, 22, 31, 22, 31, 2]]}  # fmt: skip
 ANNOTATIONS = {"images": IMAGES, "annotations": [OBJECT], "categories": [{"id": 1, "name": "a"}]}
 FOUND = [{"image_id": 1, "category_id": 1, "bbox": [1.0, 2.0, 30.0, 20.0], "score": 0.5}]
 RECORD = {"startEnqMs": 0.0, "endEnqMs": 0.1, "startH2dMs": 0.0, "endD2hMs": 1.0, "h2dMs": 0.1, "computeMs": 0.7, "d2hMs": 0.1}  # fmt: skip
@@ -203,9 +205,9 @@ READERS: dict[str, tuple[Callable[[Path], Any], Any]] = {
     "journal": (_journal, LINE),
     "cache": (_cache_sidecar, _cache_json),
     "annotations": (_annotations, ANNOTATIONS),
-    "turned": (_annotations, ANNOTATIONS | {"annotations": [TURNED]}),
+    "rotated": (_annotations, ANNOTATIONS | {"annotations": [ROTATED]}),
     "results": (_results, FOUND),
-    "turned results": (_results, [FOUND[0] | {"bbox": TURNED["bbox"], "segmentation": TURNED["segmentation"]}]),
+    "rotated results": (_results, [FOUND[0] | {"bbox": ROTATED["bbox"], "segmentation": ROTATED["segmentation"]}]),
     "times": (_times, [RECORD, RECORD | {"endD2hMs": 2.0}]),
 }  # fmt: skip
 

@@ -34,7 +34,9 @@ def add(name: str = "y") -> onnx.ModelProto:
 
 
 def traces_of_telemetry(trace: str, scratch: Path) -> list[str]:
-    """System calls that reach the network, Microsoft's cache, or a file of a fixed name made in the folder for temporary files."""
+    """System calls that reach the network, Microsoft's cache, or a file of a fixed name made in
+    the folder for temporary files.
+    """
     # Local sockets (AF_UNIX) and the kernel's list of interfaces (AF_NETLINK) leave no machine.
     network = re.compile(r"\b(socket|connect|sendto|sendmsg)\(.*AF_INET")
     fixed = re.compile(rf'"{re.escape(str(scratch))}/[^"]*", [^)]*O_CREAT')

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The workflows of the hosting: that they are well formed, name files that are there, and may write nothing."""
+"""The workflows of the hosting: that they are well formed, name files that are there, and may
+write nothing.
+"""
 
 import re
 from pathlib import Path

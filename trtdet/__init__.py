@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained object detectors to NVIDIA TensorRT: `load`, `convert`, `build`. README.md has the chain of scripts.
+"""Trained object detectors to NVIDIA TensorRT: `load`, `convert`, `build`.
+
+README.md has the chain of scripts.
 
 The API is imported when it is first asked for: `import trtdet` alone needs the standard library.
 """

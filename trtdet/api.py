@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python API: `trtdet.load`, `trtdet.convert`, `trtdet.build`. The command lines stand on the same code.
+"""The Python API: `trtdet.load`, `trtdet.convert`, `trtdet.build`.
+
+The command lines stand on the same code.
 
 import trtdet
 
@@ -54,7 +56,8 @@ class Detections(results.Detections):
         boxes_xyxy: (n, 4) float32, corners, pixels of the source image.
         scores: (n,) float32, 0 to 1.
         class_ids: (n,) int32, 0-based index into the model's classes.
-        angles: (n,) float32, radians, positive clockwise on the screen, where boxes are rotated; else None.
+        angles: (n,) float32, radians, positive clockwise on the screen, where boxes are rotated;
+            else None.
         spec: of the model.
         class_names: [class_id] -> name.
     """
@@ -78,15 +81,18 @@ class Detections(results.Detections):
         return draw(pixels, self, self.class_names, score_threshold=score_threshold)
 
     def to_tsv(self, *, header: bool = False) -> str:
-        """The text of infer.py's TSV file: xmin ymin xmax ymax score class, and the angle of rotated boxes.
+        """The text of infer.py's TSV file: xmin ymin xmax ymax score class, and the angle of
+        rotated boxes.
 
         Args:
-            header: begin with the column names, and add a column of labels where the model has names.
+            header: begin with the column names, and add a column of labels where the model has
+                names.
         """
         return results.tsv_text(self, labels=self.class_names if header else (), header=header)
 
     def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
-        """COCO's results format, one dict per detection: bbox is x, y, width, height in source pixels.
+        """COCO's results format, one dict per detection: bbox is x, y, width, height in source
+        pixels.
 
         Raises:
             ValueError: detections that no model made, whose category ids are not known.
@@ -101,9 +107,11 @@ class Detections(results.Detections):
         )
 
     def to_supervision(self) -> "supervision.Detections":
-        """The same for the supervision library, which draws, tracks and counts: names are in `data["class_name"]`.
+        """The same for the supervision library, which draws, tracks and counts: names are in
+        `data["class_name"]`.
 
-        Rotated boxes have their corners in `data["xyxyxyxy"]`, where supervision looks for them, and `xyxy` is the box around these.
+        Rotated boxes have their corners in `data["xyxyxyxy"]`, where supervision looks for them,
+        and `xyxy` is the box around these.
 
         Raises:
             ImportError: supervision is not installed.
@@ -135,7 +143,9 @@ def _with_model(
 
 
 class _Buffers:
-    """Memory for batches that is kept from one call to the next: the runtime's, which may be pinned, or shared with a server."""
+    """Memory for batches that is kept from one call to the next: the runtime's, which may be
+    pinned, or shared with a server.
+    """
 
     def __init__(self, allocate: Allocate) -> None:
         self._allocate = allocate
@@ -159,7 +169,8 @@ class _Buffers:
 class Model(Closing):
     """A detector that is loaded and ready. Made by `load`; use it in a `with` block, or close it.
 
-    Several threads may call it; their calls run one after the other. For several GPUs load it with `devices`.
+    Several threads may call it; their calls run one after the other. For several GPUs load it with
+    `devices`.
 
     Attributes:
         spec: what the model is: input, classes, NMS.
@@ -199,14 +210,17 @@ class Model(Closing):
     def __call__(
         self, images: Image | Iterable[Image], *, score_threshold: float | None = None
     ) -> Detections | list[Detections]:
-        """Find objects in one image, or in each of several, which are decoded, resized and run in batches.
+        """Find objects in one image, or in each of several, which are decoded, resized and run in
+        batches.
 
         Args:
-            images: a file, an array (h, w, 3) uint8 RGB, or a sequence of these. An array (n, h, w, 3) is n images.
+            images: a file, an array (h, w, 3) uint8 RGB, or a sequence of these. An array (n, h, w,
+                3) is n images.
             score_threshold: leave out detections below; None: that of `load`, else the model's own.
 
         Raises:
-            ValueError: an image that cannot be decoded, or is no image; names it. Nothing is returned then.
+            ValueError: an image that cannot be decoded, or is no image; names it. Nothing is
+                returned then.
             EngineError: the model failed.
         """
         one = isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3)  # fmt: skip
@@ -281,13 +295,16 @@ def load(
     """Open a model to run.
 
     Args:
-        model: an engine with its .json, an ONNX file of create_onnx.py, or a model on a Triton server, grpc://HOST:8001/NAME.
+        model: an engine with its .json, an ONNX file of create_onnx.py, or a model on a Triton
+            server, grpc://HOST:8001/NAME.
         score_threshold: leave out detections below.
         labels: a file of class names, one a line, or "coco"; None: those in the model.
-        options: of `trtdet.run.options.RunOptions`: batch_size, size, resize, resample, workers, provider, threads, devices, ...
+        options: of `trtdet.run.options.RunOptions`: batch_size, size, resize, resample, workers,
+            provider, threads, devices, ...
 
     Raises:
-        FileNotFoundError, GraphError, EngineError: the file is not what it should be; the message names the next step.
+        FileNotFoundError, GraphError, EngineError: the file is not what it should be; the message
+            names the next step.
         TypeError: no such option.
     """
     _refuse(options, ("recursive", "num_images"), "load takes no images: name them in the call")
@@ -296,12 +313,14 @@ def load(
 
 
 def convert(source: str | Path, output: str | Path, **options: Any) -> Conversion:
-    """Make an ONNX file that ends in NMS of a trained model, and compare it with the source before it is written, as create_onnx.py does.
+    """Make an ONNX file that ends in NMS of a trained model, and compare it with the source before
+    it is written, as create_onnx.py does.
 
     Args:
         source: a SavedModel folder or an ONNX file.
         output: the ONNX file to write.
-        options: of `trtdet.conversion.convert.Options`, and of `trtdet.families.base.Hints` for what a file cannot say.
+        options: of `trtdet.conversion.convert.Options`, and of `trtdet.families.base.Hints` for
+            what a file cannot say.
 
     Raises:
         GraphError: the source is not what a family expects, or the result differs from it.
@@ -345,7 +364,8 @@ def build(
         engine: the engine to write; ENGINE.json beside it says what it is.
         calibration: for precision="int8" and "fp8": images, cache and what stays out.
         flavor: "tensorrt" or "tensorrt_rtx"; None: the first that is installed.
-        options: of `trtdet.engine.options.BuildOptions`: precision, batch, size, compute_capabilities, ...
+        options: of `trtdet.engine.options.BuildOptions`: precision, batch, size,
+            compute_capabilities, ...
 
     Raises:
         GraphError, EngineError, ValueError, OSError: the message names the next step.

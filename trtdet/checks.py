@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranges of values that come from files: checked where a dataclass is made, so once, whoever makes it."""
+"""Ranges of values that come from files: checked where a dataclass is made, so once, whoever
+makes it.
+"""
 
 import unicodedata
 from typing import Any
 
-#: Unicode's categories of characters that end lines, steer terminals or cannot be encoded: none of them stands in a name.
+#: Unicode's categories of characters that end lines, steer terminals or cannot be encoded: none of
+#: them stands in a name.
 _CONTROL = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 #: Longest text of each kind, in characters.
@@ -32,7 +35,8 @@ def finite(name: str, value: float, low: float = -1e6, high: float = 1e6) -> Non
 def text(name: str, value: str, longest: int = NAME) -> None:
     """
     Raises:
-        ValueError: `value` is longer, or has characters that end a line or steer a terminal: it may be written into other files.
+        ValueError: `value` is longer, or has characters that end a line or steer a terminal: it may
+            be written into other files.
     """
     if len(value) > longest:
         raise ValueError(f"{name}: expected at most {longest} characters, found {len(value)}")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA runtime as this project uses it: checked calls, and context managers for what must be freed.
+"""The CUDA runtime as this project uses it: checked calls, and context managers for what must be
+freed.
 
-Only cuda-python (`cuda.bindings.runtime`), imported at the first call. The handles are those of CUDA; nothing is pooled, cached or guessed.
+Only cuda-python (`cuda.bindings.runtime`), imported at the first call. The handles are those of
+CUDA; nothing is pooled, cached or guessed.
 """
 
 import gc
@@ -37,7 +39,8 @@ HINTS = {
     "cudaErrorIllegalAddress": "a kernel read or wrote outside its memory; every later CUDA call of this process fails too",
 }
 
-#: Errors of a kernel, noticed by whatever call comes after it; from then on every call of the process fails with them.
+#: Errors of a kernel, noticed by whatever call comes after it; from then on every call of the
+#: process fails with them.
 FAULTS = {
     "cudaErrorECCUncorrectable",
     "cudaErrorIllegalAddress",
@@ -91,7 +94,9 @@ def cudart() -> Any:
 
 @cache
 def warn_of_old_bindings() -> None:
-    """Say once where cuda-python is so old that decoding stands still while a batch is waited for."""
+    """Say once where cuda-python is so old that decoding stands still while a batch is waited
+    for.
+    """
     try:
         text = metadata.version("cuda-bindings")
     except metadata.PackageNotFoundError:  # a conda package, or one of somebody's own
@@ -130,12 +135,18 @@ def _error(function: str, status: Any) -> CudaError:
 
 
 def _forget_error() -> None:
-    """Clear CUDA's memory of the last error: the next plugin to ask for it would take ours for its own."""
+    """Clear CUDA's memory of the last error: the next plugin to ask for it would take ours for
+    its own.
+    """
     cudart().cudaGetLastError()
 
 
 def _free(function: str, handle: Any) -> None:
-    """Free a resource. A failure is only logged: it repeats the fault of earlier work, and raised it would hide that one."""
+    """Free a resource.
+
+    A failure is only logged: it repeats the fault of earlier work, and raised it would hide that
+    one.
+    """
     try:
         call(function, handle)
     except CudaError as error:
@@ -190,8 +201,8 @@ def free_memory() -> int:
 def use_device(index: int) -> None:
     """Make `index` the calling thread's device, for good.
 
-    It is not put back: cudaSetDevice starts CUDA on the device it names (since CUDA 12), so putting back GPU 0, where every thread
-    begins, would take memory on a GPU that nobody asked for.
+    It is not put back: cudaSetDevice starts CUDA on the device it names (since CUDA 12), so putting
+    back GPU 0, where every thread begins, would take memory on a GPU that nobody asked for.
     """
     if call("cudaGetDevice") != index:
         call("cudaSetDevice", index)
@@ -242,7 +253,10 @@ class Event(_Resource):
         call("cudaEventRecord", self.handle, stream.handle)
 
     def synchronize(self) -> None:
-        """Wait until the device has passed the mark. Errors of the work before it are raised here."""
+        """Wait until the device has passed the mark.
+
+        Errors of the work before it are raised here.
+        """
         call("cudaEventSynchronize", self.handle)
 
     def done(self) -> bool:
@@ -282,13 +296,18 @@ class Stream(_Resource):
         call("cudaMemsetAsync", buffer.handle, 0, buffer.nbytes, self.handle)
 
     def copy_in(self, target: int, source: NDArray[Any]) -> None:
-        """Queue a copy of `source` (pinned, contiguous) to the device address `target`. `source` is read later: keep it."""
+        """Queue a copy of `source` (pinned, contiguous) to the device address `target`.
+
+        `source` is read later: keep it.
+        """
         address = source.__array_interface__["data"][0]
         kind = cudart().cudaMemcpyKind.cudaMemcpyHostToDevice
         call("cudaMemcpyAsync", target, address, source.nbytes, kind, self.handle)
 
     def copy_out(self, target: NDArray[np.uint8], source: int) -> None:
-        """Queue a copy from the device address `source` over all of `target` (pinned, contiguous), written later."""
+        """Queue a copy from the device address `source` over all of `target` (pinned,
+        contiguous), written later.
+        """
         address = target.__array_interface__["data"][0]
         kind = cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost
         call("cudaMemcpyAsync", address, source, target.nbytes, kind, self.handle)
@@ -305,14 +324,17 @@ class DeviceBuffer(_Resource):
 
 
 class Graph(_Resource):
-    """Work captured from a stream, launched as one. Keep alive whatever memory it was captured with.
+    """Work captured from a stream, launched as one.
+
+    Keep alive whatever memory it was captured with.
 
     Args:
         stream: captured from; what `enqueue` puts there is recorded, not run.
         enqueue: may call nothing that waits or allocates.
 
     Raises:
-        CudaError: the work cannot be captured. Exceptions of `enqueue` pass through. The stream is usable either way.
+        CudaError: the work cannot be captured. Exceptions of `enqueue` pass through. The stream is
+            usable either way.
     """
 
     _destroy = "cudaGraphExecDestroy"
@@ -347,7 +369,8 @@ _capturing = threading.Lock()
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """For a capture: an array of `pinned_empty` that the collector found in this thread would be freed, which breaks the capture.
+    """For a capture: an array of `pinned_empty` that the collector found in this thread would be
+    freed, which breaks the capture.
 
     The collector is the process's, so captures take turns.
     """
@@ -364,8 +387,8 @@ def _no_garbage_collection() -> Iterator[None]:
 class _PinnedMemory:
     """Page-locked host memory that lives as long as the last NumPy array over it.
 
-    Not freed by a `with` block as the rest: an array handed out may still be written to by a decoder thread when the runtime
-    closes, and a freed page under it would end the process.
+    Not freed by a `with` block as the rest: an array handed out may still be written to by a
+    decoder thread when the runtime closes, and a freed page under it would end the process.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -381,7 +404,8 @@ class _PinnedMemory:
 
 
 def pinned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An uninitialised array in page-locked memory, which copies asynchronously and at full speed; every GPU can use it.
+    """An uninitialised array in page-locked memory, which copies asynchronously and at full speed;
+    every GPU can use it.
 
     Freed with the last array that views it.
     """

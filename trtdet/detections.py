@@ -16,7 +16,7 @@ from trtdet.geometry import FloatArray, ResizeTransform, rotated_corners, xyxy_t
 from trtdet.spec import ModelSpec
 
 TSV_COLUMNS = ("xmin", "ymin", "xmax", "ymax", "score", "class")
-#: The column behind them where boxes are turned.
+#: The column behind them where boxes are rotated.
 TSV_ANGLE = "angle"
 
 
@@ -28,8 +28,8 @@ class Detections:
         boxes_xyxy: (n, 4) float32, corners, pixels of the source image.
         scores: (n,) float32, 0 to 1.
         class_ids: (n,) int32, 0-based index into the model's classes.
-        angles: (n,) float32, radians, positive clockwise on the screen: `boxes_xyxy` are the boxes before they are turned about
-            their centres. None: they are not turned.
+        angles: (n,) float32, radians, positive clockwise on the screen: `boxes_xyxy` are the boxes
+            before rotation about their centres. None: they are not rotated.
     """
 
     boxes_xyxy: FloatArray
@@ -68,7 +68,9 @@ class Detections:
 
     @property
     def corners(self) -> FloatArray:
-        """(n, 4, 2) float32 x y: top left, bottom left, bottom right, top right, where turning takes them."""
+        """(n, 4, 2) float32 x y: top left, bottom left, bottom right, top right, where turning
+        takes them.
+        """
         angles = np.zeros(len(self), np.float32) if self.angles is None else self.angles
         return rotated_corners(self.boxes_xyxy, angles)
 
@@ -83,7 +85,8 @@ def decode(
     """The four outputs of a batch as `Detections` in source pixels.
 
     Args:
-        outputs: by name (`trtdet.spec.OUTPUT_NAMES`), at least `len(transforms)` rows each; rows beyond are padding and ignored.
+        outputs: by name (`trtdet.spec.OUTPUT_NAMES`), at least `len(transforms)` rows each; rows
+            beyond are padding and ignored.
         spec: says the axis order of the boxes and whether they are normalised.
         transforms: one per real image.
         size_hw: height and width of the network input; None: that of the spec.
@@ -92,7 +95,8 @@ def decode(
     height, width = size_hw or spec.preprocessing.size_hw
     results = []
     for row, transform in enumerate(transforms):
-        # The plugin fills free slots with scores of 0 where its threshold is below 0.007: trtdet.nms.reference.
+        # The plugin fills free slots with scores of 0 where its threshold is below 0.007:
+        # trtdet.nms.reference.
         keep = np.flatnonzero(outputs["detection_scores"][row, : int(counts[row])] > 0)
         rows = outputs["detection_boxes"][row, keep].astype(np.float32)
         boxes, angles = rows[:, :4], rows[:, 4] if rows.shape[1] > 4 else None
@@ -102,7 +106,7 @@ def decode(
             boxes = boxes * np.array([width, height, width, height], np.float32)
         results.append(
             Detections(
-                _to_source(boxes, transform, spec, turned=angles is not None),
+                _to_source(boxes, transform, spec, rotated=angles is not None),
                 outputs["detection_scores"][row, keep].astype(np.float32),
                 outputs["detection_classes"][row, keep].astype(np.int32),
                 angles,
@@ -112,10 +116,13 @@ def decode(
 
 
 def _to_source(
-    boxes: FloatArray, transform: ResizeTransform, spec: ModelSpec, *, turned: bool
+    boxes: FloatArray, transform: ResizeTransform, spec: ModelSpec, *, rotated: bool
 ) -> FloatArray:
-    """Boxes in pixels of the source image. Turned ones are not clipped: that would move their centres."""
-    if turned:
+    """Boxes in pixels of the source image.
+
+    Rotated ones are not clipped: that would move their centres.
+    """
+    if rotated:
         return transform.to_source(boxes, clip=False)
     if not spec.inclusive_corners:
         return transform.to_source(boxes)
@@ -131,18 +138,20 @@ def write_tsv(
 
 
 def tsv_text(detections: Detections, *, labels: Sequence[str] = (), header: bool = False) -> str:
-    """One line per detection: xmin ymin xmax ymax score class, tab separated, as NVIDIA's sample wrote them; rotated boxes have an angle too.
+    """One line per detection: xmin ymin xmax ymax score class, tab separated, as NVIDIA's sample
+    wrote them; rotated boxes have an angle too.
 
     Args:
         labels: [class_id] -> text; where given, a last column holds the label.
         header: begin with a line of column names.
 
-    Coordinates have three decimals (a thousandth of a pixel); scores six, finer than float16 at 1.0; angles, in radians, six.
+    Coordinates have three decimals (a thousandth of a pixel); scores six, finer than float16 at
+    1.0; angles, in radians, six.
     """
-    turned = detections.angles is not None
-    columns = [*TSV_COLUMNS, *([TSV_ANGLE] if turned else []), *(["label"] if labels else [])]
+    rotated = detections.angles is not None
+    columns = [*TSV_COLUMNS, *([TSV_ANGLE] if rotated else []), *(["label"] if labels else [])]
     first = "\t".join(columns) + "\n" if header else ""
-    line = "\t".join(["%.3f"] * 4 + ["%.6f", "%d"] + ["%.6f"] * turned + ["%s"] * bool(labels))
+    line = "\t".join(["%.3f"] * 4 + ["%.6f", "%d"] + ["%.6f"] * rotated + ["%s"] * bool(labels))
     fields: list[list[Any]] = [
         *detections.boxes_xyxy.T.tolist(),
         detections.scores.tolist(),
@@ -156,20 +165,24 @@ def tsv_text(detections: Detections, *, labels: Sequence[str] = (), header: bool
 
 
 def _fill(row: str, columns: Sequence[Sequence[Any]]) -> str:
-    """`row` % its fields for each row of the columns, in one step: a step for each takes five times as long."""
+    """`row` % its fields for each row of the columns, in one step: a step for each takes five
+    times as long.
+    """
     return row * len(columns[0]) % tuple(chain.from_iterable(zip(*columns, strict=True)))
 
 
 def read_tsv(path: Path) -> Detections:
     """Read what `write_tsv` wrote; a header line and a label column are accepted.
 
-    A seventh column is the angle of rotated boxes where the header says so, or, without a header, where it is a number.
+    A seventh column is the angle of rotated boxes where the header says so, or, without a header,
+    where it is a number.
 
     Raises:
-        ValueError: a line that does not have six numbers, pixels up to a million; names file and line.
+        ValueError: a line that does not have six numbers, pixels up to a million; names file and
+            line.
     """
     rows: list[list[float]] = []
-    turned: bool | None = None
+    rotated: bool | None = None
     try:
         text = files.read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -179,18 +192,18 @@ def read_tsv(path: Path) -> Detections:
     for number, line in enumerate(text.splitlines(), 1):
         fields = line.split("\t")
         if number == 1 and tuple(fields[: len(TSV_COLUMNS)]) == TSV_COLUMNS:
-            turned = fields[6:7] == [TSV_ANGLE]
+            rotated = fields[6:7] == [TSV_ANGLE]
             continue
         try:
-            if turned is None:
-                turned = len(fields) > 6 and _is_number(fields[6])
-            angle = float(fields[6]) if turned else 0.0
+            if rotated is None:
+                rotated = len(fields) > 6 and _is_number(fields[6])
+            angle = float(fields[6]) if rotated else 0.0
             rows.append([float(field) for field in fields[:5]] + [int(fields[5]), angle])
             for value in (*rows[-1][:5], angle):
                 checks.finite("value", value)
             checks.whole("class", int(fields[5]), 0, 2**31 - 1)
         except (ValueError, IndexError) as error:
-            columns = [*TSV_COLUMNS, TSV_ANGLE] if turned else TSV_COLUMNS
+            columns = [*TSV_COLUMNS, TSV_ANGLE] if rotated else TSV_COLUMNS
             raise ValueError(
                 f"{path}:{number}: expected {' '.join(columns)}, tab separated, numbers up to a million, found {line[:80]!r}"
             ) from error
@@ -199,7 +212,7 @@ def read_tsv(path: Path) -> Detections:
         table[:, :4].astype(np.float32),
         table[:, 4].astype(np.float32),
         table[:, 5].astype(np.int32),
-        table[:, 6].astype(np.float32) if turned else None,
+        table[:, 6].astype(np.float32) if rotated else None,
     )
 
 
@@ -220,12 +233,12 @@ def to_coco_results(
 ) -> list[dict[str, Any]]:
     """COCO's results format: one dict per detection, bbox x y w h in source pixels.
 
-    Rotated boxes, as ODTK writes them: bbox x y w h of the box before rotation and the angle, and the four corners as `segmentation`, by
-    which COCO's metric compares them.
+    Rotated boxes, as ODTK writes them: bbox x y w h of the box before rotation and the angle, and
+    the four corners as `segmentation`, by which COCO's metric compares them.
 
     Args:
-        inclusive_corners: of the model's spec; ODTK counts the last pixel in the bbox of a rotated box, not in its corners. Other
-            boxes have it already.
+        inclusive_corners: of the model's spec; ODTK counts the last pixel in the bbox of a rotated
+            box, not in its corners. Other boxes have it already.
 
     Source: https://cocodataset.org/#format-results
     """
@@ -254,7 +267,9 @@ def to_coco_results(
 
 
 def _rounded(values: NDArray[Any], decimals: int) -> list[Any]:
-    """float32 values rounded as `round` does it: in float64, where a float32 times a million has no rounding of its own."""
+    """float32 values rounded as `round` does it: in float64, where a float32 times a million has
+    no rounding of its own.
+    """
     rounded: list[Any] = np.round(values.astype(np.float64), decimals).tolist()
     return rounded
 
@@ -266,7 +281,9 @@ def coco_text(
     *,
     inclusive_corners: bool = False,
 ) -> str:
-    """The text of `to_coco_results`, as `json.dumps` writes it: one line per detection, with a comma and an end of line between them."""
+    """The text of `to_coco_results`, as `json.dumps` writes it: one line per detection, with a
+    comma and an end of line between them.
+    """
     if detections.angles is not None:
         results = to_coco_results(
             detections, image_id, category_ids, inclusive_corners=inclusive_corners

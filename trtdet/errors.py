@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user is meant to read. Each message says what was expected, what was found, what to do next."""
+"""The errors a user is meant to read.
+
+Each message says what was expected, what was found, what to do next.
+"""
 
 #: The end of an error that comes from what is installed.
 DOCTOR = "'python -m trtdet doctor' shows what is here"

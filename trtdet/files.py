@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-#: Bytes of a temporary name that come from the file's own: with the rest it stays below the 255 that file systems take.
+#: Bytes of a temporary name that come from the file's own: with the rest it stays below the 255
+#: that file systems take.
 _STEM_BYTES = 80
 #: Seconds until a folder is looked through again for what killed processes left.
 _SEARCH_AGAIN_S = 60.0
@@ -48,11 +49,14 @@ _LONG_WORD = 250
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it into place if the block succeeds, else delete it.
+    """Yield a temporary path beside `path`; move it into place if the block succeeds, else delete
+    it.
 
-    Parent folders are made. The temporary name keeps the suffix, for writers that look at it, and holds host and process, so that what a
-    killed process left is found and removed by the next one that writes the same file. A symbolic link is followed: the file that
-    it names is replaced, the link stays. A device or a FIFO is never replaced: it is written into when the block has succeeded.
+    Parent folders are made. The temporary name keeps the suffix, for writers that look at it, and
+    holds host and process, so that what a killed process left is found and removed by the next one
+    that writes the same file. A symbolic link is followed: the file that it names is replaced, the
+    link stays. A device or a FIFO is never replaced: it is written into when the block has
+    succeeded.
 
     Raises:
         OSError: the file cannot be written; names it, also where the disk is full.
@@ -124,7 +128,8 @@ def _host() -> str:
 def _remove_left_over(folder: Path) -> None:
     """Remove what killed processes of this machine left in a folder.
 
-    A look at all names takes longer than to write a file, so each folder is looked through once in a while.
+    A look at all names takes longer than to write a file, so each folder is looked through once in
+    a while.
     """
     now = time.monotonic()
     if now - _searched.get(folder, -math.inf) < _SEARCH_AGAIN_S:
@@ -165,7 +170,9 @@ def printable_lines(text: str) -> str:
 
 
 def shell_line(words: Iterable[str]) -> str:
-    """A command line for a shell, each word quoted; one with control characters or bytes that are no text as bash's $'...', exact and printable."""
+    """A command line for a shell, each word quoted; one with control characters or bytes that
+    are no text as bash's $'...', exact and printable.
+    """
     return " ".join(
         shlex.quote(word)
         if word.isprintable()
@@ -190,7 +197,9 @@ def message_of(error: BaseException) -> str:
 
 
 def shortened(text: str) -> str:
-    """A message without what nobody reads of it: the rest of a word of hundreds of letters, which stood in a damaged file."""
+    """A message without what nobody reads of it: the rest of a word of hundreds of letters,
+    which stood in a damaged file.
+    """
     return re.sub(rf"\S{{{2 * _LONG_WORD},}}", lambda word: f"{word[0][:_LONG_WORD]}...", text)
 
 
@@ -217,7 +226,8 @@ def check_input(path: Path, option: str, what: str) -> None:
         raise FileNotFoundError(f"{option}: expected {what}, found {found_at(path)} at {path}")
 
 
-#: What a path may lead to, by `stat`: to be read, only a regular file will do. A FIFO waits for ever, a device may have no end.
+#: What a path may lead to, by `stat`: to be read, only a regular file will do. A FIFO waits for
+#: ever, a device may have no end.
 _KINDS = {
     stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -264,7 +274,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def kind_of(start: bytes) -> str:
-    """What a file is, by its first bytes: one that can be neither a model nor an engine; "" for others."""
+    """What a file is, by its first bytes: one that can be neither a model nor an engine; "" for
+    others.
+    """
     if not start:
         return "an empty file"
     for magic, kind in OTHER_FILES.items():
@@ -303,7 +315,8 @@ def check_folder(folder: Path, option: str = "--output") -> None:
 
 
 def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
-    """Find out before long work whether every output can be written, and that none is an input or another output.
+    """Find out before long work whether every output can be written, and that none is an input or
+    another output.
 
     Raises:
         ValueError: names the file.
@@ -325,7 +338,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, UTF-8; bytes of file names that are no text are escaped."""
+    """Write `text` to `path` atomically, UTF-8; bytes of file names that are no text are
+    escaped.
+    """
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Box formats and the way back from network pixels to source pixels. Pure NumPy; every function returns a new array."""
+"""Box formats and the way back from network pixels to source pixels.
+
+Pure NumPy; every function returns a new array.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -50,11 +53,12 @@ def rotated_corners(
     """The corners of rotated boxes.
 
     Args:
-        boxes_xyxy: (..., 4), the boxes before they are turned about their centres.
+        boxes_xyxy: (..., 4), the boxes before rotation about their centres.
         angles: (...), radians; positive turns clockwise on the screen, where y points down.
 
     Returns:
-        (..., 4, 2) x y: top left, bottom left, bottom right, top right of the box before rotation, where turning takes them. ODTK's order.
+        (..., 4, 2) x y: top left, bottom left, bottom right, top right of the box before rotation,
+        where turning takes them. ODTK's order.
     """
     centre = (boxes_xyxy[..., None, :2] + boxes_xyxy[..., None, 2:]) / 2
     x, y = np.split(boxes_xyxy[..., [[0, 1], [0, 3], [2, 3], [2, 1]]] - centre, 2, axis=-1)
@@ -64,7 +68,9 @@ def rotated_corners(
 
 @dataclass(frozen=True)
 class ResizeTransform:
-    """How one image was placed in the network input: network = source * scale + offset, per axis."""
+    """How one image was placed in the network input: network = source * scale + offset, per
+    axis.
+    """
 
     source_wh: tuple[int, int]
     scale_xy: tuple[float, float]
@@ -77,7 +83,8 @@ class ResizeTransform:
             boxes_xyxy: (n, 4) float32, pixels of the network input.
 
         Returns:
-            (n, 4) float32, xyxy, pixels of the source image, within 0..width and 0..height if `clip`.
+            (n, 4) float32, xyxy, pixels of the source image, within 0..width and 0..height if
+            `clip`.
         """
         scale = np.array([*self.scale_xy, *self.scale_xy], np.float32)
         offset = np.array([*self.offset_xy, *self.offset_xy], np.float32)

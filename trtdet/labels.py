@@ -38,19 +38,23 @@ _COCO_NAMES = {
     89: "hair drier", 90: "toothbrush",
 }  # fmt: skip
 
-#: [class_id] -> name for the 90 outputs of a COCO model of AutoML, where class_id = category_id - 1.
-#: The ten outputs that no training image ever used are "unused 12", ..., after their category ids.
+#: [class_id] -> name for the 90 outputs of a COCO model of AutoML, where class_id = category_id -
+#: 1. The ten outputs that no training image ever used are "unused 12", ..., after their category
+#: ids.
 COCO_LABELS: tuple[str, ...] = tuple(_COCO_NAMES.get(i, f"unused {i}") for i in range(1, 91))
 
-#: The same for models with one output for each of the 80 names (YOLO): [class_id] -> category id, [class_id] -> name.
+#: The same for models with one output for each of the 80 names (YOLO): [class_id] -> category id,
+#: [class_id] -> name.
 COCO_80_IDS: tuple[int, ...] = tuple(_COCO_NAMES)
 COCO_80_LABELS: tuple[str, ...] = tuple(_COCO_NAMES.values())
 
 
 def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[str, ...]:
-    """Read class names, one per line in class-id order, or a label map (.pbtxt); `coco` stands for COCO's 90 names, or 80 where the model has those.
+    """Read class names, one per line in class-id order, or a label map (.pbtxt); `coco` stands for
+    COCO's 90 names, or 80 where the model has those.
 
-    An empty line is a class without a name and becomes "unused N" (N = class id + 1); empty lines at the end are dropped.
+    An empty line is a class without a name and becomes "unused N" (N = class id + 1); empty lines
+    at the end are dropped.
 
     Args:
         path: a UTF-8 text file, or the word "coco".
@@ -58,7 +62,8 @@ def read_labels(path: Path | str, *, num_classes: int | None = None) -> tuple[st
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no names, one of more than 256 characters or with control characters (a tab among them), or not `num_classes` of them, or not UTF-8.
+        ValueError: no names, one of more than 256 characters or with control characters (a tab
+            among them), or not `num_classes` of them, or not UTF-8.
     """
     if str(path) == "coco":
         labels = COCO_80_LABELS if num_classes == len(COCO_80_LABELS) else COCO_LABELS
@@ -145,7 +150,8 @@ def _items(text: str) -> Iterator[str]:
 
 
 def parse_label_map(text: str, path: Path | str) -> tuple[str, ...]:
-    """Class names of TensorFlow's label map (.pbtxt), [id - 1] -> display_name, else name; ids that are left out are "unused N".
+    """Class names of TensorFlow's label map (.pbtxt), [id - 1] -> display_name, else name; ids that
+    are left out are "unused N".
 
     Raises:
         ValueError: an item without a positive id or a name, or an id twice.
@@ -175,7 +181,9 @@ def fit_labels(labels: tuple[str, ...], num_classes: int) -> tuple[str, ...]:
 
 
 def names_of(labels: Sequence[str], num_classes: int) -> Sequence[str]:
-    """A model's class names: its own, COCO's where it has COCO's 90 classes and none of its own, else none."""
+    """A model's class names: its own, COCO's where it has COCO's 90 classes and none of its own,
+    else none.
+    """
     return COCO_LABELS if not labels and num_classes == len(COCO_LABELS) else labels
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine a program runs on: how many cores it may use, and what a measured figure was measured on."""
+"""The machine a program runs on: how many cores it may use, and what a measured figure was
+measured on.
+"""
 
 import os
 import platform
@@ -14,7 +16,9 @@ PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "onnxruntime-gpu", "cuda-
 
 
 def available_cores() -> int:
-    """CPU cores this process may use: its affinity where the system has one, not the machine's count."""
+    """CPU cores this process may use: its affinity where the system has one, not the machine's
+    count.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -29,11 +29,13 @@ def read_onnx(
     Args:
         option: the one that named the file, for messages.
         remedy: what to do with a file that cannot be read.
-        weights: False leaves external data in its files, for who wants the graph alone, or lets ONNX Runtime read them.
+        weights: False leaves external data in its files, for who wants the graph alone, or lets
+            ONNX Runtime read them.
 
     Raises:
         FileNotFoundError: no such file, or a folder.
-        GraphError: not an ONNX file, a damaged one, a graph that cannot be run, or one whose external data is missing.
+        GraphError: not an ONNX file, a damaged one, a graph that cannot be run, or one whose
+            external data is missing.
     """
     import onnx
 
@@ -63,7 +65,9 @@ def fixed_batch(model: onnx.ModelProto) -> int | None:
 
 
 def feed_of(model: onnx.ModelProto, image: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """What a model is fed for one image, as its preprocessing made it: in a fixed batch every row is that image."""
+    """What a model is fed for one image, as its preprocessing made it: in a fixed batch every
+    row is that image.
+    """
     import numpy as np
 
     batch = fixed_batch(model) or 1
@@ -168,7 +172,10 @@ def wiring_fault(graph: onnx.GraphProto) -> str:
 
 
 def without_value(graph: onnx.GraphProto) -> str:
-    """Name of the first weights that hold NaN; "" where none do. Those in files of their own are not looked at."""
+    """Name of the first weights that hold NaN; "" where none do.
+
+    Those in files of their own are not looked at.
+    """
     import numpy as np
     from onnx import numpy_helper
 
@@ -188,7 +195,8 @@ def without_value(graph: onnx.GraphProto) -> str:
 def with_weights(
     model: onnx.ModelProto, path: Path, *, remedy: str = WRITE_AGAIN
 ) -> onnx.ModelProto:
-    """A model that `read_onnx` read from `path` without weights, with them: a copy, or the model itself where it has them inside.
+    """A model that `read_onnx` read from `path` without weights, with them: a copy, or the model
+    itself where it has them inside.
 
     Raises:
         GraphError: its external data is missing or damaged.
@@ -229,7 +237,9 @@ def check_external_data(model: onnx.ModelProto, path: Path) -> None:
 
 
 def external_files(graph: onnx.GraphProto) -> Iterator[str]:
-    """The files that hold weights of a graph, and of the graphs inside its nodes, relative to the ONNX file."""
+    """The files that hold weights of a graph, and of the graphs inside its nodes, relative to
+    the ONNX file.
+    """
     tensors = list(graph.initializer)
     for sparse in graph.sparse_initializer:
         tensors += [sparse.values, sparse.indices]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON from outside as frozen dataclasses: the one place where types, lengths, depth and the schema are checked.
+"""JSON from outside as frozen dataclasses: the one place where types, lengths, depth and the schema
+are checked.
 
-Ranges are checked by the dataclasses themselves (`__post_init__`, with `trtdet.checks`). A class with a `SCHEMA` is read only from an
-object whose "schema" is that number; `JSON_NAMES` are names in the file that differ from those of the fields. Fields that a class does not
-have are passed over. docs/design.md says why this is msgspec.
+Ranges are checked by the dataclasses themselves (`__post_init__`, with `trtdet.checks`). A class
+with a `SCHEMA` is read only from an object whose "schema" is that number; `JSON_NAMES` are names in
+the file that differ from those of the fields. Fields that a class does not have are passed over.
+docs/design.md says why this is msgspec.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ T = TypeVar("T")
 
 
 class OtherSchemaError(ValueError):
-    """A file of another schema number: it is not damaged, but of another version of this project."""
+    """A file of another schema number: it is not damaged, but of another version of this
+    project.
+    """
 
 
 BOM = b"\xef\xbb\xbf"
@@ -45,7 +49,8 @@ def read(
 
     Raises:
         OSError: not readable.
-        ValueError, or `error`: it is none; says the file, the place in it, what was expected and found.
+        ValueError, or `error`: it is none; says the file, the place in it, what was expected and
+            found.
     """
     return parse(files.read_bytes(path), kind, name=str(path), remedy=remedy, error=error)
 
@@ -117,7 +122,8 @@ def _has_schema(kind: Any) -> bool:
 
 
 def _check_schema(data: Any, kind: Any, place: str) -> None:
-    """Find out before anything else whether an object, or one within, is of another schema: its fields may be others.
+    """Find out before anything else whether an object, or one within, is of another schema: its
+    fields may be others.
 
     Raises:
         ValueError: names the place.
@@ -137,7 +143,9 @@ def _check_schema(data: Any, kind: Any, place: str) -> None:
 
 
 def _locate(data: Any, kind: Any, steps: list[tuple[str, str, str]]) -> tuple[str, Any, Any]:
-    """The place that msgspec names by steps, in words, the value there and the type it should have."""
+    """The place that msgspec names by steps, in words, the value there and the type it should
+    have.
+    """
     place = ""
     for name, index, _ in steps:
         if name:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place that imports ONNX Runtime: opens sessions, and makes its failures errors of one line.
+"""The only place that imports ONNX Runtime: opens sessions, and makes its failures errors of one
+line.
 
-ONNX Runtime sends telemetry by default from 1.31 on, on Linux too. It reads ORT_DISABLE_TELEMETRY when it is imported, so that is set
-before; a value that the user has set stays.
+ONNX Runtime sends telemetry by default from 1.31 on, on Linux too. It reads ORT_DISABLE_TELEMETRY
+when it is imported, so that is set before; a value that the user has set stays.
 """
 
 from __future__ import annotations
@@ -117,7 +118,10 @@ class Session:
 
 
 class Bound:
-    """A session whose one input lies in memory on a device that every run fills again. Outputs are in host memory."""
+    """A session whose one input lies in memory on a device that every run fills again.
+
+    Outputs are in host memory.
+    """
 
     def __init__(self, session: Session, binding: Any, buffer: Any) -> None:
         self._session = session
@@ -158,7 +162,8 @@ def open_session(
         optimize: False keeps the graph as it is written.
         integer_kernels: False computes every Q/DQ pair as it is written.
         external_data: the folder that the files of a model with external data are in.
-        spin_us: microseconds that a thread spins while it waits for work; None: ONNX Runtime's default.
+        spin_us: microseconds that a thread spins while it waits for work; None: ONNX Runtime's
+            default.
         log_level: what ONNX Runtime itself writes to stderr.
 
     Raises:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model is, in data: everything that stages 2 to 4 need to know about a detector.
 
-Stage 1 writes a `ModelSpec` into the ONNX file's `metadata_props`; stage 2 copies it to the sidecar `<engine>.json`; stages 3
-and 4 read it. Families therefore differ in data after stage 1, not in code.
+Stage 1 writes a `ModelSpec` into the ONNX file's `metadata_props`; stage 2 copies it to the sidecar
+`<engine>.json`; stages 3 and 4 read it. Families therefore differ in data after stage 1, not in
+code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from trtdet.errors import GraphError
 if TYPE_CHECKING:
     import onnx
 
-#: Mean and standard deviation (RGB, 0-255) that --preprocessor knows, for models whose export lost theirs.
+#: Mean and standard deviation (RGB, 0-255) that --preprocessor knows, for models whose export lost
+#: theirs.
 PREPROCESSORS = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "scale_range": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
@@ -59,7 +61,8 @@ COLUMN_NAMES: dict[BoxFormat, tuple[str, ...]] = {
     "xywh": ("x", "y", "w", "h"),
 }
 
-#: The four outputs of every model after stage 1, in this order: int32 [N,1], float32 [N,K,4], float32 [N,K], int32 [N,K].
+#: The four outputs of every model after stage 1, in this order: int32 [N,1], float32 [N,K,4],
+#: float32 [N,K], int32 [N,K].
 OUTPUT_NAMES = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
 
 
@@ -72,7 +75,7 @@ class Preprocessing:
 
     size_hw: tuple[
         int, int
-    ]  # height, width of the network input, pixels; where it is free, what is taken unless asked otherwise
+    ]  # height, width of the network input, pixels; where it is dynamic, what is taken unless asked otherwise
     layout: Layout = "NHWC"
     dtype: InputDtype = "float32"
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # RGB, 0-255
@@ -91,7 +94,8 @@ class Preprocessing:
     )
     bgr: bool = False  # the network was trained on BGR
     longest: int | None = None  # letterbox: where the longer side ends (YOLO-NAS: 636 of 640)
-    # Smallest and largest (height, width) of an input whose size is dynamic, and what both must be a multiple of.
+    # Smallest and largest (height, width) of an input whose size is dynamic, and what both must be
+    # a multiple of.
     size_range: tuple[tuple[int, int], tuple[int, int]] | None = None
     size_multiple: int = 1
 
@@ -149,7 +153,9 @@ class Preprocessing:
 
     @property
     def image_dims(self) -> tuple[int | str, int | str, int | str]:
-        """Dimensions of one image in the graph: `image_shape`, with names where the size is dynamic."""
+        """Dimensions of one image in the graph: `image_shape`, with names where the size is
+        dynamic.
+        """
         height, width = ("H", "W") if self.size_range else self.size_hw
         return (height, width, 3) if self.layout == "NHWC" else (3, height, width)
 
@@ -160,7 +166,9 @@ class Preprocessing:
 
     @property
     def image_shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """The smallest shape of one image, the one taken unless asked otherwise, and the largest."""
+        """The smallest shape of one image, the one taken unless asked otherwise, and the
+        largest.
+        """
         smallest, largest = self.size_range or (self.size_hw, self.size_hw)
         return self._shape(smallest), self.image_shape, self._shape(largest)
 
@@ -171,7 +179,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Nms:
-    """Parameters of the NMS node, under the attribute names of TensorRT's EfficientNMS_TRT plugin."""
+    """Parameters of the NMS node, under the attribute names of TensorRT's EfficientNMS_TRT
+    plugin.
+    """
 
     score_threshold: float = 0.001
     iou_threshold: float = 0.5
@@ -199,8 +209,8 @@ class Fact:
     """One fact about a model, and what says it.
 
     Attributes:
-        origin: starts with "read", "measured", "given" (an option), "convention" (of a recognised family), "default" (of stage 1, not a
-            fact about the network), or "ASSUMED".
+        origin: starts with "read", "measured", "given" (an option), "convention" (of a recognised
+            family), "default" (of stage 1, not a fact about the network), or "ASSUMED".
     """
 
     name: str
@@ -273,7 +283,8 @@ class ModelSpec:
             name: where it is from, for messages.
 
         Raises:
-            GraphError: another schema, fields missing or of the wrong kind, or values that cannot be.
+            GraphError: another schema, fields missing or of the wrong kind, or values that cannot
+                be.
         """
         spec: ModelSpec = reading.parse(text, cls, name=name, remedy=remedy, error=GraphError)
         return spec

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start a stage: what a script calls before anything else is imported, so that Ctrl-C meanwhile ends it with a word, not a traceback."""
+"""Start a stage: what a script calls before anything else is imported, so that Ctrl-C meanwhile
+ends it with a word, not a traceback.
+"""
 
 import sys
 from importlib import import_module

@@ -8,5 +8,7 @@ PROJECT = "trtdet"
 
 
 def no_bar() -> bool | None:
-    """tqdm's `disable`: True where this project's log is quiet, None elsewhere, for tqdm to ask whether stderr is a terminal."""
+    """tqdm's `disable`: True where this project's log is quiet, None elsewhere, for tqdm to ask
+    whether stderr is a terminal.
+    """
     return True if logging.getLogger(PROJECT).level >= logging.WARNING else None

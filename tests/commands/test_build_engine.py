@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: real builds by TensorRT-RTX, and what TensorRT 8.6, 10 and 11 are asked, on a stand-in."""
+"""Stage 2: real builds by TensorRT-RTX, and what TensorRT 8.6, 10 and 11 are asked, on a
+stand-in.
+"""
 
 import dataclasses
 import errno
@@ -72,7 +74,7 @@ def layer_types(plan: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-# --- real builds ------------------------------------------------------------------------------------------------------------
+# --- real builds ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
@@ -137,7 +139,7 @@ def test_rtx_refuses(options: list[str], message: str, model: Path, tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["onnx"]
 
 
-# --- what each TensorRT is asked --------------------------------------------------------------------------------------------
+# --- what each TensorRT is asked ------------------------------------------------------------------
 
 
 def test_86_is_asked_for_fp16_by_flag_and_keeps_the_ends_in_float32(tensorrt: TensorRT, model: Path, tmp_path: Path) -> None:  # fmt: skip
@@ -269,7 +271,7 @@ def test_failed_build_leaves_the_old_engine_alone(tensorrt: TensorRT, model: Pat
     assert len(list(tmp_path.iterdir())) == 3
 
 
-# --- the model and its batch ------------------------------------------------------------------------------------------------
+# --- the model and its batch ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -390,7 +392,7 @@ def test_files_that_are_no_models(tensorrt: TensorRT, tmp_path: Path, capsys: py
     assert "expected an ONNX file written by create_onnx.py" in capsys.readouterr().err
 
 
-# --- timing cache, interruption ---------------------------------------------------------------------------------------------
+# --- timing cache, interruption -------------------------------------------------------------------
 
 
 def test_timing_cache_is_kept_and_a_stale_one_replaced(tensorrt: TensorRT, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -424,7 +426,7 @@ def test_errors_that_the_builder_copes_with_are_shown(tensorrt: TensorRT, model:
     assert "W tactic skipped" in capsys.readouterr().err.splitlines()
 
 
-# --- FP16's range -----------------------------------------------------------------------------------------------------------
+# --- FP16's range ---------------------------------------------------------------------------------
 
 
 def test_activations_are_looked_at_and_what_stays_float32_is_said(tensorrt: TensorRT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -502,7 +504,7 @@ def test_without_onnx_runtime_the_check_is_missed_aloud(model: Path, tmp_path: P
     assert "--fp16_check_input runs the model in ONNX Runtime: pip install" in capsys.readouterr().err  # fmt: skip
 
 
-# --- --save_onnx ------------------------------------------------------------------------------------------------------------
+# --- --save_onnx ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("precision", "weights"), [("fp32", 1), ("tf32", 1), ("fp16", 10), ("bf16", 16)])  # fmt: skip
@@ -550,7 +552,7 @@ def test_prepared_model_is_what_is_built(tensorrt: TensorRT, model: Path, tmp_pa
     assert [layer["Name"] for layer in plan_of(path)["layers"]] == names
 
 
-# --- sidecar ----------------------------------------------------------------------------------------------------------------
+# --- sidecar --------------------------------------------------------------------------------------
 
 INFO = EngineInfo(
     spec=toy.SPEC,
@@ -638,7 +640,7 @@ def test_engine_without_its_sidecar_rather_than_with_an_old_one(tmp_path: Path, 
     assert [p.name for p in tmp_path.iterdir()] == ["x.engine"] and path.read_bytes() == b"new"
 
 
-# --- command line -----------------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""build_engine.py --precision int8: calibration, its cache, the model it prepares, and an engine by TensorRT-RTX."""
+"""build_engine.py --precision int8: calibration, its cache, the model it prepares, and an engine
+by TensorRT-RTX.
+"""
 
 import json
 import re
@@ -65,7 +67,7 @@ def cache(calibrated: Path, tmp_path: Path) -> Path:
     return tmp_path / "tiny.cache"
 
 
-# --- what is prepared -------------------------------------------------------------------------------------------------------
+# --- what is prepared -----------------------------------------------------------------------------
 
 
 def test_prepared_model_detects_as_well_as_float32(calibrated: Path, tmp_path: Path) -> None:
@@ -91,7 +93,9 @@ def test_report_names_the_blocks(tiny_onnx: Path, calibrated: Path, tmp_path: Pa
 
 
 def input_types(model: onnx.ModelProto) -> dict[str, set[str]]:
-    """Type of the weights that convolutions read -> names; "INT8" where a DequantizeLinear makes them."""
+    """Type of the weights that convolutions read -> names; "INT8" where a DequantizeLinear makes
+    them.
+    """
     graph = onnx.shape_inference.infer_shapes(model, check_type=True).graph
     stored = {w.name: w.data_type for w in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
@@ -179,7 +183,7 @@ def test_a_model_with_its_own_pairs_needs_no_calibration(calibrated: Path, tmp_p
     assert "W the ONNX file brings its own Q/DQ: --calib_..., --keep_..., --int8_share and --precision_json are not used" in capsys.readouterr().err  # fmt: skip
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 def test_cache_is_the_same_each_time_and_used_where_it_fits(tiny_onnx: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -254,7 +258,9 @@ def test_cache_without_sidecar_is_taken_with_a_warning(tiny_onnx: Path, cache: P
 
 
 def test_bare_cache_of_another_model_is_refused(tiny_onnx: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    """One of whose tensors some have the same names: what is not in it would silently stay in FP16."""
+    """One of whose tensors some have the same names: what is not in it would silently stay in
+    FP16.
+    """
     (tmp_path / "tiny.cache.json").unlink()
     header, *lines = cache.read_text().splitlines()
     cache.write_text("\n".join([header, *lines[: len(lines) // 2]]) + "\n")
@@ -265,7 +271,9 @@ def test_bare_cache_of_another_model_is_refused(tiny_onnx: Path, cache: Path, tm
 
 
 def test_cache_version_is_the_first_line(tiny_onnx: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    """Of a new cache and, made over, of an old one, its sidecar with it; with --save_onnx, without TensorRT."""
+    """Of a new cache and, made over, of an old one, its sidecar with it; with --save_onnx,
+    without TensorRT.
+    """
     scales = cache.read_text().splitlines()[1:]
     output = ["--save_onnx", tmp_path / "m.onnx"]
     assert build(tiny_onnx, *output, "--calib_cache", cache, "--calib_cache_version", "8.5.1") == 0
@@ -332,7 +340,7 @@ def test_provider_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         calibration.providers("gpu")
 
 
-# --- engines ----------------------------------------------------------------------------------------------------------------
+# --- engines --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -460,7 +468,7 @@ def test_refused_where_it_is_not_to_be_had(version: str, settings: dict[str, Any
     assert list(tmp_path.iterdir()) == []
 
 
-# --- FP8 --------------------------------------------------------------------------------------------------------------------
+# --- FP8 ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -544,7 +552,7 @@ def test_pairs_of_the_other_type_are_refused(calibrated: Path, fp8_onnx: Path, t
     assert "are not used" not in capsys.readouterr().err
 
 
-# --- what is left out by itself ---------------------------------------------------------------------------------------------
+# --- what is left out by itself -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -635,7 +643,9 @@ def test_without_images_nothing_is_chosen(tiny_onnx: Path, calibrated: Path, tmp
 
 
 def test_measuring_goes_on_where_it_stopped(tiny_onnx: Path, cache: Path, chosen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """Interrupted after the first block: the second run measures the others alone, and chooses the same."""
+    """Interrupted after the first block: the second run measures the others alone, and chooses
+    the same.
+    """
     options = ["--save_onnx", tmp_path / "m.onnx", "--calib_input", IMAGES, "--calib_cache", cache]
     measured: list[str] = []
     alone = costs._alone
@@ -677,7 +687,7 @@ def test_images_of_nothing_are_warned_of(tiny_onnx: Path, tmp_path: Path, capsys
     assert max(factors, default=0) < 1e5
 
 
-# --- D0 ---------------------------------------------------------------------------------------------------------------------
+# --- D0 -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -717,7 +727,7 @@ def test_scales_come_from_somewhere(precision: str, cache: str, tiny_onnx: Path,
     assert read == [tiny_onnx] and not list(tmp_path.iterdir())
 
 
-# --- command line -----------------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from trtdet.nms import lowering, reference
 from trtdet.sources.base import run_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
-#: TensorFlow running the same weights with hard NMS, score threshold 0.001, pycocotools (../shared/models/README.md).
+#: TensorFlow running the same weights with hard NMS, score threshold 0.001, pycocotools
+#: (../shared/models/README.md).
 TENSORFLOW = {
     "tiny_shapes": {"AP": 0.78165, "AP50": 0.96022},
     "d0_person": {"AP": 0.3205, "AP50": 0.6359},
@@ -56,7 +57,9 @@ def d0_onnx(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_example_from_onnx_to_map(tiny_onnx: Path, tmp_path: Path) -> None:
-    """Stages 3 and 4 on the example: as many pictures and TSVs as images, detections.json of the same boxes, mAP of its own."""
+    """Stages 3 and 4 on the example: as many pictures and TSVs as images, detections.json of the
+    same boxes, mAP of its own.
+    """
     found = tmp_path / "found"
     images = sorted((EXAMPLES / "images").iterdir())
     arguments = [
@@ -124,7 +127,9 @@ def test_d0_scores_what_tensorflow_does_and_fp16_what_fp32_does(
 
 @pytest.mark.slow
 def test_forms_of_nms_equal_the_reference_on_d0(d0_onnx: Path, shared: Path) -> None:
-    """Heads of six photographs, class agnostic as exported and per class: the same boxes, scores and classes in every slot."""
+    """Heads of six photographs, class agnostic as exported and per class: the same boxes, scores
+    and classes in every slot.
+    """
     model = onnx.load(d0_onnx)
     spec = ModelSpec.from_onnx(model)
     anchors = next(

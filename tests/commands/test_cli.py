@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts share at the border, `trtdet.commands.cli` and `trtdet.files`; and their options for files that are not there."""
+"""What the scripts share at the border, `trtdet.commands.cli` and `trtdet.files`; and their
+options for files that are not there.
+"""
 
 import argparse
 import os
@@ -184,7 +186,9 @@ def test_a_closed_stderr_is_no_error(tmp_path: Path) -> None:
 
 
 def test_the_parser_knows_which_options_were_given() -> None:
-    """Defaults that are given count, under whichever name; those that are not do not, lists among them."""
+    """Defaults that are given count, under whichever name; those that are not do not, lists
+    among them.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("source", nargs="?")
     parser.add_argument("-t", "--score_threshold", "--nms_threshold", type=float, default=0.5)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compare.py: every planted fault is caught, with the figure that shows it, and an honest candidate passes."""
+"""compare.py: every planted fault is caught, with the figure that shows it, and an honest
+candidate passes.
+"""
 
 import dataclasses
 import json
@@ -74,7 +76,9 @@ def test_each_onnx_file_is_read_once(kind: str, external: bool, tiny_onnx: Path,
 
 
 def test_a_model_of_any_size_is_decoded_at_the_size_it_is_fed(tmp_path: Path) -> None:
-    """As infer.py decodes it: boxes that are parts of the network input, here 32 x 24 and not the 16 x 16 of the spec."""
+    """As infer.py decodes it: boxes that are parts of the network input, here 32 x 24 and not
+    the 16 x 16 of the spec.
+    """
     model = toy_network.free_network()
     spec = ModelSpec.from_onnx(model)
     spec.replace(boxes_normalized=True).attach(model)
@@ -124,7 +128,9 @@ def test_tensors_before_the_heads_include_what_subgraphs_capture() -> None:
 
 
 def test_converted_model_equals_its_saved_model(tiny_onnx: Path, tmp_path: Path) -> None:
-    """TensorFlow's own preprocessing and network against the ONNX file: both heads, every detection, the AP."""
+    """TensorFlow's own preprocessing and network against the ONNX file: both heads, every
+    detection, the AP.
+    """
     status, summary = run(EXAMPLES / "tiny_shapes", tiny_onnx, tmp_path)
     assert (status, summary["passed"]) == (0, True)
     assert [t["name"] for t in summary["tensors"]] == ["raw_boxes", "class_logits"]
@@ -139,7 +145,9 @@ def test_converted_model_equals_its_saved_model(tiny_onnx: Path, tmp_path: Path)
 
 
 def test_own_nms_of_the_saved_model_is_soft(tiny_onnx: Path, tmp_path: Path) -> None:
-    """Its own gaussian NMS keeps boxes that hard NMS suppresses: that, and nothing of the network, is what differs."""
+    """Its own gaussian NMS keeps boxes that hard NMS suppresses: that, and nothing of the
+    network, is what differs.
+    """
     status, summary = run(EXAMPLES / "tiny_shapes", tiny_onnx, tmp_path, "--own_nms")
     assert status == 1
     assert broken(summary)["missing"] == pytest.approx(10 / 72)
@@ -157,7 +165,9 @@ CHOICES = {
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_model_as_trained_follows_the_choices_of_its_conversion(choice: str, tmp_path: Path) -> None:  # fmt: skip
-    """The pictures are square, the inputs 64x96 and 128x256 (height x width): a letterbox leaves a third or half to padding."""
+    """The pictures are square, the inputs 64x96 and 128x256 (height x width): a letterbox leaves
+    a third or half to padding.
+    """
     kind, options = CHOICES[choice]
     source, converted = tmp_path / "source.onnx", tmp_path / "converted.onnx"
     onnx.save(load("detr_tiny")[0] if kind == "detr" else odtk_model(rotated=True), source)
@@ -175,7 +185,9 @@ def test_a_model_as_trained_follows_the_choices_of_its_conversion(choice: str, t
 
 
 def test_masks_cover_the_picture() -> None:
-    """A picture of 128x128 in 64x96 takes 64 of 96 columns, and three of four of a mask of 2x4: the third begins at 48."""
+    """A picture of 128x128 in 64x96 takes 64 of 96 columns, and three of four of a mask of 2x4:
+    the third begins at 48.
+    """
     _, transform = preprocess.preprocess(
         np.zeros((128, 128, 3), np.uint8), spec := Preprocessing((64, 96), rounding="round")
     )
@@ -233,7 +245,10 @@ def swapped_anchor_axes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def classes_from_zero(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Category ids 0, 1, 2 instead of 1, 2, 3. The names are right, so the AP, matched by name, stays."""
+    """Category ids 0, 1, 2 instead of 1, 2, 3.
+
+    The names are right, so the AP, matched by name, stays.
+    """
     spec = ModelSpec.from_onnx(model)
     spec.replace(category_ids=tuple(i - 1 for i in spec.category_ids)).attach(model)
     return model
@@ -262,7 +277,10 @@ def other_mean(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def overflowing_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """x -> (x * 2^14) / 2^14, the same in float32; then everything in FP16, which ends at 65504. That tensor reaches 28."""
+    """x -> (x * 2^14) / 2^14, the same in float32; then everything in FP16, which ends at 65504.
+
+    That tensor reaches 28.
+    """
     name = "efficientnet-b0/blocks_1/tpu_batch_normalization_1/FusedBatchNormV3"
     node = next(n for n in model.graph.node if name in n.output)
     node.output[0] = "before"
@@ -316,7 +334,9 @@ def test_planted_fault_is_caught(
 def test_wrong_normalisation_shows_against_the_saved_model(
     tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What create_onnx.py --preprocessor scale_range would write: the SavedModel, with its own preprocessing, does not agree."""
+    """What create_onnx.py --preprocessor scale_range would write: the SavedModel, with its own
+    preprocessing, does not agree.
+    """
     model = onnx.load(tiny_onnx)
     for name, value in (("preprocess/mean", 127.5), ("preprocess/scale", 1 / 127.5)):
         tensor = initializer(model, name)
@@ -337,7 +357,10 @@ def test_wrong_normalisation_shows_against_the_saved_model(
 
 
 def test_stale_cache_is_caught(tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    """INT8 with the scales of another model: one behind another normalisation. Its own scales stay within INT8's limits."""
+    """INT8 with the scales of another model: one behind another normalisation.
+
+    Its own scales stay within INT8's limits.
+    """
 
     def quantize(model: Path, cache: Path, name: str, *options: object) -> Path:
         path = tmp_path / name
@@ -357,13 +380,15 @@ def test_stale_cache_is_caught(tiny_onnx: Path, tmp_path: Path, capsys: pytest.C
     )  # without its .json, which would have it refused
     stale = quantize(tiny_onnx, tmp_path / "stale.cache", "stale_int8.onnx")
     capsys.readouterr()
-    # The limits of INT8 are chosen without an option, but for AP: two images are few to calibrate on.
+    # The limits of INT8 are chosen without an option, but for AP: two images are few to calibrate
+    # on.
     status, honest = run(tiny_onnx, own, tmp_path, "--max_ap_drop", 0.02)
     assert (status, broken(honest)) == (0, {})
     limits = {c["metric"]: c["limit"] for c in honest["limits"]}
     assert (limits["missing"], limits["box_diff"], limits["cosine:class_logits"]) == (0.05, 8, 0.99)
     assert (honest["reference"]["precision"], honest["candidate"]["precision"]) == ("fp32", "int8")
-    # Channels are rescaled in both graphs below, and scaled back: no tensor is far from the reference's.
+    # Channels are rescaled in both graphs below, and scaled back: no tensor is far from the
+    # reference's.
     rescaled = json.loads(next(p.value for p in onnx.load(own).metadata_props if p.key == "trtdet.rescaled"))  # fmt: skip
     assert len(rescaled) > 5
     tensors = {t["name"]: t for t in honest["tensors"]}
@@ -432,7 +457,9 @@ def test_annotations_that_do_not_fit_are_refused_before_anything_is_run(
 
 
 def test_partial_annotations_are_told_everywhere(tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    """Of five images one cannot be read and one is not annotated; and one category is beyond the model."""
+    """Of five images one cannot be read and one is not annotated; and one category is beyond the
+    model.
+    """
     data = json.loads(ANNOTATIONS.read_text())
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -452,7 +479,9 @@ def test_partial_annotations_are_told_everywhere(tiny_onnx: Path, tmp_path: Path
 
 
 def test_categories_of_models_of_one_name_are_kept_apart(tiny_onnx: Path, tmp_path: Path) -> None:
-    """Both files are called tiny.onnx; the candidate has other ids and no names, none of which is annotated: its AP is 0."""
+    """Both files are called tiny.onnx; the candidate has other ids and no names, none of which
+    is annotated: its AP is 0.
+    """
     model = onnx.load(tiny_onnx)
     spec = ModelSpec.from_onnx(model)
     spec.replace(category_ids=(701, 705, 709), labels=()).attach(model)
@@ -466,8 +495,10 @@ def test_categories_of_models_of_one_name_are_kept_apart(tiny_onnx: Path, tmp_pa
     assert ap["candidate"]["AP"] == 0
 
 
-def test_last_pixels_of_turned_models_belong_to_their_boxes(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """COCO results of a model of inclusive corners are a pixel larger, as eval_coco.py writes them."""
+def test_last_pixels_of_rotated_models_belong_to_their_boxes(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """COCO results of a model of inclusive corners are a pixel larger, as eval_coco.py writes
+    them.
+    """
     asked: list[bool] = []
     convert = parity_compare.to_coco_results
 
@@ -526,7 +557,9 @@ def test_images_that_cannot_be_read_are_named(tiny_onnx: Path, tmp_path: Path) -
 def test_engines_are_compared_by_their_detections(
     rig: Callable[..., Rig], engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A stand-in engine against a copy of it: everything matches, and there are no tensors to see."""
+    """A stand-in engine against a copy of it: everything matches, and there are no tensors to
+    see.
+    """
     rig()
     twin = write_engine(tmp_path / "twin.engine")
     output = tmp_path / "out.json"
@@ -557,7 +590,8 @@ def test_engines_are_compared_by_their_detections(
 
 @pytest.mark.parametrize(("kind", "one", "large"), [("float16", 0x3C00, 0x7400), ("bfloat16", 0x3F80, 0x4680)])  # fmt: skip
 def test_emulated_types_round_and_overflow_between_operators(kind: str, one: int, large: int) -> None:  # fmt: skip
-    """By itself ONNX Runtime computes 1 + 2^-12 - 1 = 2^-12 and 30 * 2^14 / 2^14 = 30 for FP16 on a CPU.
+    """By itself ONNX Runtime computes 1 + 2^-12 - 1 = 2^-12 and 30 * 2^14 / 2^14 = 30 for FP16 on a
+    CPU.
 
     Args:
         one, large: 1 and 2^14 as bits, which ONNX's text form takes for these types.
@@ -627,7 +661,7 @@ def test_matching(reference: list[Any], candidate: list[Any], want: tuple[Any, .
     assert (found.missing.tolist(), found.extra.tolist()) == (missing, extra)
 
 
-def turned(box: tuple[float, ...], angle: float) -> Detections:
+def rotated(box: tuple[float, ...], angle: float) -> Detections:
     return dataclasses.replace(detections((*box, 0.9, 1)), angles=np.float32([angle]))  # type: ignore[arg-type]
 
 
@@ -643,8 +677,8 @@ TURNS = [
 
 
 @pytest.mark.parametrize(("box", "left", "right", "want"), [row[1:] for row in TURNS], ids=[row[0] for row in TURNS])  # fmt: skip
-def test_turned_boxes(box: tuple[float, ...], left: float, right: float, want: float | None) -> None:  # fmt: skip
-    reference, candidate = turned(box, left), turned(box, right)
+def test_rotated_boxes(box: tuple[float, ...], left: float, right: float, want: float | None) -> None:  # fmt: skip
+    reference, candidate = rotated(box, left), rotated(box, right)
     matching = match(reference, candidate, min_iou=0.5, score_threshold=0.1)
     image = numbers.ImageComparison(Path("a.png"), reference, candidate, matching, (1.0, 1.0))
     assert image.angle_differences.tolist() == ([] if want is None else pytest.approx([want], abs=1e-6))  # fmt: skip

@@ -20,7 +20,8 @@ from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 TINY = EXAMPLES / "tiny_shapes"
 IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-#: Acceptance: heads of a converted model against TensorFlow's, on a photograph, no graph optimisations.
+#: Acceptance: heads of a converted model against TensorFlow's, on a photograph, no graph
+#: optimisations.
 MAX_DIFFERENCE, MEAN_DIFFERENCE = 2e-3, 1e-4
 
 
@@ -79,7 +80,9 @@ def shape(info: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def test_default_file_is_the_contract(tiny_onnx: Path) -> None:
-    """Dynamic batch, NHWC float32 in; EfficientNMS and four outputs with complete shapes out; readable names; checker clean."""
+    """Dynamic batch, NHWC float32 in; EfficientNMS and four outputs with complete shapes out;
+    readable names; checker clean.
+    """
     model = onnx.load(tiny_onnx)
     onnx.checker.check_model(model, full_check=True)
     assert [(i.name, shape(i)) for i in model.graph.input] == [("input", ["N", 128, 128, 3])]
@@ -315,7 +318,9 @@ def foreign_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_plain_tf2onnx_conversion_needs_no_tensorflow(
     foreign_onnx: Path, tiny_onnx: Path, tmp_path: Path
 ) -> None:
-    """The same heads and anchors as from the SavedModel, with a dynamic batch that the plain conversion does not have."""
+    """The same heads and anchors as from the SavedModel, with a dynamic batch that the plain
+    conversion does not have.
+    """
     path = tmp_path / "m.onnx"
     assert create_onnx.main(["--source_onnx", str(foreign_onnx), "--onnx", str(path)]) == 0
     model, twin = onnx.load(path), onnx.load(tiny_onnx)

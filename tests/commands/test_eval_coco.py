@@ -81,7 +81,8 @@ def test_all_found_is_1(tmp_path: Path) -> None:
 
 
 def test_images_without_detections_count(tmp_path: Path) -> None:
-    # One of four objects found: precision 1 up to recall 0.25, the points 0, 0.01, ..., 0.25 of 101. AutoML's metric says 1.0.
+    # One of four objects found: precision 1 up to recall 0.25, the points 0, 0.01, ..., 0.25 of
+    # 101. AutoML's metric says 1.0.
     path = write_annotations(
         tmp_path / "a.json", {n: f"{n}.png" for n in range(4)}, [(n, 10, BOX) for n in range(4)]
     )

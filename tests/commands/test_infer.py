@@ -58,7 +58,8 @@ def rows(path: Path) -> list[list[float]]:
 
 
 def test_one_picture_and_one_tsv_per_image(toy: Path, tmp_path: Path, capsys: Any) -> None:
-    # Twice the network's size, so boxes are twice those of the network: y 2..10 x 4..20 -> x 8..40 y 4..20.
+    # Twice the network's size, so boxes are twice those of the network: y 2..10 x 4..20 -> x 8..40
+    # y 4..20.
     image(tmp_path / "in" / "7.png", red=204, green=2, blue=1, size_wh=(96, 64))
     image(tmp_path / "in" / "12.png", red=255, green=0, blue=0)
     out = tmp_path / "out"
@@ -102,7 +103,8 @@ def test_pictures_as_jpeg(toy: Path, tmp_path: Path) -> None:
 
 
 def test_boxes_are_clipped_and_letterboxed(toy: Path, tmp_path: Path) -> None:
-    # 32 wide, 64 high: scale 1/2, 16 x 32 pixels of the 48 x 32 input; the second box covers the padding too.
+    # 32 wide, 64 high: scale 1/2, 16 x 32 pixels of the 48 x 32 input; the second box covers the
+    # padding too.
     image(tmp_path / "tall.png", red=204, green=2, blue=0, size_wh=(32, 64))
     assert run(toy, tmp_path / "tall.png", tmp_path / "out", "--no_images") == 0
     assert rows(tmp_path / "out" / "tall.tsv") == [[8, 4, 32, 20, 0.8, 0], [0, 0, 32, 64, 0.6, 1]]
@@ -362,7 +364,8 @@ def test_an_output_directory_that_disappears_ends_the_run(tmp_path: Path) -> Non
             out.rename(tmp_path / "elsewhere")
             for number in range(1, 200):
                 results.write(results_writer.ImageResult(Path(f"{number}.jpg"), detections(), None))
-    # Threads that had passed their check may have made the directory once more, but nobody goes on filling it.
+    # Threads that had passed their check may have made the directory once more, but nobody goes on
+    # filling it.
     assert not (out / "detections.json").exists()
     assert len(list(out.glob("*.tsv"))) <= machine.available_cores()
 
@@ -387,7 +390,9 @@ def test_a_result_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX limits")
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk: detections.json is the first to reach it."""
+    """A limit on the size of files stands in for the disk: detections.json is the first to reach
+    it.
+    """
     import resource
 
     out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -619,7 +624,9 @@ def test_ray_is_asked_for_before_anything_else(
 
 
 def test_several_inputs_and_globs(toy: Path, tmp_path: Path, capsys: Any) -> None:
-    """Names are relative to the folder that all inputs are in; an image that is named twice counts once."""
+    """Names are relative to the folder that all inputs are in; an image that is named twice
+    counts once.
+    """
     for name in ("a/1.png", "a/2.png", "b/1.png", "c.png"):
         image(tmp_path / "in" / name, red=204, green=2, blue=1)
     (tmp_path / "in" / "notes.txt").write_text("x")
@@ -648,7 +655,9 @@ def test_num_images_are_spread(toy: Path, tmp_path: Path) -> None:
 def test_pictures_show_what_is_likely_and_files_keep_all(
     toy: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """Detections of 0.8 in one image, of 0.2 in another: those are drawn, with --draw_threshold 0 all."""
+    """Detections of 0.8 in one image, of 0.2 in another: those are drawn, with --draw_threshold
+    0 all.
+    """
     path = image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
     other = image(tmp_path / "in" / "b.png", red=51, green=2, blue=1)
     for options, likely in (((), 1), (("--draw_threshold", "0"), 2)):
@@ -782,7 +791,9 @@ def break_off(toy: Path, source: Path, out: Path, after: int, monkeypatch: pytes
 
 @pytest.mark.parametrize("options", [(), ("--no_images",), ("--tsv_header", "--batch_size", "1")])
 def test_a_run_that_was_broken_off_goes_on(options: tuple[str, ...], toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:  # fmt: skip
-    """The files are those of one run, to the last byte; what is done is not run again, not even read."""
+    """The files are those of one run, to the last byte; what is done is not run again, not even
+    read.
+    """
     for number in range(9):
         image(
             tmp_path / "in" / f"{number}.png", red=100 + number, green=number % 5, blue=number % 2

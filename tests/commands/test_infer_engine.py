@@ -177,7 +177,9 @@ def test_a_decoder_that_dies_ends_the_run(
     capsys: Any,
     error: type[BaseException],
 ) -> None:
-    """What is no fault of the image is raised, not skipped, and nothing waits for the dead thread."""
+    """What is no fault of the image is raised, not skipped, and nothing waits for the dead
+    thread.
+    """
     rig(devices=2)
     load = batcher.load_image
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of dynamic input size, from the build to the metric: profiles, engines that take several sizes, --size and --resize."""
+"""Models of dynamic input size, from the build to the metric: profiles, engines that take
+several sizes, --size and --resize.
+"""
 
 import dataclasses
 import json
@@ -324,7 +326,9 @@ def test_a_free_engine_without_sidecar_is_refused(
 
 @pytest.fixture
 def detector(tmp_path: Path) -> Path:
-    """`toy_detector` for 16 x 16 to 96 x 96; its boxes stay, in pixels of the network input, so what is found tells the scale."""
+    """`toy_detector` for 16 x 16 to 96 x 96; its boxes stay, in pixels of the network input, so
+    what is found tells the scale.
+    """
     model = toy_detector.model()
     for dim, name in zip(model.graph.input[0].type.tensor_type.shape.dim[1:3], "HW", strict=True):
         dim.dim_param = name

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command lines of all stages: one vocabulary, help that reads well, errors that say what to do."""
+"""The command lines of all stages: one vocabulary, help that reads well, errors that say what to
+do.
+"""
 
 import argparse
 import re
@@ -109,7 +111,9 @@ def form_of(action: argparse.Action) -> tuple[Any, ...]:
 
 
 def faults(parsers: dict[str, cli.ArgumentParser]) -> list[str]:
-    """Options of one name that differ in form, default rule or help text; shared ones are as their row says."""
+    """Options of one name that differ in form, default rule or help text; shared ones are as
+    their row says.
+    """
     found = []
     seen: dict[str, tuple[str, argparse.Action]] = {}
     for prog, parser in parsers.items():

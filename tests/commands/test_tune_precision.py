@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tune_precision.py: that it finds a convolution which INT8 destroys, and what it asks for on the way."""
+"""tune_precision.py: that it finds a convolution which INT8 destroys, and what it asks for on
+the way.
+"""
 
 import json
 import logging
@@ -36,12 +38,13 @@ def tune(model: Path, output: Path, *options: object) -> int:
 
 
 def plant(model: onnx.ModelProto, tensor: str) -> None:
-    """Two convolutions behind `tensor` that change nothing in floating point, the second beyond INT8.
+    """Two convolutions behind `tensor` that change nothing in floating point, the second beyond
+    INT8.
 
     x  ->  [x, x, x]  ->  2^14 x - 2^14 x + x
 
-    Beside 2^14, of 127 levels, 1 is nothing; and a factor that makes its weight larger makes its activation as much smaller. FP16 is
-    exact: both products differ from x in their exponents alone.
+    Beside 2^14, of 127 levels, 1 is nothing; and a factor that makes its weight larger makes its
+    activation as much smaller. FP16 is exact: both products differ from x in their exponents alone.
     """
     weights = {w.name: list(w.dims) for w in model.graph.initializer}
     maker = next(node for node in model.graph.node if tensor in node.output)
@@ -71,7 +74,9 @@ def plant(model: onnx.ModelProto, tensor: str) -> None:
 
 @pytest.fixture(scope="module")
 def planted(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with planted.onnx, the small detector with the two convolutions in front of blocks_1, and what tuning it wrote."""
+    """A folder with planted.onnx, the small detector with the two convolutions in front of
+    blocks_1, and what tuning it wrote.
+    """
     folder = tmp_path_factory.mktemp("planted")
     model = onnx.load(tiny_onnx)
     first = next(
@@ -87,7 +92,7 @@ def planted(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# --- the whole --------------------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 def test_names_exactly_the_planted_convolution(planted: Path) -> None:
@@ -118,12 +123,16 @@ def test_build_engine_reads_what_was_found(planted: Path, tmp_path: Path) -> Non
 
 
 def test_goes_on_where_it_stopped(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
-    """A whole journal: nothing is measured again. One that ends within a line: that line is. Another model's: everything."""
+    """A whole journal: nothing is measured again.
+
+    One that ends within a line: that line is. Another model's: everything.
+    """
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(cli, "setup_logging", lambda *_: None)  # it would take caplog's place
     lines = (planted / "precision.json.journal").read_text().splitlines()
     kinds = Counter(json.loads(line)["kind"].partition(",")[0].partition(" ")[0] for line in lines)
-    # All in INT8, what build_engine.py leaves out, half of that, ..., the planted one; every convolution alone.
+    # All in INT8, what build_engine.py leaves out, half of that, ..., the planted one; every
+    # convolution alone.
     assert kinds["float32"] == 1 and kinds["alone"] == 123 and 3 <= kinds["int8"] <= 10
     measured: list[Collection[str] | None] = []
     evaluate = run_tune.Tuner._evaluate
@@ -180,7 +189,9 @@ def test_annotations_without_objects_are_refused(tiny_onnx: Path, tmp_path: Path
 
 
 def test_calibration_options_are_those_of_build_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # fmt: skip
-    """All reach the calibration; the folder of --output is there by then, and the journal can be written."""
+    """All reach the calibration; the folder of --output is there by then, and the journal can be
+    written.
+    """
     asked: list[Int8Options] = []
     output = tmp_path / "new" / "folder" / "precision.json"
 
@@ -214,7 +225,7 @@ def test_wrong_usage(options: tuple[str, ...], message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
-# --- the parts --------------------------------------------------------------------------------------------------------------
+# --- the parts ------------------------------------------------------------------------------------
 
 
 def layers(*macs: int) -> list[ConvLayer]:
@@ -293,7 +304,9 @@ def test_no_smallest_set(count: int) -> None:
 
 
 def test_views_are_undone() -> None:
-    """A box found in a mirrored image stands where the object is; the dark view changes pixels alone."""
+    """A box found in a mirrored image stands where the object is; the dark view changes pixels
+    alone.
+    """
     spec = ModelSpec("toy", Preprocessing((4, 10)), Nms(), (1,))
     images = np.zeros((1, 4, 10, 3), np.float32)
     images[0, 1, 2:5] = 200  # x 2 to 5

@@ -37,7 +37,9 @@ def drawn(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def letters(picture: NDArray[np.uint8]) -> int:
-    """How many pixels are black text: darker than `grey` and every class colour, even half covered."""
+    """How many pixels are black text: darker than `grey` and every class colour, even half
+    covered.
+    """
     return int((picture.max(axis=2) < 60).sum())
 
 

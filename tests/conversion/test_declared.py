@@ -1,4 +1,6 @@
-"""Detectors that no family knows: declared on the command line, or in a family file of the user's own."""
+"""Detectors that no family knows: declared on the command line, or in a family file of the
+user's own.
+"""
 
 import json
 import re
@@ -86,7 +88,9 @@ def test_what_is_measured_contradicts_what_is_declared(
 def test_rows_of_an_undeclared_detector_are_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The head of v8 without its metadata: nothing says how images come in, and the refusal names the options."""
+    """The head of v8 without its metadata: nothing says how images come in, and the refusal
+    names the options.
+    """
     model = networks.v8()
     del model.metadata_props[:]
     source = save(model, tmp_path / "rows.onnx")
@@ -322,7 +326,9 @@ def compare(source: Path, out: Path, folder: Path) -> int:
 def test_compare_reads_the_source_as_it_was_converted(
     tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What options said of the source stands in the converted file, and compare.py takes it from there."""
+    """What options said of the source stands in the converted file, and compare.py takes it from
+    there.
+    """
     source = save(pair(), tmp_path / "pair.onnx")
     status, out = convert(source, *options)
     assert status == 0

@@ -1,4 +1,6 @@
-"""Valid exports changed in one place: what keeps their meaning stays right, what changes it is refused, nothing is silently wrong."""
+"""Valid exports changed in one place: what keeps their meaning stays right, what changes it is
+refused, nothing is silently wrong.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ IMAGES = ("--preprocessor", "unit", "--resize_mode", "stretch")
 
 
 def pair() -> onnx.ModelProto:
-    """boxes [1, A, 4], x1 y1 x2 y2 in pixels, and scores [1, A, C]: the head of v8 as two outputs, without metadata."""
+    """boxes [1, A, 4], x1 y1 x2 y2 in pixels, and scores [1, A, C]: the head of v8 as two
+    outputs, without metadata.
+    """
     model = networks.v8(end="nms")
     graph = model.graph
     keep = [n for n in graph.node if n.name != "/model.22/Concat_5"]
@@ -99,7 +103,9 @@ def extra(op: str) -> Edit:
 
 
 def before(*ops: str) -> Edit:
-    """Operators between the image input and the network: "/255", "imagenet" (of 0 to 1), "uint8", "nhwc", "bgr"."""
+    """Operators between the image input and the network: "/255", "imagenet" (of 0 to 1),
+    "uint8", "nhwc", "bgr".
+    """
 
     def edit(model: onnx.ModelProto) -> None:
         image = model.graph.input[0]

@@ -1,4 +1,6 @@
-"""Foreign exports of ../shared/cases/readings: right with no option, or with the options that the refusal names; never silently wrong."""
+"""Foreign exports of ../shared/cases/readings: right with no option, or with the options that
+the refusal names; never silently wrong.
+"""
 
 import json
 from pathlib import Path
@@ -46,7 +48,9 @@ def found_in(model: Path, paths: list[Path]) -> dict[str, list[tuple[float, int,
 
 
 def matched(reference: dict, found: dict[str, list[tuple[float, int, np.ndarray]]]) -> float:
-    """The share of reference detections that are found: class, score to .02, box to 1 pixel; each of ours counts once."""
+    """The share of reference detections that are found: class, score to .02, box to 1 pixel;
+    each of ours counts once.
+    """
     hits = total = 0
     for image in reference["images"]:
         limit = np.array([image["width"], image["height"]] * 2)
@@ -207,7 +211,9 @@ def test_post_processing_in_the_export(
 def test_the_healthy_twin(
     readings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A uint8 input with /255 inside and dimensions of -1 give the detections of the same weights without; NaN is the source's."""
+    """A uint8 input with /255 inside and dimensions of -1 give the detections of the same
+    weights without; NaN is the source's.
+    """
     folder = readings.parents[1] / "images" / "person_val100"
     paths = sorted(folder.glob("*.jpg"))[:3]
     found = {}

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make detr_tiny and deformable_detr_tiny: ONNX text, weights, and what transformers detects in three pictures.
+"""Make detr_tiny and deformable_detr_tiny: ONNX text, weights, and what transformers detects in
+three pictures.
 
-Run once, with Python 3.11, torch 2.13.0 (CPU) and transformers 5.23.0:  python tests/data/make_detr.py
+Run once, with Python 3.11, torch 2.13.0 (CPU) and transformers 5.23.0:
 
-The weights are random but alive: batch normalisation has the statistics of its own input, and heads spread boxes and scores. They are
-numbers that float16 holds, so the files are small and the model is exactly theirs.
+    python tests/data/make_detr.py
+
+The weights are random but alive: batch normalisation has the statistics of its own input, and heads
+spread boxes and scores. They are numbers that float16 holds, so the files are small and the model
+is exactly theirs.
 """
 
 import gzip

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deploy.py deepstream and check: what nvinfer, nvinferserver and deepstream-app would be told, and planted mistakes."""
+"""deploy.py deepstream and check: what nvinfer, nvinferserver and deepstream-app would be told,
+and planted mistakes.
+"""
 
 import re
 import shutil

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python models of an ensemble, as deployed: the same numbers as image_batcher.py and trtdet.detections.decode."""
+"""The Python models of an ensemble, as deployed: the same numbers as image_batcher.py and
+trtdet.detections.decode.
+"""
 
 import dataclasses
 import io
@@ -36,7 +38,7 @@ SPECS = {
     "yolo_uint8_nhwc": with_input(YOLO, dtype="uint8", layout="NHWC"),
     "detr": DETR,
     "inclusive": D0.replace(inclusive_corners=True),
-    "turned": D0.replace(selection="rotated_nms", box_order="xyxy", inclusive_corners=True),
+    "rotated": D0.replace(selection="rotated_nms", box_order="xyxy", inclusive_corners=True),
     "centred_floor": with_input(D0, placement="center"),
     "odtk": with_input(D0, rounding="floor64", layout="NCHW"),
     "tfod_1": with_input(D0, resize="stretch", sampling="corner"),
@@ -65,8 +67,8 @@ def encoded() -> dict[str, bytes]:
     files["palette.png"] = _file(Image.fromarray(small).convert("P"), "PNG")
     files["cmyk.jpg"] = _file(Image.fromarray(small).convert("CMYK"), "JPEG")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    files["turned.jpg"] = _file(Image.fromarray(small), "JPEG", exif=exif)
+    exif[0x0112] = 6  # to be rotated by 90 degrees
+    files["rotated.jpg"] = _file(Image.fromarray(small), "JPEG", exif=exif)
     return files
 
 
@@ -154,13 +156,15 @@ def test_a_damaged_image_fails_its_own_request_only(tmp_path, encoded):
 
 # ---- every preprocessing
 
-#: Width and height of 52 pictures: powers of two and their neighbours, common formats small, extremes.
+#: Width and height of 52 pictures: powers of two and their neighbours, common formats small,
+#: extremes.
 SIZES = [
     *((w, h) for w in (1, 2, 47, 63, 64, 65, 97, 128) for h in (1, 3, 48, 49, 96, 131)),
     (300, 2), (2, 300), (320, 240), (213, 160),
 ]  # fmt: skip
 
-#: Every value that a family, or an option of create_onnx.py, can give a field; a dynamic size changes nothing for one picture.
+#: Every value that a family, or an option of create_onnx.py, can give a field; a dynamic size
+#: changes nothing for one picture.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "layout": get_args(Layout),
     "dtype": get_args(InputDtype),
@@ -227,7 +231,9 @@ def test_every_preprocessing_equals_the_host_pipeline(tmp_path: Path) -> None:
     ],
 )
 def test_a_parameter_of_another_form_is_refused(tmp_path, change, on_the_server, in_the_check):
-    """By the model on the server, and before that by `deploy.py check`, which passes over fields that it does not know."""
+    """By the model on the server, and before that by `deploy.py check`, which passes over fields
+    that it does not know.
+    """
     folder = deployed(tmp_path, D0) / "x_postprocess"
     server = StandInServer(folder)
     fields = json.loads(server.config["parameters"]["trtdet"]["string_value"])

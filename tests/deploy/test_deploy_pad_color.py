@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deploy.py pad_color: a model fed frames padded in black answers as one fed the padding of its training."""
+"""deploy.py pad_color: a model fed frames padded in black answers as one fed the padding of its
+training.
+"""
 
 import dataclasses
 
@@ -114,7 +116,9 @@ def test_the_file_is_read_once(tmp_path, tiny_onnx, monkeypatch):
 
 
 def test_detections_of_the_whole_chain(tmp_path, tiny_onnx):
-    """The converted file keeps its spec, and what is detected on black padding is what was detected on the padding of training."""
+    """The converted file keeps its spec, and what is detected on black padding is what was
+    detected on the padding of training.
+    """
     from conftest import EXAMPLES
 
     from trtdet.runtimes.ort import OnnxRuntime

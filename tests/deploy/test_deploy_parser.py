@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DeepStream parser, compiled against headers of our own, on real outputs: the boxes of trtdet.detections.decode."""
+"""The DeepStream parser, compiled against headers of our own, on real outputs: the boxes of
+trtdet.detections.decode.
+"""
 
 import ctypes
 import shutil
@@ -60,7 +62,10 @@ def parse(
     classes: int | None = None,
     thresholds: np.ndarray | None = None,
 ) -> np.ndarray | None:
-    """One image's outputs through the parser: (n, 7) left top width height score class angle; None where it fails."""
+    """One image's outputs through the parser: (n, 7) left top width height score class angle.
+
+    None where it fails.
+    """
     types = {"float32": FLOAT, "float16": HALF, "int32": INT32}
     tensors = (Tensor * len(outputs))()
     for tensor, (name, value) in zip(tensors, outputs.items(), strict=True):
@@ -83,7 +88,9 @@ def parse(
 
 
 def in_source(objects: np.ndarray, transform: ResizeTransform) -> np.ndarray:
-    """What nvinfer makes of a parser's objects: boxes in source pixels, right and bottom clipped, as the configuration asks."""
+    """What nvinfer makes of a parser's objects: boxes in source pixels, right and bottom
+    clipped, as the configuration asks.
+    """
     corners = np.concatenate([objects[:, :2], objects[:, :2] + objects[:, 2:4]], axis=1)
     return np.column_stack([transform.to_source(corners), objects[:, 4:6]])
 
@@ -100,7 +107,7 @@ def rows(table: np.ndarray) -> np.ndarray:
 
 
 def hundred_images() -> list[np.ndarray]:
-    """The pictures of examples/, cut and turned in many ways, and ten with nothing in them."""
+    """The pictures of examples/, cut and rotated in many ways, and ten with nothing in them."""
     rng = np.random.default_rng(0)
     sources = [load_image(path) for path in sorted((EXAMPLES / "images").glob("*.png"))]
     images = list(sources)
@@ -116,7 +123,9 @@ def hundred_images() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def real_outputs(tiny_onnx: Path):
-    """Spec, outputs and transforms of a hundred images; every tenth image is made to have no detection at all."""
+    """Spec, outputs and transforms of a hundred images; every tenth image is made to have no
+    detection at all.
+    """
     with OnnxRuntime(tiny_onnx, threads=1) as runtime:
         placed = [preprocess(image, runtime.spec.preprocessing) for image in hundred_images()]
         results = [runtime.infer(pixels[None]) for pixels, _ in placed]
@@ -193,7 +202,7 @@ def test_every_form_of_boxes(library, spec, normalized):
     np.testing.assert_allclose(found, visible(expected), atol=2e-3, rtol=1e-5)
 
 
-def test_turned_boxes_keep_their_angle_and_their_size(library, request):
+def test_rotated_boxes_keep_their_angle_and_their_size(library, request):
     outputs = synthetic(D0)
     angles = np.linspace(-1, 1, D0.nms.max_output_boxes, dtype=np.float32)
     outputs["detection_boxes"] = np.column_stack([outputs["detection_boxes"], angles])

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deploy.py triton and check: configurations for Triton, read by its own protobuf, and the faults that must not pass."""
+"""deploy.py triton and check: configurations for Triton, read by its own protobuf, and the
+faults that must not pass.
+"""
 
 import json
 import re
@@ -75,14 +77,14 @@ def test_other_families(tmp_path, spec):
     assert list(config.output[1].dims) == [300, 4]
 
 
-def test_free_input_size_and_turned_boxes(tmp_path):
+def test_dynamic_input_size_and_rotated_boxes(tmp_path):
     spec = with_input(D0, size_range=((256, 256), (1024, 1024)), size_multiple=128)
     assert write(tmp_path / "free", make_engine(tmp_path / "free.engine", spec)) == 0
     assert list(read(tmp_path / "free", "d0").input[0].dims) == [-1, -1, 3]
-    turned = make_engine(tmp_path / "turned.engine", D0.replace(selection="rotated_nms"))
-    assert write(tmp_path / "turned", turned, "--ensemble") == 0
-    assert read(tmp_path / "turned", "d0_ensemble").output[5].name == "angles"
-    assert list(read(tmp_path / "turned", "d0").output[1].dims) == [100, 5]
+    rotated = make_engine(tmp_path / "rotated.engine", D0.replace(selection="rotated_nms"))
+    assert write(tmp_path / "rotated", rotated, "--ensemble") == 0
+    assert read(tmp_path / "rotated", "d0_ensemble").output[5].name == "angles"
+    assert list(read(tmp_path / "rotated", "d0").output[1].dims) == [100, 5]
 
 
 def test_onnx_is_served_without_the_plugin(tmp_path, tiny_onnx):
@@ -107,7 +109,9 @@ def test_onnx_is_served_without_the_plugin(tmp_path, tiny_onnx):
 
 
 def test_an_onnx_file_of_batch_1_has_the_batch_in_its_dims(tmp_path, tiny_onnx, capsys):
-    """Triton's ONNX Runtime backend wants a free first dimension wherever max_batch_size is above 0."""
+    """Triton's ONNX Runtime backend wants a dynamic first dimension wherever max_batch_size is
+    above 0.
+    """
     model = onnx.load(tiny_onnx)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deploy.py trtexec: the line for each version, and trtexec's results in the table of infer.py --benchmark."""
+"""deploy.py trtexec: the line for each version, and trtexec's results in the table of infer.py
+--benchmark.
+"""
 
 import json
 import os
@@ -18,8 +20,8 @@ from trtdet.deploy.trtexec import (
     parse_banner,
 )
 
-#: Options that the trtexec of a release does not know, of those that lines like these use. It ends with an error at one.
-#: Source: NVIDIA/TensorRT samples/common/sampleOptions.cpp at the releases.
+#: Options that the trtexec of a release does not know, of those that lines like these use. It ends
+#: with an error at one. Source: NVIDIA/TensorRT samples/common/sampleOptions.cpp at the releases.
 UNKNOWN = {
     (8, 6): {"--stronglyTyped", "--includeDataTransfers"},
     (10, 0): {"--includeDataTransfers", "--buildOnly", "--explicitBatch", "--workspace"},
@@ -68,7 +70,7 @@ def test_line_for_an_onnx_file(tiny_onnx, version):
             command(model, version, fp16)
 
 
-def test_free_input_size_and_dla(tmp_path):
+def test_dynamic_input_size_and_dla(tmp_path):
     spec = with_input(D0, size_range=((256, 256), (1024, 1024)), size_multiple=128)
     engine = make_engine(tmp_path / "x.engine", spec, (1, 1, 1), dla_core=0)
     line = command(open_engine(engine), (10, 7), TrtexecOptions())

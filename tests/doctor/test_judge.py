@@ -99,7 +99,8 @@ RUN_ENGINE = [("infer", "an engine"), ("eval_coco", "an engine")]
 @pytest.mark.parametrize(
     ("facts", "rows", "missing", "command"),
     [
-        # Nothing but Python: a clone; a clone with an environment that is not active; an installed package.
+        # Nothing but Python: a clone; a clone with an environment that is not active; an installed
+        # package.
         (machine(modules={"tensorflow": Module("2.21.0")}, without=(*BASE, "onnxruntime", "tensorrt", "cuda.bindings.runtime"), environment="", managed=True, **NO_GPU),
          [("create_onnx", "an ONNX file"), ("create_onnx", "a SavedModel")], "the packages of requirements.txt (6 are not there)",
          "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"),
@@ -205,7 +206,8 @@ UP_TO_DATE = 'pip install --upgrade "tensorrt-cu12>=8.6,<12" "cuda-python>=12.9.
         (machine(modules={"tensorrt": Module("8.5.3.1")}), "TensorRT 8.5.3.1: 8.6 or later is needed", UP_TO_DATE),
         (machine(ORIN, modules={"tensorrt": Module("8.5.2.2")}), "TensorRT 8.5.2.2: 8.6 or later is needed, which a newer JetPack brings (6.1: 10.3)", ""),
         (machine(gpus=(Gpu("Tesla V100", "7.0"), Gpu("RTX 5090", "12.0"))), "TensorRT 10.13.3.9 runs on compute capability 7.5 and later; here is Tesla V100 (compute capability 7.0)", ""),
-        # A driver too old for the CUDA in use; one whose CUDA nvidia-smi does not tell; one that does not answer.
+        # A driver too old for the CUDA in use; one whose CUDA nvidia-smi does not tell; one that
+        # does not answer.
         (machine(distributions={"tensorrt-cu13": "11.2.1"}, without=("tensorrt-cu12",)), "tensorrt-cu13 11.2.1 is for CUDA 13; driver 575.57.08 supports CUDA 12.9; CUDA 13 needs driver 580 or later", f"pip uninstall -y tensorrt-cu13 && {UP_TO_DATE}"),
         (machine(distributions={"cuda-bindings": "13.4.4"}), "cuda-bindings 13.4.4 is for CUDA 13; driver 575.57.08 supports CUDA 12.9; CUDA 13 needs driver 580 or later", UP_TO_DATE),
         (machine(driver="470.82.01", driver_cuda=None), "tensorrt-cu12 10.13.3.9 is for CUDA 12; here is driver 470.82.01; CUDA 12 needs driver 525 or later", ""),

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""build_engine.py --dry_run: what it says is what a build does; it writes nothing and refuses what a build refuses."""
+"""build_engine.py --dry_run: what it says is what a build does; it writes nothing and refuses
+what a build refuses.
+"""
 
 from pathlib import Path
 

@@ -26,7 +26,9 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Make exactly these modules importable: name -> module, or the exception that the import raises."""
+    """Make exactly these modules importable: name -> module, or the exception that the import
+    raises.
+    """
 
     def make(**modules: ModuleType | Exception) -> None:
         def import_module(name: str) -> ModuleType:
@@ -199,7 +201,7 @@ def test_a_plugin_library_in_this_folder_needs_no_path(
     flavor.load_plugins([Path("libmine.so")])
 
 
-# --- the stand-in and the annotations against the real bindings -------------------------------------------------------------
+# --- the stand-in and the annotations against the real bindings -----------------------------------
 
 
 #: How the stand-in works inside, or what a test asks of it.
@@ -225,7 +227,9 @@ def test_standin_has_only_what_the_bindings_of_11_have() -> None:
 
 @pytest.fixture(scope="module")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stubs of TensorRT 10, repaired: as published they hold three lines that are not Python."""
+    """The stubs of TensorRT 10, repaired: as published they hold three lines that are not
+    Python.
+    """
     spec = find_spec("tensorrt_bindings")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs tensorrt-stubs (requirements-dev.txt)")

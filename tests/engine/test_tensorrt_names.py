@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the project uses of TensorRT exists in every version in which that code runs: `tensorrt_names` against the sources' AST.
+"""What the project uses of TensorRT exists in every version in which that code runs:
+`tensorrt_names` against the sources' AST.
 
-Names that not every version has are in `GUARDS`, with the question to `Flavor` before which the code asks for them; or the code asks
-`hasattr`.
+Names that not every version has are in `GUARDS`, with the question to `Flavor` before which the
+code asks for them; or the code asks `hasattr`.
 """
 
 import ast
@@ -215,7 +216,9 @@ def test_against_the_real_tensorrt_rtx() -> None:
 
 
 def documented(use: Use, owner: Any) -> list[Name]:
-    """The forms of a function that pybind11 writes into its documentation; a class is called as its `__init__`."""
+    """The forms of a function that pybind11 writes into its documentation; a class is called as
+    its `__init__`.
+    """
     found = getattr(owner, use.name)
     text = (found.__init__ if inspect.isclass(found) else found).__doc__ or ""
     forms = []
@@ -233,7 +236,9 @@ def documented(use: Use, owner: Any) -> list[Name]:
 
 
 def _python(signature: str) -> str:
-    """A signature of pybind11's without what is no Python in it: defaults like <Flag.X: 0>, and names of C++."""
+    """A signature of pybind11's without what is no Python in it: defaults like <Flag.X: 0>, and
+    names of C++.
+    """
     return re.sub(r"= ?<[^>]*>", "= 0", signature.partition(" -> ")[0]).replace("::", ".")
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/adding_a_family.md as a reader would follow it: the module that it prints converts the model that it describes."""
+"""docs/adding_a_family.md as a reader would follow it: the module that it prints converts the
+model that it describes.
+"""
 
 import ast
 import importlib.util
@@ -40,7 +42,9 @@ def mydet(tmp_path: Path) -> ModuleType:
 
 
 def model_of_the_page() -> onnx.ModelProto:
-    """`boxes` and `confidences` of one convolution, a box of up to 32 pixels around the centre of every cell."""
+    """`boxes` and `confidences` of one convolution, a box of up to 32 pixels around the centre
+    of every cell.
+    """
     values = 5 + CLASSES
     model = parser.parse_model(f"""
       <ir_version: 8, opset_import: ["": 17]>

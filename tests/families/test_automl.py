@@ -232,7 +232,9 @@ def test_anchors_that_decode_elsewhere_are_refused() -> None:
 
 
 def test_matches_needs_both_heads_put_together(tmp_path: Path) -> None:
-    """Heads that come out level by level, as PyTorch's EfficientDet exports them, are not AutoML's."""
+    """Heads that come out level by level, as PyTorch's EfficientDet exports them, are not
+    AutoML's.
+    """
     path = tmp_path / "toy.onnx"
     head = (
         '["{0}a"] {1}a = Relu(x) ["{0}r"] {1}r = Reshape({1}a, s) ["{0}b"] {1}b = Relu(x) '

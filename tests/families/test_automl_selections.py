@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every selection of google/automl, with `max_nms_inputs` below, at and above the number of anchors.
+"""Every selection of google/automl, with `max_nms_inputs` below, at and above the number of
+anchors.
 
 TRTDET_AUTOML names the folder `efficientdet` of a checkout of google/automl.
 """
@@ -29,7 +30,9 @@ pytestmark = pytest.mark.slow
 def test_the_sources_own_detections(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The source's own selection, soft NMS included, in NumPy on our heads gives its detections, all of them."""
+    """The source's own selection, soft NMS included, in NumPy on our heads gives its detections,
+    all of them.
+    """
     checkout = os.environ.get("TRTDET_AUTOML")
     if not checkout:
         pytest.skip("needs TRTDET_AUTOML, the folder efficientdet of google/automl")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable DETR with box refinement of torch's older exporter, through stage 1, against transformers' own outputs and post-processing."""
+"""Deformable DETR with box refinement of torch's older exporter, through stage 1, against
+transformers' own outputs and post-processing.
+"""
 
 import numpy as np
 import onnx
@@ -132,7 +134,9 @@ def test_recognised_by_its_operators(tiny, tmp_path):
 
 
 def test_float64_of_the_older_exporter_is_explained(tiny, tmp_path):
-    """With a fixed batch it computes positions in float64, which ONNX Runtime's GridSample does not take."""
+    """With a fixed batch it computes positions in float64, which ONNX Runtime's GridSample does
+    not take.
+    """
     model = onnx.ModelProto()
     model.CopyFrom(tiny[0])
     nodes = []

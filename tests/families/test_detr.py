@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DETR of torch's newer exporter, through stage 1, against transformers' own outputs and post-processing."""
+"""DETR of torch's newer exporter, through stage 1, against transformers' own outputs and
+post-processing.
+"""
 
 import dataclasses
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """LibreYOLO's exports, converted with no option, against the detections of LibreYOLO itself.
 
-`tests/data/libreyolo` has small ones, made by tests/tools/libreyolo_exports.py on the package's photographs:
+`tests/data/libreyolo` has small ones, made by tests/tools/libreyolo_exports.py on the package's
+photographs:
 
-    python tests/tools/libreyolo_exports.py tests/data/libreyolo --small --seed 5 --photos trtdet/data \\
-        LibrePICODET:s:256 LibreYOLOX:n:256 LibreYOLO9:t:256 LibreRTMDet:t:256 LibreDFINE:n:320 LibreDEIMv2:atto:320
+    python tests/tools/libreyolo_exports.py tests/data/libreyolo --small --seed 5 --photos
+        trtdet/data \\ LibrePICODET:s:256 LibreYOLOX:n:256 LibreYOLO9:t:256 LibreRTMDet:t:256
+        LibreDFINE:n:320 LibreDEIMv2:atto:320
 
-The slow test makes others, of every family, with the Python that TRTDET_LIBREYOLO_PYTHON names. Its environment has torch and
-libreyolo 1.6.0, which brings another OpenCV: an environment of its own.
+The slow test makes others, of every family, with the Python that TRTDET_LIBREYOLO_PYTHON names. Its
+environment has torch and libreyolo 1.6.0, which brings another OpenCV: an environment of its own.
 """
 
 import json
@@ -40,7 +42,8 @@ SMALL = {
     "LibreDFINE_n": "topk",
     "LibreDEIMv2_atto": "topk",
 }
-#: CLASS:SIZE:PIXELS of every family that is exported without further packages or weights from the net.
+#: CLASS:SIZE:PIXELS of every family that is exported without further packages or weights from the
+#: net.
 ALL = (
     "LibreYOLO9:t:288",
     "LibreYOLO9E2E:t:288",
@@ -64,7 +67,9 @@ ALL = (
 
 
 def share_found(model: Path, reference: dict, photographs: dict[str, Path]) -> float:
-    """The share of the reference's detections that the converted model finds; each of ours counts once."""
+    """The share of the reference's detections that the converted model finds; each of ours
+    counts once.
+    """
     spec = ModelSpec.from_onnx(onnx.load(model))
     found = {}
     paths = [photographs[image["file"]] for image in reference["images"]]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ODTK's RetinaNet: a small network with the real names of its exports, against ODTK's preprocessing, decoding and NMS in NumPy."""
+"""ODTK's RetinaNet: a small network with the real names of its exports, against ODTK's
+preprocessing, decoding and NMS in NumPy.
+"""
 
 import json
 from pathlib import Path
@@ -63,7 +65,7 @@ def our_results(path: Path, image: Image.Image, **options) -> list[dict]:
     )
 
 
-def turned_overlap(iou):
+def rotated_overlap(iou):
     """The overlap of `odtk_reference.detect` from one of `trtdet.nms.rotated_reference`."""
 
     def overlap(boxes, sin_cos, i, others):
@@ -85,7 +87,10 @@ def turn(result: dict) -> complex:
 
 
 def assert_same_detections(ours: list[dict], theirs: list[dict], wh: tuple[int, int]) -> None:
-    """Issue 5's measure: 99 % matched, boxes within 0.1 pixel, scores within 1e-3. Upright boxes are cut to the image."""
+    """Issue 5's measure: 99 % matched, boxes within 0.1 pixel, scores within 1e-3.
+
+    Upright boxes are cut to the image.
+    """
     assert len(ours) == len(theirs) > 20
     for result in theirs:
         if len(result["bbox"]) == 4:
@@ -127,7 +132,7 @@ def test_rotated_detections_are_odtks(tmp_path: Path, mode: str, iou) -> None:
     path = convert(tmp_path, model, "--rotated_nms", mode)
     image = picture(width=260, height=390, seed=1)
     ours = our_results(path, image)
-    theirs = odtk_results(model, image, SIZE_HW, turned_overlap(iou))
+    theirs = odtk_results(model, image, SIZE_HW, rotated_overlap(iou))
     assert_same_detections(ours, theirs, image.size)
     assert len(ours[0]["bbox"]) == 5 and len(ours[0]["segmentation"][0]) == 8
 
@@ -218,7 +223,9 @@ def test_other_anchors_are_refused(tmp_path: Path, change: dict, message: str) -
 
 
 def test_anchors_of_the_first_cell() -> None:
-    """Stride 8: 32 pixels at ratio 1, and ODTK's one more; rotated sizes are rounded before they are scaled."""
+    """Stride 8: 32 pixels at ratio 1, and ODTK's one more; rotated sizes are rounded before they
+    are scaled.
+    """
     layout = retinanet.HeadLayout(((2, 3),) * 5, 9, 4, 1)
     anchors = retinanet.all_anchors(layout)
     assert anchors.shape == (5 * 6 * 9, 4)
@@ -281,7 +288,9 @@ def test_the_last_pixel_is_added_in_the_source_image() -> None:
 
 
 def test_a_free_size_gives_what_each_size_gives(tmp_path: Path) -> None:
-    """ODTK writes a fixed size; freed, the anchors follow from the maps: at every size the numbers of the model that was exported for it."""
+    """ODTK writes a fixed size; freed, the anchors follow from the maps: at every size the
+    numbers of the model that was exported for it.
+    """
     free = convert(tmp_path, odtk_model(), "--input_shape", "N,-1,-1,3")
     spec = ModelSpec.from_onnx(onnx.load(free))
     assert spec.preprocessing.size_multiple == 128
@@ -317,7 +326,9 @@ def test_sizes_that_stay_fixed(tmp_path: Path, model: onnx.ModelProto, capsys) -
 
 
 def test_odtk_run_options(tmp_path: Path) -> None:
-    """infer.py --resize --max_size against ODTK's own: images of two shapes, each padded to a multiple of 128."""
+    """infer.py --resize --max_size against ODTK's own: images of two shapes, each padded to a
+    multiple of 128.
+    """
     free = convert(tmp_path, odtk_model(), "--input_shape", "N,-1,-1,3")
     (tmp_path / "in").mkdir()
     pictures = {"1": (picture(300, 200, seed=5), (128, 256)), "2": (picture(200, 400, seed=6), (256, 128))}  # fmt: skip

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorFlow Object Detection API EfficientDets: on an ONNX graph in text with the names that the exporter gives, and on real exports."""
+"""TensorFlow Object Detection API EfficientDets: on an ONNX graph in text with the names that
+the exporter gives, and on real exports.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ ANCHORS = sum(h * w for h, w in CELLS)
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 HEAD = "StatefulPartitionedCall/WeightSharedConvolutionalBoxPredictor/WeightSharedConvolutional"
 NMS = "StatefulPartitionedCall/Postprocessor/BatchMultiClassNonMaxSuppression/MultiClassNonMaxSuppression/non_max_suppression_with_scores"
-#: Logits -> raw_detection_scores, with as many columns more in the logits as there are background classes.
+#: Logits -> raw_detection_scores, with as many columns more in the logits as there are background
+#: classes.
 CONVERTERS = {
     "sigmoid": ("Sigmoid(logits)", 0),
     "sigmoid and background": ("Slice(sigmoid, one, four, two)", 1),

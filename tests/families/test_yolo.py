@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLO's heads: told apart, described, and selected from as their own post-processing does, here read again in NumPy."""
+"""YOLO's heads: told apart, described, and selected from as their own post-processing does, here
+read again in NumPy.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +74,9 @@ def noise(count: int = 1, seed: int = 1) -> np.ndarray:
 
 
 def rows_of(kind: str, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes x1 y1 x2 y2 (angle) [A, 4 or 5] and scores [A, C] of one image, from the outputs of the network as it was exported."""
+    """Boxes x1 y1 x2 y2 (angle) [A, 4 or 5] and scores [A, C] of one image, from the outputs of
+    the network as it was exported.
+    """
     fed = image[None, ::-1] if kind == "grid" else image[None] / np.float32(255)
     name = "output" if kind == "grid" else "output0"
     (head,) = run_onnx(NETWORKS[kind](), [name], {"images": np.ascontiguousarray(fed)})
@@ -127,7 +131,9 @@ def overlap_of(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def gaussian_overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """1 - the Hellinger distance of two normal distributions, from their matrices; arXiv:2106.06072, (3) to (6)."""
+    """1 - the Hellinger distance of two normal distributions, from their matrices;
+    arXiv:2106.06072, (3) to (6).
+    """
     means, matrices = [], []
     for x1, y1, x2, y2, angle in (a.astype(np.float64), b.astype(np.float64)):
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -159,7 +165,9 @@ def test_detections_are_those_of_the_exported_outputs(kind: str, tmp_path: Path)
 
 
 def test_an_nms_inside_is_replaced_by_the_one_outside(tmp_path: Path) -> None:
-    """The same network exported with and without it gives the same detections; with other thresholds than the export's too."""
+    """The same network exported with and without it gives the same detections; with other
+    thresholds than the export's too.
+    """
     images = noise(2)
     (tmp_path / "raw").mkdir()
     want = detect(convert("raw", tmp_path / "raw"), images)
@@ -228,7 +236,7 @@ def test_resize_mode_is_taken_from_the_command_line(tmp_path: Path) -> None:
     assert yolo.read(source, Hints(resize="stretch")).spec.preprocessing.resize == "stretch"
 
 
-def free_size(model: onnx.ModelProto) -> onnx.ModelProto:
+def dynamic_size(model: onnx.ModelProto) -> onnx.ModelProto:
     for dimension, name in zip(
         model.graph.input[0].type.tensor_type.shape.dim[2:], "HW", strict=True
     ):
@@ -237,13 +245,13 @@ def free_size(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def test_a_free_size_is_that_of_the_export_in_steps_of_the_largest_stride(tmp_path: Path) -> None:
-    reading = yolo.read(source_of(free_size(networks.v8()), tmp_path))
+    reading = yolo.read(source_of(dynamic_size(networks.v8()), tmp_path))
     assert reading.spec.preprocessing.size_hw == (HEIGHT, WIDTH)  # imgsz
     assert reading.size_multiple == 32
 
 
 def test_a_free_size_without_metadata_is_asked_for_and_fixed_by_the_grid(tmp_path: Path) -> None:
-    source = source_of(free_size(networks.yolox()), tmp_path)
+    source = source_of(dynamic_size(networks.yolox()), tmp_path)
     with pytest.raises(GraphError, match="give --size H,W"):
         yolo.read(source)
     reading = yolo.read(source, Hints(size_hw=(HEIGHT, WIDTH)))
@@ -274,7 +282,9 @@ def test_int8_leaves_the_mean_over_bins_alone(tmp_path: Path) -> None:
 
 
 def test_masks_are_left_out_and_said(tmp_path: Path) -> None:
-    """A row of a segment model ends in mask coefficients: here the third class takes their place."""
+    """A row of a segment model ends in mask coefficients: here the third class takes their
+    place.
+    """
     model = networks.v8()
     metadata = {prop.key: prop.value for prop in model.metadata_props}
     names = {"task": "segment", "names": "{0: 'circle', 1: 'square'}"}
@@ -412,7 +422,9 @@ def with_custom_op(model: onnx.ModelProto) -> onnx.ModelProto:
 def test_a_plugin_inside_is_converted_unseen(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With ONNX's own operator put back, the file is that of the network which could be looked at."""
+    """With ONNX's own operator put back, the file is that of the network which could be looked
+    at.
+    """
     seen = with_custom_op(NETWORKS[kind]())
     seen.graph.node[0].op_type, seen.graph.node[0].domain = "Relu", ""
     shown = ["--input_format", "NCHW", "--input_dtype", "float32", "--no_verify"]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every field of the files in JSON times every wrong value: one line that names the file and the field, and nothing left."""
+"""Every field of the files in JSON times every wrong value: one line that names the file and the
+field, and nothing left.
+"""
 
 from __future__ import annotations
 

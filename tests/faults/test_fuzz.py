@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every reader on files that are damaged at random: a result, or one line; nothing else, whatever stands in them.
+"""Every reader on files that are damaged at random: a result, or one line; nothing else, whatever
+stands in them.
 
     python -m pytest -m fuzz                        a small budget, always the same inputs
     python -m pytest -m fuzz --fuzz_seconds 3600    new seeds for an hour, with figures at its end
 
-Inputs that failed once lie in tests/data/faults, a folder for each reader, and are run first. What fails now is kept in the folder that the
-message names: mend the fault, and copy the file to tests/data/faults.
+Inputs that failed once lie in tests/data/faults, a folder for each reader, and are run first. What
+fails now is kept in the folder that the message names: mend the fault, and copy the file to
+tests/data/faults.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ EXAMPLES, ROUND = 25, 40
 #: What one input may take.
 LONGEST_S, MOST_BYTES = 20, 3 << 30
 
-#: The readers, each of one file; those of the matrix that differ in the command alone are left out of the small budget.
+#: The readers, each of one file; those of the matrix that differ in the command alone are left out
+#: of the small budget.
 TARGETS = {
     name: reader for name, reader in READERS.items() if name != "family"
 }  # its file is code, which is trusted
@@ -243,7 +246,10 @@ def test_a_few_inputs_of_every_reader(
 def test_many_inputs_of_every_reader(
     workbench: Workbench, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For `--fuzz_seconds`: rounds over all readers, each with a new seed. All faults are collected: one must not hide the others."""
+    """For `--fuzz_seconds`: rounds over all readers, each with a new seed.
+
+    All faults are collected: one must not hide the others.
+    """
     budget = request.config.getoption("--fuzz_seconds")
     if not budget:
         pytest.skip("needs --fuzz_seconds")

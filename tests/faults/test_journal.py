@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal of tune_precision.py: a line that is not whole is left out and named, the others count; what is no journal is one line."""
+"""The journal of tune_precision.py: a line that is not whole is left out and named, the others
+count; what is no journal is one line.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every reader times every kind of damage to a whole file: one line that names the file, a status, and nothing half written."""
+"""Every reader times every kind of damage to a whole file: one line that names the file, a
+status, and nothing half written.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,11 @@ class Reader:
     Attributes:
         line: of the command, which does its work with sound files.
         file: the one that is damaged.
-        takes: kinds of damage after which it is still a file of its kind, with what follows from them: all of status 0.
+        takes: kinds of damage after which it is still a file of its kind, with what follows from
+            them: all of status 0.
         skips: it is one of several: it is skipped with a warning, the status is 3.
-        named: what an error may name in place of the file, a regular expression: the option that named it.
+        named: what an error may name in place of the file, a regular expression: the option that
+            named it.
     """
 
     line: str

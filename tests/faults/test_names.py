@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that a file system takes and people do not expect: the work is done, and nothing of them reaches the terminal raw."""
+"""Names that a file system takes and people do not expect: the work is done, and nothing of them
+reaches the terminal raw.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX files that are whole, and wrong inside: one line that names the file, for every command that reads one."""
+"""ONNX files that are whole, and wrong inside: one line that names the file, for every command
+that reads one.
+"""
 
 from __future__ import annotations
 

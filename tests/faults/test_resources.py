@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full disks, limits, closed streams, interrupts, and inputs that would take all memory or all time."""
+"""Full disks, limits, closed streams, interrupts, and inputs that would take all memory or all
+time.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SavedModels that are not whole, lie elsewhere, or are of another kind: one line each, which says what to do."""
+"""SavedModels that are not whole, lie elsewhere, or are of another kind: one line each, which
+says what to do.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs that once ended in a traceback: one line each. They lie beside the repository; small ones of their kinds are in the other tests here."""
+"""Inputs that once ended in a traceback: one line each.
+
+They lie beside the repository; small ones of their kinds are in the other tests here.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ import pytest
 from conftest import EXAMPLES, SHARED
 
 FAULTS = SHARED / "cases" / "faults"
-#: A network of AutoML's that create_onnx.py can read whole, in place of the sound files that the cases need beside theirs.
+#: A network of AutoML's that create_onnx.py can read whole, in place of the sound files that the
+#: cases need beside theirs.
 ANNOTATIONS = str(EXAMPLES / "annotations.json")
 
-#: Kind of a case -> command line, the damaged file, and what its one line says; status 3 where one of several files is skipped.
+#: Kind of a case -> command line, the damaged file, and what its one line says; status 3 where one
+#: of several files is skipped.
 LINES = {
     "annotations": ("eval_coco --detections sound.json --annotations a.json --json out.json", "a.json", 1),
     "results": (f"eval_coco --detections d.json --annotations {ANNOTATIONS} --json out.json", "d.json", 1),

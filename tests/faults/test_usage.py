@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every number on a command line times every value that it cannot have: wrong usage, status 2, one line, before anything is read."""
+"""Every number on a command line times every value that it cannot have: wrong usage, status 2,
+one line, before anything is read.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from trtdet.sources.base import run_onnx
 SIZES = ((5, 7), (3, 4))  # height, width of the levels
 S, M, D, Q, P = 5 * 7 + 3 * 4, 2, 4, 6, 3
 
-# As transformers' exports have it after trtdet.graph.static_shapes: names of torch's exporter, sizes written out.
+# As transformers' exports have it after trtdet.graph.static_shapes: names of torch's exporter,
+# sizes written out.
 TORCH = """
 <ir_version: 8, opset_import: ["" : 16]>
 attention (float[N, 47, 2, 4] value, float[N, 6, 2, 2, 3, 2] locations, float[N, 6, 2, 2, 3] weights) => (float[N, 6, 8] output)
@@ -87,7 +88,9 @@ attention (float[N, 47, 2, 4] value, float[N, 6, 2, 9, 2] locations, float[N, 6,
 
 
 def reference(value, locations, weights, levels=(0, 1)):
-    """out[n, q, m * D + d], one sample after the other; `levels`: of the fourth axis of locations."""
+    """out[n, q, m * D + d], one sample after the other; `levels`: of the fourth axis of
+    locations.
+    """
     n = len(value)
     out = np.zeros((n, Q, M, D))
     starts = np.cumsum([0, *(h * w for h, w in SIZES)])

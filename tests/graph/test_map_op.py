@@ -17,7 +17,8 @@ from trtdet.sources.base import run_onnx
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import ModelSpec
 
-# As torch writes an autograd function of aloception's Deformable DETR, with an If around the second.
+# As torch writes an autograd function of aloception's Deformable DETR, with an If around the
+# second.
 MODEL = """
 <ir_version: 8, opset_import: ["" : 16, "alonet_custom" : 1]>
 custom (float[N, 8] value, float[N, 8] locations, bool is_second) => (float[N, 8] result)
@@ -175,7 +176,9 @@ def test_a_family_that_measures_the_network_says_what_stops_it(
 
 
 def test_only_what_stands_before_the_tensors_counts(tmp_path: Path) -> None:
-    """Operators behind them, ONNX Runtime's own, and the plugin that is replaced before anything runs are no obstacle."""
+    """Operators behind them, ONNX Runtime's own, and the plugin that is replaced before anything
+    runs are no obstacle.
+    """
     model = parser.parse_model("""
       <ir_version: 8, opset_import: ["": 17, "com.microsoft": 1, "trt.plugins": 1, "mine": 1]>
       network (float[1, 8] images) => (float[1, 8] result)

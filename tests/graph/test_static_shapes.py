@@ -112,7 +112,9 @@ def test_masks_with_the_batch_in_the_place_of_channels():
 
 
 def test_a_batch_of_1_is_freed():
-    """View, and a mask looked up by image and position, with the one image of the export written out."""
+    """View, and a mask looked up by image and position, with the one image of the export written
+    out.
+    """
     model = model_of(
         """ seen = ReduceMax <axes = [1, 2], keepdims = 0> (x)  looked_up = GatherND (seen, index)  view = Reshape (x, sizes)
             y = Mul (view, looked_up) """,
@@ -123,7 +125,8 @@ def test_a_batch_of_1_is_freed():
     fixed = fix_shapes(model, X, batch=1)
     assert [node.op_type for node in fixed.graph.node] == ["ReduceMax", "Reshape", "Reshape", "Mul"]
     singles = [run_onnx(model, ["y"], {"x": images(3)[i : i + 1]})[0] for i in range(3)]
-    # [N, 8] beside [N, 24, 8]: the mask needs its own axis, which Mul would not give it, so one image at a time.
+    # [N, 8] beside [N, 24, 8]: the mask needs its own axis, which Mul would not give it, so one
+    # image at a time.
     for i, expected in enumerate(singles):
         np.testing.assert_array_equal(
             run_onnx(fixed, ["y"], {"x": images(3)[i : i + 1]})[0], expected

@@ -55,7 +55,9 @@ def weights(*shape: int) -> np.ndarray:
 
 
 def test_channels_first_moves_through_a_residual_block() -> None:
-    """conv, swish, bias over channels, squeeze-and-excite mean, add: one transpose in, one out remain of six."""
+    """conv, swish, bias over channels, squeeze-and-excite mean, add: one transpose in, one out
+    remain of six.
+    """
     model = parse(
         """
         g (float[N,8,8,3] x) => (float[N,8,8,4] y) {
@@ -206,7 +208,7 @@ def test_static_batch_becomes_free() -> None:
         shape=np.array([4, -1, 3], np.int64),
     )  # fmt: skip
     surgeon = gs.import_onnx(model)
-    tidy.set_static_batch_free(surgeon, surgeon.outputs[0], 3)
+    tidy.make_static_batch_dynamic(surgeon, surgeon.outputs[0], 3)
     surgeon.inputs[0].shape = surgeon.outputs[0].shape = None
     free = gs.export_onnx(surgeon)
     for batch in (4, 3):
@@ -222,7 +224,7 @@ def test_a_batch_baked_into_other_reshapes_is_freed() -> None:
         shape=np.array([1, 2, 2, 1], np.int64),
     )  # fmt: skip
     surgeon = gs.import_onnx(model)
-    tidy.free_batch(surgeon, 1)
+    tidy.make_batch_dynamic(surgeon, 1)
     x = weights(3, 4, 1, 1)
     (got,) = run_onnx(gs.export_onnx(surgeon), ["y"], {"x": x})
     np.testing.assert_array_equal(got, x.reshape(3, 2, 2, 1))
@@ -248,7 +250,7 @@ def test_static_batch_names_what_it_found() -> None:
     with pytest.raises(
         GraphError, match="expected a Concat of one Reshape per pyramid level, found Relu"
     ):
-        tidy.set_static_batch_free(surgeon, surgeon.outputs[0], 3)
+        tidy.make_static_batch_dynamic(surgeon, surgeon.outputs[0], 3)
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
@@ -267,7 +269,9 @@ def test_input_normalises(layout: str, dtype: str) -> None:
 
 
 def test_order_of_the_file_does_not_depend_on_that_of_the_source() -> None:
-    """Two branches and one input: any topological order of the nodes gives the same model, byte for byte."""
+    """Two branches and one input: any topological order of the nodes gives the same model, byte
+    for byte.
+    """
     model = parse(
         """
         g (float[N,4,8,8] x, bool c) => (float[N,4,8,8] y, float[N,4,8,8] z) {

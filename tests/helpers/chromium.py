@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A headless Chromium of the system, driven through a pipe: a page at a given size, JavaScript in it, its picture.
+"""A headless Chromium of the system, driven through a pipe: a page at a given size, JavaScript in
+it, its picture.
 
-Protocol: https://chromedevtools.github.io/devtools-protocol/, messages of JSON that end in a zero byte, on file descriptors 3 and 4.
+Protocol: https://chromedevtools.github.io/devtools-protocol/, messages of JSON that end in a zero
+byte, on file descriptors 3 and 4.
 """
 
 import base64

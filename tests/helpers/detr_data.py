@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny DETRs as torch exported them, and what transformers makes of three pictures; tests/data/make_detr.py made both."""
+"""Tiny DETRs as torch exported them, and what transformers makes of three pictures;
+tests/data/make_detr.py made both.
+"""
 
 import gzip
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ HEIGHT, WIDTH = 64, 96
 
 @dataclass(frozen=True)
 class Expected:
-    """Detections of one picture by transformers: boxes xyxy in source pixels, not clipped, in its own order."""
+    """Detections of one picture by transformers: boxes xyxy in source pixels, not clipped, in
+    its own order.
+    """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
@@ -29,7 +33,9 @@ class Expected:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Three pictures at the network's size; `extents_wh`: what of each is picture when letterboxed; `source_wh`: of the file."""
+    """Three pictures at the network's size; `extents_wh`: what of each is picture when
+    letterboxed; `source_wh`: of the file.
+    """
 
     images: NDArray[np.uint8]
     extents_wh: NDArray[np.int64]
@@ -110,7 +116,9 @@ def detect(
 def assert_detections(
     found: list[Detections], expected: list[Expected], pictures: Pictures
 ) -> None:
-    """Each of transformers' detections is there, clipped to its picture: class, score to 1e-3, box to 0.1 pixel; and no other."""
+    """Each of transformers' detections is there, clipped to its picture: class, score to 1e-3,
+    box to 0.1 pixel; and no other.
+    """
     assert len(found) == len(expected)
     for one, theirs, (w, h) in zip(found, expected, pictures.source_wh, strict=True):
         assert len(one) == len(theirs.scores)

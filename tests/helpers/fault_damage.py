@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with a file, whatever it is meant to be: each function damages the file at a path."""
+"""What can be wrong with a file, whatever it is meant to be: each function damages the file at a
+path.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder with one sound file of every kind that is read, and a command line for each: what the tests of faults damage."""
+"""A folder with one sound file of every kind that is read, and a command line for each: what the
+tests of faults damage.
+"""
 
 from __future__ import annotations
 
@@ -227,7 +229,9 @@ def everything(folder: Path) -> set[str]:
 
 
 def check_one_line(outcome: Outcome, status: int, *texts: str) -> str:
-    """The one line of an error: of this status, readable, and with these texts in it (regular expressions)."""
+    """The one line of an error: of this status, readable, and with these texts in it (regular
+    expressions).
+    """
     assert outcome.status == status, (outcome.status, outcome.err)
     assert "Traceback" not in outcome.err, outcome.err
     assert len(outcome.errors) == 1, outcome.err

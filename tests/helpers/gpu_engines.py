@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines for the tests and benchmarks on a GPU: real TensorRT where it is installed, else the stand-in on real CUDA memory."""
+"""Engines for the tests and benchmarks on a GPU: real TensorRT where it is installed, else the
+stand-in on real CUDA memory.
+"""
 
 import importlib.util
 import sys
@@ -37,8 +39,9 @@ BATCHES = BatchRange(1, 4, 8)
 TWO_PROFILES = (BatchRange(1, 2, 2), BatchRange(3, 4, 8))
 STATIC_BATCH = 4
 #: Smallest, best and largest shape of an image of the engines of dynamic size.
-FREE_SHAPES = ((8, 8, 3), (16, 16, 3), (32, 64, 3))
-#: The four outputs of a toy: pixels passed on, and a count made from their mean. It works at any size.
+DYNAMIC_SHAPES = ((8, 8, 3), (16, 16, 3), (32, 64, 3))
+#: The four outputs of a toy: pixels passed on, and a count made from their mean. It works at any
+#: size.
 TOY = """
 <ir_version: 8, opset_import: ["" : 17]>
 toy (TYPE[N,H,W,3] images) => (int32[N,1] num_detections, float[N,5,4] detection_boxes, float[N,5] detection_scores, int32[N,5] detection_classes)
@@ -127,7 +130,7 @@ def make_engine(
         text = text.replace("[N,", f"[{STATIC_BATCH},")
     if case != "dynamic size":
         text = text.replace("[N,H,W,3]", "[N,16,16,3]").replace(f"[{STATIC_BATCH},H,W,3]", f"[{STATIC_BATCH},16,16,3]")  # fmt: skip
-    spec = _spec(dtype=dtype, free_size=case == "dynamic size")
+    spec = _spec(dtype=dtype, dynamic_size=case == "dynamic size")
     model = onnx.parser.parse_model(text)
     profiles = TWO_PROFILES if case == "two profiles" else ()
     batch = BatchRange(*[STATIC_BATCH] * 3) if case == "static batch" else BATCHES
@@ -140,7 +143,7 @@ def _make_standin(folder: Path, case: Case, spin_ms: float) -> GpuEngine:
         raise EngineError("the stand-in computes no network")
     install_standin()
     path = folder / f"standin {case}.engine"
-    shapes = [FREE_SHAPES] if case == "dynamic size" else ()
+    shapes = [DYNAMIC_SHAPES] if case == "dynamic size" else ()
     ranges = TWO_PROFILES if case == "two profiles" else (BATCHES,)
     standin.write_engine(
         path,
@@ -151,7 +154,7 @@ def _make_standin(folder: Path, case: Case, spin_ms: float) -> GpuEngine:
         static_batch=STATIC_BATCH if case == "static batch" else None,
     )
     if case == "dynamic size":  # an engine without sidecar has one size
-        spec = _spec(dtype="uint8", free_size=True)
+        spec = _spec(dtype="uint8", dynamic_size=True)
         info = EngineInfo(spec, "tensorrt", standin.VERSION, "fp32", BATCHES)
         write_engine(path, path.read_bytes(), info)
     return GpuEngine("stand-in", path, lambda images: detect(images, SLOTS), "uint8", spin_ms)
@@ -192,8 +195,8 @@ def _standin_is_in() -> bool:
     return getattr(sys.modules.get("tensorrt"), "__file__", None) == standin.__file__
 
 
-def _spec(*, dtype: InputDtype = "float32", free_size: bool) -> ModelSpec:
-    size_range = (FREE_SHAPES[0][:2], FREE_SHAPES[2][:2]) if free_size else None
+def _spec(*, dtype: InputDtype = "float32", dynamic_size: bool) -> ModelSpec:
+    size_range = (DYNAMIC_SHAPES[0][:2], DYNAMIC_SHAPES[2][:2]) if dynamic_size else None
     return ModelSpec(
         family="automl",
         preprocessing=Preprocessing((16, 16), dtype=dtype, size_range=size_range, size_multiple=8),
@@ -214,7 +217,8 @@ def _build(
     """Build an engine, with its sidecar.
 
     Args:
-        profiles: batches of each of its optimization profiles, instead of one of `batch`: build_engine.py makes one, others make more.
+        profiles: batches of each of its optimization profiles, instead of one of `batch`:
+            build_engine.py makes one, others make more.
     """
     from trtdet.engine import config
     from trtdet.precision import prepare

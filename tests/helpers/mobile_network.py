@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small MBConv network for INT8: one channel far larger than the rest, as trained EfficientNets have them."""
+"""A small MBConv network for INT8: one channel far larger than the rest, as trained
+EfficientNets have them.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +21,9 @@ OUTLIER = 300.0  # the range of one channel over that of the others
 
 
 def mobile_block(*, seed: int = 0, outlier: float = OUTLIER) -> onnx.ModelProto:
-    """An MBConv block and a separable head, with one channel far larger than the rest, as trained EfficientNets have them."""
+    """An MBConv block and a separable head, with one channel far larger than the rest, as
+    trained EfficientNets have them.
+    """
     rng = np.random.default_rng(seed)
     model = onnx.parser.parse_model(f"""
         <ir_version: 8, opset_import: ["": 17]>

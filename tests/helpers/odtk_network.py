@@ -19,7 +19,10 @@ GENERATIONS = {
 def odtk_model(
     *, rotated=False, size_hw=SIZE_HW, generation="scoped", classes=CLASSES, box_channels=None, bias=-4.5
 ) -> onnx.ModelProto:  # fmt: skip
-    """What `odtk export` writes, with one convolution per level and head in place of its ResNet. `bias` of the class head."""
+    """What `odtk export` writes, with one convolution per level and head in place of its ResNet.
+
+    `bias` of the class head.
+    """
     anchors = 27 if rotated else 9
     channels = {"score": anchors * classes, "box": box_channels or (162 if rotated else 36)}
     first, head, sigmoid = GENERATIONS[generation]

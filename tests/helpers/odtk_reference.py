@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ODTK makes of a picture and of its network's outputs, in NumPy, one image at a time.
 
-Source: NVIDIA/retinanet-examples odtk/data.py, odtk/box.py, odtk/infer.py, csrc/cuda/decode.cu, decode_rotate.cu, nms.cu, nms_iou.cu (their
-facts, no line of them).
+Source: NVIDIA/retinanet-examples odtk/data.py, odtk/box.py, odtk/infer.py, csrc/cuda/decode.cu,
+decode_rotate.cu, nms.cu, nms_iou.cu (their facts, no line of them).
 """
 
 import numpy as np
@@ -38,7 +38,9 @@ def anchors(stride: int, *, rotated: bool) -> np.ndarray:
 
 
 def decode(score: np.ndarray, box: np.ndarray, stride: int) -> tuple[np.ndarray, ...]:
-    """One level: the best scores, their boxes x1 y1 x2 y2 (inclusive), (sin, cos) of rotated ones, and classes."""
+    """One level: the best scores, their boxes x1 y1 x2 y2 (inclusive), (sin, cos) of rotated
+    ones, and classes.
+    """
     rotated = box.shape[0] == 162
     cell_anchors = anchors(stride, rotated=rotated)
     _, height, width = score.shape
@@ -60,7 +62,10 @@ def decode(score: np.ndarray, box: np.ndarray, stride: int) -> tuple[np.ndarray,
 
 
 def suppress(scores, boxes, classes, overlap) -> np.ndarray:
-    """Positions that stay, best first. `overlap(i, others)` is the IoU of box i with others of lower score."""
+    """Positions that stay, best first.
+
+    `overlap(i, others)` is the IoU of box i with others of lower score.
+    """
     order = np.argsort(-scores, kind="stable")
     kept = []
     while len(order) and len(kept) < DETECTIONS:
@@ -84,7 +89,8 @@ def iou_plus_one(boxes, i, others) -> np.ndarray:
 
 
 def detect(scores, boxes, overlap=None):
-    """All levels of one image, scores and boxes [channels, h, w] each: (scores, boxes, (sin, cos), classes) that ODTK keeps.
+    """All levels of one image, scores and boxes [channels, h, w] each: (scores, boxes, (sin, cos),
+    classes) that ODTK keeps.
 
     Args:
         overlap: f(boxes, sin_cos, i, others); None: that of boxes that are not rotated.
@@ -100,7 +106,9 @@ def detect(scores, boxes, overlap=None):
 
 
 def to_results(scores, boxes, sin_cos, classes, ratio: float) -> list[dict]:
-    """As ODTK's detections.json has them, less the image: bbox, score, category_id (class + 1), segmentation of rotated ones."""
+    """As ODTK's detections.json has them, less the image: bbox, score, category_id (class + 1),
+    segmentation of rotated ones.
+    """
     results = []
     for score, box, (*turn,), class_id in zip(scores, boxes, sin_cos, classes, strict=True):
         x1, y1, x2, y2 = box / ratio

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README and docs as the tests of them read them: blocks of code, the commands in them, prose, links; and all parsers of the product.
+"""README and docs as the tests of them read them: blocks of code, the commands in them, prose,
+links; and all parsers of the product.
 
-The first line of a bash block says how it is tested: `# needs a GPU` (or anything else) only parses its commands, `# takes minutes`
-makes it a slow test. CONTRIBUTING.md tells authors the same.
+The first line of a bash block says how it is tested: `# needs a GPU` (or anything else) only parses
+its commands, `# takes minutes` makes it a slow test. CONTRIBUTING.md tells authors the same.
 """
 
 import argparse

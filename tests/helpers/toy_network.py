@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A convolutional detector of two levels that is small enough to read: for the tests of stage 2. Its weights are random."""
+"""A convolutional detector of two levels that is small enough to read: for the tests of stage 2.
+
+Its weights are random.
+"""
 
 import dataclasses
 from pathlib import Path

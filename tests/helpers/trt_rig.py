@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures and helpers of the tests that run engines on stand-ins for TensorRT and for the CUDA runtime."""
+"""Fixtures and helpers of the tests that run engines on stand-ins for TensorRT and for the CUDA
+runtime.
+"""
 
 import dataclasses
 import gc

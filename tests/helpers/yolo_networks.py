@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLO exports small enough to read, with the node names of the real ones: three levels, a convolution each, on 32x64 pixels.
+"""YOLO exports small enough to read, with the node names of the real ones: three levels, a
+convolution each, on 32x64 pixels.
 
-What stands behind the convolutions is as Ultralytics 8.4, YOLOv5 and YOLOX export it with torch: batch 1 written out in every Reshape,
-constants as Constant nodes.
+What stands behind the convolutions is as Ultralytics 8.4, YOLOv5 and YOLOX export it with torch:
+batch 1 written out in every Reshape, constants as Constant nodes.
 """
 
 from pathlib import Path
@@ -28,9 +29,11 @@ def save(path: Path, model: onnx.ModelProto) -> Path:
 
 
 def v8(*, task: str = "detect", end: str = "", seed: int = 0) -> onnx.ModelProto:
-    """output0 [1, 4+C(+1), A]; with `end` "topk" (v10, 26) or "nms" the [1, K, 6] that is selected from it.
+    """output0 [1, 4+C(+1), A]; with `end` "topk" (v10, 26) or "nms" the [1, K, 6] that is selected
+    from it.
 
-    The boxes before a selection are corners, as in these exports; those of "obb" are centre and size all the same.
+    The boxes before a selection are corners, as in these exports; those of "obb" are centre and
+    size all the same.
     """
     angle = task == "obb"
     corners = bool(end) and not angle
@@ -47,7 +50,7 @@ def v8(*, task: str = "detect", end: str = "", seed: int = 0) -> onnx.ModelProto
           size = Sub(second, first)
           boxes = Concat<axis = 1>(centre, size)"""
     )
-    parts = "pixels, scores" + (", turned" if angle else "")
+    parts = "pixels, scores" + (", rotated" if angle else "")
     body = f"""
       <ir_version: 8, opset_import: ["": 17]>
       main_graph (float[1, 3, {HEIGHT}, {WIDTH}] images)
@@ -68,7 +71,7 @@ def v8(*, task: str = "detect", end: str = "", seed: int = 0) -> onnx.ModelProto
         {box}
         ["/model.22/Mul"] pixels = Mul(boxes, strides)
         ["/model.22/Sigmoid"] scores = Sigmoid(cv3)
-        {"turned = Identity(cv4)" if angle else ""}
+        {"rotated = Identity(cv4)" if angle else ""}
         ["/model.22/Concat_5"] {name} = Concat<axis = 1>({parts})
         {_selection(angle) if end else ""}
       }}
@@ -88,7 +91,9 @@ def v8(*, task: str = "detect", end: str = "", seed: int = 0) -> onnx.ModelProto
 
 
 def v5(*, decoded: bool = True, seed: int = 0) -> onnx.ModelProto:
-    """output0 [1, 3 A, 5+C], objectness and three boxes per cell; not `decoded`: YOLOv7 without --grid, one output per level."""
+    """output0 [1, 3 A, 5+C], objectness and three boxes per cell; not `decoded`: YOLOv7 without
+    --grid, one output per level.
+    """
     lines, outputs = [], []
     for level, stride in enumerate(STRIDES):
         height, width = HEIGHT // stride, WIDTH // stride
@@ -164,7 +169,9 @@ def yolox(*, seed: int = 0) -> onnx.ModelProto:
 
 
 def _levels(block: str, heads: dict[str, int]) -> str:
-    """For each head a convolution per level, reshaped to [1, channels, cells] and put side by side, under the head's name."""
+    """For each head a convolution per level, reshaped to [1, channels, cells] and put side by
+    side, under the head's name.
+    """
     lines = []
     for head, channels in heads.items():
         for level, stride in enumerate(STRIDES):
@@ -179,7 +186,9 @@ def _levels(block: str, heads: dict[str, int]) -> str:
 
 
 def _selection(angle: bool) -> str:
-    """dense -> output0: of the K rows with the best classes, the K best pairs of a row and a class."""
+    """dense -> output0: of the K rows with the best classes, the K best pairs of a row and a
+    class.
+    """
     columns, names = ("4, 3, 1", "box, score, angle") if angle else ("4, 3", "box, score")
     pick_angle = """
       angles = GatherElements<axis = 1>(angle, row_column)
@@ -247,7 +256,9 @@ def _add_convolution(
     bias: float,
     scale: float = 1.0,
 ) -> None:
-    """Answers of about one for noise, and none of them for a flat image: the weights of every filter add up to zero."""
+    """Answers of about one for noise, and none of them for a flat image: the weights of every
+    filter add up to zero.
+    """
     weight = rng.normal(size=(channels, 3, stride, stride))
     weight -= weight.mean(axis=(1, 2, 3), keepdims=True)
     _add(model, f"{name}_weight", weight * 6 / np.sqrt(3 * stride**2) * scale)

@@ -183,7 +183,9 @@ def test_bytes_behind_the_end_of_a_jpeg_do_no_harm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [2**20 - 1, 2**20, 2**20 + 1, 2**21])
 def test_files_of_any_length_are_read_whole(tmp_path: Path, length: int) -> None:
-    """What a thread keeps to read into has 2**20 bytes; the comment in front of the pixels fills the file."""
+    """What a thread keeps to read into has 2**20 bytes; the comment in front of the pixels fills
+    the file.
+    """
     short = jpeg(smooth(20, 30))
     rest = length - len(short)
     comments = b""
@@ -260,7 +262,9 @@ def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
 
 
 def tensorflow_resize(image: Pixels, height: int, width: int) -> NDArray[np.float32]:
-    """tf.image.resize(image, (height, width), "bilinear"): half-pixel centres, no antialias, all in float32."""
+    """tf.image.resize(image, (height, width), "bilinear"): half-pixel centres, no antialias, all
+    in float32.
+    """
 
     def neighbours(source: int, target: int) -> tuple[Any, Any, NDArray[np.float32]]:
         step = np.float32(source) / np.float32(target)
@@ -400,8 +404,9 @@ def test_equals_what_automls_own_graph_computes(
 ) -> None:
     """The input of the first convolution, in TensorFlow, from real images.
 
-    Measured with TensorFlow 2.21 and OpenCV 5.0: float32 at most 0.0043 grey levels off and 3e-5 on average; uint8 at most 0.80 and 0.29
-    (plain rounding of the exact values: 0.50 and 0.23). Pillow's antialiased resize, as in NVIDIA's sample: up to 150 off, 2.7 on average.
+    Measured with TensorFlow 2.21 and OpenCV 5.0: float32 at most 0.0043 grey levels off and 3e-5 on
+    average; uint8 at most 0.80 and 0.29 (plain rounding of the exact values: 0.50 and 0.23).
+    Pillow's antialiased resize, as in NVIDIA's sample: up to 150 off, 2.7 on average.
     """
     tf = pytest.importorskip("tensorflow").compat.v1
     std = np.float32((58.395, 57.12, 57.375))

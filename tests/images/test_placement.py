@@ -46,7 +46,9 @@ def save(folder: Path, name: str, height: int, width: int, **options: Any) -> Pa
 def test_yolo_letterbox(
     source_hw: tuple[int, int], box: tuple[int, int, int, int], layout: Any, dtype: Any
 ) -> None:
-    """Centred on 114 grey, the size rounded; the way back takes each corner of the picture to that of the image."""
+    """Centred on 114 grey, the size rounded; the way back takes each corner of the picture to
+    that of the image.
+    """
     preprocessing = Preprocessing(
         (96, 128), layout, dtype, pad_rgb=(114, 114, 114), placement="center", rounding="round"
     )
@@ -64,7 +66,9 @@ def test_yolo_letterbox(
 
 
 def test_antialias_belongs_to_the_model() -> None:
-    """Shrinking by four: the mean of the area where the model was trained so, else four neighbours."""
+    """Shrinking by four: the mean of the area where the model was trained so, else four
+    neighbours.
+    """
     image = np.zeros((64, 64, 3), np.uint8)
     image[::4] = 255  # rows that no neighbour of a target pixel's centre touches
     plain, _ = preprocess(image, Preprocessing((16, 16)))
@@ -107,16 +111,18 @@ def test_a_free_size_survives_the_file() -> None:
 def test_header_size_is_the_upright_one(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = save(tmp_path, "turned.jpg", 30, 50, exif=exif.tobytes())
+    rotated = save(tmp_path, "rotated.jpg", 30, 50, exif=exif.tobytes())
     assert image_size(save(tmp_path, "plain.png", 30, 50)) == (30, 50)
-    assert image_size(turned) == (50, 30)
+    assert image_size(rotated) == (50, 30)
     (tmp_path / "text.png").write_text("no picture")
     assert image_size(tmp_path / "text.png") is None
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 def test_batches_of_a_free_size(tmp_path: Path, layout: Any) -> None:
-    """Every batch has the smallest input that holds its images; an unreadable one leaves a shorter batch; pixels are those of one alone."""
+    """Every batch has the smallest input that holds its images; an unreadable one leaves a
+    shorter batch; pixels are those of one alone.
+    """
     preprocessing = Preprocessing(
         (256, 256), layout, size_range=FREE.size_range, size_multiple=64, pad_rgb=(9, 8, 7)
     )

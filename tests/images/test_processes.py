@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker processes of `ImageBatcher`: the same batches, and nothing left of them, whoever is killed."""
+"""Worker processes of `ImageBatcher`: the same batches, and nothing left of them, whoever is
+killed.
+"""
 
 import gc
 import os

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every form of the NMS against the NumPy reference, on ONNX Runtime; the graph form also through TensorRT-RTX's builder."""
+"""Every form of the NMS against the NumPy reference, on ONNX Runtime; the graph form also
+through TensorRT-RTX's builder.
+"""
 
 import numpy as np
 import onnx
@@ -22,7 +24,9 @@ PLAIN = Nms(score_threshold=0.1, max_output_boxes=10, score_activation=False, bo
 
 
 def heads_model(boxes, scores, *, batch="N", opset=17, elem_type=TensorProto.FLOAT):
-    """A model that hands on its two inputs as the heads `raw_boxes` and `raw_scores`, shaped like the given arrays."""
+    """A model that hands on its two inputs as the heads `raw_boxes` and `raw_scores`, shaped
+    like the given arrays.
+    """
     names = {"boxes_in": "raw_boxes", "scores_in": "raw_scores"}
     shapes = [[batch, *array.shape[1:]] for array in (boxes, scores)]
     graph = helper.make_graph(
@@ -76,7 +80,7 @@ def assert_equal_outputs(actual, expected):
     )
 
 
-# ---- the forms equal the reference -----------------------------------------------------------------------------------------
+# ---- the forms equal the reference ---------------------------------------------------------------
 
 #: What a case is about -> (anchors, classes, changes to Nms, candidates). None: drawn at random.
 KINDS = {
@@ -154,7 +158,9 @@ def test_forms_equal_reference(seed):
 
 
 def test_cases_cover_what_they_are_for():
-    """Between them the cases reach every limit; else the test above would prove less than it says."""
+    """Between them the cases reach every limit; else the test above would prove less than it
+    says.
+    """
     seen = set()
     for seed in range(CASES):
         boxes, scores, nms, anchors, candidates = random_case(seed)
@@ -177,7 +183,9 @@ def test_cases_cover_what_they_are_for():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_thresholds_are_inclusive(form):
-    """IoU and score equal to their thresholds: the plugin suppresses and passes, ONNX's operators alone would not."""
+    """IoU and score equal to their thresholds: the plugin suppresses and passes, ONNX's
+    operators alone would not.
+    """
     boxes = np.array([[[0, 0, 2, 2], [0, 0, 2, 1], [8, 8, 9, 9], [5, 5, 6, 6]]], np.float32)
     scores = np.array([[[0.75], [0.5], [0.25], [0.2499]]], np.float32)
     for iou_threshold, kept in ((0.5, [0.75, 0.25]), (0.50001, [0.75, 0.5, 0.25])):
@@ -203,7 +211,9 @@ def test_boxes_of_4_dimensions_and_anchors_per_image(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_fp16_graph_is_computed_in_fp32(form):
-    """The plugin's boxes and scores have the type of its inputs; lowered, they are FP32 inside and rounded at the end."""
+    """The plugin's boxes and scores have the type of its inputs; lowered, they are FP32 inside
+    and rounded at the end.
+    """
     rng = np.random.default_rng(1)
     boxes = rng.uniform(0, 300, (1, 20, 2))
     boxes = np.concatenate([boxes, boxes + 300], -1).astype(np.float16)
@@ -219,11 +229,13 @@ def test_fp16_graph_is_computed_in_fp32(form):
     assert_equal_outputs(run(lowered, boxes, scores), expected)
 
 
-# ---- rounds of the graph form ----------------------------------------------------------------------------------------------
+# ---- rounds of the graph form --------------------------------------------------------------------
 
 
 def chain(length):
-    """Boxes 10 wide, 3 apart: each overlaps only its neighbours (IoU 7/13), so each suppresses the next and none other."""
+    """Boxes 10 wide, 3 apart: each overlaps only its neighbours (IoU 7/13), so each suppresses
+    the next and none other.
+    """
     left = 3 * np.arange(length, dtype=np.float32)
     boxes = np.stack([0 * left, left, 0 * left + 10, left + 10], -1)[None]
     scores = np.linspace(0.9, 0.5, length, dtype=np.float32)[None, :, None]
@@ -262,7 +274,9 @@ def test_default_rounds_settle_a_chain_of_33_boxes():
 
 
 def test_clusters_settle_in_one_round():
-    """200 boxes over each other are a chain of 200 by order of score, but the best one settles all."""
+    """200 boxes over each other are a chain of 200 by order of score, but the best one settles
+    all.
+    """
     rng = np.random.default_rng(2)
     boxes = (np.array([0, 0, 100, 100]) + rng.uniform(-5, 5, (1, 200, 4))).astype(np.float32)
     scores = rng.uniform(0.2, 0.9, (1, 200, 1)).astype(np.float32)
@@ -272,7 +286,9 @@ def test_clusters_settle_in_one_round():
 
 
 def test_fewer_candidates_lose_only_the_tail():
-    """Detections are those of the full search as far as they go, and all of them where the slots fill up."""
+    """Detections are those of the full search as far as they go, and all of them where the slots
+    fill up.
+    """
     rng = np.random.default_rng(3)
     boxes = rng.uniform(0, 200, (1, 300, 2))
     boxes = np.concatenate([boxes, boxes + 20], -1).astype(np.float32)
@@ -289,7 +305,7 @@ def test_fewer_candidates_lose_only_the_tail():
     assert_equal_outputs(cut, reference(boxes, scores, few))
 
 
-# ---- the files -------------------------------------------------------------------------------------------------------------
+# ---- the files -----------------------------------------------------------------------------------
 
 BOXES = np.zeros((1, 6, 4), np.float32)
 SCORES = np.zeros((1, 6, 3), np.float32)
@@ -449,7 +465,9 @@ def test_legacy_file(batch, op):
 
 
 class StandInBatchedNMS(OpRun):
-    """Stands in for the plugin BatchedNMSDynamic_TRT, which exists on no CPU: no NMS, it keeps its inputs and answers one detection."""
+    """Stands in for the plugin BatchedNMSDynamic_TRT, which exists on no CPU: no NMS, it keeps
+    its inputs and answers one detection.
+    """
 
     op_domain = PLUGIN_DOMAIN
     inputs: tuple = ()
@@ -470,7 +488,9 @@ StandInBatchedNMS.__name__ = StandInBatchedNMS.op_name()  # ONNX's evaluator goe
 
 
 def test_legacy_file_around_the_plugin():
-    """The plugin is fed decoded boxes and probabilities; of its answer, the class -1 of an empty slot becomes 0."""
+    """The plugin is fed decoded boxes and probabilities; of its answer, the class -1 of an empty
+    slot becomes 0.
+    """
     rng = np.random.default_rng(8)
     boxes = rng.normal(0, 0.3, (1, 6, 4)).astype(np.float32)
     scores = rng.normal(0, 2, (1, 6, 3)).astype(np.float32)
@@ -500,7 +520,7 @@ def test_legacy_says_that_it_is_per_class(caplog):
     assert "no class-agnostic NMS" in caplog.text
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -559,7 +579,9 @@ def test_node_without_a_required_attribute():
 @pytest.mark.parametrize("form", ["onnx", "graph"])
 @pytest.mark.parametrize("anchors", [1, 40, 3000])
 def test_free_number_of_anchors(form, anchors):
-    """The same file takes any number of anchors, fewer and more than there are candidates, and finds what the reference does."""
+    """The same file takes any number of anchors, fewer and more than there are candidates, and
+    finds what the reference does.
+    """
     rng = np.random.default_rng(anchors)
     nms = Nms(0.3, 0.5, 20, score_activation=False, class_agnostic=anchors == 40)
     boxes = rng.uniform(4, 300, (2, anchors, 4)).astype(np.float32)
@@ -597,12 +619,14 @@ def test_options_out_of_range(options, message):
         lower(plugin_model(BOXES, SCORES, PLAIN), "graph", **options)
 
 
-# ---- TensorRT-RTX ----------------------------------------------------------------------------------------------------------
+# ---- TensorRT-RTX --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
 def test_tensorrt_rtx_builds_the_graph_form(agnostic):
-    """A real build for compute capability 8.9, dynamic batch, EfficientDet-D0's size; everything real-valued stays FP32."""
+    """A real build for compute capability 8.9, dynamic batch, EfficientDet-D0's size; everything
+    real-valued stays FP32.
+    """
     trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
     boxes = np.zeros((1, 49104, 4), np.float32)
     scores = np.zeros((1, 49104, 90), np.float32)

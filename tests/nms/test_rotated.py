@@ -81,16 +81,17 @@ def test_positive_angles_turn_clockwise_on_the_screen() -> None:
     box = np.array([[10, 20, 50, 40]], np.float32)
     level = rotated_corners(box, np.zeros(1, np.float32))[0]
     assert level.tolist() == [[10, 20], [10, 40], [50, 40], [50, 20]]  # TL, BL, BR, TR
-    turned = rotated_corners(box, np.array([np.pi / 2], np.float32))[0]
-    # A quarter clockwise takes the top left corner to the top right of the upright rectangle, 20 wide and 40 high.
-    np.testing.assert_allclose(turned, [[40, 10], [20, 10], [20, 50], [40, 50]], atol=1e-5)
+    rotated = rotated_corners(box, np.array([np.pi / 2], np.float32))[0]
+    # A quarter clockwise takes the top left corner to the top right of the upright rectangle, 20
+    # wide and 40 high.
+    np.testing.assert_allclose(rotated, [[40, 10], [20, 10], [20, 50], [40, 50]], atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("other", "expected"),
     [
         ([0, 0, 10, 10, 0], 1.0),  # itself
-        ([0, 0, 10, 10, np.pi / 2], 1.0),  # a square turned by a quarter
+        ([0, 0, 10, 10, np.pi / 2], 1.0),  # a square rotated by a quarter
         ([10, 0, 20, 10, 0], 0.0),  # side by side, touching
         ([5, 0, 15, 10, 0], 1 / 3),  # half over half
         ([2, 2, 8, 8, 0], 0.36),  # inside
@@ -161,7 +162,9 @@ def test_nms_equals_the_reference_on_200_random_images(mode: str, class_agnostic
 
 
 def test_modes_differ_where_angles_do() -> None:
-    """A narrow box across a wide one: they share little, but ODTK turns both by the angle of the worse one."""
+    """A narrow box across a wide one: they share little, but ODTK turns both by the angle of the
+    worse one.
+    """
     boxes = np.array([[[0, 40, 100, 60, 0, 1], [0, 40, 100, 60, np.pi / 2, 1]]], np.float32)
     scores = np.array([[[0.9], [0.8]]], np.float32)
     assert run(rotated_model(boxes, scores), boxes, scores)["num_detections"].item() == 2

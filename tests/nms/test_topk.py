@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The selection without NMS against a NumPy reference, on ONNX Runtime, and through TensorRT-RTX's builder."""
+"""The selection without NMS against a NumPy reference, on ONNX Runtime, and through
+TensorRT-RTX's builder.
+"""
 
 import numpy as np
 import onnxruntime

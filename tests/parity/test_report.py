@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of compare.py --report: its figures, and how it looks in a real Chromium, on a phone and on a desk."""
+"""The page of compare.py --report: its figures, and how it looks in a real Chromium, on a phone
+and on a desk.
+"""
 
 import json
 import re
@@ -25,7 +27,10 @@ WORST = 4
 
 @pytest.fixture(scope="module")
 def report(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page about a model with larger anchors and two classes swapped: something of everything. The summary lies beside it."""
+    """A page about a model with larger anchors and two classes swapped: something of everything.
+
+    The summary lies beside it.
+    """
     folder = tmp_path_factory.mktemp("report")
     model = onnx.load(tiny_onnx)
     anchors = next(t for t in model.graph.initializer if t.name == "nms/anchors")
@@ -93,7 +98,10 @@ def test_page_fits_and_every_picture_is_there(
 
 
 def test_reference_and_candidate_stand_as_the_screen_allows(page: chromium.Page, report: Path) -> None:  # fmt: skip
-    """Landscape pictures: side by side on a desk, one above the other on a phone. Limits: the verdict is seen without scrolling."""
+    """Landscape pictures: side by side on a desk, one above the other on a phone.
+
+    Limits: the verdict is seen without scrolling.
+    """
     tops = "[...document.querySelectorAll('.sides2.landscape')].map(s => [...s.querySelectorAll('img')].map(i => Math.round(i.getBoundingClientRect().top)))"
     marks = "Math.max(...[...document.querySelectorAll('.limits .mark')].map(m => m.getBoundingClientRect().right))"
     page.open(report, width=1440)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a detector from the input to the heads: also where If and Loop take tensors from around them."""
+"""The part of a detector from the input to the heads: also where If and Loop take tensors from
+around them.
+"""
 
 import numpy as np
 import onnx.parser
@@ -13,7 +15,9 @@ SPEC = ModelSpec("toy", Preprocessing((4, 4), layout="NCHW"), Nms(), (1,))
 
 
 def branching_model() -> onnx.ModelProto:
-    """`kept` is read by the body of an If alone, `offset` by the body of a Loop alone; a Loop behind the NMS reads a head."""
+    """`kept` is read by the body of an If alone, `offset` by the body of a Loop alone; a Loop
+    behind the NMS reads a head.
+    """
     model = onnx.parser.parse_model("""
         <ir_version: 8, opset_import: ["": 17, "trt.plugins": 1]>
         g (float[1, 2, 4, 4] images) => (float[1, 4, 4] boxes, float[1, 2, 4, 4] after)
@@ -58,7 +62,8 @@ def test_the_cut_keeps_what_the_body_of_an_if_or_loop_captures() -> None:
     made = {output for node in network.graph.node for output in node.output}
     assert {"x", "kept", "chosen", "moved"} <= made
     assert made.isdisjoint({"boxes", "after"})
-    # "tail" is read by the branches of an If behind the NMS alone: a head, as what the NMS reads itself.
+    # "tail" is read by the branches of an If behind the NMS alone: a head, as what the NMS reads
+    # itself.
     assert [output.name for output in network.graph.output] == ["raw_boxes", "tail"]
     assert {weight.name for weight in network.graph.initializer} == {"first_w", "side_w", "head_w", "offset", "shape", "twice", "yes"}  # fmt: skip
     session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])  # fmt: skip

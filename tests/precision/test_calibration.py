@@ -152,7 +152,8 @@ def test_clips_of_a_normal_distribution_with_one_outlier() -> None:
     clips = {method: histogram.clip(method) for method in METHODS}
     assert clips["minmax"] == 100.0
     assert clips["percentile"] == pytest.approx(np.quantile(np.abs(values), 0.9999), abs=0.05)
-    # One value cut off by 96 costs 0.09; a step of 100 / 127 costs 0.05 on every value: cutting everything off at 4 is worse here.
+    # One value cut off by 96 costs 0.09; a step of 100 / 127 costs 0.05 on every value: cutting
+    # everything off at 4 is worse here.
     errors = {clip: _rounding_error(values, clip) for clip in np.arange(2.0, 101.0)}
     assert clips["mse"] == pytest.approx(min(errors, key=errors.__getitem__), abs=2.0)
     assert 2.0 < clips["entropy"] < 20.0

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each convolution alone does: that parts of a network give what the whole gives, and that powers add up."""
+"""What each convolution alone does: that parts of a network give what the whole gives, and that
+powers add up.
+"""
 
 from typing import Any
 
@@ -30,7 +32,9 @@ def images(count: int, seed: int = 1) -> list[Feed]:
 
 
 def network(**options: Any) -> onnx.ModelProto:
-    """Random weights, small enough at the heads that boxes and scores are not at the ends of their ranges."""
+    """Random weights, small enough at the heads that boxes and scores are not at the ends of
+    their ranges.
+    """
     model = toy_network.network(**options)
     for weight in model.graph.initializer:
         if weight.name in ("class_w", "box_w"):

@@ -55,7 +55,8 @@ def test_predicted_noise_by_hand() -> None:
     from_weights = (2 / 127) ** 2 / 12
     assert predicted_noise(one, range_, None, 0.1) == pytest.approx(0.01 * 4 + from_weights * (144 / 12 + 16))  # fmt: skip
     assert power == 17
-    # A factor of 5 makes the step of the activation a fifth, and that of the weight, whose input is larger by as much.
+    # A factor of 5 makes the step of the activation a fifth, and that of the weight, whose input is
+    # larger by as much.
     scaled = Equalization(np.array([5.0]), np.zeros(1))
     assert predicted_noise(one, range_, scaled, 0.1) == pytest.approx(0.1**2 / 12 / 25 * 4 + from_weights * 28)  # fmt: skip
     # Shifted by its mean, 4, the power is the variance.
@@ -82,13 +83,16 @@ def test_predicted_noise_is_what_rounding_does() -> None:
 
 
 def test_the_best_of_the_candidates() -> None:
-    """One channel is 100 times the other, and its weight as much smaller: factors that make both alike."""
+    """One channel is 100 times the other, and its weight as much smaller: factors that make both
+    alike.
+    """
     values = np.array([[1.0, 0.01], [1.0, 0.01]]).reshape(2, 2, 1, 1)
     range_ = statistics([-1, -100], [1, 100], noise=(100 / 127) ** 2 / 12)
     best, noise = best_equalization(values, range_, 100 / 127, shift=False)
     assert best.factors[0] / best.factors[1] == pytest.approx(100)
     assert (best.factors * np.array([1, 100])).max() == pytest.approx(100) and not best.shift.any()
-    # As if every channel had 127 levels: 2 outputs x 2 channels x 1/127^2 / 12, and the weights' share, a third of it.
+    # As if every channel had 127 levels: 2 outputs x 2 channels x 1/127^2 / 12, and the weights'
+    # share, a third of it.
     assert noise == pytest.approx(4 / 127**2 / 12 * (1 + 1 / 3), rel=1e-6)
     one_sided = statistics([0, 0], [2, 200], noise=(200 / 127) ** 2 / 12)
     shifted, less = best_equalization(values, one_sided, 200 / 127, shift=True)
@@ -97,7 +101,9 @@ def test_the_best_of_the_candidates() -> None:
 
 
 def test_where_equalizations_go() -> None:
-    """In the convolution before where that costs nothing; in nodes of their own where they halve the error; else nowhere."""
+    """In the convolution before where that costs nothing; in nodes of their own where they halve
+    the error; else nowhere.
+    """
     outlier = statistics([-1, -100], [1, 100], noise=(100 / 127) ** 2 / 12)
     even = statistics([-1, -1], [1, 1], noise=1 / 127**2 / 12)
     cache = CalibrationCache({"x": 100 / 127, "e": 1 / 127}, {"x": outlier, "e": even})

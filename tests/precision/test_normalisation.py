@@ -79,7 +79,9 @@ def test_statistics_stay_float32(middle: str, kept: set[str], narrow: set[str]) 
 
 
 def test_layer_normalization_itself_is_narrow() -> None:
-    """ONNX computes its statistics in float32 whatever its data is: `stash_type` is 1 where it is not said."""
+    """ONNX computes its statistics in float32 whatever its data is: `stash_type` is 1 where it
+    is not said.
+    """
     middle = '["norm"] normal = LayerNormalization <axis = -1> (x, ones)'
     model = network(middle)
     converted, report = to_fp16(model)

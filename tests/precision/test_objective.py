@@ -103,8 +103,8 @@ def test_rotated_boxes_count_their_angle() -> None:
     coding = Coding("b", "s", Nms(score_activation=False))
     boxes = np.array([[0, 0, 10, 20, 0.5, 1.0]], np.float32)  # ODTK's sixth column is not looked at
     expected = reference(coding, boxes, np.array([[1.0]], np.float32))
-    turned = boxes + np.array([[0, 0, 0, 0, 0.1, 3]], np.float32)
-    found = damage(coding, expected, turned, None)
+    rotated = boxes + np.array([[0, 0, 0, 0, 0.1, 3]], np.float32)
+    found = damage(coding, expected, rotated, None)
     assert found.box_power == pytest.approx(
         0.01 / 1.01, rel=1e-5
     ) and found.box_loss == pytest.approx(0)

@@ -14,7 +14,9 @@ from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 
 def small() -> onnx.ModelProto:
-    """Two convolutions of one weight read one tensor, a branch takes the weight, and a tensor has a name that a pair would have."""
+    """Two convolutions of one weight read one tensor, a branch takes the weight, and a tensor
+    has a name that a pair would have.
+    """
     return onnx.parser.parse_model("""
         <ir_version: 8, opset_import: ["": 17]>
         g (float[1, 2, 4, 4] x, bool c) => (float[1, 2, 4, 4] y, float[1, 2, 4, 4] z, float[2, 2, 1, 1] t)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP16 and BF16 conversion: which nodes, which types, which numbers; ONNX Runtime runs both forms."""
+"""FP16 and BF16 conversion: which nodes, which types, which numbers; ONNX Runtime runs both
+forms.
+"""
 
 from pathlib import Path
 
@@ -41,9 +43,11 @@ def node_type(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def rounding_every_tensor(converted: onnx.ModelProto) -> onnx.ModelProto:
-    """A float32 model that computes what an FP16 one does where every node writes FP16, as on a GPU.
+    """A float32 model that computes what an FP16 one does where every node writes FP16, as on a
+    GPU.
 
-    ONNX Runtime's CPU provider computes FP16 nodes in float32 and leaves out most of the rounding in between.
+    ONNX Runtime's CPU provider computes FP16 nodes in float32 and leaves out most of the rounding
+    in between.
     """
     model = onnx.ModelProto()
     model.CopyFrom(converted)
@@ -130,7 +134,9 @@ def test_fp16_with_nms_detects_the_same() -> None:
 
 
 def test_float32_is_kept_for_preprocessing_because_it_matters() -> None:
-    """The worst error of (x - mean) * scale in FP16, for x of 0 to 255, is a fifth of a grey level; float32's is none."""
+    """The worst error of (x - mean) * scale in FP16, for x of 0 to 255, is a fifth of a grey
+    level; float32's is none.
+    """
     x = np.arange(256, dtype=np.float32)
     mean, scale = np.float32(123.675), np.float32(1 / 58.395)
     half = (x.astype(np.float16) - np.float16(mean)) * np.float16(scale)
@@ -242,7 +248,9 @@ def test_activation_ranges_are_those_of_the_tensors() -> None:
 
 
 def test_names_that_are_asked_for_stay_float32() -> None:
-    """Weights and tensors that both kinds of node use exist in both types, with one Cast each way."""
+    """Weights and tensors that both kinds of node use exist in both types, with one Cast each
+    way.
+    """
     converted, report = to_fp16(toy.network(with_nms=False), keep_fp32=["class_1", "stem_b?"])
     assert reasons(report.kept) == {"class_1": "asked for ('class_1')", "stem_bn": "asked for ('stem_b?')"}  # fmt: skip
     weights = {t.name: t.data_type for t in converted.graph.initializer}

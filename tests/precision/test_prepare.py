@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A precision from end to end: the body is worked out once, and a calibration is as good from its file as fresh."""
+"""A precision from end to end: the body is worked out once, and a calibration is as good from
+its file as fresh.
+"""
 
 from pathlib import Path
 
@@ -76,7 +78,9 @@ def test_the_body_is_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_spec_is_an_argument(tmp_path: Path) -> None:
-    """What metadata say counts between stages alone: sizes and sensitive nodes are those of the argument."""
+    """What metadata say counts between stages alone: sizes and sensitive nodes are those of the
+    argument.
+    """
     model = toy.free_network()
     spec = ModelSpec.from_onnx(model)
     del model.metadata_props[:]

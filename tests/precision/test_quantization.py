@@ -154,7 +154,9 @@ def test_a_model_with_its_own_pairs_passes_through(cache: CalibrationCache) -> N
 
 
 def test_own_pairs_in_a_part_of_the_model_are_said(cache: CalibrationCache) -> None:
-    """They stay as they are, and so do the others: training left them out on purpose, or it did not, which nobody can tell."""
+    """They stay as they are, and so do the others: training left them out on purpose, or it did
+    not, which nobody can tell.
+    """
     mixed, _ = insert_qdq(body(), cache, QuantizationOptions(keep=("*/stem/*", "box_net/*")))
     again, report = insert_qdq(body(mixed), cache)
     assert again is mixed

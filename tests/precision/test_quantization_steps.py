@@ -74,7 +74,9 @@ def test_what_weights_make_of_the_mean(shape: tuple[int, ...], expected: list[fl
 
 @pytest.mark.parametrize("to", [INT8, FP8])
 def test_many_choices_from_one_plan(to: QuantizedType, cache: CalibrationCache) -> None:
-    """In any order, each is what a plan of its own gives; and of the network alone the same as of the whole, cut."""
+    """In any order, each is what a plan of its own gives; and of the network alone the same as
+    of the whole, cut.
+    """
     model = mobile_block()
     plan = plan_quantization(body(model), cache, QuantizationOptions(to=to))
     names = [layer.name for layer in plan.layers]
@@ -99,7 +101,9 @@ def test_many_choices_from_one_plan(to: QuantizedType, cache: CalibrationCache) 
 
 
 def test_one_alone_is_what_it_is_with_the_others_kept(cache: CalibrationCache) -> None:
-    """But that the factors of its input take nodes of its own, where they else go into another convolution."""
+    """But that the factors of its input take nodes of its own, where they else go into another
+    convolution.
+    """
     plan = plan_quantization(body(), cache)
     in_another = {name for name, placed in plan.equalized.items() if placed.producer}
     assert in_another
@@ -136,7 +140,9 @@ def test_channels_that_never_change_get_no_factor_to_speak_of() -> None:
 
 
 def test_grouped_convolutions() -> None:
-    """Two groups of two channels: no factor per channel, but the bias takes up the mean error of each group."""
+    """Two groups of two channels: no factor per channel, but the bias takes up the mean error of
+    each group.
+    """
     model = onnx.parser.parse_model("""
         <ir_version: 8, opset_import: ["": 17]>
         g (float[N, 4, 16, 16] images) => (float[N, 4, 16, 16] y)

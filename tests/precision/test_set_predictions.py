@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of set prediction in FP16, rounded as on a GPU, and as engines of TensorRT-RTX: docs/families.md has the figures."""
+"""Every kind of set prediction in FP16, rounded as on a GPU, and as engines of TensorRT-RTX:
+docs/families.md has the figures.
+"""
 
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages of infer.py --report and eval_coco.py --report, in a real Chromium, on a phone and on a desk."""
+"""The pages of infer.py --report and eval_coco.py --report, in a real Chromium, on a phone and
+on a desk.
+"""
 
 import json
 import re
@@ -43,7 +45,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six images; number i has i + 1 detections, of scores 0.15, 0.3, 0.45, ... and classes in turn."""
+    """Six images; number i has i + 1 detections, of scores 0.15, 0.3, 0.45, ... and classes in
+    turn.
+    """
     folder = tmp_path_factory.mktemp("gallery")
     items = []
     for i, name in enumerate(NAMES):
@@ -162,7 +166,9 @@ def test_pictures_may_be_put_in(page: chromium.Page, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_images(page: chromium.Page, tmp_path: Path) -> None:
-    """Below 60 MB, there within 2 s, and no task above 200 ms: a photograph with 100 detections, a thousand times."""
+    """Below 60 MB, there within 2 s, and no task above 200 ms: a photograph with 100 detections,
+    a thousand times.
+    """
     rng = np.random.default_rng(0)
     items = []
     for number in range(1000):
@@ -204,7 +210,9 @@ def evaluated(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_missed_false_and_matched(page: chromium.Page, evaluated: Path, width: int) -> None:
-    """Every object is matched or missed, at every score; the worst images come first; figures are COCO's."""
+    """Every object is matched or missed, at every score; the worst images come first; figures
+    are COCO's.
+    """
     page.open(evaluated / "page.html", width=width)
     assert page.js("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
     objects = len(json.loads((EXAMPLES / "annotations.json").read_text())["annotations"])
@@ -261,7 +269,9 @@ def test_usage(options: list[str]) -> None:
 
 
 def test_objects_go_to_the_best_detection() -> None:
-    """The better one of two takes an object; another class does not; one object is overlapped too little."""
+    """The better one of two takes an object; another class does not; one object is overlapped
+    too little.
+    """
     truth = detections((0, 0, 10, 10, 1, 0), (50, 50, 60, 60, 1, 1), (100, 0, 120, 20, 1, 0))
     found = detections((0, 0, 10, 9, 0.6, 0), (0, 0, 10, 10, 0.9, 0), (50, 50, 60, 60, 0.8, 0), (110, 10, 130, 30, 0.7, 0))  # fmt: skip
     kinds, scores = match_objects(found, truth)

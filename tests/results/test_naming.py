@@ -87,7 +87,9 @@ def test_write_picture_keeps_every_pixel(tmp_path: Path) -> None:
 
 
 def test_names_leave_room_for_a_suffix_whatever_the_alphabet() -> None:
-    """251 bytes before the suffix, and the suffix kept as two images share a stem: 255 bytes must hold what is added."""
+    """251 bytes before the suffix, and the suffix kept as two images share a stem: 255 bytes
+    must hold what is added.
+    """
     stem = "\N{GRINNING FACE}" * 62
     paths = [Path("photos", f"{stem}{end}") for end in ("a.jpg", "a.png", "b.png")]
     names = output_names(paths, Path("photos"))

@@ -14,7 +14,7 @@ from trtdet.results import coco, draw
 
 
 def annotation_file(tmp_path: Path, **changes) -> Path:
-    """Two images with two objects each, in ODTK's form: turned by 30 degrees, 80 x 24 pixels."""
+    """Two images with two objects each, in ODTK's form: rotated by 30 degrees, 80 x 24 pixels."""
     boxes = ([40, 60, 80, 24, np.pi / 6], [120, 140, 80, 24, np.pi / 6])
     objects = [{"image_id": i, "category_id": 1, "bbox": list(b)} for i in (1, 2) for b in boxes]
     data = {
@@ -28,7 +28,7 @@ def annotation_file(tmp_path: Path, **changes) -> Path:
 
 
 def planted(turn=0.0, shift=0.0) -> list[dict]:
-    """Detections of those objects, each turned and moved by so much."""
+    """Detections of those objects, each rotated and moved by so much."""
     boxes = [[40, 60, 120, 84], [120, 140, 200, 164]]
     found = Detections(
         np.array(boxes, np.float32) - np.float32([0, 0, 1, 1]) + np.float32(shift),
@@ -48,13 +48,16 @@ def test_planted_detections_have_the_right_ap(tmp_path: Path) -> None:
     assert coco.evaluate(annotations, planted(turn=np.pi / 2), [1, 2]).metrics["AP50"] == 0
     # Half a turn is the same rectangle.
     assert coco.evaluate(annotations, planted(turn=np.pi), [1, 2]).metrics["AP"] == pytest.approx(1)
-    # One of two found, in one of two images: a quarter of the objects, at precision 1. 26 of 101 recalls.
+    # One of two found, in one of two images: a quarter of the objects, at precision 1. 26 of 101
+    # recalls.
     some = coco.evaluate(annotations, planted()[:1], [1, 2]).metrics
     assert some["AP"] == pytest.approx(26 / 101)
 
 
 def test_a_turn_passes_the_thresholds_below_its_overlap(tmp_path: Path) -> None:
-    """Turned by 0.11, the rectangles share 0.82 of their union: seven of COCO's ten thresholds, 0.5 to 0.8."""
+    """Rotated by 0.11, the rectangles share 0.82 of their union: seven of COCO's ten thresholds,
+    0.5 to 0.8.
+    """
     box = np.array([40, 60, 119, 83, np.pi / 6])
     iou = iou_exact(box, box[None] + [0, 0, 0, 0, 0.11]).item()
     assert 0.81 < iou < 0.84
@@ -64,14 +67,14 @@ def test_a_turn_passes_the_thresholds_below_its_overlap(tmp_path: Path) -> None:
     assert metrics["AP50"] == pytest.approx(1) and metrics["AP75"] == pytest.approx(1)
 
 
-def test_upright_detections_of_turned_objects_are_judged_as_polygons(tmp_path: Path) -> None:
+def test_upright_detections_of_rotated_objects_are_judged_as_polygons(tmp_path: Path) -> None:
     annotations = coco.read_annotations(annotation_file(tmp_path))
     results = [{k: v for k, v in r.items() if k != "segmentation"} | {"bbox": r["bbox"][:4]} for r in planted()]  # fmt: skip
     evaluation = coco.evaluate(annotations, results, [1, 2])
     assert evaluation.iou_type == "segm" and evaluation.metrics["AP"] == 0
 
 
-def test_turned_boxes_need_the_size_of_the_images(tmp_path: Path) -> None:
+def test_rotated_boxes_need_the_size_of_the_images(tmp_path: Path) -> None:
     path = annotation_file(tmp_path, images=[{"id": i, "file_name": f"{i}.png"} for i in (1, 2)])
     with pytest.raises(ValueError, match="expected height and width of every image"):
         coco.evaluate(coco.read_annotations(path), planted(), [1, 2])
@@ -88,7 +91,7 @@ def test_eval_coco_reads_odtks_own_file(tmp_path: Path, capsys) -> None:
     assert json.loads(report.read_text())["AP"] == pytest.approx(1)
 
 
-def test_a_turned_box_is_drawn_along_its_sides() -> None:
+def test_a_rotated_box_is_drawn_along_its_sides() -> None:
     image = np.zeros((100, 100, 3), np.uint8)
     found = Detections(
         np.array([[20, 40, 80, 60]], np.float32),
@@ -105,7 +108,7 @@ def test_a_turned_box_is_drawn_along_its_sides() -> None:
     assert not drawn[75, 25]  # and so is where the box is not
 
 
-def test_annotated_turned_boxes_are_drawn_turned(tmp_path: Path) -> None:
+def test_annotated_rotated_boxes_are_drawn_rotated(tmp_path: Path) -> None:
     annotations = coco.read_annotations(annotation_file(tmp_path))
     truth = coco.ground_truth(annotations, {1: 0})[1]
     np.testing.assert_allclose(truth.angles, np.pi / 6, rtol=1e-6)

@@ -17,8 +17,8 @@ from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 
 def test_summary_is_trtexecs() -> None:
-    # 1..200 ms in any order. trtexec leaves out int((1 - p / 100) * 200) times in float32 and takes the largest left:
-    # 20, 10 and, as 1 - 0.99 is 0.0099999905 there, 1.
+    # 1..200 ms in any order. trtexec leaves out int((1 - p / 100) * 200) times in float32 and takes
+    # the largest left: 20, 10 and, as 1 - 0.99 is 0.0099999905 there, 1.
     times = [float(x) for x in np.random.default_rng(1).permutation(np.arange(1, 201))]
     summary = Summary.of(times)
     assert (summary.min, summary.max, summary.mean, summary.median) == (1, 200, 100.5, 100.5)

@@ -1,4 +1,6 @@
-"""Annotations that contradict the pictures, or that nothing matches: said or refused, never an AP that means nothing."""
+"""Annotations that contradict the pictures, or that nothing matches: said or refused, never an
+AP that means nothing.
+"""
 
 import dataclasses
 import json
@@ -114,7 +116,9 @@ def test_the_box_of_a_compressed_mask_is_that_of_pycocotools() -> None:
 
 
 def test_an_ap_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Categories that the annotations do not have are an error; objects that a model misses are its AP."""
+    """Categories that the annotations do not have are an error; objects that a model misses are
+    its AP.
+    """
     annotations = coco.read_annotations(dataset(tmp_path))
     detection = {"image_id": 1, "category_id": 5, "bbox": [1, 1, 10, 10], "score": 0.9}
     with pytest.raises(

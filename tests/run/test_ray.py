@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--ray` on a real Ray cluster of two workers on this machine, and what of trtdet/run/ray_cluster.py needs none."""
+"""`--ray` on a real Ray cluster of two workers on this machine, and what of
+trtdet/run/ray_cluster.py needs none.
+"""
 
 import hashlib
 import json
@@ -120,11 +122,11 @@ def test_chunks_are_multiples_of_the_batch(images, multiple, expected):
     assert Workers(2, 1, 0).chunk_size(images, multiple) == expected
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_rows_keep_every_bit(turned):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_rows_keep_every_bit(rotated):
     random = np.random.default_rng(0)
     boxes, scores = random.random((3, 4), np.float32), random.random(3, np.float32)
-    angles = random.random(3, np.float32) if turned else None
+    angles = random.random(3, np.float32) if rotated else None
     full = Detections(boxes, scores, np.array([2, 0, 1], np.int32), angles)
     empty = Detections(boxes[:0], scores[:0], np.zeros(0, np.int32), None if angles is None else angles[:0])  # fmt: skip
     table = ray_cluster.to_table(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trtdet.runtimes.trt` on a GPU: `pytest -m gpu`.
 
-Each test runs with TensorRT, with TensorRT-RTX and with the stand-in engine on real CUDA memory, and skips those that are not here.
-The id says which: only `stand-in` means that TensorRT itself was not tested.
+Each test runs with TensorRT, with TensorRT-RTX and with the stand-in engine on real CUDA memory,
+and skips those that are not here. The id says which: only `stand-in` means that TensorRT itself was
+not tested.
 """
 
 import gc
@@ -158,7 +159,9 @@ def test_engines_of_other_kinds(other: tuple[Case, GpuEngine], cuda_graph: bool)
 
 
 def test_from_files_to_the_metric(engine: GpuEngine, tmp_path: Path) -> None:
-    """infer.py and eval_coco.py from the command line: the detections of both are those of the network."""
+    """infer.py and eval_coco.py from the command line: the detections of both are those of the
+    network.
+    """
     photos, found = tmp_path / "photos", tmp_path / "found"
     photos.mkdir()
     rng = np.random.default_rng(0)

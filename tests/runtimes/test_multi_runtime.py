@@ -286,7 +286,9 @@ def test_the_source_outlives_the_work_on_the_gpus(
 def test_batches_outlive_the_work_on_every_gpu(
     rig: Callable[..., Rig], engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that stops first frees no pinned memory while another GPU works: `rig` would find it live."""
+    """A worker that stops first frees no pinned memory while another GPU works: `rig` would find
+    it live.
+    """
     machine = rig(devices=2)
     first_stopped, waits = threading.Event(), []
 

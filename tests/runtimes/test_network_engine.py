@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From files to results through the code of `trtdet.runtimes.trt`, with a real network behind the stand-in engine: what ONNX Runtime finds by itself.
+"""From files to results through the code of `trtdet.runtimes.trt`, with a real network behind the
+stand-in engine: what ONNX Runtime finds by itself.
 
-On the CPU stand-in for CUDA everywhere; on real GPUs, with ONNX Runtime's CUDA provider, by `pytest -m gpu`.
+On the CPU stand-in for CUDA everywhere; on real GPUs, with ONNX Runtime's CUDA provider, by `pytest
+-m gpu`.
 """
 
 import gc
@@ -142,7 +144,9 @@ def test_real_gpus_write_the_files_of_onnxruntime_on_cuda(
 
 @pytest.mark.gpu
 def test_ap_of_d0_on_a_real_gpu(on_gpu: None, shared: Path, tmp_path: Path) -> None:
-    """Within 0.0005 of the CPU's (its 100 photographs, score threshold 0.001); TSVs as ONNX Runtime on CUDA writes them."""
+    """Within 0.0005 of the CPU's (its 100 photographs, score threshold 0.001); TSVs as ONNX
+    Runtime on CUDA writes them.
+    """
     d0 = shared / "d0_person.onnx"
     if not d0.is_file():
         pytest.skip("needs ../shared/d0_person.onnx, which create_onnx.py makes of ../shared/models/d0_person")  # fmt: skip

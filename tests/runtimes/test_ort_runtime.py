@@ -434,7 +434,8 @@ def test_default_batch_size(
 def test_a_provider_that_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # onnxruntime-gpu offers providers whose libraries are not there; the plain package starts as little of them.
+    # onnxruntime-gpu offers providers whose libraries are not there; the plain package starts as
+    # little of them.
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     path = toy_detector.save(tmp_path / "toy.onnx")

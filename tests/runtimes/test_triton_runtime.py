@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model on a server, `--model URL`, against the protocol-true stand-in, and against a real Triton where TRTDET_TRITON_VENV names a virtual environment.
+"""A model on a server, `--model URL`, against the protocol-true stand-in, and against a real Triton
+where TRTDET_TRITON_VENV names a virtual environment.
 
-That environment needs nvidia-pytriton, whose wheel has the server, onnxruntime, and numpy<2 (the server's Python backend wants it).
+That environment needs nvidia-pytriton, whose wheel has the server, onnxruntime, and numpy<2 (the
+server's Python backend wants it).
 """
 
 import json
@@ -49,7 +51,9 @@ Sent = namedtuple("Sent", "images paths")
 
 
 def make_server(spec: ModelSpec = SPEC, *, smallest: int = 1, largest: int = 4) -> Server:
-    """The stand-in detector, every number of which depends on every byte, with the configuration that deploy.py writes for it."""
+    """The stand-in detector, every number of which depends on every byte, with the configuration
+    that deploy.py writes for it.
+    """
     model = Deployable(Path("toy.engine"), spec, "input", smallest, largest, largest)
     config = model_config("toy", "tensorrt_plan", model, TritonOptions())
     slots = spec.nms.max_output_boxes
@@ -421,7 +425,9 @@ def test_infer_and_eval_through_a_server(serve, repository, tiny_onnx, reference
 
 @pytest.fixture(scope="module")
 def real_server(tiny_onnx, tmp_path_factory):
-    """(grpc address, http address) of a Triton server that serves a model and its ensemble in its Python backend."""
+    """(grpc address, http address) of a Triton server that serves a model and its ensemble in
+    its Python backend.
+    """
     venv = os.environ.get("TRTDET_TRITON_VENV", "")
     homes = list(Path(venv).glob("lib/python3.*/site-packages/pytriton/tritonserver")) if venv else []  # fmt: skip
     if not homes:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `trtdet.runtimes.trt` does when TensorRT, CUDA or the user stops it; on stand-ins, needs no GPU."""
+"""What `trtdet.runtimes.trt` does when TensorRT, CUDA or the user stops it; on stand-ins, needs
+no GPU.
+"""
 
 import gc
 import logging

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engines `trtdet.runtimes.trt_load` opens, and what it says of the others; on stand-ins, needs no GPU."""
+"""Which engines `trtdet.runtimes.trt_load` opens, and what it says of the others; on stand-ins,
+needs no GPU.
+"""
 
 import inspect
 import logging
@@ -162,7 +164,9 @@ def test_engines_that_are_no_detectors(rig: Callable[..., Rig], tmp_path: Path) 
 
 
 def test_standin_has_only_what_real_bindings_have() -> None:
-    """Against TensorRT-RTX, whose wheels install without a GPU; TensorRT 8.6 to 11 have the same names in these classes."""
+    """Against TensorRT-RTX, whose wheels install without a GPU; TensorRT 8.6 to 11 have the same
+    names in these classes.
+    """
     real = pytest.importorskip("tensorrt_rtx", reason="needs requirements-rtx.txt")
     checked = 0
     for cls in (standin.Runtime, standin.ICudaEngine, standin.RtxEngine, standin.IExecutionContext, standin.TensorIOMode, standin.DataType, standin.ILogger, standin.Severity):  # fmt: skip
@@ -174,7 +178,9 @@ def test_standin_has_only_what_real_bindings_have() -> None:
 
 
 def test_the_runtime_calls_only_what_the_standin_has() -> None:
-    """So nothing that real bindings lack: the names of TensorRT in the sources are those of the stand-in's classes."""
+    """So nothing that real bindings lack: the names of TensorRT in the sources are those of the
+    stand-in's classes.
+    """
     known = {
         name
         for cls in (standin.Runtime, standin.ICudaEngine, standin.IExecutionContext)

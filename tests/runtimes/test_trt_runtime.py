@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trtdet.runtimes.trt` on stand-ins for TensorRT and for the CUDA runtime (late, early and random execution); needs no GPU.
+"""`trtdet.runtimes.trt` on stand-ins for TensorRT and for the CUDA runtime (late, early and random
+execution); needs no GPU.
 
-`tests/runtimes/test_gpu.py` runs the same runtime on real CUDA memory, and on real TensorRT where that is.
+`tests/runtimes/test_gpu.py` runs the same runtime on real CUDA memory, and on real TensorRT where
+that is.
 """
 
 import gc
@@ -25,7 +27,7 @@ from trtdet.runtimes.trt_load import Profile, pick_profile
 SCHEDULES = [("late", 0), ("early", 0), ("random", 1), ("random", 2), ("random", 3)]
 
 
-# --- results ----------------------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
@@ -102,8 +104,8 @@ def test_float32_input_and_non_contiguous_images(rig: Callable[..., Rig], tmp_pa
     images = np.ascontiguousarray(noise(3, dtype="float32").transpose(0, 2, 1, 3))
     with TensorRTRuntime(path) as runtime:
         assert_same(runtime.infer(images), images)
-        turned = images.transpose(0, 2, 1, 3)
-        assert_same(runtime.infer(turned), np.ascontiguousarray(turned))
+        rotated = images.transpose(0, 2, 1, 3)
+        assert_same(runtime.infer(rotated), np.ascontiguousarray(rotated))
         with pytest.raises(ValueError, match=r"type float32, got \(16, 16, 3\) uint8"):
             runtime.infer(noise(3))
 
@@ -131,7 +133,7 @@ def test_a_missing_event_would_be_found(
             machine.cudart.cudaStreamSynchronize(stream)
 
 
-# --- CUDA graphs, profiles, contexts ----------------------------------------------------------------------------------------
+# --- CUDA graphs, profiles, contexts --------------------------------------------------------------
 
 
 def test_graph_is_captured_once_per_slot_and_replayed(
@@ -141,7 +143,8 @@ def test_graph_is_captured_once_per_slot_and_replayed(
     with TensorRTRuntime(engine) as runtime:
         list(runtime.map(batches([8] * 12 + [3])))
         assert runtime.depth == 3
-        # One plain run of the new shape, then one capture for each set of buffers; the lone last batch runs plainly.
+        # One plain run of the new shape, then one capture for each set of buffers; the lone last
+        # batch runs plainly.
         assert calls["cudaStreamBeginCapture"] == 3
         assert calls["cudaGraphLaunch"] == 11
         assert calls["cudaGraphExecDestroy"] == 3  # dropped at the change of shape
@@ -258,7 +261,7 @@ def test_rtx_compiles_its_kernels_before_they_are_captured(
             assert_same(outputs, batch.images)
 
 
-# --- the pipeline -----------------------------------------------------------------------------------------------------------
+# --- the pipeline ---------------------------------------------------------------------------------
 
 
 def test_map_takes_no_more_batches_than_it_has_room_for(
@@ -352,7 +355,7 @@ def test_other_gpu(rig: Callable[..., Rig], engine: Path) -> None:
         TensorRTRuntime(engine, device=2)
 
 
-# --- times ------------------------------------------------------------------------------------------------------------------
+# --- times ----------------------------------------------------------------------------------------
 
 
 def test_times_and_spans(rig: Callable[..., Rig], engine: Path) -> None:

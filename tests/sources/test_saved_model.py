@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting SavedModels: loops stay out, constants are folded, Resize reaches TensorFlow's exact size."""
+"""Cutting SavedModels: loops stay out, constants are folded, Resize reaches TensorFlow's exact
+size.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ def save_v1(path: Path, build: Any) -> None:
 
 
 def test_fractional_resize_becomes_sizes_and_equals_tensorflow(tmp_path: Path) -> None:
-    """3 -> 5, as between P7 and P6 of Lite0: a scale of 5/3 is floored to 4 by one runtime and to 5 by another."""
+    """3 -> 5, as between P7 and P6 of Lite0: a scale of 5/3 is floored to 4 by one runtime and
+    to 5 by another.
+    """
     save_v1(
         tmp_path / "m", lambda x: tf.compat.v1.image.resize_nearest_neighbor(x, [5, 7], name="up")
     )
@@ -96,7 +100,9 @@ def test_network_alone_reaches_the_converter() -> None:
 
 
 def test_box_decoding_agrees_with_tensorflow() -> None:
-    """The anchors read from the model, decoded as the plugin does, against the tensor that enters TensorFlow's NMS."""
+    """The anchors read from the model, decoded as the plugin does, against the tensor that
+    enters TensorFlow's NMS.
+    """
     with SavedModelSource(EXAMPLES / "tiny_shapes") as source:
         reading = automl.read(source)
         image = verification.verification_image(reading.spec.preprocessing)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for a Triton server: one model, over Triton's own gRPC service and over its HTTP protocol with binary tensors.
+"""Stands in for a Triton server: one model, over Triton's own gRPC service and over its HTTP
+protocol with binary tensors.
 
-The messages are those of tritonclient's protobufs and of KServe's v2 protocol with Triton's binary data and shared memory extensions;
-requests are checked against config.pbtxt as Triton checks them. What computes the outputs is a Python function. Faults can be planted.
+The messages are those of tritonclient's protobufs and of KServe's v2 protocol with Triton's binary
+data and shared memory extensions; requests are checked against config.pbtxt as Triton checks them.
+What computes the outputs is a Python function. Faults can be planted.
 
-`tests/runtimes/test_triton_runtime.py` runs the same tests against a real server where there is one.
+`tests/runtimes/test_triton_runtime.py` runs the same tests against a real server where there is
+one.
 """
 
 import json

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CPU stand-in for `cuda.bindings.runtime`: memory is NumPy's, streams are queues that run late (`standin_streams`).
+"""A CPU stand-in for `cuda.bindings.runtime`: memory is NumPy's, streams are queues that run late
+(`standin_streams`).
 
-It stands in where there is no GPU, to find missing synchronisation. What CUDA would let pass in silence although it is wrong here
-(pageable copies, memory freed under queued work) raises `Violation`.
+It stands in where there is no GPU, to find missing synchronisation. What CUDA would let pass in
+silence although it is wrong here (pageable copies, memory freed under queued work) raises
+`Violation`.
 
-Functions and enumerations are those that `trtdet.cuda` uses, with the signatures of cuda-python 12.9 to 13.4.
+Functions and enumerations are those that `trtdet.cuda` uses, with the signatures of cuda-python
+12.9 to 13.4.
 """
 
 import threading

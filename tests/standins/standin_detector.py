@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stand-in engine computes: four outputs that depend on every byte of an image, in NumPy and as a CUDA kernel.
+"""What the stand-in engine computes: four outputs that depend on every byte of an image, in NumPy
+and as a CUDA kernel.
 
-Integers modulo 2**32 and multiples of 2**-24, so CPU and GPU agree to the last bit, and one wrong byte changes every number.
-The kernel sums its image twice, before and after it spins, and ruins the result where the sums differ: it finds an input that
-arrives late, and one that is overwritten while the batch runs.
+Integers modulo 2**32 and multiples of 2**-24, so CPU and GPU agree to the last bit, and one wrong
+byte changes every number. The kernel sums its image twice, before and after it spins, and ruins the
+result where the sums differ: it finds an input that arrives late, and one that is overwritten while
+the batch runs.
 """
 
 import shutil
@@ -181,7 +183,8 @@ class CpuBackend:
 
 
 class CudaBackend:
-    """Runs the kernel on a GPU, on memory and streams of the real CUDA runtime; needs cuda-python and NVRTC, or nvcc.
+    """Runs the kernel on a GPU, on memory and streams of the real CUDA runtime; needs cuda-python
+    and NVRTC, or nvcc.
 
     Raises:
         ImportError, OSError: neither is here.

@@ -2,10 +2,12 @@
 # ruff: noqa: E402 (the path comes first)
 """infer.py or eval_coco.py on the stand-in engine, in a process of its own.
 
-    python tests/standins/standin_infer.py cpu infer --engine standin.engine --input photos --output found --devices all
-    python tests/standins/standin_infer.py cuda eval_coco --engine standin.engine ...
+    python tests/standins/standin_infer.py cpu infer --engine standin.engine --input photos --output
+    found --devices all python tests/standins/standin_infer.py cuda eval_coco --engine
+    standin.engine ...
 
-"cpu" has two stand-in GPUs and says at the end, on stderr, what was not freed; "cuda" is the stand-in engine on the GPUs that are here.
+"cpu" has two stand-in GPUs and says at the end, on stderr, what was not freed; "cuda" is the
+stand-in engine on the GPUs that are here.
 """
 
 import gc

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real network behind the stand-in engine: ONNX Runtime computes on the device memory and the stream that it is given.
+"""A real network behind the stand-in engine: ONNX Runtime computes on the device memory and the
+stream that it is given.
 
-What comes out is what ONNX Runtime finds. That it is the same as without the engine shows that the code around an engine is right:
-its buffers, streams, copies, partial batches, dynamic shapes. It says nothing of what TensorRT computes.
+What comes out is what ONNX Runtime finds. That it is the same as without the engine shows that the
+code around an engine is right: its buffers, streams, copies, partial batches, dynamic shapes. It
+says nothing of what TensorRT computes.
 """
 
 from pathlib import Path
@@ -25,7 +27,8 @@ BATCHES = BatchRange(1, 4, 8)
 
 
 def write_network_engine(path: Path, onnx_path: Path, *, batch: BatchRange = BATCHES) -> Path:
-    """An engine of the stand-in that runs a file of create_onnx.py, with the sidecar of build_engine.py.
+    """An engine of the stand-in that runs a file of create_onnx.py, with the sidecar of
+    build_engine.py.
 
     It cannot be captured into a CUDA graph: ONNX Runtime selects detections on the CPU.
     """
@@ -70,7 +73,8 @@ class CpuNetwork:
 
 
 class CudaNetwork:
-    """On a GPU, by ONNX Runtime's CUDA provider in one stream; what it lacks runs on the CPU, and a batch is waited for.
+    """On a GPU, by ONNX Runtime's CUDA provider in one stream; what it lacks runs on the CPU, and a
+    batch is waited for.
 
     Raises:
         EngineError: this ONNX Runtime has no CUDA provider, or it does not start.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for Triton's ONNX Runtime backend inside a real Triton that has none (nvidia-pytriton's): a model of its Python backend.
+"""Stands in for Triton's ONNX Runtime backend inside a real Triton that has none
+(nvidia-pytriton's): a model of its Python backend.
 
-`serve_in_python` turns a repository that deploy.py wrote for an ONNX file into one for this model; name, tensors, batching and
-parameters of config.pbtxt stay as they are.
+`serve_in_python` turns a repository that deploy.py wrote for an ONNX file into one for this model;
+name, tensors, batching and parameters of config.pbtxt stay as they are.
 """
 
 import os

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A simulator of CUDA's memory, streams and events on the CPU, for `standin_cudart`.
 
-Work that is queued on a stream runs only when something waits for it (`schedule="late"`), at once ("early"), or at random moments
-("random"). A copy or a kernel that was not made to wait for what it needs works on stale bytes, and the test sees wrong numbers.
+Work that is queued on a stream runs only when something waits for it (`schedule="late"`), at once
+("early"), or at random moments ("random"). A copy or a kernel that was not made to wait for what it
+needs works on stale bytes, and the test sees wrong numbers.
 """
 
 import itertools
@@ -102,7 +103,9 @@ class GraphExec:
 
 
 def api(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Serialise the calls, count them, let some queued work run first, and fail where a test asked for it."""
+    """Serialise the calls, count them, let some queued work run first, and fail where a test
+    asked for it.
+    """
 
     @wraps(function)
     def wrapper(self: "Simulator", *args: Any) -> tuple[Any, ...]:
@@ -165,14 +168,16 @@ class Simulator:
         self._fault: cudaError_t | None = None
         self._failures: dict[str, tuple[int, cudaError_t]] = {}
 
-    # --- what tests ask -------------------------------------------------------------------------------------------------
+    # --- what tests ask ---------------------------------------------------------------------------
 
     def fail(self, function: str, error: cudaError_t, *, after: int = 0) -> None:
         """Let every call of `function` fail, after the first `after`."""
         self._failures[function] = (after, error)
 
     def fault(self, error: cudaError_t) -> None:
-        """Let every call fail from now on, as after a kernel that broke the process's hold on the GPU."""
+        """Let every call fail from now on, as after a kernel that broke the process's hold on
+        the GPU.
+        """
         self._fault = error
 
     def heal(self) -> None:
@@ -195,7 +200,7 @@ class Simulator:
         }
         return {name: count for name, count in counts.items() if count}
 
-    # --- what the TensorRT stand-in asks --------------------------------------------------------------------------------
+    # --- what the TensorRT stand-in asks ----------------------------------------------------------
 
     def memory(self, address: int, nbytes: int, *, device: int) -> Any:
         """The bytes at a device address, as an array.
@@ -239,7 +244,7 @@ class Simulator:
         """The calling thread's device."""
         return getattr(self._local, "device", 0)
 
-    # --- the simulator --------------------------------------------------------------------------------------------------
+    # --- the simulator ----------------------------------------------------------------------------
 
     def _find(self, address: int, nbytes: int) -> Allocation | None:
         for a in self._allocations.values():
@@ -313,7 +318,8 @@ class Simulator:
             raise Violation(f"free of {int(address):#x}, which is not allocated that way")
         for stream in self._streams.values():
             if any(kind == "run" for kind, _ in stream.queue):
-                # CUDA would wait here; we want the code to have waited, or a pinned array dies under its copy.
+                # CUDA would wait here; we want the code to have waited, or a pinned array dies
+                # under its copy.
                 raise Violation("memory was freed while work is queued")
         found.data[:] = POISON
         del self._allocations[int(address)]

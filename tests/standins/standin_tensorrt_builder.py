@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for the build-time half of `tensorrt` 8.6, 10 and 11, which needs a GPU to import or to start.
+"""A stand-in for the build-time half of `tensorrt` 8.6, 10 and 11, which needs a GPU to import or
+to start.
 
-It has the names each version has (NVIDIA/TensorRT, python/src at v8.6.1, v10.0.0, v10.13.3, v11.1), so that a call of what a
-version lacks is an AttributeError here as there; calls that TensorRT refuses are refused as it does, with an error in the logger and a None.
-Its plans are JSON: what was asked of the builder, and the layers with their types. Nothing is timed or compiled.
+It has the names each version has (NVIDIA/TensorRT, python/src at v8.6.1, v10.0.0, v10.13.3, v11.1),
+so that a call of what a version lacks is an AttributeError here as there; calls that TensorRT
+refuses are refused as it does, with an error in the logger and a None. Its plans are JSON: what was
+asked of the builder, and the layers with their types. Nothing is timed or compiled.
 """
 
 import json
@@ -49,7 +51,9 @@ class DataType(IntEnum):
 
 
 class Strict:
-    """An object whose attributes are fixed, as those of the bindings are; `ALLOWED` are the ones a user may set."""
+    """An object whose attributes are fixed, as those of the bindings are; `ALLOWED` are the ones
+    a user may set.
+    """
 
     ALLOWED: tuple[str, ...] = ()
 
@@ -438,7 +442,10 @@ class Builder(Strict):
         return bool(going)
 
     def _layer(self, layer: ILayer, flags: set[str], scales: dict[str, str]) -> dict[str, Any]:
-        """As the inspector has it. With weak typing every float layer that is not pinned takes the flag's type."""
+        """As the inspector has it.
+
+        With weak typing every float layer that is not pinned takes the flag's type.
+        """
         fields = []
         for k, tensor in enumerate(layer._outputs):
             dtype = tensor.dtype
@@ -446,8 +453,8 @@ class Builder(Strict):
                 pinned = layer.precision == DataType.FLOAT and layer._output_types.get(k) == DataType.FLOAT  # fmt: skip
                 dtype = DataType.FLOAT if pinned else DataType.HALF
             fields.append(self._tensor_fields(tensor.name, dtype))
-        # A convolution takes the DequantizeLinear in front of both its inputs in, and then reads 8 bits; with a calibrator, it
-        # does wherever it may and knows the scale.
+        # A convolution takes the DequantizeLinear in front of both its inputs in, and then reads 8
+        # bits; with a calibrator, it does wherever it may and knows the scale.
         convolution, found = layer.type.name == "CONVOLUTION", layer._network._dequantized
         implicit = layer._reads[:1] and layer._reads[0] in scales and layer.precision is None
         fused = convolution and ({*layer._reads[:2]} <= found.keys() or implicit)
@@ -514,8 +521,8 @@ def make_module(version: str, **settings: Any) -> ModuleType:
     """A module to put at `sys.modules["tensorrt"]`.
 
     Args:
-        settings: NO_GPU, DLA_CORES, HAS_TF32, HAS_FP16, HAS_INT8, FAILS (an error message of the builder), KEEPS_FLOAT (weak typing that
-            takes no FP16 kernel).
+        settings: NO_GPU, DLA_CORES, HAS_TF32, HAS_FP16, HAS_INT8, FAILS (an error message of the
+            builder), KEEPS_FLOAT (weak typing that takes no FP16 kernel).
     """
     module: Any = ModuleType("tensorrt")
     numbers = tuple(int(part) for part in version.split("."))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for the run-time half of `tensorrt`: it checks that every call is legal, and runs `standin_detector` as the engine.
+"""A stand-in for the run-time half of `tensorrt`: it checks that every call is legal, and runs
+`standin_detector` as the engine.
 
-It exists because an engine runs only where its exact TensorRT and GPU are. Calls that TensorRT refuses are refused as it does
-(False, with an error in the logger); calls after which TensorRT's behaviour is undefined raise `Violation`.
+It exists because an engine runs only where its exact TensorRT and GPU are. Calls that TensorRT
+refuses are refused as it does (False, with an error in the logger); calls after which TensorRT's
+behaviour is undefined raise `Violation`.
 
 Its engine files are JSON behind the first bytes of a plan; `write_engine` makes them.
 """
@@ -88,7 +90,8 @@ def write_engine(
     Args:
         profiles: smallest, best and largest batch of each optimization profile.
         static_batch: a fixed batch size instead.
-        image_shapes: smallest, best and largest shape of an image in each profile, instead of `image_shape`.
+        image_shapes: smallest, best and largest shape of an image in each profile, instead of
+            `image_shape`.
         slots: detections per image.
         spin_ms: device time of a batch of any size (on a GPU; the CPU does not wait).
         kernels: launches that a batch is made of (on a GPU).
@@ -224,13 +227,14 @@ class ICudaEngine:
     def __init__(self, plan: dict[str, Any], backend: Any, logger: Any) -> None:
         self.plan, self.backend, self.logger = plan, backend, logger
         shapes = {tuple(shape) for profile in plan["profiles"] for shape in profile}
-        # Where all profiles agree, the engine has that size; a dimension that they leave open is -1.
+        # Where all profiles agree, the engine has that size; a dimension that they leave open is
+        # -1.
         shape = tuple(
             sizes.pop() if len(sizes := set(axis)) == 1 else -1
             for axis in zip(*shapes, strict=True)
         )
-        free_batch = plan["dynamic_batch"]
-        self.input_shape = (-1, *shape[1:]) if free_batch else shape
+        dynamic_batch = plan["dynamic_batch"]
+        self.input_shape = (-1, *shape[1:]) if dynamic_batch else shape
         self.static_shape = None if -1 in self.input_shape else self.input_shape
         k, name = plan["slots"], plan["output_names"]
         # name -> mode, shape of one image's part, NumPy dtype
@@ -311,7 +315,9 @@ class Runtime:
 
 
 def make_module(backend: Any, *, name: str = "tensorrt", version: str = VERSION) -> ModuleType:
-    """A module to put at `sys.modules["tensorrt"]`, with `backend` (`standin_detector`) behind its engines."""
+    """A module to put at `sys.modules["tensorrt"]`, with `backend` (`standin_detector`) behind
+    its engines.
+    """
     module = ModuleType(name)
     rtx = name == "tensorrt_rtx"
     members = {

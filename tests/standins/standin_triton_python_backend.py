@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for `triton_python_backend_utils`, which exists only inside a Triton server, and for the server's side of a Python model."""
+"""Stands in for `triton_python_backend_utils`, which exists only inside a Triton server, and for
+the server's side of a Python model.
+"""
 
 import importlib.util
 import json
@@ -35,7 +37,9 @@ def get_input_tensor_by_name(request: dict[str, np.ndarray], name: str) -> Tenso
 
 
 def _config_as_json(path: Path) -> str:
-    """The configuration as a Python model gets it: protobuf's JSON with the field names of the .proto."""
+    """The configuration as a Python model gets it: protobuf's JSON with the field names of the
+    .proto.
+    """
     from google.protobuf import json_format, text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -50,9 +54,11 @@ def _take_ours() -> dict[str, ModuleType]:
 
 
 class StandInServer:
-    """Loads `<model>/<version>/model.py` as Triton's Python backend does, and checks what it answers against config.pbtxt.
+    """Loads `<model>/<version>/model.py` as Triton's Python backend does, and checks what it
+    answers against config.pbtxt.
 
-    As in a process of its own, where `trtdet` is not loaded yet: what the model imports of it is what lies beside it.
+    As in a process of its own, where `trtdet` is not loaded yet: what the model imports of it is
+    what lies beside it.
 
     Attributes:
         loaded: the modules of `trtdet` that the model imported.
@@ -92,7 +98,9 @@ class StandInServer:
         return response
 
     def infer(self, *requests: dict[str, np.ndarray]) -> list[InferenceResponse]:
-        """Answer several requests at once, each with its batch dimension where the configuration batches."""
+        """Answer several requests at once, each with its batch dimension where the configuration
+        batches.
+        """
         responses = self._model.execute(list(requests))
         assert len(responses) == len(requests)
         for response in responses:

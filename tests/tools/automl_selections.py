@@ -3,9 +3,10 @@
 
     python tests/tools/automl_selections.py AUTOML/efficientdet SAVED_MODEL OUT NAME ...
 
-SAVED_MODEL is an AutoML export with 128 pixels and 3 classes, such as examples/tiny_shapes: its network is kept, its end replaced by
-`tf2/postprocess.py`. NAME: combined, or MODE_METHOD_INPUTS with MODE global or per_class, METHOD hard or gaussian, and INPUTS
-`max_nms_inputs`, a number, or A or 2A for as many as anchors or twice that.
+SAVED_MODEL is an AutoML export with 128 pixels and 3 classes, such as examples/tiny_shapes: its
+network is kept, its end replaced by `tf2/postprocess.py`. NAME: combined, or MODE_METHOD_INPUTS
+with MODE global or per_class, METHOD hard or gaussian, and INPUTS `max_nms_inputs`, a number, or A
+or 2A for as many as anchors or twice that.
 """
 
 import os

@@ -6,17 +6,19 @@
     python tests/tools/hash_chain.py run --models MODELS --repo NEW_CHECKOUT > after.txt
     diff before.txt after.txt
 
-`make-models` writes small source models of every family to a folder; both runs must use the same folder. The models come from the
-helpers of the tests, except the SavedModel, which `run` takes from the examples beside this script. So do the images: both runs see the
-same ones, whatever --repo is.
+`make-models` writes small source models of every family to a folder; both runs must use the same
+folder. The models come from the helpers of the tests, except the SavedModel, which `run` takes from
+the examples beside this script. So do the images: both runs see the same ones, whatever --repo is.
 
-`run` starts the four scripts of --repo (default: the checkout of this script), create_onnx.py, build_engine.py --save_onnx, infer.py
-and eval_coco.py, by their command lines alone, and with this Python. It imports nothing of the repository, so it works on any commit
-whose command line has not changed. Everything runs on the CPU; no engine is built. It prints one line per output:
+`run` starts the four scripts of --repo (default: the checkout of this script), create_onnx.py,
+build_engine.py --save_onnx, infer.py and eval_coco.py, by their command lines alone, and with this
+Python. It imports nothing of the repository, so it works on any commit whose command line has not
+changed. Everything runs on the CPU; no engine is built. It prints one line per output:
 
     SHA-256  case-precision/file
 
-sorted, and a last line with the hash of all lines. A case is a model and its options; see CASES. The files of a case are:
+sorted, and a last line with the hash of all lines. A case is a model and its options; see CASES.
+The files of a case are:
 
     model.onnx              what create_onnx.py wrote; in fp32 this is also what is run
     prepared.onnx           what build_engine.py --save_onnx wrote, for every other precision
@@ -28,10 +30,11 @@ sorted, and a last line with the hash of all lines. A case is a model and its op
     detections.json         of eval_coco.py
     metrics.json
 
-What is not a result is left out: in JSON, also within the metadata of an ONNX file, the keys in NOT_RESULTS (times, versions, paths); in an
-ONNX file, the name and version of its producer. The hashes depend on the versions of Python packages and may depend on the CPU: compare runs of
-one machine and one environment. --keep DIR keeps all files: when a hash differs, keep both runs and compare the two files. A run takes about a
-minute on two cores.
+What is not a result is left out: in JSON, also within the metadata of an ONNX file, the keys in
+NOT_RESULTS (times, versions, paths); in an ONNX file, the name and version of its producer. The
+hashes depend on the versions of Python packages and may depend on the CPU: compare runs of one
+machine and one environment. --keep DIR keeps all files: when a hash differs, keep both runs and
+compare the two files. A run takes about a minute on two cores.
 """
 
 import argparse
@@ -90,7 +93,8 @@ class Case:
     run: tuple[str, ...] = ()
 
 
-#: Six kinds of model in every precision, then others, and options that take another way through the code.
+#: Six kinds of model in every precision, then others, and options that take another way through the
+#: code.
 CASES = (
     Case("automl", "", ("--labels", str(EXAMPLES / "labels.txt"))),
     Case("detr", "detr"),

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports of LibreYOLO's detectors with random weights, and the detections that LibreYOLO itself finds with them.
+"""Exports of LibreYOLO's detectors with random weights, and the detections that LibreYOLO itself
+finds with them.
 
 It runs in an environment of its own, which has torch and LibreYOLO:
 
-    python tests/tools/libreyolo_exports.py OUT --photos DIR [--seed 1] [--small] CLASS:SIZE:PIXELS ...
+    python tests/tools/libreyolo_exports.py OUT --photos DIR [--seed 1] [--small] CLASS:SIZE:PIXELS
+    ...
 
-writes OUT/CLASS_SIZE/model.onnx and reference.json: for each photograph the best detections of `predict`, in its pixels.
+writes OUT/CLASS_SIZE/model.onnx and reference.json: for each photograph the best detections of
+`predict`, in its pixels.
 
-Random weights are made to behave: batch normalisation has the statistics of the photographs, and the layers that give scores and
-boxes have outputs of a chosen mean and spread. So scores are neither equal nor 0 or 1, and boxes are no larger than the picture.
+Random weights are made to behave: batch normalisation has the statistics of the photographs, and
+the layers that give scores and boxes have outputs of a chosen mean and spread. So scores are
+neither equal nor 0 or 1, and boxes are no larger than the picture.
 
-With --small most weights are 0 and the others one of two values, and the file is written as model.onnx.xz: those of tests/data/libreyolo.
+With --small most weights are 0 and the others one of two values, and the file is written as
+model.onnx.xz: those of tests/data/libreyolo.
 """
 
 import argparse
@@ -30,15 +35,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-#: Layers that give class scores, and those that give boxes, of the families that have both as convolutions.
+#: Layers that give class scores, and those that give boxes, of the families that have both as
+#: convolutions.
 SCORES = re.compile(r"(pred_cls|gfl_cls|rtm_cls|cls_pred|cls_preds|obj_preds|cv3)(\.\d+)*$")
 BOXES = re.compile(r"(pred_reg|gfl_reg|rtm_reg|reg_pred|reg_preds|cv2)(\.\d+)*$")
-#: Mean and largest value of their outputs; of scores the largest differs from class to class by about 1.
+#: Mean and largest value of their outputs; of scores the largest differs from class to class by
+#: about 1.
 SCORE_SPREAD, BOX_SPREAD = (-6.0, 0.0), (0.8, 2.0)
 #: How much less each further bin gets, where the sides of a box are means over bins.
 FALL = 0.5
 NUM_CLASSES = 80
-#: With --small: the share of weights that are not 0, in layers with more than `FEW` of them for each output.
+#: With --small: the share of weights that are not 0, in layers with more than `FEW` of them for
+#: each output.
 SHARE, FEW = 0.06, 100
 #: By how much a layer may be multiplied.
 MOST_GAIN = 50.0
@@ -85,7 +93,9 @@ def shake(detector: Any, pixels: int, photos: list[Path], seed: int, small: bool
 
 
 def settle(module: nn.Conv2d, out: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
-    """Change a layer so that each of its outputs has the mean and the largest value wanted; returns the outputs."""
+    """Change a layer so that each of its outputs has the mean and the largest value wanted;
+    returns the outputs.
+    """
     assert module.bias is not None
     mean = out.mean(dim=(0, 2, 3))
     factor = (to[:, 1] - to[:, 0]) / (out.amax(dim=(0, 2, 3)) - mean).clamp(min=1e-6)

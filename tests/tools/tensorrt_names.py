@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names and arguments of TensorRT's Python bindings, version by version: facts read off their C++ sources.
+"""The names and arguments of TensorRT's Python bindings, version by version: facts read off their
+C++ sources.
 
-    python tests/tools/tensorrt_names.py CHECKOUT_OF_NVIDIA_TENSORRT > tests/tools/tensorrt_names.tsv
+    python tests/tools/tensorrt_names.py CHECKOUT_OF_NVIDIA_TENSORRT >
+    tests/tools/tensorrt_names.tsv
 
-No TensorRT can be imported without its GPU libraries, and type stubs exist for one version. A line of the table is a name, its
-arguments where it has some, and the versions that have it so:
+No TensorRT can be imported without its GPU libraries, and type stubs exist for one version. A line
+of the table is a name, its arguments where it has some, and the versions that have it so:
 
-    IBuilderConfig.set_timing_cache(cache, ignore_mismatch)    8.6.1..11.1
-    IBuilderConfig.DLA_core=                                   a property; without "=" it is read-only, or a constant
-    IExecutionContext.infer_shapes(?)                          the sources do not name its arguments; often it has none
-    .init_libnvinfer_plugins(logger, namespace)                of the module itself
+    IBuilderConfig.set_timing_cache(cache, ignore_mismatch)  8.6.1..11.1
+    IBuilderConfig.DLA_core=                    a property; without "=" read-only, or a constant
+    IExecutionContext.infer_shapes(?)           the sources do not name its arguments
+    .init_libnvinfer_plugins(logger, namespace) of the module itself
 
 In the arguments "x=" has a default. Where a function has several forms, each has a line.
 """
@@ -23,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("tensorrt_names.tsv")
-#: The releases of the table, as they are tagged; 10.3 is JetPack 6's, 10.7 the last with DLA before 11.
+#: The releases of the table, as they are tagged; 10.3 is JetPack 6's, 10.7 the last with DLA before
+#: 11.
 TAGS = ("v8.6.1", "v10.0.0", "v10.3.0", "v10.7.0", "v10.13.3", "v10.16", "v11.0", "v11.1")
 VERSIONS = tuple(tag[1:] for tag in TAGS)
 #: Classes that the project or its stand-ins use; all their names are in the table.
@@ -124,7 +127,9 @@ def _definitions(statement: str, owner: str, *, is_enum: bool) -> Iterator[Name]
 
 
 def _end(text: str, start: int) -> int:
-    """Where the statement that begins at `start` ends: at a semicolon, or at a bracket that it did not open."""
+    """Where the statement that begins at `start` ends: at a semicolon, or at a bracket that it
+    did not open.
+    """
     depth = 0
     for match in _TOKEN.finditer(text, start):
         symbol = match[0]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what a source file uses of TensorRT: each name with the class it belongs to, and the arguments it is called with.
+"""Finds what a source file uses of TensorRT: each name with the class it belongs to, and the
+arguments it is called with.
 
-The types of variables come from their annotations (`tensorrt.IExecutionContext`), those of results from `RESULTS`.
+The types of variables come from their annotations (`tensorrt.IExecutionContext`), those of results
+from `RESULTS`.
 """
 
 import ast
@@ -60,7 +62,8 @@ class Finder(ast.NodeVisitor):
     Types: "C" an object of class C, "type C" the class, "module" TensorRT itself.
 
     Attributes:
-        unresolved: names of TensorRT's, with an underscore or capitals, on something whose type is not known.
+        unresolved: names of TensorRT's, with an underscore or capitals, on something whose type is
+            not known.
     """
 
     def __init__(self, file: Path, known: set[str]) -> None:

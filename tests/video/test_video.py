@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 (PyAV comes first)
-"""Video: a frame gives what the same picture gives; numbers, times, turned and broken videos; cameras and streams by a fake source."""
+"""Video: a frame gives what the same picture gives; numbers, times, rotated and broken videos;
+cameras and streams by a fake source.
+"""
 
 import json
 import struct
@@ -99,7 +101,9 @@ def test_a_frame_gives_what_its_picture_gives(tiny_onnx: Path, tmp_path: Path) -
 
 
 def test_the_annotated_video(tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    """Named by --output, with results beside it; as many frames, at the same times, with boxes drawn."""
+    """Named by --output, with results beside it; as many frames, at the same times, with boxes
+    drawn.
+    """
     # H.264 takes even sizes alone.
     shown = [
         p[: p.shape[0] - 1 + p.shape[0] % 2, : p.shape[1] - 1 + p.shape[1] % 2] for p in pictures()
@@ -154,7 +158,9 @@ def test_parts_keep_their_numbers(options: list[object], numbers: list[int], tin
 
 
 def rotate_tag(path: Path, degrees: int) -> None:
-    """Write a rotation, clockwise on the screen, into the track header of an MP4 file: its matrix, numbers of 16.16 bits."""
+    """Write a rotation, clockwise on the screen, into the track header of an MP4 file: its
+    matrix, numbers of 16.16 bits.
+    """
     matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
     a, b, c, d = (value << 16 for value in matrix)
     data = bytearray(path.read_bytes())
@@ -264,7 +270,9 @@ class FakeFrame:
 
 
 class FakeCamera:
-    """Opens as a stream of some frames, which then breaks; `breaks` says how many frames each time, None: it cannot be opened."""
+    """Opens as a stream of some frames, which then breaks; `breaks` says how many frames each
+    time, None: it cannot be opened.
+    """
 
     def __init__(self, breaks: list[int | None], pause: float = 0.0) -> None:
         self.breaks, self.pause = list(breaks), pause
@@ -315,7 +323,9 @@ def test_a_stream_that_cannot_be_opened_is_an_error(tiny_onnx: Path, tmp_path: P
 
 
 def test_a_slow_model_drops_frames_and_does_not_lag(tmp_path: Path) -> None:
-    """300 frames in no time, and a consumer that takes its time: it sees the newest, and knows how many it missed."""
+    """300 frames in no time, and a consumer that takes its time: it sees the newest, and knows
+    how many it missed.
+    """
     source = Source(Live("rtsp://x"), open_video=FakeCamera([300]), sleep=lambda s: None)
     with FrameBatcher(source, Preprocessing((32, 32)), 2) as batcher:
         seen: list[int] = []

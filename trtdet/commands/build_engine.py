@@ -61,7 +61,9 @@ def run(
     int8: Int8Options = Int8Options(),
     dry_run: bool = False,
 ) -> None:
-    """Build `onnx_path` into `engine_path`, or only prepare it as `save_onnx`, and print what came out."""
+    """Build `onnx_path` into `engine_path`, or only prepare it as `save_onnx`, and print what
+    came out.
+    """
     from trtdet.engine.dry_run import plan_file
     from trtdet.engine.stage import build_file, prepare_file
     from trtdet.onnx_files import naming
@@ -168,7 +170,10 @@ def check_kept_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def check_int8_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
-    """Options of calibration with INT8 and FP8 alone. Whether these need any depends on the model: `precision.prepare` finds out."""
+    """Options of calibration with INT8 and FP8 alone.
+
+    Whether these need any depends on the model: `precision.prepare` finds out.
+    """
     if args.precision not in QUANTIZED_PRECISIONS:
         if args.int8_share is not None:
             parser.error("--int8_share goes with --precision int8 and fp8")

@@ -37,7 +37,9 @@ SOME_SKIPPED = 3
 
 
 class _PrintableFormatter(logging.Formatter):
-    """One line for each message, whatever file names are in it; a terminal gets no control characters from them."""
+    """One line for each message, whatever file names are in it; a terminal gets no control
+    characters from them.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return shortened(printable(super().formatMessage(record)))
@@ -64,8 +66,8 @@ def run_main(run: Callable[[], int | None]) -> int:
     """Run one stage and turn its errors into an exit status.
 
     Returns:
-        What `run` returns (0 for None), 1 for an error of `USER_ERRORS`, 130 for Ctrl-C, 143 for SIGTERM (a batch system's or
-        a container's end): as a shell would report them.
+        What `run` returns (0 for None), 1 for an error of `USER_ERRORS`, 130 for Ctrl-C, 143 for
+        SIGTERM (a batch system's or a container's end): as a shell would report them.
     """
     with _terminate_as_interrupt() as terminated:
         try:
@@ -93,7 +95,9 @@ def run_main(run: Callable[[], int | None]) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Open what the caller closed, `2>&-`, onto nothing: else the next file that is opened gets its number, and messages with it."""
+    """Open what the caller closed, `2>&-`, onto nothing: else the next file that is opened gets
+    its number, and messages with it.
+    """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -108,7 +112,10 @@ def _open_closed_streams() -> None:
 
 
 def _missing(error: ModuleNotFoundError) -> str | None:
-    """What to install for a package that is not there; None for one of our own modules, whose absence is a fault of ours."""
+    """What to install for a package that is not there.
+
+    None for one of our own modules, whose absence is a fault of ours.
+    """
     package = (error.name or "").partition(".")[0]
     if not package or package == "trtdet":
         return None
@@ -120,7 +127,8 @@ def _missing(error: ModuleNotFoundError) -> str | None:
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[threading.Event]:
-    """Let SIGTERM do what Ctrl-C does: by itself it ends the process where it stands, with temporary files left behind.
+    """Let SIGTERM do what Ctrl-C does: by itself it ends the process where it stands, with
+    temporary files left behind.
 
     Yields:
         Set once it has come.
@@ -193,10 +201,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse without abbreviations, with --version, and with errors that say what to do instead of listing all options.
+    """argparse without abbreviations, with --version, and with errors that say what to do instead
+    of listing all options.
 
-    An unknown option is reported before anything else that is wrong, by the nearest name here, or by what the habit of another program
-    (`trtdet.commands.habits`) is called here.
+    An unknown option is reported before anything else that is wrong, by the nearest name here, or
+    by what the habit of another program (`trtdet.commands.habits`) is called here.
     """
 
     def __init__(self, **keywords: Any) -> None:
@@ -239,7 +248,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 return
 
     def _check_names(self, words: Sequence[str]) -> None:
-        """Exit with status 2 where one value is given under two names: the first would be lost without a word."""
+        """Exit with status 2 where one value is given under two names: the first would be lost
+        without a word.
+        """
         given: dict[argparse.Action, str] = {}
         for word in self._own_words(words):
             name = word.partition("=")[0]

@@ -47,7 +47,9 @@ def run(source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool) 
 
 
 def parse_input_shape(text: str) -> tuple[int | None, tuple[int, int] | None, Layout]:
-    """argparse type: '1,512,512,3', 'N,3,512,512', '-1,-1,-1,3' -> batch, (height, width), layout; None: free."""
+    """argparse type: '1,512,512,3', 'N,3,512,512', '-1,-1,-1,3' -> batch, (height, width),
+    layout; None: dynamic.
+    """
     fields = [field.strip() for field in text.split(",")]
     free = fields[0] in ("N", "n", "-1", "")
     try:
@@ -155,7 +157,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _bind_input_shape(argv: Sequence[str]) -> list[str]:
-    """'--input_shape', '-1,512,512,3' as one word: argparse takes a value that starts with a dash for an option."""
+    """'--input_shape', '-1,512,512,3' as one word: argparse takes a value that starts with a
+    dash for an option.
+    """
     words = list(argv)
     for position, word in enumerate(words[:-1]):
         if word == "--input_shape":
@@ -184,7 +188,7 @@ def options_from(args: argparse.Namespace) -> Options:
         family=args.family,
         batch=batch,
         size_hw=size_hw,
-        free_size=bool(args.input_shape and not args.input_shape[1]),
+        dynamic_size=bool(args.input_shape and not args.input_shape[1]),
         layout=layout,
         input_dtype=args.input_dtype,
         preprocessor=args.preprocessor,

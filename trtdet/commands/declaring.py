@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of create_onnx.py that say what a file cannot: the outputs of any detector, and how images come in."""
+"""Options of create_onnx.py that say what a file cannot: the outputs of any detector, and how
+images come in.
+"""
 
 from __future__ import annotations
 

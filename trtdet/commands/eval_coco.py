@@ -119,12 +119,12 @@ def run(
     evaluation = coco.evaluate(annotations, done.results, done.image_ids)
     check_matches(done, annotations, evaluation.metrics)
     report = {"schema": SCHEMA, **evaluation.metrics, "images": len(done.image_ids), **done.report}
-    turned = evaluation.iou_type == "segm"
-    if turned:
+    rotated = evaluation.iou_type == "segm"
+    if rotated:
         report["iou_type"] = evaluation.iou_type
-    print(f"{len(done.image_ids)} images, {len(done.results)} detections" + (" (rotated boxes: overlap of their corners' polygons)" if turned else ""))  # fmt: skip
+    print(f"{len(done.image_ids)} images, {len(done.results)} detections" + (" (rotated boxes: overlap of their corners' polygons)" if rotated else ""))  # fmt: skip
     print(coco.metrics_table(evaluation.metrics))
-    if automl_path and turned:
+    if automl_path and rotated:
         raise ValueError("--automl_path: AutoML's metric knows no rotated boxes; leave it out")
     if automl_path and done.results:
         report["automl"] = automl_metrics(automl_path, annotations, done.results)

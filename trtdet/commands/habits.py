@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What options of other programs are called here: of trtexec, of YOLO's command line, of NVIDIA's sample, and common slips."""
+"""What options of other programs are called here: of trtexec, of YOLO's command line, of
+NVIDIA's sample, and common slips.
+"""
 
-#: Name without dashes, underscores and capitals -> ways to say it here, divided by " | ": the first that the script has, else the first
-#: that names another script, or a sentence.
+#: Name without dashes, underscores and capitals -> ways to say it here, divided by " | ": the first
+#: that the script has, else the first that names another script, or a sentence.
 HABITS = {
     # trtexec
     "best": "--precision int8 | build_engine.py --precision int8",

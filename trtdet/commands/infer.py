@@ -101,7 +101,8 @@ NOT_FOR_VIDEO = {
     "num_images": "--num_images",
 }
 
-#: Options of what is written, by their names here -> on the command line: a benchmark writes nothing.
+#: Options of what is written, by their names here -> on the command line: a benchmark writes
+#: nothing.
 NOT_MEASURED = {
     "output": "--output",
     "labels": "--labels",
@@ -179,7 +180,9 @@ def add_video_options(parser: ArgumentParser) -> None:
 
 
 def check_video_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
-    """`args.video` is the video, None for images; exit with status 2 for what it does not go with."""
+    """`args.video` is the video, None for images; exit with status 2 for what it does not go
+    with.
+    """
     videos = [source for source in args.input or () if is_video(source)]
     args.video = videos[0] if videos else None
     if not videos:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several stages share. Each is one row of `SHARED`: one name, one form, one default rule, one help text."""
+"""Options that several stages share.
+
+Each is one row of `SHARED`: one name, one form, one default rule, one help text.
+"""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -61,8 +64,8 @@ SWITCH = {"action": "store_true"}
 SEVERAL = {"nargs": "+", "action": "extend"}
 
 # fmt: off
-#: Key -> option. A key is the option's name, with a word behind it where one name has two forms: a model that is run or read, one value
-#: or a range, a folder or a file.
+#: Key -> option. A key is the option's name, with a word behind it where one name has two forms: a
+#: model that is run or read, one value or a range, a folder or a file.
 SHARED = {
     "--model": _row("--model", "FILE|URL", "an engine with its .json, an ONNX file of create_onnx.py, or a model on a Triton server: grpc://HOST:8001/NAME or http://HOST:8000/NAME", "none", type=parse_model),
     "--model onnx": _row("--model", "FILE", "an ONNX file of create_onnx.py", "none", **FILE),
@@ -160,7 +163,9 @@ def one_device(parser: ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def add_size_options(to: Target) -> None:
-    """The options of the input size where a model leaves it open: for `trtdet.images.preprocess.choose_input`."""
+    """The options of the input size where a model leaves it open: for
+    `trtdet.images.preprocess.choose_input`.
+    """
     add_several(to, "--size", "--resize", "--max_size")
 
 
@@ -260,7 +265,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_run_args(parser: ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse what has `add_run_options` and --model; an option that the model's runtime does not have is wrong usage."""
+    """Parse what has `add_run_options` and --model; an option that the model's runtime does not
+    have is wrong usage.
+    """
     args = parser.parse_args(argv)
     check_size_usage(parser, args)
     if args.engine:

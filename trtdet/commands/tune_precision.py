@@ -72,7 +72,8 @@ def run(
 
     Raises:
         OSError, GraphError: the ONNX file is missing, or not what stage 1 writes.
-        ValueError: a cache, images or annotations that do not fit; or no set of convolutions is good enough.
+        ValueError: a cache, images or annotations that do not fit; or no set of convolutions is
+            good enough.
     """
     from trtdet.precision import sensitivity
     from trtdet.precision.body import Body

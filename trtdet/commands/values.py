@@ -58,7 +58,9 @@ def _number(
 
 
 def _whole(text: str, low: int, high: int, why: str = "") -> int:
-    """A whole number of a text, in the digits that every program takes; `why` is the reason of the upper bound."""
+    """A whole number of a text, in the digits that every program takes; `why` is the reason of
+    the upper bound.
+    """
     value = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else None
     if value is not None and low <= value <= high:
         return value

@@ -46,7 +46,10 @@ def run(
     num_images: int | None = None,
     font_path: Path | None = None,
 ) -> int:
-    """Draw every image that has a TSV; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
+    """Draw every image that has a TSV; see the module's docstring.
+
+    Returns the exit status: 0, or `SOME_SKIPPED`.
+    """
     from trtdet.files import check_folder
     from trtdet.images.files import find_images, root_of
     from trtdet.results import coco
@@ -84,7 +87,9 @@ def run(
     )
 
     def draw_one(path: Path) -> bool:
-        """False where an image or its TSV cannot be read; an output that cannot be written is an error."""
+        """False where an image or its TSV cannot be read; an output that cannot be written is an
+        error.
+        """
         tsv = detections / with_suffix_added(names[path], ".tsv")
         try:
             picture = draw_file(path, tsv, truth)

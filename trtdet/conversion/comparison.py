@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a converted model finds what its source finds: detections compared to the end, on photographs.
+"""Whether a converted model finds what its source finds: detections compared to the end, on
+photographs.
 
-Where the source selects detections itself, its own selection is applied in NumPy to our heads, and must give its detections. Where it does
-not, what the heads hold must at least be detections: probabilities that differ, boxes with positive sides that lie in the picture.
+Where the source selects detections itself, its own selection is applied in NumPy to our heads, and
+must give its detections. Where it does not, what the heads hold must at least be detections:
+probabilities that differ, boxes with positive sides that lie in the picture.
 """
 
 import dataclasses
@@ -30,15 +32,18 @@ from trtdet.spec import OUTPUT_NAMES, ModelSpec, Preprocessing
 
 logger = logging.getLogger(__name__)
 
-#: Limits for two detections to be one: pixels of the network input (a share of its size, if that is more), and score.
+#: Limits for two detections to be one: pixels of the network input (a share of its size, if that is
+#: more), and score.
 BOX_TOLERANCE, BOX_SHARE, SCORE_TOLERANCE = 0.5, 1e-3, 5e-3
-#: The least share of the source's detections that have to be there: scores that are equal may come out in another order at the end.
+#: The least share of the source's detections that have to be there: scores that are equal may come
+#: out in another order at the end.
 LEAST_SHARE = 0.98
 #: Detections of a photograph that are compared.
 COMPARED = 100
 #: Scores below this are not compared: rounding decides them.
 NOISE = 1e-4
-#: Of boxes with the best scores: how many must have positive sides, and their centre in the picture or near it.
+#: Of boxes with the best scores: how many must have positive sides, and their centre in the picture
+#: or near it.
 LEAST_ORDERED, LEAST_NEAR, BEST = 0.9, 0.5, 100
 
 
@@ -71,7 +76,8 @@ def compare_to_the_end(source: Source, converted: Converted) -> list[str]:
     """Compare detections; returns what was seen, in lines.
 
     Raises:
-        GraphError: the source's detections do not come out, or what comes out can be none; with the first pairs.
+        GraphError: the source's detections do not come out, or what comes out can be none; with the
+            first pairs.
     """
     reading, spec = converted.reading, converted.spec
     final, preprocessing = reading.final, spec.preprocessing
@@ -148,9 +154,11 @@ def sum_agreements(
 
 
 def agree(theirs: Found, ours: Found, size_hw: tuple[int, int], where: str = "") -> Agreement:
-    """How many of the best of `theirs` are among `ours`: class, score and box; each of ours counts once.
+    """How many of the best of `theirs` are among `ours`: class, score and box; each of ours counts
+    once.
 
-    What lies within the score tolerance of the last of `theirs` is left aside: which of equals made it is chance.
+    What lies within the score tolerance of the last of `theirs` is left aside: which of equals made
+    it is chance.
     """
     order = np.argsort(-theirs.scores, kind="stable")[:COMPARED]
     order = order[theirs.scores[order] > NOISE]
@@ -202,7 +210,9 @@ def _nearest(theirs: Found, i: int, ours: Found) -> str:
 def our_results(
     converted: Converted, image: NDArray[np.uint8], *, runs: bool
 ) -> tuple[Heads, Found | None]:
-    """The heads of the converted file, and what it finds, of one run; None where ONNX Runtime cannot select.
+    """The heads of the converted file, and what it finds, of one run.
+
+    None where ONNX Runtime cannot select.
 
     Args:
         converted: with a model of `for_onnxruntime`.
@@ -228,7 +238,9 @@ def our_results(
 
 
 def can_run(model: onnx.ModelProto) -> bool:
-    """Whether ONNX Runtime knows all of a model of `for_onnxruntime`: not where it ends in another plugin, or in no selection."""
+    """Whether ONNX Runtime knows all of a model of `for_onnxruntime`: not where it ends in
+    another plugin, or in no selection.
+    """
     outputs = {o.name for o in model.graph.output}
     return outputs.issuperset(OUTPUT_NAMES) and not custom_ops(model)
 
@@ -286,7 +298,8 @@ def check_plausible(
     """Refuse what can be no detections.
 
     Raises:
-        GraphError: scores outside of 0 to 1 or all equal, boxes without positive sides or far from the picture, NaN or infinity.
+        GraphError: scores outside of 0 to 1 or all equal, boxes without positive sides or far from
+            the picture, NaN or infinity.
     """
     boxes = np.concatenate([b for b, _ in heads]).astype(np.float64)
     scores = np.concatenate([s for _, s in heads])

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Source and family -> an ONNX model that ends in NMS: cut, tidy, assemble, select. The recipe of stage 1."""
+"""Source and family -> an ONNX model that ends in NMS: cut, tidy, assemble, select.
+
+The recipe of stage 1.
+"""
 
 import dataclasses
 import logging
@@ -66,9 +69,9 @@ class Options:
     """What the command line asks for; None takes what the model has."""
 
     family: str = "auto"
-    batch: int | None = None  # None: free
+    batch: int | None = None  # None: dynamic
     size_hw: tuple[int, int] | None = None
-    free_size: bool = False
+    dynamic_size: bool = False
     layout: Layout = "NHWC"
     input_dtype: InputDtype | None = None
     preprocessor: str | None = None
@@ -96,7 +99,9 @@ def open_source(
     mappings: Sequence[OpMapping] = (),
     signature: str | None = None,
 ) -> Source:
-    """A SavedModel folder, of which one signature, or an ONNX file, in which custom operators are replaced by plugins."""
+    """A SavedModel folder, of which one signature, or an ONNX file, in which custom operators
+    are replaced by plugins.
+    """
     if is_onnx:
         return OnnxSource(
             path, edit=lambda model: map_ops(model, mappings), lower=deformable_attention.lower
@@ -121,7 +126,10 @@ class Converted:
 
     @property
     def anchors(self) -> NDArray[np.float32] | None:
-        """[1, A, 4], those in the file if it has them, else the source's; None where boxes are decoded already."""
+        """[1, A, 4], those in the file if it has them, else the source's.
+
+        None where boxes are decoded already.
+        """
         written = next((i for i in self.model.graph.initializer if i.name == ANCHORS), None)
         anchors = self.reading.anchors if written is None else onnx.numpy_helper.to_array(written)
         return None if anchors is None else anchors.reshape(1, -1, 4)
@@ -156,7 +164,9 @@ def convert(source: Source, options: Options) -> Converted:
 
 
 def takes_two(converted: Converted) -> bool:
-    """Whether the heads can be computed for two images; also where ONNX Runtime does not know an operator, so that nothing can be told."""
+    """Whether the heads can be computed for two images; also where ONNX Runtime does not know an
+    operator, so that nothing can be told.
+    """
     preprocessing = converted.spec.preprocessing
     images = np.zeros((2, *preprocessing.image_shape), preprocessing.dtype)
     lowered = deformable_attention.lower(converted.model)
@@ -182,7 +192,7 @@ def read_source(source: Source, options: Options) -> Reading:
 def assemble(source: Source, reading: Reading, options: Options) -> Converted:
     """The ONNX model of a reading."""
     spec = specify(reading, options)
-    height, width = (None, None) if options.free_size else spec.preprocessing.size_hw
+    height, width = (None, None) if options.dynamic_size else spec.preprocessing.size_hw
     shape = (
         (None, height, width, 3) if reading.network_layout == "NHWC" else (None, 3, height, width)
     )
@@ -215,7 +225,9 @@ def assemble(source: Source, reading: Reading, options: Options) -> Converted:
 def finish_network(
     raw: onnx.ModelProto, reading: Reading, spec: ModelSpec, batch: int | str
 ) -> onnx.ModelProto:
-    """The cut network, tidied, with its public input before it and its outputs called as the reading says."""
+    """The cut network, tidied, with its public input before it and its outputs called as the
+    reading says.
+    """
     body = gs.import_onnx(raw)
     if reading.rewrite:
         reading.rewrite(body)
@@ -224,10 +236,10 @@ def finish_network(
         if name in (RAW_BOXES, CLASS_LOGITS) and reading.anchors is not None:
             last = 4 if name == RAW_BOXES else spec.num_classes
             if reading.batch:
-                tidy.set_static_batch_free(body, tensor, last)
+                tidy.make_static_batch_dynamic(body, tensor, last)
             tensor.shape = [batch, len(reading.anchors), last]
         tensor.name, tensor.dtype = name, np.dtype(np.float32)
-    tidy.free_batch(body, reading.batch)
+    tidy.make_batch_dynamic(body, reading.batch)
     tidy.set_input(body, spec.preprocessing, batch)
     model = gs.export_onnx(body)
     model.ir_version = min(model.ir_version, IR_VERSION)
@@ -238,7 +250,9 @@ def finish_network(
 def select(
     model: onnx.ModelProto, reading: Reading, spec: ModelSpec, options: Options
 ) -> onnx.ModelProto:
-    """Put what selects the detections behind the heads: the form of NMS that was asked for, or what the family has instead."""
+    """Put what selects the detections behind the heads: the form of NMS that was asked for, or
+    what the family has instead.
+    """
     heads: dict[str, Any] = {
         "boxes": RAW_BOXES,
         "scores": CLASS_LOGITS,
@@ -247,8 +261,8 @@ def select(
     }
     form = options.nms_form
     if form == "none":
-        turned = spec.selection == "rotated_nms"
-        plugin.insert_decoded(model, anchors=reading.anchors, turned=turned, **heads)
+        rotated = spec.selection == "rotated_nms"
+        plugin.insert_decoded(model, anchors=reading.anchors, rotated=rotated, **heads)
     elif spec.selection == "topk":
         insert_topk(model, **heads)
     elif spec.selection == "rotated_nms":
@@ -283,7 +297,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
         layout=options.layout,
         dtype=options.input_dtype or found.preprocessing.dtype,
     )
-    if options.free_size:
+    if options.dynamic_size:
         multiple = reading.size_multiple
         if found.selection != "nms":
             raise GraphError(
@@ -335,7 +349,9 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
 
 
 def choices_of(options: Options) -> dict[str, Any]:
-    """What options said of the source, for whoever reads it again; class names stand in the spec already."""
+    """What options said of the source, for whoever reads it again; class names stand in the spec
+    already.
+    """
     said = options.hints.to_dict()
     if options.labels:
         said["labels"] = ()
@@ -400,7 +416,9 @@ def size_text(size_hw: tuple[int, int]) -> str:
 
 
 def provenance(source_path: Path) -> dict[str, str]:
-    """Where a model came from: the name and the SHA-256 of its file, a SavedModel's variables included."""
+    """Where a model came from: the name and the SHA-256 of its file, a SavedModel's variables
+    included.
+    """
     if source_path.is_dir():
         parts = [source_path / "saved_model.pb", *sorted(source_path.glob("variables/*"))]
     else:

@@ -39,7 +39,8 @@ def convert_file(
     """Convert, verify, write.
 
     Raises:
-        GraphError: the source is not what a family expects, an option contradicts it, or the result differs from it.
+        GraphError: the source is not what a family expects, an option contradicts it, or the result
+            differs from it.
         OSError, ValueError: a file that cannot be read or written.
     """
     files.check_outputs([onnx_path, options.raw_path], [source_path] if is_onnx else [])

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a converted model still is the model it came from: TensorFlow, or the source ONNX, against ONNX Runtime on a photograph."""
+"""Whether a converted model still is the model it came from: TensorFlow, or the source ONNX,
+against ONNX Runtime on a photograph.
+"""
 
 import dataclasses
 import logging
@@ -26,9 +28,11 @@ from trtdet.spec import Preprocessing
 logger = logging.getLogger(__name__)
 
 
-#: Largest absolute difference of raw boxes and class logits that passes, in float32 on a photograph.
+#: Largest absolute difference of raw boxes and class logits that passes, in float32 on a
+#: photograph.
 HEAD_TOLERANCE = 5e-3
-#: Where the model itself answers rounding with more than a tenth of that, this many times the answer passes,
+#: Where the model itself answers rounding with more than a tenth of that, this many times the
+#: answer passes,
 ROUNDING_MARGIN = 10
 #: as long as the answer is at most this part of the largest logit.
 MAX_ROUNDING_SHARE = 1e-2
@@ -57,9 +61,10 @@ class Difference:
 def verify(source: Source, converted: Converted) -> list[Difference]:
     """Compare the result with the source, at two sizes where the input's size is dynamic.
 
-    Compared are the heads, and where the source shows it the decoding of boxes with the anchors in the file against the source's own. The
-    source is fed the image, so its own normalisation is part of the comparison, unless --preprocessor replaced it. Images of
-    a batch differ, so that rows cannot leak into one another.
+    Compared are the heads, and where the source shows it the decoding of boxes with the anchors in
+    the file against the source's own. The source is fed the image, so its own normalisation is part
+    of the comparison, unless --preprocessor replaced it. Images of a batch differ, so that rows
+    cannot leak into one another.
 
     Raises:
         GraphError: the model is malformed, or something differs by more than its limit.
@@ -124,10 +129,12 @@ def verify_at(
 def rows_in_any_order(
     reading: Reading, expected: list[NDArray[Any]], actual: list[NDArray[Any]]
 ) -> list[Difference]:
-    """The differences of heads whose rows are matched first: queries that a network chooses by score swap where scores are nearly equal.
+    """The differences of heads whose rows are matched first: queries that a network chooses by
+    score swap where scores are nearly equal.
 
     Returns:
-        Of `MATCHED_ROWS` of the rows; empty where fewer have a counterpart, or the heads have no rows in common.
+        Of `MATCHED_ROWS` of the rows; empty where fewer have a counterpart, or the heads have no
+        rows in common.
     """
     if any(e.ndim != 3 or e.shape[1] != expected[0].shape[1] for e in expected):
         return []
@@ -153,7 +160,8 @@ def rows_in_any_order(
 
 
 def compare_decoding(source: Source, converted: Converted, image: NDArray[np.uint8]) -> Difference:
-    """Boxes decoded from the source's own regression, with the anchors in the file, against what enters the source's NMS.
+    """Boxes decoded from the source's own regression, with the anchors in the file, against what
+    enters the source's NMS.
 
     In pixels of the network input; boxes larger than it count in proportion (float32 has 7 digits).
     """
@@ -171,7 +179,8 @@ def compare_decoding(source: Source, converted: Converted, image: NDArray[np.uin
 def relaxed_limit(
     source: Source, reading: Reading, preprocessing: Preprocessing, image: NDArray[np.uint8]
 ) -> float:
-    """The limit for heads of a model that is itself less stable than HEAD_TOLERANCE; that limit for any other.
+    """The limit for heads of a model that is itself less stable than HEAD_TOLERANCE; that limit for
+    any other.
 
     Raises:
         GraphError: so unstable that nothing could be told.
@@ -196,9 +205,11 @@ def relaxed_limit(
 def rounding_floor(
     source: Source, reading: Reading, preprocessing: Preprocessing, image: NDArray[np.uint8]
 ) -> tuple[float, float]:
-    """How far the source's own heads move when the normalised pixels change by float32's resolution, about 1e-6; and the largest value.
+    """How far the source's own heads move when the normalised pixels change by float32's
+    resolution, about 1e-6; and the largest value.
 
-    A trained network damps rounding (EfficientDet-D0: 1e-5 in the logits); one with unsuitable weights amplifies it.
+    A trained network damps rounding (EfficientDet-D0: 1e-5 in the logits); one with unsuitable
+    weights amplifies it.
     """
     heads, pixels = source_heads(source, reading, preprocessing, image)
     noise = np.random.default_rng(0).normal(scale=1e-6, size=pixels.shape).astype(np.float32)
@@ -211,7 +222,8 @@ def rounding_floor(
 
 
 def check(model: onnx.ModelProto) -> None:
-    """onnx.checker with strict shape inference, the plugin (which it cannot know) replaced by operators that compute the same.
+    """onnx.checker with strict shape inference, the plugin (which it cannot know) replaced by
+    operators that compute the same.
 
     Raises:
         GraphError: what the checker says.
@@ -236,7 +248,9 @@ def verification_image(preprocessing: Preprocessing) -> NDArray[np.uint8]:
 def source_heads(
     source: Source, reading: Reading, preprocessing: Preprocessing, image: NDArray[np.uint8]
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
-    """(the heads of one image by the source, the normalised pixels behind them as a batch of the source's size)."""
+    """(the heads of one image by the source, the normalised pixels behind them as a batch of the
+    source's size).
+    """
     batch = reading.batch or 1
     measured = reading.spec.preprocessing
     replaced = (preprocessing.mean, preprocessing.std) != (measured.mean, measured.std)

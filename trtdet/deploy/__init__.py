@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On to servers: Triton repositories, DeepStream configurations, trtexec command lines, all from what a model says about itself."""
+"""On to servers: Triton repositories, DeepStream configurations, trtexec command lines, all from
+what a model says about itself.
+"""

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder for DeepStream: nvinfer and nvinferserver configurations, the parser's source, labels, the engine, a sample pipeline.
+"""A folder for DeepStream: nvinfer and nvinferserver configurations, the parser's source, labels,
+the engine, a sample pipeline.
 
     config_infer.txt, config_infer.yml   for nvinfer: the same keys in its two notations
     config_inferserver.txt               for nvinferserver, on the model repository in triton/
-    deepstream_app.txt                   a pipeline for deepstream-app: decoder, detector, tracker, on-screen display
+    deepstream_app.txt                   a pipeline for deepstream-app: decoder, detector, tracker,
+                                         on-screen display
     parser/                              the bounding-box parser, to be made on the target
     triton/<name>/                       engine, sidecar and labels, for all of the above
-    model/                               in place of triton/ for an ONNX file, of which nvinfer builds the engine when it first starts
+    model/                               in place of triton/ for an ONNX file, of which nvinfer
+                                         builds the engine when it first starts
 
-Source of keys and behaviour: NVIDIA/DeepStream 9.1, src/gst-plugins/gst-nvinfer, src/utils/nvdsinfer, src/utils/nvdsinferserver.
+Source of keys and behaviour: NVIDIA/DeepStream 9.1, src/gst-plugins/gst-nvinfer,
+src/utils/nvdsinfer, src/utils/nvdsinferserver.
 """
 
 import logging
@@ -113,7 +117,8 @@ def write_onnx(
     """Copy an ONNX file, with the files of its weights, and write the labels.
 
     Returns:
-        Where nvinfer will look for the engine, and write the one that it builds, by its own rule for names; and the labels.
+        Where nvinfer will look for the engine, and write the one that it builds, by its own rule
+        for names; and the labels.
     """
     folder = output / MODEL_FOLDER
     target = folder / f"{name}.onnx"
@@ -132,10 +137,13 @@ def write_onnx(
 
 
 def usable(model: Deployable) -> tuple[bool, bool]:
-    """Whether nvinfer, and whether nvinferserver can feed this engine; at least one can. An ONNX file is for nvinfer, which builds an engine of it.
+    """Whether nvinfer, and whether nvinferserver can feed this engine; at least one can.
 
-    nvinfer writes float32 whatever the input is declared as: an engine for uint8 would be read beyond its end. nvinferserver converts,
-    but leaves the batch to Triton, which cannot choose it for an engine of a fixed one.
+    An ONNX file is for nvinfer, which builds an engine of it.
+
+    nvinfer writes float32 whatever the input is declared as: an engine for uint8 would be read
+    beyond its end. nvinferserver converts, but leaves the batch to Triton, which cannot choose it
+    for an engine of a fixed one.
 
     Raises:
         ValueError: neither can.
@@ -165,7 +173,8 @@ def usable(model: Deployable) -> tuple[bool, bool]:
 
 
 def pick_batch(model: Deployable, options: DeepStreamOptions) -> int:
-    """nvinfer's batch-size: frames it gathers, and the size of its buffers, which must hold the engine's smallest batch.
+    """nvinfer's batch-size: frames it gathers, and the size of its buffers, which must hold the
+    engine's smallest batch.
 
     Raises:
         ValueError: out of the engine's range.
@@ -235,7 +244,9 @@ def nvinfer_groups(
 
 
 def server_config(name: str, model: Deployable, options: DeepStreamOptions) -> dict[str, Any]:
-    """nvinferserver's configuration: Triton inside the pipeline, on the repository beside this file."""
+    """nvinferserver's configuration: Triton inside the pipeline, on the repository beside this
+    file.
+    """
     spec = model.spec
     preprocessing = spec.preprocessing
     letterbox = preprocessing.resize == "letterbox"
@@ -285,7 +296,9 @@ def server_config(name: str, model: Deployable, options: DeepStreamOptions) -> d
 def app_groups(
     model: Deployable, options: DeepStreamOptions, batch: int, nvinfer: bool
 ) -> dict[str, Group]:
-    """A pipeline for deepstream-app: one video, the detector, a tracker, boxes drawn, written to a file."""
+    """A pipeline for deepstream-app: one video, the detector, a tracker, boxes drawn, written to
+    a file.
+    """
     width, height = options.stream_wh
     gpu = {"enable": 1, "gpu-id": options.gpu}
     return {

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What nvinfer, nvinferserver and deepstream-app would refuse in a folder, or take and do wrong, found without DeepStream.
+"""What nvinfer, nvinferserver and deepstream-app would refuse in a folder, or take and do wrong,
+found without DeepStream.
 
-Keys and their types are those that DeepStream 9.1 reads (`assets/nvinfer_keys.json`, `assets/nvinferserver_fields.json`); what they
-must say follows from the sidecar of the engine they name. nvinfer itself only prints a line for a key that it does not know.
+Keys and their types are those that DeepStream 9.1 reads (`assets/nvinfer_keys.json`,
+`assets/nvinferserver_fields.json`); what they must say follows from the sidecar of the engine they
+name. nvinfer itself only prints a line for a key that it does not know.
 """
 
 import configparser
@@ -152,7 +154,9 @@ def _class_faults(groups: Groups, properties: Mapping[str, str]) -> Iterator[str
 
 
 def _number(properties: Mapping[str, str], key: str) -> int:
-    """A key's whole number, 0 where it is missing or something else, which is reported by its type."""
+    """A key's whole number, 0 where it is missing or something else, which is reported by its
+    type.
+    """
     value = properties.get(key, "")
     return int(value) if value.isdecimal() else 0
 

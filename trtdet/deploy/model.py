@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be deployed: an engine with its sidecar, or an ONNX file, and the tensors that a server sees of it."""
+"""What is to be deployed: an engine with its sidecar, or an ONNX file, and the tensors that a
+server sees of it.
+"""
 
 import dataclasses
 import logging
@@ -23,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of one image: without the batch dimension. `dtype` is NumPy's name; -1 is a dynamic dimension."""
+    """A tensor of one image: without the batch dimension.
+
+    `dtype` is NumPy's name; -1 is a dynamic dimension.
+    """
 
     name: str
     dtype: str
@@ -35,7 +40,8 @@ class Deployable:
     """A model file and what servers must be told of it.
 
     Attributes:
-        smallest, preferred, largest: batch sizes it takes; `largest` is None where nothing bounds it.
+        smallest, preferred, largest: batch sizes it takes; `largest` is None where nothing bounds
+            it.
         engine: what its sidecar says; None for an ONNX file.
         precision: of the engine, or of the types in the ONNX file.
     """
@@ -57,12 +63,13 @@ class Deployable:
     def takes_any_batch(self) -> bool:
         """Whether Triton may send it any batch from 1 to the largest.
 
-        Triton's ONNX Runtime backend wants a free first dimension for that, even where the largest is 1; its TensorRT backend does not.
+        Triton's ONNX Runtime backend wants a dynamic first dimension for that, even where the
+        largest is 1; its TensorRT backend does not.
         """
         return self.smallest == 1 and not (self.engine is None and self.is_static)
 
     @property
-    def has_free_shape(self) -> bool:
+    def has_dynamic_shape(self) -> bool:
         """Whether a runtime must be told the shape of the input."""
         return not self.is_static or self.spec.preprocessing.size_range is not None
 
@@ -93,7 +100,8 @@ def open_engine(path: Path) -> Deployable:
 
     Raises:
         FileNotFoundError, GraphError: no engine there, or something else.
-        EngineError: no sidecar, or that of another engine; or an engine of TensorRT-RTX, which neither server loads.
+        EngineError: no sidecar, or that of another engine; or an engine of TensorRT-RTX, which
+            neither server loads.
     """
     check_model(path)
     if path.suffix.lower() == ".onnx":
@@ -152,7 +160,7 @@ def describe_onnx(model: onnx.ModelProto, path: Path) -> Deployable:
             "write it again with create_onnx.py (any --nms but none)"
         )
     tensor = image_input(model, path)
-    batch = tensor.type.tensor_type.shape.dim[0].dim_value  # 0: free
+    batch = tensor.type.tensor_type.shape.dim[0].dim_value  # 0: dynamic
     largest = batch or None
     return Deployable(
         path, spec, tensor.name, batch or 1, batch or 1, largest, precision=precision_of(model)
@@ -160,7 +168,8 @@ def describe_onnx(model: onnx.ModelProto, path: Path) -> Deployable:
 
 
 def label_lines(spec: ModelSpec) -> Iterator[str]:
-    """One line per class, none empty: nvinfer skips empty lines, and every later class would get the name of the one after it.
+    """One line per class, none empty: nvinfer skips empty lines, and every later class would get
+    the name of the one after it.
 
     nvinfer splits lines at semicolons, so these become commas.
     """

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepStream pads frames with black, training padded with another colour: the difference made good inside the model."""
+"""DeepStream pads frames with black, training padded with another colour: the difference made
+good inside the model.
+"""
 
 import numpy as np
 import onnx
@@ -9,24 +11,30 @@ from trtdet.errors import GraphError
 from trtdet.graph.builder import Builder
 from trtdet.spec import ModelSpec
 
-#: In `ModelSpec.source` of a model that was painted: the padding that it takes. An engine's sidecar carries it on.
+#: In `ModelSpec.source` of a model that was painted: the padding that it takes. An engine's sidecar
+#: carries it on.
 SOURCE_KEY = "pad_color"
 
 
 def insert_pad_color(model: onnx.ModelProto) -> None:
     """Paint black bands along the edges in the padding colour of training, in place.
 
-    input -> everything    becomes    input -> Where(row and column within the picture, input, pad_rgb) -> everything
+    input -> everything
+    becomes
+    input -> Where(row and column within the picture, input, pad_rgb) -> everything
 
-    The picture is everything up to the last row and the last column that has a value above 0, and, for models that centre it, from the
-    first ones. Nothing else is touched: black inside the picture stays. A picture whose own last rows are exactly (0, 0, 0) loses
-    them to the padding colour, as those of a film with bars would.
+    The picture is everything up to the last row and the last column that has a value above 0, and,
+    for models that centre it, from the first ones. Nothing else is touched: black inside the
+    picture stays. A picture whose own last rows are exactly (0, 0, 0) loses them to the padding
+    colour, as those of a film with bars would.
 
     Args:
-        model: of create_onnx.py, with its ModelSpec, whose `source` then says so; a model with padding in black is left as it is.
+        model: of create_onnx.py, with its ModelSpec, whose `source` then says so; a model with
+            padding in black is left as it is.
 
     Raises:
-        GraphError: no ModelSpec, a model that is not fed by a letterbox, or one that was painted before.
+        GraphError: no ModelSpec, a model that is not fed by a letterbox, or one that was painted
+            before.
     """
     spec = ModelSpec.from_onnx(model)
     preprocessing = spec.preprocessing
@@ -83,9 +91,11 @@ def _along(values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
 def _inside(
     build: Builder, name: str, lit: str, axis: int, across: int, size: int, *, centered: bool
 ) -> list[str]:
-    """Conditions for a row, or a column, to lie within the picture: at or before the last lit one, and from the first one on.
+    """Conditions for a row, or a column, to lie within the picture: at or before the last lit one,
+    and from the first one on.
 
-    Counted from 1, the last lit row is the largest number of one that is lit; the first one is the last, counted from the other end.
+    Counted from 1, the last lit row is the largest number of one that is lit; the first one is the
+    last, counted from the other end.
     """
     brightest = build.reduce("ReduceMax", f"{name}/brightest", lit, across, keepdims=True)
     is_lit = build.node("Greater", f"{name}/is_lit", brightest, np.float32(0))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The JSON that the Python models of an ensemble read from their configuration.
 
-It is read on the server too, which has no msgspec: there the schema number is checked here and the values by the dataclasses.
-`trtdet.deploy.triton_check` reads it by `trtdet.reading` as everything else.
+It is read on the server too, which has no msgspec: there the schema number is checked here and the
+values by the dataclasses. `trtdet.deploy.triton_check` reads it by `trtdet.reading` as everything
+else.
 """
 
 import json
@@ -31,7 +32,9 @@ class PreprocessParameter:
 
 @dataclass(frozen=True)
 class PostprocessParameter:
-    """What the model behind the detector is told: fields of `ModelSpec`, and the size of the network input."""
+    """What the model behind the detector is told: fields of `ModelSpec`, and the size of the
+    network input.
+    """
 
     SCHEMA: ClassVar[int] = SCHEMA
 

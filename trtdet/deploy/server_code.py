@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server gets of this package: the modules themselves, so that it computes what infer.py computes.
+"""What a server gets of this package: the modules themselves, so that it computes what infer.py
+computes.
 
-Beside `model.py` lies a folder `trtdet` with the modules that it imports and those that these import. They need the standard library,
-NumPy, OpenCV and Pillow, nothing else of this project's; imports inside functions are left out, as their functions are not called there.
+Beside `model.py` lies a folder `trtdet` with the modules that it imports and those that these
+import. They need the standard library, NumPy, OpenCV and Pillow, nothing else of this project's;
+imports inside functions are left out, as their functions are not called there.
 """
 
 import ast
@@ -18,7 +20,8 @@ INIT = f'# SPDX-License-Identifier: Apache-2.0\n"""A part of {PACKAGE} {about.__
 
 
 def python_model(asset: str) -> dict[str, bytes]:
-    """A Python model of Triton: path in the version folder -> content, of `model.py` and of the modules that it needs.
+    """A Python model of Triton: path in the version folder -> content, of `model.py` and of the
+    modules that it needs.
 
     Args:
         asset: file name in `trtdet/deploy/assets`.

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protobuf's text format, as Triton and nvinferserver read it: written from dicts; read with a table of fields.
+"""Protobuf's text format, as Triton and nvinferserver read it: written from dicts; read with a
+table of fields.
 
-A message is a dict. A list of dicts is a repeated message, a list of anything else a bracketed list. `Word` is an enum value.
+A message is a dict. A list of dicts is a repeated message, a list of anything else a bracketed
+list. `Word` is an enum value.
 """
 
 import json
@@ -44,15 +46,18 @@ def _scalar(value: object) -> str:
     return repr(value)
 
 
-#: Message -> field -> type: a protobuf scalar, a message or an enum of the table; "repeated X", "map int32 X".
+#: Message -> field -> type: a protobuf scalar, a message or an enum of the table; "repeated X",
+#: "map int32 X".
 Table = Mapping[str, Mapping[str, str]]
 
 
 def parse(text: str, message: str, messages: Table, enums: Mapping[str, list[str]]) -> Any:
-    """Parse `text` as `message` of a schema given as tables; field numbers, which text does not show, are made up.
+    """Parse `text` as `message` of a schema given as tables; field numbers, which text does not
+    show, are made up.
 
     Raises:
-        google.protobuf.text_format.ParseError: with line and column, what the schema does not know or wants otherwise.
+        google.protobuf.text_format.ParseError: with line and column, what the schema does not know
+            or wants otherwise.
     """
     package = "trtdet.schema"
     file = descriptor_pb2.FileDescriptorProto(name="schema.proto", package=package, syntax="proto3")

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model repositories for Triton: `<repository>/<name>/config.pbtxt` and `<repository>/<name>/<version>/`.
+"""Model repositories for Triton: `<repository>/<name>/config.pbtxt` and
+`<repository>/<name>/<version>/`.
 
-Beside a plan stands its sidecar, as beside every engine: Triton does not look at it, `trtdet.deploy.triton_check` does.
+Beside a plan stands its sidecar, as beside every engine: Triton does not look at it,
+`trtdet.deploy.triton_check` does.
 
-Source of the rules: triton-inference-server core/src/model_config_utils.cc, tensorrt_backend/src/{model_state,instance_state}.cc
+Source of the rules: triton-inference-server core/src/model_config_utils.cc,
+tensorrt_backend/src/{model_state,instance_state}.cc
 """
 
 import json
@@ -38,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 TRITON_TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32"}
 LABELS_FILE = "labels.txt"
-#: What the preprocessing of an ensemble passes by the detector: scale x, scale y, offset x, offset y, source width, source height.
+#: What the preprocessing of an ensemble passes by the detector: scale x, scale y, offset x, offset
+#: y, source width, source height.
 TRANSFORM = Tensor("transform", "float32", (6,))
 #: The result of an ensemble, in source pixels.
 RESULT_NAMES = ("num_detections", "boxes_xyxy", "scores", "class_ids", "category_ids")
@@ -65,10 +69,12 @@ class TritonOptions:
 
 
 def max_batch_size(model: Deployable, wanted: int | None) -> int:
-    """Triton's `max_batch_size`; 0, "the dims are all there is", where Triton must not choose the batch.
+    """Triton's `max_batch_size`; 0, "the dims are all there is", where Triton must not choose the
+    batch.
 
-    A model with `max_batch_size` N is sent any batch from 1 to N. One that takes 8 and only 8, or 4 to 16, would refuse most of them, and
-    Triton does not load an ONNX file whose batch is fixed, be it 1, with an N above 0.
+    A model with `max_batch_size` N is sent any batch from 1 to N. One that takes 8 and only 8, or 4
+    to 16, would refuse most of them, and Triton does not load an ONNX file whose batch is fixed, be
+    it 1, with an N above 0.
 
     Raises:
         ValueError: more is wanted than the model takes.
@@ -129,7 +135,9 @@ def model_config(
 
 
 def _served_spec(model: Deployable) -> str:
-    """The ModelSpec as JSON, for clients (`infer.py --model URL`); without what only the building of an engine needs."""
+    """The ModelSpec as JSON, for clients (`infer.py --model URL`); without what only the
+    building of an engine needs.
+    """
     spec = model.spec.replace(source={}, sensitive_nodes=())
     return json.dumps(spec.to_dict(), separators=(",", ":"))
 
@@ -168,7 +176,8 @@ def capabilities(engines: Sequence[Deployable]) -> list[str]:
     """The compute capability of each engine.
 
     Raises:
-        EngineError: one is for none or several, two are for the same, or they differ in more than the GPU.
+        EngineError: one is for none or several, two are for the same, or they differ in more than
+            the GPU.
     """
     found: list[str] = []
     for model in engines:
@@ -231,7 +240,9 @@ def result_tensors(model: Deployable) -> list[Tensor]:
 def ensemble_configs(
     name: str, detector: dict[str, Any], model: Deployable, options: TritonOptions
 ) -> list[dict[str, Any]]:
-    """Preprocessing, postprocessing and the ensemble around a detector's configuration: encoded images in, boxes in source pixels out."""
+    """Preprocessing, postprocessing and the ensemble around a detector's configuration: encoded
+    images in, boxes in source pixels out.
+    """
     largest: int = detector["max_batch_size"]
     batch = leading_dims(model, largest)
     # With max_batch_size 0 the images are the one dimension there is.
@@ -314,14 +325,15 @@ def write_repository(
 ) -> list[Path]:
     """Add a model to a repository, as a new version where it is there already.
 
-    The engine is called `name`. An ONNX file beside it is called `name`_onnx, one alone `name`; it is lowered to ordinary operators. An
-    ensemble is around the model called `name`.
+    The engine is called `name`. An ONNX file beside it is called `name`_onnx, one alone `name`; it
+    is lowered to ordinary operators. An ensemble is around the model called `name`.
 
     Returns:
         The version folders written.
 
     Raises:
-        ValueError: the configuration that is there is another one, or Triton would not read the new one.
+        ValueError: the configuration that is there is another one, or Triton would not read the new
+            one.
         EngineError: an engine that cannot be served.
     """
     planned: list[_Planned] = []
@@ -346,7 +358,9 @@ def write_repository(
 
 @dataclass(frozen=True)
 class _Planned:
-    """A model of the repository before it is written: the files of its version folder are paths to copy, or bytes."""
+    """A model of the repository before it is written: the files of its version folder are paths
+    to copy, or bytes.
+    """
 
     config: dict[str, Any]
     source: Deployable
@@ -435,7 +449,9 @@ def _check_config_there(path: Path, text: str) -> None:
 
 
 def _interface(text: str) -> list[str]:
-    """What a client, and the model file, must agree with: lines, and the fields of the JSON in parameters."""
+    """What a client, and the model file, must agree with: lines, and the fields of the JSON in
+    parameters.
+    """
     found: list[str] = []
     for line in _lines(text):
         name, _, value = line.partition(": ")
@@ -447,7 +463,9 @@ def _interface(text: str) -> list[str]:
 
 
 def _parameter_fields(value: str) -> list[str]:
-    """Of a parameter in JSON, a line per field, in a fixed order; class names, which may be edited, left out."""
+    """Of a parameter in JSON, a line per field, in a fixed order; class names, which may be
+    edited, left out.
+    """
     try:
         text = reading.parse(value, str, name="string_value", remedy="")
         fields: dict[str, Any] = reading.parse(text, dict[str, Any], name="JSON", remedy="")
@@ -468,7 +486,9 @@ def _short(line: str | None) -> str:
 
 
 def _say_what_is_kept(folder: Path, model: _Planned) -> None:
-    """Warn of what this run would have written otherwise into the configuration and the labels that are there."""
+    """Warn of what this run would have written otherwise into the configuration and the labels
+    that are there.
+    """
     names = (*INTERFACE, "string_value")
     there = _lines(files.read_text(folder / "config.pbtxt"))
     new = (line for line in _lines(model.text) if line.split(":")[0] not in names)
@@ -490,7 +510,9 @@ def next_version(folder: Path) -> int:
 
 
 def _add_version(folder: Path, model: _Planned) -> Path:
-    """Configuration and labels, where they are not there, then the folder of the next version, whole."""
+    """Configuration and labels, where they are not there, then the folder of the next version,
+    whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     version = folder / str(next_version(folder))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new.") as temporary:

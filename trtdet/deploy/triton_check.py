@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Triton would refuse in a repository, and what it would accept but should not, found without a server.
+"""What Triton would refuse in a repository, and what it would accept but should not, found without
+a server.
 
-`config.pbtxt` is parsed with Triton's own protobuf, which tritonclient brings; the rules across fields are those of Triton's core and
-its TensorRT backend, and the model files themselves (sidecar, ONNX metadata) say which tensors and batch sizes are right.
+`config.pbtxt` is parsed with Triton's own protobuf, which tritonclient brings; the rules across
+fields are those of Triton's core and its TensorRT backend, and the model files themselves (sidecar,
+ONNX metadata) say which tensors and batch sizes are right.
 """
 
 import os
@@ -199,7 +201,9 @@ def _tensor_faults(kind: str, expected: Any, found: Any, batch: list[int]) -> It
 
 
 def _ensemble_faults(config: Any, configs: Mapping[str, Any]) -> Iterator[str]:
-    """Every tensor is made once, before it is used, and by a model that agrees on its type and dims."""
+    """Every tensor is made once, before it is used, and by a model that agrees on its type and
+    dims.
+    """
     made = {tensor.name: tensor for tensor in config.input}
     used: set[str] = set()
     for step in config.ensemble_scheduling.step:

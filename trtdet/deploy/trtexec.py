@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""trtexec: the command lines that measure a model as `infer.py --benchmark` does, and its results in the same table.
+"""trtexec: the command lines that measure a model as `infer.py --benchmark` does, and its results
+in the same table.
 
-Options come and go between releases, and TensorRT 11 turned three defaults over: it leaves out the copies of inputs and outputs, waits
-actively, and uses a CUDA graph, none of which 8.6 and 10 do unless asked. The lines here ask for the same on all: copies, active waiting, a graph.
+Options come and go between releases, and TensorRT 11 turned three defaults over: it leaves out the
+copies of inputs and outputs, waits actively, and uses a CUDA graph, none of which 8.6 and 10 do
+unless asked. The lines here ask for the same on all: copies, active waiting, a graph.
 
 | | 8.6 | 10 | 11 |
 |---|---|---|---|
@@ -13,7 +15,8 @@ actively, and uses a CUDA graph, none of which 8.6 and 10 do unless asked. The l
 | libraries of plugins | --staticPlugins | --staticPlugins | --staticPlugins |
 | an engine of another version | --versionCompatible | --versionCompatible | --versionCompatible |
 
-Source: NVIDIA/TensorRT samples/common/sampleOptions.cpp and sampleReporting.cpp of releases 8.6 to 11.1.
+Source: NVIDIA/TensorRT samples/common/sampleOptions.cpp and sampleReporting.cpp of releases 8.6 to
+11.1.
 """
 
 import re
@@ -47,7 +50,8 @@ class TrtexecOptions:
         precision: for an ONNX file: fp32, fp16, int8; "typed" takes the types in the file.
         save_engine: for an ONNX file: keep what is built.
         times: where trtexec writes the time of every batch.
-        plugins: libraries that the model needs; those of the same name in an engine's sidecar are meant by it.
+        plugins: libraries that the model needs; those of the same name in an engine's sidecar are
+            meant by it.
     """
 
     batch: int | None = None
@@ -65,7 +69,8 @@ def command(model: Deployable, version: Version, options: TrtexecOptions) -> lis
 
     Raises:
         EngineError: a version before 8.6, or an engine of TensorRT-RTX.
-        ValueError: a batch the model does not take, or a precision that this version does not choose.
+        ValueError: a batch the model does not take, or a precision that this version does not
+            choose.
     """
     check_servable(model, "trtexec")
     if version < OLDEST:
@@ -78,7 +83,7 @@ def command(model: Deployable, version: Version, options: TrtexecOptions) -> lis
             f"--batch_size {batch}: {model.path.name} takes batches of {model.batches}"
         )
     arguments = _build_arguments(model, version, options, batch)
-    if model.has_free_shape:
+    if model.has_dynamic_shape:
         arguments.append(f"--shapes={_shape(model, batch)}")
     arguments += [f"--staticPlugins={path}" for path in _plugins(model, options)]
     if version >= (11,):
@@ -98,7 +103,9 @@ def command(model: Deployable, version: Version, options: TrtexecOptions) -> lis
 
 
 def _plugins(model: Deployable, options: TrtexecOptions) -> list[Path]:
-    """Those named, and those that the sidecar names; a version-compatible engine carries its own."""
+    """Those named, and those that the sidecar names; a version-compatible engine carries its
+    own.
+    """
     named = {path.name for path in options.plugins}
     info = model.engine
     needed = info.plugins if info is not None and not info.version_compatible else ()
@@ -140,7 +147,7 @@ def _build_arguments(
             arguments.append(f"--useDLACore={model.engine.dla_core}")
         return arguments
     arguments = [f"--onnx={model.path}", *_precision_arguments(model, version, options)]
-    if model.has_free_shape:
+    if model.has_dynamic_shape:
         arguments += [f"--{bound}Shapes={_shape(model, batch)}" for bound in ("min", "opt", "max")]
     if options.save_engine:
         arguments.append(f"--saveEngine={options.save_engine}")
@@ -182,7 +189,8 @@ def find_trtexec() -> Path:
 
 
 def installed_version(trtexec: Path) -> Version:
-    """What `trtexec --help` says of itself in its first line: "[TensorRT v101303]", "[TensorRT v8601]".
+    """What `trtexec --help` says of itself in its first line: "[TensorRT v101303]", "[TensorRT
+    v8601]".
 
     Raises:
         EngineError: it does not run, or says something else.
@@ -202,7 +210,9 @@ def installed_version(trtexec: Path) -> Version:
 
 
 def parse_banner(number: int) -> Version:
-    """NV_TENSORRT_VERSION: 8601 -> (8, 6, 1); two digits a part from TensorRT 10 on, 101303 -> (10, 13, 3)."""
+    """NV_TENSORRT_VERSION: 8601 -> (8, 6, 1); two digits a part from TensorRT 10 on, 101303 ->
+    (10, 13, 3).
+    """
     if number < 100_000:
         return number // 1000, number // 100 % 10, number % 100
     return number // 10_000, number // 100 % 100, number % 100
@@ -283,7 +293,10 @@ def measurement_of_times(path: Path, batch_size: int) -> Measurement:
 
 
 def batch_of_log(text: str) -> int | None:
-    """The batch size in the command line that a log begins with; None for a model of one shape, which needs no --shapes."""
+    """The batch size in the command line that a log begins with.
+
+    None for a model of one shape, which needs no --shapes.
+    """
     found = re.search(r"--shapes=[^\s:]+:(\d{1,9})x", text)
     return int(found[1]) if found else None
 

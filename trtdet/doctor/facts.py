@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is on this machine, read with the standard library alone. Nothing is changed, and nothing is judged: `judge` does that.
+"""What is on this machine, read with the standard library alone.
 
-Packages are imported in child processes with a time limit: one that crashes or hangs is a fact, too.
+Nothing is changed, and nothing is judged: `judge` does that.
+
+Packages are imported in child processes with a time limit: one that crashes or hangs is a fact,
+too.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ LISTED = (
 )  # fmt: skip
 PROBE = Path(__file__).with_name("probe.py")
 ROOT = Path(__file__).parents[2]
-#: Variables that name folders in which modules leave something when they are imported: Keras, Matplotlib, CUDA, anyone.
+#: Variables that name folders in which modules leave something when they are imported: Keras,
+#: Matplotlib, CUDA, anyone.
 CACHES = ("KERAS_HOME", "MPLCONFIGDIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME", "TMPDIR")
 #: Seconds for a group of modules, and for nvidia-smi.
 PROBE_SECONDS = 120
@@ -166,7 +170,7 @@ def collect() -> Facts:
     )
 
 
-# --- Python and its packages --------------------------------------------------------------------------------------------------
+# --- Python and its packages ----------------------------------------------------------------------
 
 
 def running_environment() -> str:
@@ -212,7 +216,9 @@ def run_probe(
 
 
 def parse_probe(names: Sequence[str], output: str, ended: str) -> dict[str, Module]:
-    """The child's lines; the first module without one is what ended it, those after it are left out."""
+    """The child's lines; the first module without one is what ended it, those after it are left
+    out.
+    """
     found = {}
     answered = 0
     for name, line in zip(names, output.splitlines(), strict=False):
@@ -231,7 +237,9 @@ def parse_probe(names: Sequence[str], output: str, ended: str) -> dict[str, Modu
 
 
 def interpreter_flags() -> list[str]:
-    """Flags with which a child looks for modules where this process does; it leaves no compiled files."""
+    """Flags with which a child looks for modules where this process does; it leaves no compiled
+    files.
+    """
     flags = sys.flags
     chosen = {"-S": flags.no_site, "-E": flags.ignore_environment, "-s": flags.no_user_site, "-I": flags.isolated}  # fmt: skip
     return ["-B", *(flag for flag, given in chosen.items() if given)]
@@ -264,7 +272,9 @@ def package_requirements() -> dict[str, str]:
 
 
 def parse_requirements(lines: Sequence[str]) -> dict[str, str]:
-    """ "ray[data]>=2.49,<2.61  # why" -> {"ray": ">=2.49,<2.61"}; the packaging standard's order of limits does not matter."""
+    """ "ray[data]>=2.49,<2.61  # why" -> {"ray": ">=2.49,<2.61"}; the packaging standard's order
+    of limits does not matter.
+    """
     found = {}
     for line in lines:
         match = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*([<>=!~][^;#]*)", line)
@@ -281,7 +291,7 @@ def read_text(path: Path) -> str:
         return ""
 
 
-# --- the GPU ------------------------------------------------------------------------------------------------------------------
+# --- the GPU --------------------------------------------------------------------------------------
 
 
 def read_gpus() -> tuple[tuple[Gpu, ...], str | None, str | None, str]:
@@ -312,7 +322,9 @@ def run_tool(command: Sequence[str]) -> tuple[int, str]:
 
 
 def parse_gpus(output: str) -> tuple[tuple[Gpu, ...], str | None]:
-    """nvidia-smi's lines of name, compute capability, memory, free memory, driver; "[N/A]" is what a Jetson says."""
+    """nvidia-smi's lines of name, compute capability, memory, free memory, driver; "[N/A]" is
+    what a Jetson says.
+    """
     gpus, driver = [], None
     for line in output.splitlines():
         parts = [part.strip() for part in line.split(",")]
@@ -332,7 +344,8 @@ def parse_gpus(output: str) -> tuple[tuple[Gpu, ...], str | None]:
 
 
 def parse_driver_cuda(output: str) -> str | None:
-    """ "CUDA Version: 12.8" in the head of nvidia-smi's table: the newest that the driver supports, not what is installed.
+    """ "CUDA Version: 12.8" in the head of nvidia-smi's table: the newest that the driver supports,
+    not what is installed.
 
     Source: docs.nvidia.com/deeplearning/tensorrt/11.4.0/installing-tensorrt/prerequisites.html
     """
@@ -341,12 +354,17 @@ def parse_driver_cuda(output: str) -> str | None:
 
 
 def parse_l4t(text: str) -> str | None:
-    """ "# R36 (release), REVISION: 4.3, ..." of /etc/nv_tegra_release -> "R36.4.3"; None where it says something else."""
+    """ "# R36 (release), REVISION: 4.3, ..." of /etc/nv_tegra_release -> "R36.4.3".
+
+    None where it says something else.
+    """
     match = re.match(r"#\s*R(\d+)\s*\(release\),\s*REVISION:\s*([\d.]+)", text)
     return f"R{match[1]}.{match[2]}" if match else None
 
 
 def system_tensorrt(root: Path) -> str:
-    """The folder of the TensorRT that the system's packages bring to Python, as JetPack's do; "" for none."""
+    """The folder of the TensorRT that the system's packages bring to Python, as JetPack's do; ""
+    for none.
+    """
     found = sorted(root.glob("python3*/dist-packages/tensorrt/__init__.py"))
     return str(found[0].parent) if found else ""

@@ -36,9 +36,11 @@ def bring(facts: Facts, modules: Sequence[str], *, tensorrt: bool = False) -> st
 
 
 def pip_install(facts: Facts, modules: Sequence[str]) -> str:
-    """pip with the files of the repository that list these modules, or with the extras of the installed package.
+    """pip with the files of the repository that list these modules, or with the extras of the
+    installed package.
 
-    CUDA for Python is named alone: the files that have it bring a TensorRT, which is another question.
+    CUDA for Python is named alone: the files that have it bring a TensorRT, which is another
+    question.
     """
     files = dict.fromkeys(requirement_file(module) for module in modules if module != "cuda")
     if facts.checkout:
@@ -63,7 +65,9 @@ def activate(facts: Facts) -> str:
 
 
 def new_environment(facts: Facts) -> str:
-    """What goes before pip where the system's Python takes no packages; JetPack's TensorRT stays visible in it."""
+    """What goes before pip where the system's Python takes no packages; JetPack's TensorRT stays
+    visible in it.
+    """
     if facts.environment or not facts.managed:
         return ""
     visible = " --system-site-packages" if facts.jetson else ""
@@ -71,7 +75,9 @@ def new_environment(facts: Facts) -> str:
 
 
 def tensorrt_command(facts: Facts) -> str:
-    """The command that brings a TensorRT for this machine: JetPack's on a Jetson, else wheels for the card and the driver's CUDA."""
+    """The command that brings a TensorRT for this machine: JetPack's on a Jetson, else wheels
+    for the card and the driver's CUDA.
+    """
     if facts.jetson:  # a newer one comes with a newer JetPack alone
         return "" if facts.jetpack_tensorrt else "sudo apt-get install nvidia-jetpack"
     cuda = driver_cuda(facts)
@@ -82,7 +88,8 @@ def tensorrt_command(facts: Facts) -> str:
     first, end = max(low for low, _ in ranges), min(high for _, high in ranges)
     if first >= end:  # cards that no release knows together
         return ""
-    # "tensorrt" brings CUDA 13's: docs.nvidia.com/deeplearning/tensorrt/10.16.1/installing-tensorrt/install-pip.html
+    # "tensorrt" brings CUDA 13's:
+    # docs.nvidia.com/deeplearning/tensorrt/10.16.1/installing-tensorrt/install-pip.html
     wheel = "tensorrt-cu12" if cuda == 12 and end > (10,) else "tensorrt"
     old = [name for name in TENSORRT_WHEELS if name in facts.distributions and name != wheel]
     remove = f"pip uninstall -y {' '.join(old)} && " if old else ""
@@ -90,7 +97,10 @@ def tensorrt_command(facts: Facts) -> str:
 
 
 def driver_cuda(facts: Facts) -> int | None:
-    """The newest major version of CUDA that the driver supports; None where there is no driver, or a Jetson's that does not say."""
+    """The newest major version of CUDA that the driver supports.
+
+    None where there is no driver, or a Jetson's that does not say.
+    """
     if facts.driver_cuda:
         return parse_version(facts.driver_cuda)[0]
     if not facts.driver or facts.jetson:  # L4T numbers the drivers of a Jetson in its own way

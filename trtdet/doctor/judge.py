@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the facts mean: for each stage whether it runs, what is missing and the one command that brings it; and pairs known not to fit."""
+"""What the facts mean: for each stage whether it runs, what is missing and the one command that
+brings it; and pairs known not to fit.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from trtdet.doctor.pairs import (
 #: The modules that are probed under another name than their package's.
 PROBED_AS = {"cuda": "cuda.bindings.runtime"}
 
-#: What each stage imports of requirements.txt; tests/doctor/test_judge.py holds it against the code.
+#: What each stage imports of requirements.txt; tests/doctor/test_judge.py holds it against the
+#: code.
 LOOK = ("numpy", "PIL", "cv2")
 RUN = (*LOOK, "tqdm", "msgspec", "onnx", "onnxruntime")
 CONVERT = ("numpy", "msgspec", "onnx", "onnx_graphsurgeon", "onnxruntime", "PIL")
@@ -31,7 +34,8 @@ CONVERT = ("numpy", "msgspec", "onnx", "onnx_graphsurgeon", "onnxruntime", "PIL"
 #: What a row needs beyond modules.
 Needs = Literal["", "builder", "runner"]
 
-#: Stage, with what, modules, and what else. The rows of the main chain are those with an ONNX file of `MAIN_CHAIN`.
+#: Stage, with what, modules, and what else. The rows of the main chain are those with an ONNX file
+#: of `MAIN_CHAIN`.
 ROWS: tuple[tuple[str, str, tuple[str, ...], Needs], ...] = (
     ("create_onnx", "an ONNX file", CONVERT, ""),
     ("create_onnx", "a SavedModel", (*CONVERT, "tensorflow", "tf2onnx"), ""),
@@ -134,12 +138,17 @@ def lacking(facts: Facts, module: str) -> str:
 
 
 def is_probed(module: str) -> bool:
-    """Whether a module is imported to see if it works; of the others the version is all that is known."""
+    """Whether a module is imported to see if it works; of the others the version is all that is
+    known.
+    """
     return module not in ("tf2onnx", "tritonclient", "ray")
 
 
 def no_builder(facts: Facts) -> list[str]:
-    """Why no engine can be built here; empty where one can. TensorRT-RTX builds without a GPU, for cards that are named."""
+    """Why no engine can be built here; empty where one can.
+
+    TensorRT-RTX builds without a GPU, for cards that are named.
+    """
     if imports(facts, "tensorrt_rtx"):
         return []
     if not imports(facts, "tensorrt"):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packages this project uses: which requirement file and which extra of the package bring them."""
+"""The packages this project uses: which requirement file and which extra of the package bring
+them.
+"""
 
 from __future__ import annotations
 
@@ -34,5 +36,7 @@ def requirement_file(module: str) -> str:
 
 
 def extra_of(file: str) -> str:
-    """requirements-tensorrt.txt -> tensorrt, the extra of the installed package that brings the same; "" for requirements.txt."""
+    """requirements-tensorrt.txt -> tensorrt, the extra of the installed package that brings the
+    same; "" for requirements.txt.
+    """
     return file.removeprefix("requirements").removesuffix(".txt").removeprefix("-")

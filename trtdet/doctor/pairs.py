@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs that are known not to go together: driver and CUDA, TensorRT and card, two packages of one module."""
+"""Pairs that are known not to go together: driver and CUDA, TensorRT and card, two packages of
+one module.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def cuda_in_use(facts: Facts) -> Iterator[tuple[str, int]]:
 
 
 def driver_refuses(facts: Facts, cuda: int) -> str:
-    """Why the driver does not run a major version of CUDA; "" where it does, or where there is no driver to ask.
+    """Why the driver does not run a major version of CUDA; "" where it does, or where there is no
+    driver to ask.
 
     Within a major version any driver that supports the first release will do.
     """
@@ -96,7 +99,8 @@ def tensorrt_problems(facts: Facts) -> Iterator[Finding]:
                 yield Finding(f"TensorRT-RTX {facts.modules['tensorrt_rtx'].version} runs on compute capability {names}; {card(gpu)} needs TensorRT (--flavor tensorrt)", command)  # fmt: skip
     wheels = [name for name in TENSORRT_WHEELS if from_pip(facts, name)]
     if facts.jetson and facts.jetpack_tensorrt and wheels:
-        # "NVIDIA JetPack is not supported": docs.nvidia.com/deeplearning/tensorrt/11.2.1/installing-tensorrt/install-pip.html
+        # "NVIDIA JetPack is not supported":
+        # docs.nvidia.com/deeplearning/tensorrt/11.2.1/installing-tensorrt/install-pip.html
         found = ", ".join(f"{name} {facts.distributions[name].version}" for name in wheels)
         yield Finding(f"{found} from pip hides JetPack's TensorRT in {facts.jetpack_tensorrt}; a Jetson ({facts.jetson}) needs that one", f"pip uninstall -y {' '.join(wheels)}")  # fmt: skip
     majors = [name for name in wheels if name != "tensorrt"]
@@ -105,7 +109,9 @@ def tensorrt_problems(facts: Facts) -> Iterator[Finding]:
 
 
 def tensorrt_refuses(facts: Facts) -> list[str]:
-    """Why the TensorRT that is here cannot be used with the cards; empty where it can, or where it does not import."""
+    """Why the TensorRT that is here cannot be used with the cards; empty where it can, or where
+    it does not import.
+    """
     module = facts.modules.get("tensorrt")
     if module is None or module.error:
         return []
@@ -126,7 +132,8 @@ def tensorrt_refuses(facts: Facts) -> list[str]:
 
 
 def onnxruntime_problems(facts: Facts) -> Iterator[Finding]:
-    """Both packages write the same folder; whichever came last has its files there, and GPU providers vanish without a word.
+    """Both packages write the same folder; whichever came last has its files there, and GPU
+    providers vanish without a word.
 
     Source: github.com/microsoft/onnxruntime/issues/26996.
     """
@@ -141,7 +148,10 @@ def onnxruntime_problems(facts: Facts) -> Iterator[Finding]:
 
 
 def version_problems(facts: Facts) -> Iterator[Finding]:
-    """Packages whose version is not one that this project takes. TensorRT has rules of its own, above."""
+    """Packages whose version is not one that this project takes.
+
+    TensorRT has rules of its own, above.
+    """
     for name, wanted in facts.requirements.items():
         for installed in (name, "onnxruntime-gpu") if name == "onnxruntime" else (name,):
             found = facts.distributions.get(installed)
@@ -160,7 +170,7 @@ def within(version: str, wanted: str) -> bool:
     return True
 
 
-# --- questions that `judge` asks, too -----------------------------------------------------------------------------------------
+# --- questions that `judge` asks, too -------------------------------------------------------------
 
 
 def has_gpu(facts: Facts) -> bool:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run as a program of its own, by `facts`: imports the modules it is given, one after the other, and prints a line of JSON for each.
+"""Run as a program of its own, by `facts`: imports the modules it is given, one after the other,
+and prints a line of JSON for each.
 
 A module that crashes takes this process with it, not the one that asks; the lines before it stand.
 """
@@ -11,7 +12,9 @@ import sys
 
 
 def describe(name):  # type: ignore[no-untyped-def]
-    """What is to be known of a module: a dictionary; {"missing": true} where it is not installed."""
+    """What is to be known of a module: a dictionary; {"missing": true} where it is not
+    installed.
+    """
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -46,7 +49,8 @@ def loaded_library():  # type: ignore[no-untyped-def]
 
 
 def main():  # type: ignore[no-untyped-def]
-    # Modules are looked for where the stages look, not beside this file or in the folder where the user stands.
+    # Modules are looked for where the stages look, not beside this file or in the folder where the
+    # user stands.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if path and os.path.abspath(path) != here]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

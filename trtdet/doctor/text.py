@@ -75,7 +75,9 @@ def gpu_text(gpu: Gpu) -> str:
 
 
 def versions(facts: Facts, names: tuple[str, ...]) -> str:
-    """The versions of the distributions that are installed, each with its name where there are several."""
+    """The versions of the distributions that are installed, each with its name where there are
+    several.
+    """
     there = [name for name in names if name in facts.distributions]
     if len(there) == 1 and len(names) == 1:
         return facts.distributions[there[0]].version
@@ -102,7 +104,9 @@ def details(module: Module) -> Iterator[str]:
 
 
 def stage_lines(stages: tuple[Stage, ...]) -> Iterator[str]:
-    """One line for each row; below it the command that brings what is missing, once for rows that follow each other."""
+    """One line for each row; below it the command that brings what is missing, once for rows
+    that follow each other.
+    """
     shown = ""
     for stage in stages:
         state = "ok" if stage.works else "--"

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX in memory to a TensorRT engine and its sidecar: all that this project knows about building, for every TensorRT.
+"""ONNX in memory to a TensorRT engine and its sidecar: all that this project knows about building,
+for every TensorRT.
 
-model (precision as tensor types)  ->  network  ->  profile, flags  ->  plan  ->  read back  ->  <engine>, <engine>.json
+model (precision as tensor types) -> network -> profile, flags -> plan -> read back
+    -> <engine>, <engine>.json
 
-The plan is written as it is, so that trtexec, Triton and DeepStream load it; what it does not say goes into `trtdet.engine.sidecar`.
+The plan is written as it is, so that trtexec, Triton and DeepStream load it; what it does not say
+goes into `trtdet.engine.sidecar`.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Warnings that ask for nothing: one per scale of a convolution, which ONNX (to opset 22) wants in the type of the tensor, FP16.
+#: Warnings that ask for nothing: one per scale of a convolution, which ONNX (to opset 22) wants in
+#: the type of the tensor, FP16.
 EXPECTED_WARNINGS = re.compile(r"Converting conv (weight|activation) scales to fp32")
 
 #: Parser errors shown in one message: the first is the cause more often than not.
@@ -77,7 +81,8 @@ def check_batch(model: onnx.ModelProto, options: BuildOptions) -> None:
 
 
 def choose_size(preprocessing: Preprocessing, size: SizeRange | None) -> Preprocessing:
-    """The input of an engine, of all that the model takes: the sizes asked for, or the one that the model names.
+    """The input of an engine, of all that the model takes: the sizes asked for, or the one that the
+    model names.
 
     Raises:
         ValueError: the model does not take them.
@@ -127,10 +132,12 @@ def build(
     """Build the plan and read back what it is.
 
     Args:
-        preprocessing: of `choose_size`, which the engine's input follows; None: the model's input has one size.
+        preprocessing: of `choose_size`, which the engine's input follows; None: the model's input
+            has one size.
 
     Raises:
-        EngineError: TensorRT's parser or builder failed, or built something else than asked; its messages are inside.
+        EngineError: TensorRT's parser or builder failed, or built something else than asked; its
+            messages are inside.
         GraphError: the model does not end in the four outputs.
         KeyboardInterrupt: Ctrl-C; the builder was stopped.
     """
@@ -302,7 +309,8 @@ def _without_expected_warnings(flavor: Flavor) -> Iterator[None]:
 
 @contextmanager
 def _interrupt_as_event() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into an event: an exception in one of TensorRT's callbacks would end the process without a word.
+    """Turn Ctrl-C into an event: an exception in one of TensorRT's callbacks would end the process
+    without a word.
 
     A second Ctrl-C ends it all the same.
     """
@@ -323,7 +331,10 @@ def _interrupt_as_event() -> Iterator[threading.Event]:
 
 
 def _progress_monitor(trt: Any, bar: tqdm[Any], cancelled: threading.Event) -> Any:
-    """TensorRT's nested phases as one bar, and the way to stop it. None of its methods may raise."""
+    """TensorRT's nested phases as one bar, and the way to stop it.
+
+    None of its methods may raise.
+    """
 
     @dataclass
     class Phase:
@@ -360,7 +371,7 @@ def _progress_monitor(trt: Any, bar: tqdm[Any], cancelled: threading.Event) -> A
     return ProgressMonitor()
 
 
-# --- read back --------------------------------------------------------------------------------------------------------------
+# --- read back ------------------------------------------------------------------------------------
 
 
 def _read_back(
@@ -371,7 +382,9 @@ def _read_back(
     *,
     weak: bool,
 ) -> LayerShares:
-    """What was built: from the engine itself; for an RTX engine whose GPU is not here, from its plan, or the network's types."""
+    """What was built: from the engine itself; for an RTX engine whose GPU is not here, from its
+    plan, or the network's types.
+    """
     trt: Any = flavor.module
     runtime: tensorrt.Runtime = trt.Runtime(flavor.logger)
     if options.version_compatible:

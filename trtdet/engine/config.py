@@ -31,15 +31,18 @@ def _set_profile(
     options: BuildOptions,
     preprocessing: Preprocessing | None,
 ) -> BatchRange:
-    """Add one optimization profile where the batch or the size is dynamic. Returns the batch sizes of the engine."""
+    """Add one optimization profile where the batch or the size is dynamic.
+
+    Returns the batch sizes of the engine.
+    """
     trt: Any = flavor.module
     if network.num_inputs != 1:
         names = ", ".join(network.get_input(i).name for i in range(network.num_inputs))
         raise GraphError(f"model: expected one input, images, found {network.num_inputs}: {names}")
     image = network.get_input(0)
     size, *rest = (image.shape[axis] for axis in range(len(image.shape)))
-    free = any(dim < 1 for dim in rest)
-    if free and (preprocessing is None or preprocessing.size_range is None):
+    dynamic = any(dim < 1 for dim in rest)
+    if dynamic and (preprocessing is None or preprocessing.size_range is None):
         raise GraphError(
             f"input '{image.name}': expected only the batch to be dynamic, found {(size, *rest)}; "
             "convert the model with a fixed size, create_onnx.py --input_shape"
@@ -47,9 +50,9 @@ def _set_profile(
     batch = options.batch or BatchRange(1, 1, 1)
     if size > 0:
         batch = BatchRange(size, size, size)
-        if not free:
+        if not dynamic:
             return batch
-    images = preprocessing.image_shapes if preprocessing and free else (rest, rest, rest)
+    images = preprocessing.image_shapes if preprocessing and dynamic else (rest, rest, rest)
     profile: tensorrt.IOptimizationProfile = builder.create_optimization_profile()
     counts = (batch.min, batch.opt, batch.max)
     shapes = [trt.Dims([n, *dims]) for n, dims in zip(counts, images, strict=True)]
@@ -102,7 +105,9 @@ def _set_precision(
     *,
     weak: bool,
 ) -> None:
-    """TF32 as asked; with weak typing, FP16 and INT8 by flags, and what must stay wider pinned layer by layer."""
+    """TF32 as asked; with weak typing, FP16 and INT8 by flags, and what must stay wider pinned
+    layer by layer.
+    """
     flag: type[tensorrt.BuilderFlag] = flavor.module.BuilderFlag
     dtype: type[tensorrt.DataType] = flavor.module.DataType
     if options.precision == "tf32":
@@ -139,7 +144,9 @@ def _pin(
     network: tensorrt.INetworkDefinition,
     types: Mapping[str, tensorrt.DataType],
 ) -> None:
-    """Make the layers of some ONNX nodes compute in a type, those in float32 with float32 outputs."""
+    """Make the layers of some ONNX nodes compute in a type, those in float32 with float32
+    outputs.
+    """
     dtype: type[tensorrt.DataType] = flavor.module.DataType
     kind: type[tensorrt.LayerType] = flavor.module.LayerType
     typeless = (kind.CONSTANT, kind.SHAPE, kind.QUANTIZE, kind.DEQUANTIZE)
@@ -160,7 +167,10 @@ def _pin(
 def _set_calibrator(
     flavor: Flavor, config: tensorrt.IBuilderConfig, scales: CalibrationCache | None
 ) -> Any:
-    """Give TensorRT the scales of an implicitly quantized network. Returns the calibrator, which the config does not keep alive."""
+    """Give TensorRT the scales of an implicitly quantized network.
+
+    Returns the calibrator, which the config does not keep alive.
+    """
     if scales is None:
         return None
     calibrator = _cache_calibrator(flavor.module, scales.to_text(flavor.version).encode())
@@ -171,7 +181,8 @@ def _set_calibrator(
 def _cache_calibrator(trt: Any, text: bytes) -> Any:
     """A calibrator that never calibrates: it has the cache and no images.
 
-    The class is made here because its base is there only once TensorRT is, and not at all from 11.0 on.
+    The class is made here because its base is there only once TensorRT is, and not at all from 11.0
+    on.
     """
 
     class CacheCalibrator(trt.IInt8EntropyCalibrator2):
@@ -218,7 +229,9 @@ def _set_compatibility(
 def _load_timing_cache(
     flavor: Flavor, config: tensorrt.IBuilderConfig, options: BuildOptions
 ) -> tensorrt.ITimingCache | None:
-    """Give the builder the file's timings; those of another version or GPU are dropped with a warning."""
+    """Give the builder the file's timings; those of another version or GPU are dropped with a
+    warning.
+    """
     path = options.timing_cache
     if path is None:
         return None

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a build would be, from the model and the options alone: nothing is built, calibrated or written."""
+"""What a build would be, from the model and the options alone: nothing is built, calibrated or
+written.
+"""
 
 import math
 from collections import Counter
@@ -61,10 +63,12 @@ def plan_file(
     save_onnx: Path | None = None,
     flavor_name: str | None = None,
 ) -> DryRun:
-    """What `stage.build_file` with the same arguments would do, `stage.prepare_file` without an engine.
+    """What `stage.build_file` with the same arguments would do, `stage.prepare_file` without an
+    engine.
 
     Raises:
-        OSError, GraphError, EngineError, ValueError: what a build would refuse, as far as it is known before calibration.
+        OSError, GraphError, EngineError, ValueError: what a build would refuse, as far as it is
+            known before calibration.
     """
     outputs = [engine_path, sidecar_path(engine_path) if engine_path else None, save_onnx]
     files.check_outputs(outputs, [onnx_path])
@@ -190,7 +194,9 @@ def _memory(body: Body, options: BuildOptions, batch: int) -> list[str]:
 def peak_values(
     network: onnx.ModelProto, batch: int, image_shape: tuple[int, ...]
 ) -> tuple[int, int]:
-    """The most numbers that are alive at the same time when the nodes run in their order, and tensors of unknown size."""
+    """The most numbers that are alive at the same time when the nodes run in their order, and
+    tensors of unknown size.
+    """
     model = onnx.ModelProto()
     model.CopyFrom(network)
     del model.graph.value_info[:]

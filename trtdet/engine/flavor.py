@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which TensorRT is here, and what it can do: `tensorrt` 8.6, 10 or 11, or `tensorrt_rtx`.
 
-The version is parsed once, into integers. Everything that differs between the four is a question to a `Flavor`; how the answer is
-put into effect stands in `trtdet.engine.config`.
+The version is parsed once, into integers. Everything that differs between the four is a question to
+a `Flavor`; how the answer is put into effect stands in `trtdet.engine.config`.
 
 | | 8.6, 9 | 10 | 11 | RTX |
 |---|---|---|---|---|
@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 #: Module name -> what it is called; in the order in which they are looked for.
 FLAVORS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
-#: The first release with the tensor-name API, version-compatible engines and memory pools, all of which are taken for granted.
+#: The first release with the tensor-name API, version-compatible engines and memory pools, all of
+#: which are taken for granted.
 OLDEST_TENSORRT = (8, 6)
 
 INSTALL_HINT = (
@@ -68,7 +69,7 @@ class Flavor:
     def is_rtx(self) -> bool:
         return self.name == "tensorrt_rtx"
 
-    # --- what it can do: one question each ----------------------------------------------------------------------------------
+    # --- what it can do: one question each --------------------------------------------------------
 
     @property
     def strongly_typed(self) -> bool:
@@ -92,7 +93,9 @@ class Flavor:
 
     @property
     def contexts_share_profiles(self) -> bool:
-        """Whether several execution contexts may use one optimization profile; before 10 only with a preview feature at build time."""
+        """Whether several execution contexts may use one optimization profile; before 10 only
+        with a preview feature at build time.
+        """
         return self.is_rtx or self.version >= (10,)
 
     @property
@@ -106,17 +109,24 @@ class Flavor:
 
     @property
     def has_timing_cache(self) -> bool:
-        """RTX times nothing when it builds; its functions for the cache are deprecated and do nothing (1.2)."""
+        """RTX times nothing when it builds; its functions for the cache are deprecated and do
+        nothing (1.2).
+        """
         return not self.is_rtx
 
     @property
     def version_compatible(self) -> bool:
-        """Whether it builds engines for later versions of itself. RTX accepts the flag and then misses its lean runtime."""
+        """Whether it builds engines for later versions of itself.
+
+        RTX accepts the flag and then misses its lean runtime.
+        """
         return not self.is_rtx
 
     @property
     def hardware_compatible(self) -> bool:
-        """Whether `HardwareCompatibilityLevel` means something: RTX engines are portable without it."""
+        """Whether `HardwareCompatibilityLevel` means something: RTX engines are portable without
+        it.
+        """
         return not self.is_rtx
 
     @property
@@ -125,7 +135,9 @@ class Flavor:
 
     @property
     def has_dla(self) -> bool:
-        """Whether a version may drive the DLA of a Jetson (10.8 to 10.16 do not everywhere); if one is here, the builder knows."""
+        """Whether a version may drive the DLA of a Jetson (10.8 to 10.16 do not everywhere); if
+        one is here, the builder knows.
+        """
         return not self.is_rtx and not (11,) <= self.version < (11, 4, 1)
 
     @property
@@ -135,7 +147,9 @@ class Flavor:
         return hasattr(config, "set_compute_capability")
 
     def compute_capabilities(self) -> dict[str, Any]:
-        """ "8.9" -> the member of `ComputeCapability`, in rising order; empty where none can be named."""
+        """ "8.9" -> the member of `ComputeCapability`, in rising order; empty where none can be
+        named.
+        """
         if not self.names_compute_capabilities:
             return {}
         found = self.module.ComputeCapability.__members__
@@ -143,10 +157,13 @@ class Flavor:
         return {f"{number // 10}.{number % 10}": value for number, value in digits}
 
     def create_context(self, engine: Any) -> Any:
-        """An execution context that uses its final kernels from a shape's first run on; None where memory is short.
+        """An execution context that uses its final kernels from a shape's first run on.
 
-        RTX by default begins a new shape with general kernels, and compiles the right ones meanwhile: a CUDA graph captured in
-        that time would keep the slow ones. (RTX can capture graphs of its own, but anew at every change of an address.)
+        None where memory is short.
+
+        RTX by default begins a new shape with general kernels, and compiles the right ones
+        meanwhile: a CUDA graph captured in that time would keep the slow ones. (RTX can capture
+        graphs of its own, but anew at every change of an address.)
         """
         if not self.is_rtx:
             return engine.create_execution_context()
@@ -156,14 +173,16 @@ class Flavor:
         return engine.create_execution_context(config)
 
     def can_capture(self, context: Any, stream: int) -> bool:
-        """Whether a context may be captured into a CUDA graph; where TensorRT cannot tell, trying is the way to know."""
+        """Whether a context may be captured into a CUDA graph; where TensorRT cannot tell,
+        trying is the way to know.
+        """
         return not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(stream)
 
     def refuse(self, what: str, alternative: str) -> NoReturn:
         """Raise the error for what this version cannot do."""
         raise EngineError(f"{what}: {self} does not support it; {alternative}")
 
-    # --- logger and plugins -------------------------------------------------------------------------------------------------
+    # --- logger and plugins -----------------------------------------------------------------------
 
     @property
     def logger(self) -> Any:
@@ -172,7 +191,8 @@ class Flavor:
 
     @contextmanager
     def collected_errors(self) -> Iterator[list[str]]:
-        """Collect TensorRT's error messages in a list, for the exception that follows, and keep them from the log.
+        """Collect TensorRT's error messages in a list, for the exception that follows, and keep
+        them from the log.
 
         A message does not say whose it is: where several threads collect, each gets it.
         """
@@ -185,10 +205,12 @@ class Flavor:
             del collectors[id(messages)]
 
     def load_plugins(self, libraries: Sequence[Path | str] = ()) -> None:
-        """Register the plugins that come with TensorRT, and those of some libraries: each library once in a process.
+        """Register the plugins that come with TensorRT, and those of some libraries: each library
+        once in a process.
 
         Args:
-            libraries: files; a name that is no file here is looked for where the system's loader looks.
+            libraries: files; a name that is no file here is looked for where the system's loader
+                looks.
 
         Raises:
             EngineError: a library that does not load; with the loader's reason.
@@ -196,7 +218,8 @@ class Flavor:
         if self.has_efficient_nms and hasattr(self.module, "init_libnvinfer_plugins"):
             self.module.init_libnvinfer_plugins(self.logger, "")
         for given in libraries:
-            # The loader takes a name without a folder for one to search for, not for a file that lies here.
+            # The loader takes a name without a folder for one to search for, not for a file that
+            # lies here.
             path = Path(given).resolve() if Path(given).is_file() else given
             if str(path) in _loaded_libraries(self.module):
                 continue
@@ -207,7 +230,8 @@ class Flavor:
                     f"plugin library {given}: expected a shared library for {self}, but it does not load: {error}; "
                     "build it against this TensorRT, or correct the path"
                 ) from error
-            # Plugins register themselves when the library is loaded, or leave it to these entry points.
+            # Plugins register themselves when the library is loaded, or leave it to these entry
+            # points.
             if hasattr(library, "getPluginCreators") or hasattr(library, "getCreators"):
                 self.module.get_plugin_registry().load_library(str(path))
             _loaded_libraries(self.module).add(str(path))
@@ -231,7 +255,8 @@ def find_flavor(name: str | None = None) -> Flavor:
             flavor = _import_flavor(candidate)
         except (ImportError, OSError, RuntimeError) as error:
             reasons.append(f"{candidate}: {error}")
-            # One that is installed but broken is worth a word: the user may think it is the one in use.
+            # One that is installed but broken is worth a word: the user may think it is the one in
+            # use.
             if not isinstance(error, ModuleNotFoundError) and name is None:
                 logger.warning("%s is installed but does not import: %s", candidate, error)
             continue
@@ -251,7 +276,9 @@ def _import_flavor(name: str) -> Flavor:
 
 @cache
 def _loaded_libraries(trt: ModuleType) -> set[str]:
-    """Plugin libraries that are registered with this TensorRT: a second time, it would log an error for each plugin."""
+    """Plugin libraries that are registered with this TensorRT: a second time, it would log an
+    error for each plugin.
+    """
     return set()
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What precision a finished engine computes in, layer by layer. TensorRT-free: it reads what TensorRT wrote.
+"""What precision a finished engine computes in, layer by layer.
 
-A layer's precision is the narrowest floating-point type among its inputs and outputs; layers of integers (shapes, indices) have
-none, and layers that only convert are left out.
+TensorRT-free: it reads what TensorRT wrote.
+
+A layer's precision is the narrowest floating-point type among its inputs and outputs; layers of
+integers (shapes, indices) have none, and layers that only convert are left out.
 """
 
 import json
@@ -51,18 +53,25 @@ class LayerShares:
 
 
 def precision_of(types: Iterable[str]) -> str | None:
-    """The narrowest floating-point type among names such as "Half", "Row major linear FP32" or "bf16"; None without any."""
+    """The narrowest floating-point type among names such as "Half", "Row major linear FP32" or
+    "bf16"; None without any.
+    """
     found = [t.lower() for t in types]
     return next((p for p, pattern in PRECISIONS.items() if any(map(pattern.search, found))), None)
 
 
 def from_network(layers: Iterable[tuple[str, Iterable[str]]]) -> LayerShares:
-    """Of a strongly typed network before it is built, whose types the builder must keep: (layer type, tensor types) each."""
+    """Of a strongly typed network before it is built, whose types the builder must keep: (layer
+    type, tensor types) each.
+    """
     return _count("network", layers)
 
 
 def from_inspector(text: str) -> LayerShares | None:
-    """Of `EngineInspector.get_engine_information` in JSON; None where it holds no types (an engine without detailed layers)."""
+    """Of `EngineInspector.get_engine_information` in JSON.
+
+    None where it holds no types (an engine without detailed layers).
+    """
     try:
         layers = json.loads(text)["Layers"]
         read = [(layer["LayerType"], _tensor_types(layer)) for layer in layers]
@@ -73,11 +82,14 @@ def from_inspector(text: str) -> LayerShares | None:
 
 
 def from_plan(plan: bytes) -> LayerShares | None:
-    """Of a TensorRT-RTX plan, which can be deserialised only on its GPU; None where it does not read as expected.
+    """Of a TensorRT-RTX plan, which can be deserialised only on its GPU.
 
-    The format is not documented. A plan of 1.7 holds its fused graph as text: tensors with their types under `descriptors`,
-    then one statement per kernel under `main`, naming its tensors. Graphs for "any" accelerator, `*`, are the insides of
-    kernels that are compiled on the GPU, listed once more; they are passed over.
+    None where it does not read as expected.
+
+    The format is not documented. A plan of 1.7 holds its fused graph as text: tensors with their
+    types under `descriptors`, then one statement per kernel under `main`, naming its tensors.
+    Graphs for "any" accelerator, `*`, are the insides of kernels that are compiled on the GPU,
+    listed once more; they are passed over.
     """
     read = []
     for header in re.finditer(rb"accelerators=\{[^}*]+\}", plan):
@@ -107,7 +119,9 @@ def _count(source: str, layers: Iterable[tuple[str, Iterable[str]]]) -> LayerSha
 
 
 def _tensor_types(layer: Mapping[str, Any]) -> list[str]:
-    """Types of a layer's inputs and outputs: "Format/Datatype" to TensorRT 10, split in two fields from 11 on."""
+    """Types of a layer's inputs and outputs: "Format/Datatype" to TensorRT 10, split in two
+    fields from 11 on.
+    """
     return [
         str(value)
         for tensor in [*layer.get("Inputs", []), *layer.get("Outputs", [])]

@@ -14,15 +14,18 @@ from trtdet.precision.options import Precision, Rest
 
 #: More than the memory of any GPU: who asks for so much counts in MiB, as trtexec does.
 MANY_GIB = 512
-#: Images of a batch: with TensorRT's limit of 2^31 elements in a tensor, those of so many would be 104 x 104 pixels.
+#: Images of a batch: with TensorRT's limit of 2^31 elements in a tensor, those of so many would be
+#: 104 x 104 pixels.
 MOST_IMAGES = 65_536
 
-# --- options ----------------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SizeRange:
-    """Sizes of an engine's input, (height, width) each: smallest, the one it is tuned for, largest."""
+    """Sizes of an engine's input, (height, width) each: smallest, the one it is tuned for,
+    largest.
+    """
 
     min: tuple[int, int]
     opt: tuple[int, int]
@@ -59,7 +62,8 @@ class BuildOptions:
         batch: None: the ONNX file's own batch size, 1 where it is dynamic.
         workspace_gib: scratch memory a layer may use.
         timing_cache: file to read and update.
-        compute_capabilities: GPUs to build for, "8.9"; empty: the one that is here, or, for TensorRT-RTX, every one from 8.0 on.
+        compute_capabilities: GPUs to build for, "8.9"; empty: the one that is here, or, for
+            TensorRT-RTX, every one from 8.0 on.
         dla_core: run on this DLA core, with the GPU for what it cannot do.
         plugins: libraries with plugins that the model uses.
         version_compatible: runs on later TensorRT releases too.
@@ -67,8 +71,10 @@ class BuildOptions:
         strip: without weights, to be refitted from the ONNX file.
         optimization_level: 0 (fast build) to 5 (fast engine).
         rest: with int8 and fp8, the precision of what is not in 8 bits.
-        weak_typing: ask for precision by builder flags and, for int8, through a calibrator, where TensorRT still can.
-        size: of the input, for a model that has no fixed one; None: the size that the ONNX file names.
+        weak_typing: ask for precision by builder flags and, for int8, through a calibrator, where
+            TensorRT still can.
+        size: of the input, for a model that has no fixed one; None: the size that the ONNX file
+            names.
     """
 
     precision: Precision = "fp16"
@@ -106,14 +112,18 @@ def parse_batch_range(text: str) -> BatchRange:
 
 
 def three_parts(text: str) -> list[str]:
-    """MIN, OPT and MAX of "MIN:OPT:MAX" or, where there are exactly three, "MIN,OPT,MAX"; else the one value that it is."""
+    """MIN, OPT and MAX of "MIN:OPT:MAX" or, where there are exactly three, "MIN,OPT,MAX"; else
+    the one value that it is.
+    """
     if ":" in text:
         return text.split(":")
     return text.split(",") if text.count(",") == 2 else [text]
 
 
 def parse_sizes(text: str) -> SizeRange:
-    """argparse type: a size, "320:640:1280" or "320x416:640:1280,1280"; of exactly three parts "320,640,1280" too."""
+    """argparse type: a size, "320:640:1280" or "320x416:640:1280,1280"; of exactly three parts
+    "320,640,1280" too.
+    """
     try:
         sizes = [parse_size(part) for part in three_parts(text)]
         return SizeRange(*(sizes * 3 if len(sizes) == 1 else sizes))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside an engine: `<engine>.json`, an `EngineInfo`. A header inside the engine would break trtexec and Triton."""
+"""What stands beside an engine: `<engine>.json`, an `EngineInfo`.
+
+A header inside the engine would break trtexec and Triton.
+"""
 
 import dataclasses
 import hashlib
@@ -27,7 +30,8 @@ class EngineInfo:
     Attributes:
         flavor: module name, a key of `trtdet.engine.flavor.FLAVORS`.
         version: of TensorRT, "10.13.3.9".
-        compute_capabilities: of the GPUs it was built for, "8.9"; empty: unknown, or, for TensorRT-RTX, every one from 8.0 on.
+        compute_capabilities: of the GPUs it was built for, "8.9"; empty: unknown, or, for
+            TensorRT-RTX, every one from 8.0 on.
         batch: smallest, best, largest batch size.
         plugins: file names of the plugin libraries it needs.
         layers: layers per precision, and `layers_source`, where that was read.
@@ -105,7 +109,8 @@ def sidecar_path(engine_path: Path) -> Path:
 
 
 def write_engine(path: Path, plan: bytes, info: EngineInfo) -> EngineInfo:
-    """Write engine and sidecar, each whole or not at all; an older sidecar never stands beside the new engine.
+    """Write engine and sidecar, each whole or not at all; an older sidecar never stands beside the
+    new engine.
 
     Returns:
         `info` with the engine's hash.
@@ -125,7 +130,8 @@ def read_sidecar(engine_path: Path, plan: bytes | None = None) -> EngineInfo | N
     """What stands beside an engine; None where nothing does.
 
     Args:
-        plan: the engine's bytes, of who has read them; else the file is read to be compared with the hash in the sidecar.
+        plan: the engine's bytes, of who has read them; else the file is read to be compared with
+            the hash in the sidecar.
 
     Raises:
         EngineError: not readable, or of another engine than the one it stands beside.
@@ -149,7 +155,8 @@ def read_sidecar(engine_path: Path, plan: bytes | None = None) -> EngineInfo | N
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """The ModelSpec of a model without opening it: of an ONNX file, of an engine, or of an engine's `.json`.
+    """The ModelSpec of a model without opening it: of an ONNX file, of an engine, or of an engine's
+    `.json`.
 
     Raises:
         FileNotFoundError: no such file, or an engine without its `.json`.

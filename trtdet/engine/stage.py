@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2 from file to file: prepare a model in its precision, build it, write engine and sidecar."""
+"""Stage 2 from file to file: prepare a model in its precision, build it, write engine and
+sidecar.
+"""
 
 import logging
 import time
@@ -58,7 +60,9 @@ def prepare_file(
     int8: Int8Options = Int8Options(),
     check_input: Path | None = None,
 ) -> None:
-    """Write the model with its precision applied, as a strongly typed TensorRT takes it. Needs no TensorRT.
+    """Write the model with its precision applied, as a strongly typed TensorRT takes it.
+
+    Needs no TensorRT.
 
     Raises:
         OSError, GraphError: the ONNX file is missing or not what stage 1 writes.
@@ -87,7 +91,8 @@ def build_file(
     Args:
         save_onnx: write what TensorRT is given here too.
         flavor_name: of `trtdet.engine.flavor.FLAVORS`; None: the first that is installed.
-        check_input: images on which FP16's range is checked; None: a photograph that comes with the package.
+        check_input: images on which FP16's range is checked; None: a photograph that comes with the
+            package.
 
     Raises:
         OSError, GraphError: the ONNX file is missing or not what stage 1 writes.

@@ -120,14 +120,19 @@ def _check_compute_capabilities(flavor: Flavor, options: BuildOptions) -> None:
 
 
 def weakly_typed(flavor: Flavor, options: BuildOptions) -> bool:
-    """Whether precision is asked of TensorRT with builder flags: before strong typing came, and for DLA until flags went."""
+    """Whether precision is asked of TensorRT with builder flags: before strong typing came, and
+    for DLA until flags went.
+    """
     return flavor.has_precision_flags and (
         not flavor.strongly_typed or options.dla_core is not None or options.weak_typing
     )
 
 
 def takes_calibrator(flavor: Flavor, options: BuildOptions) -> bool:
-    """Whether INT8 is implicit: a DLA reads no Q/DQ. TensorRT 8.6 on a GPU does, with its flags, and is asked to unless told otherwise."""
+    """Whether INT8 is implicit: a DLA reads no Q/DQ.
+
+    TensorRT 8.6 on a GPU does, with its flags, and is asked to unless told otherwise.
+    """
     implicit = options.dla_core is not None or options.weak_typing
     return options.precision == "int8" and implicit and weakly_typed(flavor, options)
 

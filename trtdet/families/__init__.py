@@ -13,7 +13,8 @@ from trtdet import files
 if TYPE_CHECKING:
     from trtdet.families.base import Family
 
-#: Modules of this package, in the order in which they are asked; the command line lists them without importing one.
+#: Modules of this package, in the order in which they are asked; the command line lists them
+#: without importing one.
 FAMILIES = (
     "automl",
     "tfod",

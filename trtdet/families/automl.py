@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Google AutoML EfficientDet: D0-D7x, Lite, AdvProp; written by its TensorFlow 1 or Keras exporter, or converted to ONNX.
+"""Google AutoML EfficientDet: D0-D7x, Lite, AdvProp; written by its TensorFlow 1 or Keras exporter,
+or converted to ONNX.
 
-Nothing is assumed that the model can tell: structure gives the cut (the first convolution, the two concatenations of the
-heads), constants give anchors and NMS, and test images sent through the model give size, normalisation and padding.
+Nothing is assumed that the model can tell: structure gives the cut (the first convolution, the two
+concatenations of the heads), constants give anchors and NMS, and test images sent through the model
+give size, normalisation and padding.
 
-Source of the conventions: google/automl efficientdet, inference.py, dataloader.py, tf2/postprocess.py, tf2/anchors.py @6a54c874.
+Source of the conventions: google/automl efficientdet, inference.py, dataloader.py,
+tf2/postprocess.py, tf2/anchors.py @6a54c874.
 """
 
 from collections.abc import Sequence
@@ -155,7 +158,10 @@ def read_selection(
 def maybe_final(
     source: Source, feed: dict[str, NDArray[Any]], selection: TfSelection | None
 ) -> Final | None:
-    """The source's own detections: rows image id, y1 x1 y2 x2, score, class from 1. None where it has none, or cannot run them."""
+    """The source's own detections: rows image id, y1 x1 y2 x2, score, class from 1.
+
+    None where it has none, or cannot run them.
+    """
     if selection is None or len(source.graph.outputs) != 1:
         return None
     (output,) = source.graph.outputs.values()
@@ -209,8 +215,9 @@ def facts(
 def read_nms(graph: SourceGraph) -> tuple[Nms, list[Note]]:
     """The NMS of the export, and notes on what EfficientNMS does otherwise.
 
-    AutoML takes the best class of each anchor and suppresses across classes, or within each class ("per_class", one NMS
-    operation per class). Score activation is a sigmoid, boxes are coded as centre and size.
+    AutoML takes the best class of each anchor and suppresses across classes, or within each class
+    ("per_class", one NMS operation per class). Score activation is a sigmoid, boxes are coded as
+    centre and size.
     """
     nodes = [node for node in graph.all_nodes() if node.op in NMS_OPS]
     if not nodes:
@@ -266,7 +273,10 @@ def nms_boxes(graph: SourceGraph) -> str | None:
 def measure_anchors(
     source: Source, decoded_boxes: str | None, feed: dict[str, NDArray[Any]]
 ) -> NDArray[np.float32] | None:
-    """What enters the NMS when the box regression in `feed` is zero: the anchors, corners (n, 4); None if it cannot be seen."""
+    """What enters the NMS when the box regression in `feed` is zero: the anchors, corners (n, 4).
+
+    None if it cannot be seen.
+    """
     if decoded_boxes is None:
         return None
     (regression,) = [value for value in feed.values() if value.ndim == 3]
@@ -281,7 +291,8 @@ def find_anchors(
 ) -> NDArray[np.float32]:
     """The anchors: (count, 4) float32, corners y1 x1 y2 x2, pixels of the network input.
 
-    They stand in the model as a constant, unless a converter folded it into others; then the measured ones are taken.
+    They stand in the model as a constant, unless a converter folded it into others; then the
+    measured ones are taken.
 
     Raises:
         GraphError: there are none, or constant and measurement disagree.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of a detector family: find the network in a trained model, and describe it.
 
-A family is a module in `trtdet.families` with the three names of `Family`. It says between which tensors the network lies and how
-its outputs become boxes and scores (`Reading`); everything after that is common to all families.
+A family is a module in `trtdet.families` with the three names of `Family`. It says between which
+tensors the network lies and how its outputs become boxes and scores (`Reading`); everything after
+that is common to all families.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +21,8 @@ from trtdet.graph.tidy import NETWORK_INPUT
 from trtdet.sources.base import Source
 from trtdet.spec import BoxFormat, Fact, Layout, ModelSpec, Placement, ResizeMode, RotatedMode
 
-#: Tensors that stage 1 writes whatever follows them: [N, A, 4] (rotated: 5) boxes in the coding of `spec.nms`, and [N, A, C] logits, or
-#: probabilities where `spec.nms.score_activation` is off.
+#: Tensors that stage 1 writes whatever follows them: [N, A, 4] (rotated: 5) boxes in the coding of
+#: `spec.nms`, and [N, A, C] logits, or probabilities where `spec.nms.score_activation` is off.
 RAW_BOXES, CLASS_LOGITS = "raw_boxes", "class_logits"
 #: The constant [1, A, 4] beside them, where boxes are coded relative to anchors.
 ANCHORS = "nms/anchors"
@@ -32,7 +33,8 @@ class Note:
     """What cannot be carried over as it is, in one line.
 
     Attributes:
-        option: name of the command-line option that settles it; with it given there is nothing to say.
+        option: name of the command-line option that settles it; with it given there is nothing to
+            say.
     """
 
     text: str
@@ -45,8 +47,10 @@ class Declaration:
 
     Attributes:
         boxes, scores, labels: names of outputs (or inner tensors).
-        rows: name of one output that holds all of it. columns: what its columns are; "scores" stands for the rest, one for each class.
-        box_format: corners, corner and size, or centre and size. box_units: of the network input, or 0 to 1.
+        rows: name of one output that holds all of it. columns: what its columns are; "scores"
+            stands for the rest, one for each class.
+        box_format: corners, corner and size, or centre and size. box_units: of the network input,
+            or 0 to 1.
         activation: what makes probabilities of the scores.
         background: which of the scores is for no object.
         scores_layout: boxes before classes, or after.
@@ -70,7 +74,9 @@ class Declaration:
 
 @dataclass(frozen=True)
 class Hints:
-    """What the command line says of a source, for families whose files cannot say it. None: not said.
+    """What the command line says of a source, for families whose files cannot say it.
+
+    None: not said.
 
     Attributes:
         size_hw: for a source whose input size is dynamic.
@@ -127,8 +133,9 @@ class Heads:
     """Names of the two tensors that boxes are selected from.
 
     Attributes:
-        boxes: [N, A, 4] float32 in the coding of `spec.nms.box_coding` and the order of `spec.box_order`; for "rotated_nms"
-            [N, A, 5], the corners of the box before rotation, and its angle (radians, clockwise on the screen).
+        boxes: [N, A, 4] float32 in the coding of `spec.nms.box_coding` and the order of
+            `spec.box_order`; for "rotated_nms" [N, A, 5], the corners of the box before rotation,
+            and its angle (radians, clockwise on the screen).
         scores: [N, A, C] float32, logits where `spec.nms.score_activation`, else probabilities.
     """
 
@@ -142,21 +149,31 @@ class Reading:
 
     Attributes:
         spec: the model as it stands: its preprocessing, the NMS it was exported with, its classes.
-        image_input: the source's input tensor, `image_layout`: RGB 0-255, or normalised pixels if it is `network_input` too.
-        network_input: the tensor that enters the first convolution: normalised pixels, `network_layout`.
-        heads: where the network ends: name in the converted file -> tensor of the source. Each is verified.
-        assemble: appends the operators that make `Heads` of them; None: they are `RAW_BOXES` and `CLASS_LOGITS` already.
-        anchors: (a, 4) float32 in the coding of the boxes, pixels of the network input; None: the boxes are decoded.
+        image_input: the source's input tensor, `image_layout`: RGB 0-255, or normalised pixels if
+            it is `network_input` too.
+        network_input: the tensor that enters the first convolution: normalised pixels,
+            `network_layout`.
+        heads: where the network ends: name in the converted file -> tensor of the source. Each is
+            verified.
+        assemble: appends the operators that make `Heads` of them; None: they are `RAW_BOXES` and
+            `CLASS_LOGITS` already.
+        anchors: (a, 4) float32 in the coding of the boxes, pixels of the network input; None: the
+            boxes are decoded.
         batch: batch size the source was exported with, None where it is free.
         notes: what cannot be carried over as it is.
-        decoded_boxes: the tensor of boxes that enters the source's NMS, a corners y1 x1 y2 x2 for the first image; None: hidden.
+        decoded_boxes: the tensor of boxes that enters the source's NMS, a corners y1 x1 y2 x2 for
+            the first image; None: hidden.
         decoded_unit_yx: what one unit of them is in pixels of the network input, along y and x.
-        rewrite: edits the cut network before it gets its input; removes the inputs named in `feeds`.
-        feeds: further inputs of the source, and what they are for one image that fills the network input (batch of one).
-        size_multiple: what height and width must be a multiple of, in a network that takes images of any size; None: its size is fixed.
+        rewrite: edits the cut network before it gets its input; removes the inputs named in
+            `feeds`.
+        feeds: further inputs of the source, and what they are for one image that fills the network
+            input (batch of one).
+        size_multiple: what height and width must be a multiple of, in a network that takes images
+            of any size; None: its size is fixed.
         facts: where all of it comes from.
         final: how the source's own detections are read; None: it has none.
-        takes: the fields of `Hints` that say something of this model; the others are refused, so that nobody believes that they did something.
+        takes: the fields of `Hints` that say something of this model; the others are refused, so
+            that nobody believes that they did something.
     """
 
     spec: ModelSpec
@@ -181,14 +198,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class Found:
-    """Detections of one image: boxes (n, 4) x1 y1 x2 y2 in pixels of the network input, scores (n,) 0 to 1, class ids (n,)."""
+    """Detections of one image: boxes (n, 4) x1 y1 x2 y2 in pixels of the network input, scores
+    (n,) 0 to 1, class ids (n,).
+    """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     class_ids: NDArray[np.int64]
 
 
-#: (boxes (a, 4), x1 y1 x2 y2 in pixels of the network input; probabilities (a, c)) of one image -> what is selected of them.
+#: (boxes (a, 4), x1 y1 x2 y2 in pixels of the network input; probabilities (a, c)) of one image ->
+#: what is selected of them.
 Select = Callable[[NDArray[np.float32], NDArray[np.float32]], Found]
 
 
@@ -197,11 +217,14 @@ class Final:
     """How the detections that the source itself selects are read, for a comparison to the end.
 
     Attributes:
-        fetches: tensors of the source. feeds: further inputs, for one image that fills the network input.
-        read: their values for a batch whose first image is looked at -> its detections. other_read: the same in another order of axes,
-            for exports that do not say theirs: taken where it agrees better.
+        fetches: tensors of the source. feeds: further inputs, for one image that fills the network
+            input.
+        read: their values for a batch whose first image is looked at -> its detections. other_read:
+            the same in another order of axes, for exports that do not say theirs: taken where it
+            agrees better.
         select: the source's own selection in NumPy, soft NMS and padding rules included.
-        differs: what the converted file does otherwise on purpose; "": nothing, it must give the source's detections too.
+        differs: what the converted file does otherwise on purpose; "": nothing, it must give the
+            source's detections too.
     """
 
     fetches: tuple[str, ...]
@@ -222,8 +245,9 @@ def best_class_only(build: Builder, scores: str, *, lowest: float = 0.0) -> str:
 class Family(Protocol):
     """One kind of detector.
 
-    A module may have two names more: `IS_GENERAL`, true for a family that is asked only where no other matches, and
-    `why_not(source) -> str`, the fact that keeps a source near to it from being one of it; "" where it is far from it.
+    A module may have two names more: `IS_GENERAL`, true for a family that is asked only where no
+    other matches, and `why_not(source) -> str`, the fact that keeps a source near to it from being
+    one of it; "" where it is far from it.
     """
 
     NAME: str

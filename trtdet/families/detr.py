@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DETR (arXiv:2005.12872) as transformers and facebookresearch/detr export it to ONNX, with torch's old or new exporter.
+"""DETR (arXiv:2005.12872) as transformers and facebookresearch/detr export it to ONNX, with torch's
+old or new exporter.
 
-logits [N, Q, C+1], the last class for no object; pred_boxes [N, Q, 4], cx cy w h, 0 to 1. Its own post-processing is softmax, the best
-class of each query and a score threshold; nothing is suppressed. So is ours: `trtdet.nms.topk`.
+logits [N, Q, C+1], the last class for no object; pred_boxes [N, Q, 4], cx cy w h, 0 to 1. Its own
+post-processing is softmax, the best class of each query and a score threshold; nothing is
+suppressed. So is ours: `trtdet.nms.topk`.
 
 Images come in one of two ways, `--resize_mode`:
 
-* stretch to the network's size: what an export without a mask input can take. A mask input is fed with ones, and disappears.
-* letterbox, as the model was trained: aspect kept, picture in the top left corner, zeros (after normalisation) beside it, and a mask
-  that says which is which. The mask is computed in the graph from the padding colour, the ImageNet mean, so the host knows nothing of it.
-  Boxes of the source are relative to the picture without padding; those of the result are relative to the network input, like
-  any other model's.
+* stretch to the network's size: what an export without a mask input can take. A mask input is fed
+  with ones, and disappears.
+* letterbox, as the model was trained: aspect kept, picture in the top left corner, zeros (after
+  normalisation) beside it, and a mask that says which is which. The mask is computed in the graph
+  from the padding colour, the ImageNet mean, so the host knows nothing of it. Boxes of the source
+  are relative to the picture without padding; those of the result are relative to the network
+  input, like any other model's.
 
-A row or column counts as padding if it and all behind it are within half a level of the mean everywhere. In an image file no
-pixel has that colour, which is no whole number; only after resizing, or as uint8, can a picture end in a row that has.
+A row or column counts as padding if it and all behind it are within half a level of the mean
+everywhere. In an image file no pixel has that colour, which is no whole number; only after
+resizing, or as uint8, can a picture end in a row that has.
 """
 
 import dataclasses
@@ -59,7 +64,8 @@ from trtdet.spec import PREPROCESSORS, ModelSpec, Nms, Preprocessing, ResizeMode
 NAME = "detr"
 
 IMAGENET_MEAN, IMAGENET_STD = PREPROCESSORS["imagenet"]
-#: facebookresearch/detr and transformers give every query a box; Deformable DETR's evaluation takes the best 100.
+#: facebookresearch/detr and transformers give every query a box; Deformable DETR's evaluation takes
+#: the best 100.
 MAX_DETECTIONS = 100
 
 
@@ -83,10 +89,12 @@ def _called_as_detr(names: Sequence[str]) -> bool:
 
 
 def kind_is(source: Source, kind: Kind) -> bool:
-    """Whether the outputs are a set prediction of this kind, in a file that does not say its family itself.
+    """Whether the outputs are a set prediction of this kind, in a file that does not say its family
+    itself.
 
     Raises:
-        GraphError: outputs that are called as DETR's are, behind operators that ONNX Runtime does not know.
+        GraphError: outputs that are called as DETR's are, behind operators that ONNX Runtime does
+            not know.
     """
     if not isinstance(source, OnnxSource):
         return False
@@ -156,10 +164,12 @@ def read_sigmoid(
     antialias: bool = True,
     unused: Sequence[int] = (),
 ) -> Reading:
-    """A set prediction with a sigmoid over every class: the best of all query and class pairs, no NMS.
+    """A set prediction with a sigmoid over every class: the best of all query and class pairs, no
+    NMS.
 
     Args:
-        unused: classes that no image was trained for, and that are never chosen; those beyond the last are left aside.
+        unused: classes that no image was trained for, and that are never chosen; those beyond the
+            last are left aside.
     """
     evidence = Evidence(str(source.path), hints.assume)
     export = read_export(source, hints, evidence, trusted=how.startswith("read: metadata"))
@@ -200,14 +210,16 @@ def read_sigmoid(
 
 
 def assemble_used(build: Builder, spec: ModelSpec, *, unused: tuple[int, ...]) -> Heads:
-    """The logits, those of unused classes so low that they are never chosen; the boxes as they are."""
+    """The logits, those of unused classes so low that they are never chosen; the boxes as they
+    are.
+    """
     is_unused = np.isin(np.arange(spec.num_classes), unused)[None, None]
     return Heads(
         "pred_boxes", build.node("Where", "used_logits", is_unused, np.float32(-100), "logits")
     )
 
 
-# ---- what all families of set predictions share ----------------------------------------------------------------------------
+# ---- what all families of set predictions share --------------------------------------------------
 
 IMAGENET = Normal(IMAGENET_MEAN, IMAGENET_STD)
 DEFAULT_ATTENTION: Mode = "gather"

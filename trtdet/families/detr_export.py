@@ -29,7 +29,8 @@ class Export:
 
     Attributes:
         image: input tensor. pixels: how it enters the first convolution.
-        mask: input tensor [N,h,w], 1 where the picture is; empty: none. mask_hw: its size. mask_type: its `TensorProto.DataType`.
+        mask: input tensor [N,h,w], 1 where the picture is; empty: none. mask_hw: its size.
+            mask_type: its `TensorProto.DataType`.
         outputs: the heads.
         size_hw: of the image. batch: None where it is free.
         num_queries: Q. num_logits: of each.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network of a set prediction, rewritten: its mask input computed or left out, shape arithmetic, deformable attention."""
+"""The network of a set prediction, rewritten: its mask input computed or left out, shape
+arithmetic, deformable attention.
+"""
 
 import numpy as np
 import onnx
@@ -21,7 +23,8 @@ PADDING_TOLERANCE = 0.501
 def rewrite_network(
     graph: gs.Graph, *, export: Export, preprocessing: Preprocessing, deformable_attention: Mode
 ) -> None:
-    """The cut network in place: without its mask input and shape arithmetic, boxes relative to the network input.
+    """The cut network in place: without its mask input and shape arithmetic, boxes relative to the
+    network input.
 
     Raises:
         GraphError: the network does not run.
@@ -71,7 +74,9 @@ def _check_masks(model: onnx.ModelProto, export: Export) -> None:
 
 
 def _insert_ones(model: onnx.ModelProto, export: Export) -> None:
-    """A mask of ones in place of the mask input; it follows from shapes alone, so all that follows from it becomes constants."""
+    """A mask of ones in place of the mask input; it follows from shapes alone, so all that
+    follows from it becomes constants.
+    """
     build = Builder(model, "mask/")
     image_shape = build.node("Shape", "image_shape", export.pixels)
     batch = build.node("Gather", "batch", image_shape, np.array([0], np.int64), axis=0)
@@ -85,7 +90,8 @@ def _insert_mask(model: onnx.ModelProto, export: Export, std: tuple[float, float
     """Compute the mask from the padding, which becomes exact zeros; both in place of inputs.
 
     Returns:
-        Name of the picture's share of the network input, [N, 1, 4] float32: width, height, width, height.
+        Name of the picture's share of the network input, [N, 1, 4] float32: width, height, width,
+        height.
     """
     build = Builder(model, "mask/")
     tolerance = (PADDING_TOLERANCE / np.array(std, np.float32)).reshape(1, 3, 1, 1)
@@ -130,7 +136,9 @@ def _insert_mask(model: onnx.ModelProto, export: Export, std: tuple[float, float
 
 
 def _insert_share(model: onnx.ModelProto, share: str, boxes: str) -> None:
-    """Boxes relative to the network input in place of those relative to the picture, under the same name."""
+    """Boxes relative to the network input in place of those relative to the picture, under the
+    same name.
+    """
     build = Builder(model, "")
     of_picture = f"{boxes}/of_picture"
     for node in model.graph.node:

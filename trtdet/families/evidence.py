@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every fact about a model comes from: read, measured, given by an option, or the convention of a recognised family.
+"""Where every fact about a model comes from: read, measured, given by an option, or the convention
+of a recognised family.
 
-A family collects its facts in an `Evidence`. A fact that nothing says is asked for: all that are missing are named in one error, each
-with its choices and its option. `--assume` takes the usual choice instead, and says so.
+A family collects its facts in an `Evidence`. A fact that nothing says is asked for: all that are
+missing are named in one error, each with its choices and its option. `--assume` takes the usual
+choice instead, and says so.
 """
 
 import logging

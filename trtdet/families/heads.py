@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any detector in an ONNX file, by its outputs alone: declared on the command line, or told by shapes, values and the graph.
+"""Any detector in an ONNX file, by its outputs alone: declared on the command line, or told by
+shapes, values and the graph.
 
 | outputs | as exported by |
 |---|---|
@@ -8,8 +9,9 @@
 | dets [N, K, 5], labels [N, K] | MMDeploy |
 | one of rows: x1 y1 x2 y2 score label; box and scores; box, objectness and scores | DeepStream's users, PicoDet, RTMDet, YOLO without metadata |
 
-What a box is, whether scores are probabilities, whether rows are selected already, is measured on photographs; what was declared is
-checked against it. How images come in is not in such a file: it is asked for, unless a recognised framework's convention is handed in.
+What a box is, whether scores are probabilities, whether rows are selected already, is measured on
+photographs; what was declared is checked against it. How images come in is not in such a file: it
+is asked for, unless a recognised framework's convention is handed in.
 """
 
 import dataclasses
@@ -79,7 +81,9 @@ RESIZE_OPTION = (
 
 
 def matches(source: Source) -> bool:
-    """Whether some outputs have the shapes of one of the forms; unknown dimensions may be anything."""
+    """Whether some outputs have the shapes of one of the forms; unknown dimensions may be
+    anything.
+    """
     if not isinstance(source, OnnxSource) or source.spec or maybe_image(source) is None:
         return False
     if len(source.graph.inputs) != 1:

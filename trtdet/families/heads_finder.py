@@ -32,7 +32,9 @@ from trtdet.spec import (
 
 
 class Finder:
-    """Finds which outputs hold boxes and scores, and in which columns: declared, else by their shapes, values and nodes."""
+    """Finds which outputs hold boxes and scores, and in which columns: declared, else by their
+    shapes, values and nodes.
+    """
 
     def __init__(
         self,
@@ -227,7 +229,9 @@ class Finder:
         return dataclasses.replace(plan, num_scores=width - 4)
 
     def _is_transposed(self, name: str, shape: tuple[int, ...], columns: int | None) -> bool:
-        """Whether the columns come first; a row for every cell of a grid, or else more rows than columns."""
+        """Whether the columns come first; a row for every cell of a grid, or else more rows than
+        columns.
+        """
         if columns is not None and columns in shape[1:]:
             return shape[2] != columns
         on_grid = [maybe_levels(n, self.size_hw) is not None and n > 20 for n in shape[1:]]

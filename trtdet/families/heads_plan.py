@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the outputs of one file are (`Plan`), what is known of a framework's exports beside the file (`Framework`), and how outputs are shown."""
+"""What the outputs of one file are (`Plan`), what is known of a framework's exports beside the
+file (`Framework`), and how outputs are shown.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,16 +27,20 @@ BOXES, SCORES, LABELS, ROWS = "foreign_boxes", "foreign_scores", "foreign_labels
 
 @dataclass(frozen=True)
 class Framework:
-    """What is known of a recognised framework's exports beside the file: the origin of a fact is its name.
+    """What is known of a recognised framework's exports beside the file: the origin of a fact is
+    its name.
 
     Attributes:
         normal, resize, placement, pad_rgb, rounding, antialias: how it prepares images.
         declared: what it says of its outputs.
         labels: class names. kept: how many detections it keeps. iou_threshold: of its NMS.
         size_hw: of an input of any size.
-        longest: where the longer side of a picture ends, in an input that is larger; None: at the input's.
-        columns: of the only output. selected: it needs no NMS. best_class: a box counts for its best class alone.
-        clipped: boxes are clipped to the picture before the NMS, and those of which nothing is left are dropped.
+        longest: where the longer side of a picture ends, in an input that is larger; None: at the
+            input's.
+        columns: of the only output. selected: it needs no NMS. best_class: a box counts for its
+            best class alone.
+        clipped: boxes are clipped to the picture before the NMS, and those of which nothing is left
+            are dropped.
     """
 
     name: str
@@ -71,8 +77,10 @@ class Plan:
     """The outputs of one file, none of it open.
 
     Attributes:
-        boxes, scores, labels: tensors; the first two may be one, of rows, with `box_columns` and so on.
-        box_columns: the columns of four numbers in `boxes`; objectness, score_columns, label_column: in `rows`.
+        boxes, scores, labels: tensors; the first two may be one, of rows, with `box_columns` and so
+            on.
+        box_columns: the columns of four numbers in `boxes`; objectness, score_columns,
+            label_column: in `rows`.
         transposed: rows [N, M, A].
     """
 

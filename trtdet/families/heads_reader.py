@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What boxes, scores and labels of a foreign export are: measured on photographs, and held against what was declared."""
+"""What boxes, scores and labels of a foreign export are: measured on photographs, and held
+against what was declared.
+"""
 
 import dataclasses
 
@@ -105,7 +107,9 @@ class Reader(Finder):
         return dataclasses.replace(plan, box_format=found, is_unit=units == "unit")
 
     def _live_rows(self, plan: Plan) -> list[NDArray[np.bool_]]:
-        """Rows that are no padding behind the detections: of exports that fill up with zeros or -1."""
+        """Rows that are no padding behind the detections: of exports that fill up with zeros or
+        -1.
+        """
         rows = plan.count
         if plan.rows and plan.num_scores == 1:
             return [
@@ -243,7 +247,9 @@ class Reader(Finder):
         return dataclasses.replace(plan, num_classes=count)
 
     def _of_labels(self, plan: Plan) -> Plan:
-        """The number of classes of a model that gives class ids: its class names, or what its ArgMax chooses from."""
+        """The number of classes of a model that gives class ids: its class names, or what its
+        ArgMax chooses from.
+        """
         if plan.labels:
             found = [v.reshape(-1) for v in self.seen[plan.labels]]
             tensor = plan.labels
@@ -281,7 +287,9 @@ class Reader(Finder):
         return dataclasses.replace(plan, num_classes=count, label_base=base or 0)
 
     def _argmax_width(self, tensor: str) -> int | None:
-        """How many classes the labels are chosen from: the width of the ArgMax, or the divisor of the TopK over all pairs."""
+        """How many classes the labels are chosen from: the width of the ArgMax, or the divisor
+        of the TopK over all pairs.
+        """
         for node in self.nodes.above([tensor]):
             if node.op_type == "ArgMax":
                 shape = self._sizes([node.input[0]])[0]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports of LibreYOLO (MIT), whose metadata names the family of the network: `libreyolo_version`, `model_family`, `size`, `names`, `imgsz`.
+"""Exports of LibreYOLO (MIT), whose metadata names the family of the network: `libreyolo_version`,
+`model_family`, `size`, `names`, `imgsz`.
 
-Normalisation, resize and the form of the outputs follow from `model_family` (of DEIMv2 from `size` too); the facts are those of LibreYOLO
-1.6.0, libreyolo/preprocess and libreyolo/backends/base.py. Heads are found as everywhere, by shapes and values: LibreYOLO calls the boxes of its
-YOLO-NAS "pred_logits".
+Normalisation, resize and the form of the outputs follow from `model_family` (of DEIMv2 from `size`
+too); the facts are those of LibreYOLO 1.6.0, libreyolo/preprocess and libreyolo/backends/base.py.
+Heads are found as everywhere, by shapes and values: LibreYOLO calls the boxes of its YOLO-NAS
+"pred_logits".
 """
 
 import json
@@ -31,7 +33,9 @@ MMDET_BGR = Normal(detr.IMAGENET_MEAN, detr.IMAGENET_STD, bgr=True)
 
 @dataclass(frozen=True)
 class SetFamily:
-    """A set prediction: how images come in, with antialiasing (Pillow) or without (OpenCV), and what is kept."""
+    """A set prediction: how images come in, with antialiasing (Pillow) or without (OpenCV), and
+    what is kept.
+    """
 
     normal: Normal
     antialias: bool = True
@@ -139,7 +143,9 @@ def framework_of(found: Mapping[str, str], labels: tuple[str, ...]) -> Framework
 
 
 def unused_of(family: str, labels: tuple[str, ...]) -> tuple[int, ...]:
-    """Columns that LibreYOLO leaves out of a head with one for each of COCO's ids 0 to 90, before it takes the best."""
+    """Columns that LibreYOLO leaves out of a head with one for each of COCO's ids 0 to 90,
+    before it takes the best.
+    """
     if family not in ("lwdetr", "deformable_detr", "dinodetr") or len(labels) != len(COCO_80_IDS):
         return ()
     return tuple(i for i in range(91) if i not in COCO_80_IDS)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the TensorFlow families share: heads found by structure, preprocessing measured with flat images."""
+"""What the TensorFlow families share: heads found by structure, preprocessing measured with flat
+images.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -77,15 +79,17 @@ def measure_preprocessing(
 ) -> tuple[Preprocessing, Layout]:
     """Send flat test images through the model's own preprocessing and read off what it does.
 
-    A black and a white image give the affine normalisation; white on half of the width and on half of the height give placement
-    and padding; one whose size comes out fractional, the rounding; one of stripes, where pixels are sampled. A model whose input has a fixed size does no placing, and AutoML's
-    is taken.
+    A black and a white image give the affine normalisation; white on half of the width and on half
+    of the height give placement and padding; one whose size comes out fractional, the rounding; one
+    of stripes, where pixels are sampled. A model whose input has a fixed size does no placing, and
+    AutoML's is taken.
 
     Returns:
         The preprocessing, float32 NHWC; the layout of `network_input`.
 
     Raises:
-        GraphError: it is not an affine normalisation of an image at the top left, or of one stretched.
+        GraphError: it is not an affine normalisation of an image at the top left, or of one
+            stretched.
     """
     graph = source.graph
     image_layout = declared_layout(graph)
@@ -147,7 +151,8 @@ def _padding(seen: NDArray[Any], image: NDArray[Any], family: str) -> NDArray[An
     """The colour right of a flat image that was half as wide as the network input [h,w,3].
 
     Raises:
-        GraphError: the left half is not the image, or the right half is not flat, or is the image too.
+        GraphError: the left half is not the image, or the right half is not flat, or is the image
+            too.
     """
     half = seen.shape[1] // 2
     inside, outside = seen[:, : half - 1], seen[:, half + 1 :]
@@ -171,7 +176,8 @@ def declared_layout(graph: SourceGraph) -> Layout:
 def measured_facts(
     family: str, exporter: str, graph: SourceGraph, preprocessing: Preprocessing, image_input: str
 ) -> Evidence:
-    """The evidence of an export with its preprocessing inside: input, normalisation, resize and batch.
+    """The evidence of an export with its preprocessing inside: input, normalisation, resize and
+    batch.
 
     Args:
         exporter: whose convention the resize is, where a fixed size leaves none to measure.
@@ -209,13 +215,17 @@ def declared_size(graph: SourceGraph) -> tuple[int, int] | None:
 
 
 def _rounded(values: NDArray[Any]) -> tuple[float, float, float]:
-    """To 4 decimals: float32 normalisation of 0-255 carries no more, and 123.675 comes back as it was written."""
+    """To 4 decimals: float32 normalisation of 0-255 carries no more, and 123.675 comes back as
+    it was written.
+    """
     r, g, b = (round(float(value), 4) + 0.0 for value in values)
     return r, g, b
 
 
 def centre_size(corners: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Corners (n, 4) y1 x1 y2 x2 to centre and size y x h w, in the order of float32 operations of AutoML's decoding."""
+    """Corners (n, 4) y1 x1 y2 x2 to centre and size y x h w, in the order of float32 operations
+    of AutoML's decoding.
+    """
     centre = (corners[:, :2] + corners[:, 2:]) / np.float32(2)
     return np.concatenate([centre, corners[:, 2:] - corners[:, :2]], axis=1)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be measured on the outputs of an ONNX export: what they are for photographs, which columns they were put together from, what a box is.
+"""What can be measured on the outputs of an ONNX export: what they are for photographs, which
+columns they were put together from, what a box is.
 
 Nothing here knows a family.
 """
@@ -29,7 +30,9 @@ OF_NO_USE = ("mask", "proto", "keypoint", "kpt", "pose", "aux", "hidden", "embed
 
 
 def photographs(size_hw: tuple[int, int]) -> list[NDArray[np.uint8]]:
-    """The photographs that come with the package, stretched to the network input: uint8 [h,w,3] RGB."""
+    """The photographs that come with the package, stretched to the network input: uint8 [h,w,3]
+    RGB.
+    """
     from PIL import Image
 
     images = []
@@ -43,7 +46,9 @@ def photographs(size_hw: tuple[int, int]) -> list[NDArray[np.uint8]]:
 def prepared(
     image: NDArray[np.uint8], layout: Layout, normal: Normal, batch: int
 ) -> NDArray[np.float32]:
-    """What is fed behind the normalisation for a picture that fills the network input: a batch of it."""
+    """What is fed behind the normalisation for a picture that fills the network input: a batch
+    of it.
+    """
     mean, std = (np.array(x, np.float32) for x in (normal.mean, normal.std))
     values = (np.repeat(image[None], batch, axis=0).astype(np.float32) - mean) / std
     return in_layout(values[..., ::-1] if normal.bgr else values, layout)
@@ -57,7 +62,8 @@ def look(
     feeds: Mapping[str, NDArray[Any]],
     size_hw: tuple[int, int],
 ) -> dict[str, list[NDArray[Any]]]:
-    """Outputs or inner tensors for each photograph, of the first image of the batch, with a first dimension of 1.
+    """Outputs or inner tensors for each photograph, of the first image of the batch, with a first
+    dimension of 1.
 
     Raises:
         GraphError: the source does not run, or yields NaN or infinity.
@@ -188,7 +194,9 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 
 
 def column_pieces(nodes: Nodes, tensor: str, axis: int, sizes: Any) -> tuple[int, ...] | None:
-    """Widths of what an output was put together from along one axis; None where that cannot be followed.
+    """Widths of what an output was put together from along one axis.
+
+    None where that cannot be followed.
 
     Args:
         sizes: names of tensors -> their shapes, measured.
@@ -258,7 +266,8 @@ class Levels:
         """(A, 3): x y of a cell's centre in input pixels, and its stride, in the order of the rows.
 
         Args:
-            anchors_first: a level lists all its cells once for each anchor, rather than all anchors of each cell.
+            anchors_first: a level lists all its cells once for each anchor, rather than all anchors
+                of each cell.
         """
         rows = []
         for stride in self.strides:
@@ -293,7 +302,10 @@ def to_xyxy(boxes: NDArray[Any], box_format: BoxFormat) -> NDArray[np.float64]:
 
 
 def measure_units(boxes: Sequence[NDArray[Any]]) -> str | None:
-    """ "unit" or "pixels" of boxes [k, 4] for several photographs, k of each; None where it cannot be told."""
+    """ "unit" or "pixels" of boxes [k, 4] for several photographs, k of each.
+
+    None where it cannot be told.
+    """
     largest = float(np.percentile(np.abs(np.concatenate(list(boxes))), 99))
     return "unit" if largest <= 1.5 else "pixels" if largest > 4 else None
 
@@ -301,10 +313,11 @@ def measure_units(boxes: Sequence[NDArray[Any]]) -> str | None:
 def measure_format(
     boxes: Sequence[NDArray[Any]], size_hw: tuple[int, int]
 ) -> tuple[BoxFormat | None, str]:
-    """What four numbers are, from boxes (a, 4) in pixels for several photographs; and how that was seen.
+    """What four numbers are, from boxes (a, 4) in pixels for several photographs; and how that was
+    seen.
 
-    On a grid a box lies about its cell: of the formats that put boxes there, the nearest. Elsewhere, the only format whose boxes have
-    positive sides and lie within the picture.
+    On a grid a box lies about its cell: of the formats that put boxes there, the nearest.
+    Elsewhere, the only format whose boxes have positive sides and lie within the picture.
     """
     levels = maybe_levels(boxes[0].shape[0], size_hw)
     if levels is not None:
@@ -324,7 +337,9 @@ def measure_format(
 
 
 def _distance(boxes: Sequence[NDArray[Any]], box_format: BoxFormat, levels: Levels) -> float:
-    """Median distance of boxes from the centres of their cells, in strides; boxes without a positive size count as far."""
+    """Median distance of boxes from the centres of their cells, in strides; boxes without a
+    positive size count as far.
+    """
     nearest = []
     orders = (False, True) if levels.boxes_per_cell > 1 else (False,)
     for strides in (levels.strides, levels.strides[::-1]):
@@ -361,8 +376,9 @@ def unexplained(
 ) -> list[str]:
     """Declared outputs that the reading does not explain, and that are not known to be of no use.
 
-    Of no use are maps and masks (four dimensions or more), counts, inner tensors of the network that the heads follow from, copies of what is
-    read, what shares no dimension with it, and what its name says to be something else.
+    Of no use are maps and masks (four dimensions or more), counts, inner tensors of the network
+    that the heads follow from, copies of what is read, what shares no dimension with it, and what
+    its name says to be something else.
     """
     nodes = Nodes(source.model)
     inner = nodes.tensors_above(used)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How images enter an ONNX export: its image input, and the normalisation that it has inside, measured with flat images.
+"""How images enter an ONNX export: its image input, and the normalisation that it has inside,
+measured with flat images.
 
-Flat images of one channel at a time tell scale, offset and order of the channels at the first convolution. What the file has
-inside is part of the file, and is never applied twice; where it has nothing, an option or the convention of a recognised family
-says it, or it is asked for.
+Flat images of one channel at a time tell scale, offset and order of the channels at the first
+convolution. What the file has inside is part of the file, and is never applied twice; where it has
+nothing, an option or the convention of a recognised family says it, or it is asked for.
 """
 
 import dataclasses
@@ -32,7 +33,8 @@ from trtdet.spec import PREPROCESSORS, Layout, Preprocessing
 
 Triple = tuple[float, float, float]
 
-#: Standard deviations (0-255) of a normalisation that anybody would train with; and 1, of pixels as they are.
+#: Standard deviations (0-255) of a normalisation that anybody would train with; and 1, of pixels as
+#: they are.
 PLAUSIBLE_STD = (30.0, 300.0)
 PREPROCESSOR_OPTION = f"--preprocessor {'|'.join(sorted(PREPROCESSORS))} (with --channel_order bgr for a network that takes BGR)"
 
@@ -64,11 +66,13 @@ class Pixels:
 
     Attributes:
         image: input tensor, [N,3,H,W] or [N,H,W,3] as `image_layout` says.
-        tensor: what is to be fed in its place: itself, or the normalised pixels behind it, in `layout`.
+        tensor: what is to be fed in its place: itself, or the normalised pixels behind it, in
+            `layout`.
         size_hw: of the input, None where it is free.
         batch: None where it is free.
         inside: the normalisation between the two; None: there is none.
-        kept: the normalisation cannot be cut off and stays; `unit` is what a value of 1 of the input means in 0-255.
+        kept: the normalisation cannot be cut off and stays; `unit` is what a value of 1 of the
+            input means in 0-255.
         others: further inputs.
     """
 
@@ -95,7 +99,10 @@ def declared_shapes(source: OnnxSource) -> dict[str, tuple[int | None, ...]]:
 
 
 def maybe_image(source: OnnxSource) -> tuple[str, Layout] | None:
-    """The only input of images of three channels, and its layout; None where there is not exactly one."""
+    """The only input of images of three channels, and its layout.
+
+    None where there is not exactly one.
+    """
     found: list[tuple[str, Layout]] = []
     for name, shape in declared_shapes(source).items():
         if len(shape) != 4:
@@ -149,7 +156,10 @@ def find_pixels(
 
 
 def first_convolution(source: OnnxSource, image: str) -> str | None:
-    """The tensor that enters the first convolution downstream of the image; None where there is none (a patch embedding by MatMul)."""
+    """The tensor that enters the first convolution downstream of the image.
+
+    None where there is none (a patch embedding by MatMul).
+    """
     reached = {image}
     for node in source.model.graph.node:  # in topological order
         if node.op_type == "Conv" and node.input[0] in reached:
@@ -266,7 +276,9 @@ def _kept(
 
 
 def _unit(scale: NDArray[np.float64], level: float) -> float:
-    """What a value of 1 of the input means in 0-255: 255 where the export takes images of 0 to 1."""
+    """What a value of 1 of the input means in 0-255: 255 where the export takes images of 0 to
+    1.
+    """
     return 255.0 if level == 1.0 and (1 / scale <= 1 + 1e-6).all() else 1.0
 
 
@@ -344,7 +356,8 @@ def decide_normalisation(
     """The normalisation, given, measured, or by convention; asked for where nothing says it.
 
     Returns:
-        What is to be put before `pixels.tensor`: where the normalisation is kept inside, only the scale of the input.
+        What is to be put before `pixels.tensor`: where the normalisation is kept inside, only the
+            scale of the input.
     """
     bgr = hints.channel_order == "bgr"
     if hints.preprocessor and not pixels.kept:
@@ -377,7 +390,10 @@ def decide_normalisation(
 def _inside(
     evidence: Evidence, pixels: Pixels, hints: Hints, convention: Convention | None
 ) -> Normal:
-    """What the network does by itself. Its input takes RGB or BGR: an option, the order of the mean, or the family says which."""
+    """What the network does by itself.
+
+    Its input takes RGB or BGR: an option, the order of the mean, or the family says which.
+    """
     inside, how = (
         pixels.inside or Normal((0.0,) * 3, (1.0,) * 3),
         "flat images at the first convolution",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """RetinaNet as ODTK exports it, axis-aligned or rotated: `odtk export model.pth model.onnx`.
 
-Such a file is the network alone: normalised images in, and of five levels the scores (after the sigmoid) and the box regression out.
-Anchors, decoding, thresholds and preprocessing are in ODTK's code; the facts here are from NVIDIA/retinanet-examples odtk/box.py,
-odtk/model.py, odtk/data.py, odtk/infer.py and csrc/cuda/decode*.cu, nms*.cu at 2021-12.
+Such a file is the network alone: normalised images in, and of five levels the scores (after the
+sigmoid) and the box regression out. Anchors, decoding, thresholds and preprocessing are in ODTK's
+code; the facts here are from NVIDIA/retinanet-examples odtk/box.py, odtk/model.py, odtk/data.py,
+odtk/infer.py and csrc/cuda/decode*.cu, nms*.cu at 2021-12.
 
 | | |
 |---|---|
@@ -12,12 +13,13 @@ odtk/model.py, odtk/data.py, odtk/infer.py and csrc/cuda/decode*.cu, nms*.cu at 
 | anchors of a cell | A = 9: ratios 1, 2, 0.5 (fastest), scales 4 * 2**(i / 3); rotated A = 27: three angles (slowest), which decoding ignores |
 | angle | absolute, atan2(sin, cos), clockwise on the screen |
 
-A network of these alone is convolutional: its size may be freed, although ODTK writes a fixed one. The anchors then follow from the shapes of
-the maps.
+A network of these alone is convolutional: its size may be freed, although ODTK writes a fixed one.
+The anchors then follow from the shapes of the maps.
 
-ODTK counts pixels: a box from x1 to x2 covers x2 too and is x2 - x1 + 1 wide. Its overlap is therefore that of the boxes
-x1 .. x2 + 1, and those are written here; `ModelSpec.inclusive_corners` has the added pixel taken off before boxes go to the source
-image and added again there, as ODTK does. Its rotated boxes are without the pixel in NMS and in the corners, and with it in `bbox`.
+ODTK counts pixels: a box from x1 to x2 covers x2 too and is x2 - x1 + 1 wide. Its overlap is
+therefore that of the boxes x1 .. x2 + 1, and those are written here; `ModelSpec.inclusive_corners`
+has the added pixel taken off before boxes go to the source image and added again there, as ODTK
+does. Its rotated boxes are without the pixel in NMS and in the corners, and with it in `bbox`.
 """
 
 import math
@@ -47,7 +49,8 @@ LEVELS = range(1, 6)
 SCORES = tuple(f"score_{level}" for level in LEVELS)
 BOXES = tuple(f"box_{level}" for level in LEVELS)
 HEADS = (*SCORES, *BOXES)
-#: Nominal strides of P3 to P7. ODTK divides image by map sizes, which is the same at multiples of 128 and wrong elsewhere.
+#: Nominal strides of P3 to P7. ODTK divides image by map sizes, which is the same at multiples of
+#: 128 and wrong elsewhere.
 STRIDES = (8, 16, 32, 64, 128)
 RATIOS = (1.0, 2.0, 0.5)
 SCALES = tuple(4 * 2 ** (i / 3) for i in range(3))
@@ -90,7 +93,7 @@ def read(source: Source, hints: Hints) -> Reading:
             build,
             layout,
             with_length=odtk_overlap,
-            free_size=spec.preprocessing.size_range is not None,
+            dynamic_size=spec.preprocessing.size_range is not None,
         ),
         batch=graph.batch,
         size_multiple=_size_multiple(graph, size_hw, layout),
@@ -184,7 +187,8 @@ def _read_heads(source: Source, image_input: str, size_hw: tuple[int, int]) -> H
     What ONNX Runtime cannot run is taken at its word.
 
     Raises:
-        GraphError: channels that do not go with ODTK's anchors, or maps that do not go with the strides.
+        GraphError: channels that do not go with ODTK's anchors, or maps that do not go with the
+            strides.
     """
     if isinstance(source, OnnxSource) and unknown_ops(source, HEADS):
         shapes = list(inferred_shapes(source.model, HEADS).values())
@@ -211,7 +215,8 @@ def _read_heads(source: Source, image_input: str, size_hw: tuple[int, int]) -> H
 
 
 def _spec(layout: HeadLayout, size_hw: tuple[int, int], hints: Hints) -> ModelSpec:
-    # ODTK maps class i to the i-th category of the annotations: COCO's 80 with their gaps, or else 1, 2, 3, ...
+    # ODTK maps class i to the i-th category of the annotations: COCO's 80 with their gaps, or else
+    # 1, 2, 3, ...
     coco = layout.num_classes == len(COCO_80_IDS)
     return ModelSpec(
         family=NAME,
@@ -266,20 +271,21 @@ def _notes(size_hw: tuple[int, int], unknown: Sequence[str]) -> tuple[Note, ...]
 
 
 def assemble(
-    build: Builder, layout: HeadLayout, *, with_length: bool = False, free_size: bool = False
+    build: Builder, layout: HeadLayout, *, with_length: bool = False, dynamic_size: bool = False
 ) -> Heads:
     """Append the decoding of the ten heads.
 
-    boxes = min(max(0, anchor's decoding), feature map), [N, anchors, 4]; rotated [N, anchors, 5], or 6 with the length of the raw
-    (sin, cos), which ODTK's own overlap depends on. scores [N, anchors, C]. Cells row by row, level after level, anchors of a cell together.
+    boxes = min(max(0, anchor's decoding), feature map), [N, anchors, 4]; rotated [N, anchors, 5],
+    or 6 with the length of the raw (sin, cos), which ODTK's own overlap depends on. scores [N,
+    anchors, C]. Cells row by row, level after level, anchors of a cell together.
     """
-    cells = [-1 if free_size else height * width for height, width in layout.maps_hw]
+    cells = [-1 if dynamic_size else height * width for height, width in layout.maps_hw]
     boxes = _flatten(build, "boxes_raw", BOXES, layout.box_size, layout.anchors, cells)
     scores = _flatten(build, "scores", SCORES, layout.num_classes, layout.anchors, cells)
     lowest: NDArray[np.float32]
     highest: NDArray[np.float32] | str
     lowest, highest = _limits(layout)
-    if free_size:
+    if dynamic_size:
         anchors, highest = _anchors_in_graph(build, layout), _map_size_in_graph(build)
     else:
         anchors = build.constant("anchors", all_anchors(layout)[None])
@@ -307,7 +313,10 @@ def _flatten(
     anchors: int,
     cells: Sequence[int],
 ) -> str:
-    """Per level [N, A * size, h, w]  ->  [N, h * w * A, size]; then one after the other. `cells`: h * w of each, -1 where it is free."""
+    """Per level [N, A * size, h, w]  ->  [N, h * w * A, size]; then one after the other.
+
+    `cells`: h * w of each, -1 where it is dynamic.
+    """
     parts = []
     for level, count in zip(levels, cells, strict=True):
         split = build.reshape(f"{level}/split", level, [0, anchors, size, count])
@@ -318,7 +327,9 @@ def _flatten(
 
 
 def _atan2(build: Builder, sin: str, cos: str) -> str:
-    """The angle of (sin, cos), of any length, by Atan of the smaller over the larger; ONNX has no Atan2. 0 for (0, 0)."""
+    """The angle of (sin, cos), of any length, by Atan of the smaller over the larger; ONNX has
+    no Atan2. 0 for (0, 0).
+    """
     steep = build.node(
         "Greater", "steep", build.node("Abs", "sin_abs", sin), build.node("Abs", "cos_abs", cos)
     )
@@ -370,7 +381,9 @@ def _anchors_in_graph(build: Builder, layout: HeadLayout) -> str:
 
 
 def _map_size_in_graph(build: Builder) -> str:
-    """Width, height, width, height of the image, which at multiples of the largest stride is that of every map: float32 [4]."""
+    """Width, height, width, height of the image, which at multiples of the largest stride is
+    that of every map: float32 [4].
+    """
     shape = build.node("Shape", "map_shape", SCORES[0])
     sides = build.node("Gather", "map_sides", shape, np.array([3, 2, 3, 2]))
     sides = build.cast("map_sides_float", sides, TensorProto.FLOAT)
@@ -378,7 +391,9 @@ def _map_size_in_graph(build: Builder) -> str:
 
 
 def all_anchors(layout: HeadLayout) -> NDArray[np.float32]:
-    """(h * w * A of all levels, 4) float32: centre x y and size w h, which includes ODTK's pixel."""
+    """(h * w * A of all levels, 4) float32: centre x y and size w h, which includes ODTK's
+    pixel.
+    """
     return np.concatenate(
         [
             _level_anchors(stride, hw, layout)
@@ -410,10 +425,12 @@ def _level_anchors(stride: int, map_hw: tuple[int, int], layout: HeadLayout) -> 
 
 
 def _limits(layout: HeadLayout) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Least and largest x1 y1 x2 y2, the far side of the feature map: (4,), or (1, anchors, 4) where levels end elsewhere.
+    """Least and largest x1 y1 x2 y2, the far side of the feature map: (4,), or (1, anchors, 4)
+    where levels end elsewhere.
 
-    ODTK limits x1 y1 from below and x2 y2 from above. Of a box outside the map that leaves x2 below x1, which its NMS takes for an area of 0;
-    EfficientNMS would exchange the two, so upright boxes are limited on both ends. After clipping to the image there is no difference.
+    ODTK limits x1 y1 from below and x2 y2 from above. Of a box outside the map that leaves x2 below
+    x1, which its NMS takes for an area of 0; EfficientNMS would exchange the two, so upright boxes
+    are limited on both ends. After clipping to the image there is no difference.
     """
     free = np.finfo(np.float32).max if layout.rotated else None
     limits = []

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RF-DETR (arXiv:2511.09554) and LW-DETR (arXiv:2406.03459): a vision transformer, a projector, a deformable decoder.
+"""RF-DETR (arXiv:2511.09554) and LW-DETR (arXiv:2406.03459): a vision transformer, a projector, a
+deformable decoder.
 
-`dets` [N, Q, 4] and `labels` [N, Q, C] of RF-DETR's own exporter, pred_boxes and logits of others. Images are stretched and normalised with
-ImageNet's mean; a sigmoid over every class, the best 300 of all query and class pairs.
+`dets` [N, Q, 4] and `labels` [N, Q, C] of RF-DETR's own exporter, pred_boxes and logits of others.
+Images are stretched and normalised with ImageNet's mean; a sigmoid over every class, the best 300
+of all query and class pairs.
 """
 
 from trtdet.families import detr

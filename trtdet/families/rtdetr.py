@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RT-DETR (arXiv:2304.08069), RT-DETRv2 to v4, D-FINE (arXiv:2410.13842) and DEIM: raw outputs, with their post-processing in the export, or as Ultralytics
-exports them, one output [N, Q, 4+C].
+"""RT-DETR (arXiv:2304.08069), RT-DETRv2 to v4, D-FINE (arXiv:2410.13842) and DEIM: raw outputs,
+with their post-processing in the export, or as Ultralytics exports them, one output [N, Q, 4+C].
 
-A hybrid encoder tells them from other DETRs: a convolutional backbone, attention on the last level, and convolutions behind it. They take
-RGB / 255, stretched, without ImageNet's normalisation; a sigmoid over every class; the best 300 of all query and class pairs.
+A hybrid encoder tells them from other DETRs: a convolutional backbone, attention on the last level,
+and convolutions behind it. They take RGB / 255, stretched, without ImageNet's normalisation; a
+sigmoid over every class; the best 300 of all query and class pairs.
 """
 
 from trtdet.families import detr, heads, yolo
@@ -18,7 +19,9 @@ MAX_DETECTIONS = 300
 
 
 def matches(source: Source) -> bool:
-    """Whether the outputs are a set prediction behind a hybrid encoder, or rows of one with Ultralytics' metadata."""
+    """Whether the outputs are a set prediction behind a hybrid encoder, or rows of one with
+    Ultralytics' metadata.
+    """
     return yolo.is_set_prediction(source) or detr.kind_is(source, "rtdetr")
 
 
@@ -37,7 +40,9 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
 
 
 def of_ultralytics(source: OnnxSource) -> Framework:
-    """Ultralytics' export: rows [N, Q, 4+C], cx cy w h of 0 to 1 and probabilities; images stretched."""
+    """Ultralytics' export: rows [N, Q, 4+C], cx cy w h of 0 to 1 and probabilities; images
+    stretched.
+    """
     return Framework(
         "Ultralytics' RT-DETR",
         normal=Convention("").normal,

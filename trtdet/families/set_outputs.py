@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The outputs of a network that predicts a set (DETR and what followed it), found by shapes, values and nodes, whatever they are called.
+"""The outputs of a network that predicts a set (DETR and what followed it), found by shapes, values
+and nodes, whatever they are called.
 
-logits [N, Q, C] and boxes [N, Q, 4], cx cy w h, 0 to 1; or, where post-processing is in the export, the two inner tensors that explain its
-labels, boxes and scores.
+logits [N, Q, C] and boxes [N, Q, 4], cx cy w h, 0 to 1; or, where post-processing is in the export,
+the two inner tensors that explain its labels, boxes and scores.
 
 | kind | told by |
 |---|---|
@@ -67,7 +68,9 @@ _probed = weakref.WeakKeyDictionary()
 
 
 def other_feeds(source: OnnxSource, size_hw: tuple[int, int]) -> dict[str, NDArray[Any]]:
-    """Values for the inputs beside the image, one image that fills the network input: a mask of ones, its width and height."""
+    """Values for the inputs beside the image, one image that fills the network input: a mask of
+    ones, its width and height.
+    """
     image = maybe_image(source)
     feeds = {}
     for info in source.model.graph.input:
@@ -84,7 +87,9 @@ def other_feeds(source: OnnxSource, size_hw: tuple[int, int]) -> dict[str, NDArr
 
 
 def probe(source: OnnxSource, hints: Hints) -> dict[str, NDArray[Any]]:
-    """The outputs for one photograph as RGB 0-1, batch of one; empty where the model does not run so, or takes other inputs."""
+    """The outputs for one photograph as RGB 0-1, batch of one; empty where the model does not
+    run so, or takes other inputs.
+    """
     image = maybe_image(source)
     if image is None:
         return {}
@@ -117,7 +122,9 @@ def _run(
 
 
 def maybe_outputs(source: Source, hints: Hints, *, trusted: bool = False) -> SetOutputs | None:
-    """The heads of a set prediction; None where the outputs are something else, or leave an output unexplained.
+    """The heads of a set prediction.
+
+    None where the outputs are something else, or leave an output unexplained.
 
     Args:
         trusted: boxes are told by their shape alone.
@@ -152,7 +159,9 @@ def maybe_outputs(source: Source, hints: Hints, *, trusted: bool = False) -> Set
 
 
 def has_attention(source: OnnxSource) -> bool:
-    """Whether a Softmax weighs something: its result goes into a matrix product (deformable attention: into a product or a sum)."""
+    """Whether a Softmax weighs something: its result goes into a matrix product (deformable
+    attention: into a product or a sum).
+    """
     reached = {out for n in source.model.graph.node if n.op_type == "Softmax" for out in n.output}
     return any(
         n.op_type in ("MatMul", "Einsum", "Gemm") and reached.intersection(n.input)
@@ -188,7 +197,9 @@ def _is_activated(source: OnnxSource, logits: str, value: NDArray[Any]) -> bool:
 def _before_post_processing(
     source: OnnxSource, hints: Hints, seen: Mapping[str, NDArray[Any]]
 ) -> SetOutputs | None:
-    """The inner logits and boxes whose best K are the outputs labels, boxes and scores, number by number."""
+    """The inner logits and boxes whose best K are the outputs labels, boxes and scores, number
+    by number.
+    """
     shapes = {name: value.shape for name, value in seen.items()}
     boxes = [n for n, s in shapes.items() if len(s) == 3 and s[2] == 4]
     flat = [n for n, s in shapes.items() if len(s) == 2 and boxes and s[1] == shapes[boxes[0]][1]]
@@ -228,7 +239,9 @@ def _before_post_processing(
 def _near_tensors(
     source: OnnxSource, outputs: Sequence[str], image: str, layout: Any, size_hw: tuple[int, int]
 ) -> dict[str, NDArray[Any]]:
-    """Float tensors of three dimensions near the outputs, nearest first, for the photograph of `probe`."""
+    """Float tensors of three dimensions near the outputs, nearest first, for the photograph of
+    `probe`.
+    """
     nodes = Nodes(source.model)
     names: list[str] = []
     for number, node in enumerate(nodes.above(list(outputs))):
@@ -251,7 +264,9 @@ def _near_tensors(
 def _explains_scores(
     value: NDArray[Any], scores: NDArray[Any], labels: NDArray[Any]
 ) -> tuple[bool, NDArray[np.int64]] | None:
-    """Whether the best K of all pairs of `value` have these scores and labels: (are they probabilities already, their rows)."""
+    """Whether the best K of all pairs of `value` have these scores and labels: (are they
+    probabilities already, their rows).
+    """
     k = scores.shape[1]
     num_classes = value.shape[2]
     if value.shape[1] * num_classes < k or num_classes < 1:
@@ -270,10 +285,13 @@ def _explains_scores(
 def _explains_boxes(
     coded: NDArray[Any], rows: NDArray[np.int64], boxes: NDArray[Any], size_hw: tuple[int, int]
 ) -> bool | None:
-    """Whether `coded` boxes at `rows` come out as `boxes`: False scaled by (w, h), True by (h, w); None: neither."""
+    """Whether `coded` boxes at `rows` come out as `boxes`: False scaled by (w, h), True by (h,
+    w); None: neither.
+    """
     cx, cy, w, h = coded[0, rows].astype(np.float64).T
     corners = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], axis=1)
-    # `other_feeds` says width, height: an export that takes height, width multiplies x by what it took for the width.
+    # `other_feeds` says width, height: an export that takes height, width multiplies x by what it
+    # took for the width.
     for swapped in (False, True) if size_hw[0] != size_hw[1] else (False,):
         scale = np.array(size_hw if swapped else size_hw[::-1], np.float64)
         gaps = np.abs(corners * np.tile(scale, 2) - boxes[0]).max(axis=1)
@@ -350,7 +368,9 @@ def is_deformable(source: Source) -> bool:
 
 
 def _convolves_attention(source: OnnxSource, nodes: Nodes, outputs: SetOutputs) -> bool:
-    """Whether a convolution of maps follows from a Softmax: of a hybrid encoder, or of what gathers the maps of a vision transformer."""
+    """Whether a convolution of maps follows from a Softmax: of a hybrid encoder, or of what
+    gathers the maps of a vision transformer.
+    """
     reached: set[str] = set()
     relevant = {id(n) for n in nodes.above([outputs.logits, outputs.boxes])}
     for node in source.model.graph.node:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TensorFlow exports do behind their heads, in NumPy: the best candidates, hard or soft NMS, per class or not.
+"""What TensorFlow exports do behind their heads, in NumPy: the best candidates, hard or soft NMS,
+per class or not.
 
-Source of the facts: NonMaxSuppressionV5 and CombinedNonMaxSuppression of TensorFlow 2.21 (a candidate needs more than the score threshold;
-boxes that overlap by more than the IoU threshold go; where sigma is positive none goes, all are multiplied by exp(-overlap**2 / (2 sigma)));
+Source of the facts: NonMaxSuppressionV5 and CombinedNonMaxSuppression of TensorFlow 2.21 (a
+candidate needs more than the score threshold; boxes that overlap by more than the IoU threshold go;
+where sigma is positive none goes, all are multiplied by exp(-overlap**2 / (2 sigma)));
 google/automl tf2/postprocess.py; tensorflow/models core/post_processing.py.
 """
 

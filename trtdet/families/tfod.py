@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EfficientDet D0-D7 of the TensorFlow Object Detection API: a SavedModel of its exporter (exporter_main_v2.py), or that converted to ONNX.
+"""EfficientDet D0-D7 of the TensorFlow Object Detection API: a SavedModel of its exporter
+(exporter_main_v2.py), or that converted to ONNX.
 
-The exporter writes the decoded boxes and the converted scores of all anchors as outputs, so nothing has to be read out of its
-postprocessing but the NMS thresholds: anchors, box coder, score converter and background column are measured by sending chosen
-values for the heads through it.
+The exporter writes the decoded boxes and the converted scores of all anchors as outputs, so nothing
+has to be read out of its postprocessing but the NMS thresholds: anchors, box coder, score converter
+and background column are measured by sending chosen values for the heads through it.
 
-Source of the conventions: tensorflow/models object_detection, meta_architectures/ssd_meta_arch.py, core/post_processing.py,
-box_coders/faster_rcnn_box_coder.py, of tf-models-research-object-detection 2.8.0.
+Source of the conventions: tensorflow/models object_detection, meta_architectures/ssd_meta_arch.py,
+core/post_processing.py, box_coders/faster_rcnn_box_coder.py, of tf-models-research-object-detection
+2.8.0.
 """
 
 import dataclasses
@@ -139,7 +141,10 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
 
 
 def maybe_final(graph: SourceGraph, nms: Nms, size_hw: tuple[int, int]) -> Final | None:
-    """The exporter's own detections: boxes y1 x1 y2 x2 from 0 to 1, classes counted from 1; None where an output is missing."""
+    """The exporter's own detections: boxes y1 x1 y2 x2 from 0 to 1, classes counted from 1.
+
+    None where an output is missing.
+    """
     names = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
     if any(name not in graph.outputs for name in names):
         return None
@@ -210,9 +215,11 @@ def facts(
 def measure_box_coder(
     source: Source, feed: dict[str, NDArray[Any]], head: Any, decoded: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The anchors (a, 4), corners y1 x1 y2 x2 from 0 to 1, and what box encodings are divided by, [4] float32 in y x h w.
+    """The anchors (a, 4), corners y1 x1 y2 x2 from 0 to 1, and what box encodings are divided by,
+    [4] float32 in y x h w.
 
-    Decoding zeros gives the anchors, decoding ones the factors of the Faster R-CNN coder: y = ty / fy * ha + ya, h = ha * exp(th / fh).
+    Decoding zeros gives the anchors, decoding ones the factors of the Faster R-CNN coder: y = ty /
+    fy * ha + ya, h = ha * exp(th / fh).
 
     Raises:
         GraphError: it is another coder.
@@ -247,7 +254,8 @@ def measure_box_coder(
 
 
 def score_converter(logits: NDArray[Any], scores: NDArray[Any]) -> tuple[bool, str]:
-    """Whether the first column of the logits is the background, and what makes them scores: Sigmoid or Softmax.
+    """Whether the first column of the logits is the background, and what makes them scores: Sigmoid
+    or Softmax.
 
     Raises:
         GraphError: neither explains the scores.
@@ -267,7 +275,9 @@ def score_converter(logits: NDArray[Any], scores: NDArray[Any]) -> tuple[bool, s
 
 
 def read_nms(graph: SourceGraph, num_classes: int, max_detections: int) -> tuple[Nms, list[Note]]:
-    """The NMS of the export: one operation per class, or one across classes that keeps the best class of each anchor."""
+    """The NMS of the export: one operation per class, or one across classes that keeps the best
+    class of each anchor.
+    """
     nodes = [node for node in graph.all_nodes() if node.op == "NonMaxSuppression"]
     if not nodes:
         raise GraphError("tfod: expected NonMaxSuppression in the model, found none")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLO: what Ultralytics (v8, v11, v10, 26, their OBB, segment and pose models), YOLOv5, YOLOv7, YOLOv6 and YOLOX export.
+"""YOLO: what Ultralytics (v8, v11, v10, 26, their OBB, segment and pose models), YOLOv5, YOLOv7,
+YOLOv6 and YOLOX export.
 
 | head | from | one row | what follows |
 |---|---|---|---|
@@ -9,9 +10,10 @@
 | grid [N, A, 5+C] | YOLOX | offsets to a grid, objectness, class scores | NMS |
 | end to end [N, K, 6], OBB [N, K, 7] | v10, 26, exports with NMS inside | x1 y1 x2 y2 (OBB: cx cy w h), score, class (, angle) | the best K |
 
-All scores are behind their sigmoid. Ultralytics and YOLOv5 write names, stride and task into the file's metadata. The others write
-nothing: three boxes in each cell are those of v5 and v7, an objectness of exactly 1 is v6's, offsets to a grid are YOLOX's. Any other
-head without metadata is for `trtdet.families.heads`, which asks how images come in.
+All scores are behind their sigmoid. Ultralytics and YOLOv5 write names, stride and task into the
+file's metadata. The others write nothing: three boxes in each cell are those of v5 and v7, an
+objectness of exactly 1 is v6's, offsets to a grid are YOLOX's. Any other head without metadata is
+for `trtdet.families.heads`, which asks how images come in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,7 +79,9 @@ NAME = "yolo"
 
 
 def matches(source: Source) -> bool:
-    """Whether the metadata is that of a YOLO export, or without any, the outputs are what only v5, v6, v7 or YOLOX export."""
+    """Whether the metadata is that of a YOLO export, or without any, the outputs are what only
+    v5, v6, v7 or YOLOX export.
+    """
     if not isinstance(source, OnnxSource) or source.spec:
         return False
     keys = {prop.key for prop in source.model.metadata_props}
@@ -89,7 +93,9 @@ def matches(source: Source) -> bool:
 
 
 def is_set_prediction(source: Source) -> bool:
-    """Whether the rows are those of Ultralytics' RT-DETR: no grid has so many cells, and they are wider than detections."""
+    """Whether the rows are those of Ultralytics' RT-DETR: no grid has so many cells, and they
+    are wider than detections.
+    """
     if not isinstance(source, OnnxSource) or source.spec:
         return False
     keys = {prop.key for prop in source.model.metadata_props}
@@ -124,7 +130,8 @@ def maybe_without_metadata(source: OnnxSource) -> str | None:
 def kind_of(
     source: OnnxSource, values: Mapping[str, NDArray[Any]], size_hw: tuple[int, int]
 ) -> str | None:
-    """Which YOLO has such outputs: "YOLOv5 and v7", "YOLOv6", "YOLOX"; None: none of them, or not surely.
+    """Which YOLO has such outputs: "YOLOv5 and v7", "YOLOv6", "YOLOX"; None: none of them, or not
+    surely.
 
     Args:
         values: the outputs for some image.
@@ -236,7 +243,9 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
 def _check_explained(
     source: OnnxSource, head: Head, final: Head, values: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Refuse outputs beside the head that may hold boxes or scores; masks, and levels before they are put together, do not."""
+    """Refuse outputs beside the head that may hold boxes or scores; masks, and levels before
+    they are put together, do not.
+    """
     seen = {name: [value] for name, value in values.items()}
     used = [name for name in (final.tensor, head.tensor) if name in seen]
     left = (
@@ -252,7 +261,9 @@ def _check_explained(
 
 
 def _final(final: Head, head: Head, metadata: Metadata) -> Final | None:
-    """The rows of an end-to-end export, for the comparison to the end; of one with NMS inside, by its own thresholds."""
+    """The rows of an end-to-end export, for the comparison to the end; of one with NMS inside,
+    by its own thresholds.
+    """
     if final.kind != "end_to_end" or metadata.is_rotated or metadata.nms_inside:
         return None
 
@@ -291,7 +302,8 @@ def _declared_size(graph: SourceGraph) -> tuple[int, int] | None:
 
 
 def _size(graph: SourceGraph, metadata: Metadata, hints: Hints) -> tuple[int, int]:
-    """The input size: that of the file; where it is free, the one asked for, or the one it was exported with.
+    """The input size: that of the file; where it is free, the one asked for, or the one it was
+    exported with.
 
     Raises:
         GraphError: nothing says it.
@@ -305,7 +317,9 @@ def _size(graph: SourceGraph, metadata: Metadata, hints: Hints) -> tuple[int, in
 
 
 def _size_multiple(graph: SourceGraph, head: Head) -> int | None:
-    """The largest stride where the export left the size free; not for a grid, whose cells become constants."""
+    """The largest stride where the export left the size free; not for a grid, whose cells become
+    constants.
+    """
     if _declared_size(graph) or head.kind == "grid" or head.levels is None:
         return None
     return head.levels.strides[-1]

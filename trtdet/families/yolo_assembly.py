@@ -18,7 +18,8 @@ HEAD = "output0"
 
 
 def declare_head(graph: gs.Graph, head: Head) -> None:
-    """Give the head the shape that it was seen to have; exports with a dynamic batch name its dimensions or leave them out.
+    """Give the head the shape that it was seen to have; exports with a dynamic batch name its
+    dimensions or leave them out.
 
     Where height and width of the input are free, so is the number of boxes.
     """
@@ -44,7 +45,7 @@ def _assemble_raw(build: Builder, spec: ModelSpec, *, is_rotated: bool) -> Heads
     first, last = 4, 4 + spec.num_classes
     boxes = build.slice_last("boxes", rows, 0, 4)
     if is_rotated:
-        boxes = _turned(build, boxes, build.slice_last("angle", rows, last, last + 1))
+        boxes = _rotated(build, boxes, build.slice_last("angle", rows, last, last + 1))
     return Heads(boxes, build.slice_last("scores", rows, first, last))
 
 
@@ -61,10 +62,12 @@ def _assemble_objectness(build: Builder, spec: ModelSpec, *, only_best: bool) ->
 
 
 def _assemble_end_to_end(build: Builder, spec: ModelSpec, *, is_rotated: bool) -> Heads:
-    """[N, K, 6 or 7]  ->  boxes [N, K, 4 or 5], scores [N, K, C]: a row's score at its class, 0 elsewhere"""
+    """[N, K, 6 or 7]  ->  boxes [N, K, 4 or 5], scores [N, K, C]: a row's score at its class, 0
+    elsewhere
+    """
     boxes = build.slice_last("boxes", HEAD, 0, 4)
     if is_rotated:
-        boxes = _turned(build, boxes, build.slice_last("angle", HEAD, 6, 7))
+        boxes = _rotated(build, boxes, build.slice_last("angle", HEAD, 6, 7))
     score = build.slice_last("score", HEAD, 4, 5)
     class_id = build.slice_last("class_id", HEAD, 5, 6)
     every_class = np.arange(spec.num_classes, dtype=np.float32)[None, None]
@@ -72,10 +75,12 @@ def _assemble_end_to_end(build: Builder, spec: ModelSpec, *, is_rotated: bool) -
     return Heads(boxes, build.node("Where", "scores", is_class, score, np.float32(0)))
 
 
-def _turned(build: Builder, boxes: str, angle: str) -> str:
-    """cx cy w h [N, A, 4] and an angle [N, A, 1]  ->  x1 y1 x2 y2 of the box before rotation and the angle [N, A, 5]"""
+def _rotated(build: Builder, boxes: str, angle: str) -> str:
+    """cx cy w h [N, A, 4] and an angle [N, A, 1]  ->  x1 y1 x2 y2 of the box before rotation and
+    the angle [N, A, 5]
+    """
     centre = build.slice_last("centre", boxes, 0, 2)
     half = build.node("Mul", "half_size", build.slice_last("size", boxes, 2, 4), np.float32(0.5))
     first = build.node("Sub", "first_corner", centre, half)
     second = build.node("Add", "second_corner", centre, half)
-    return build.node("Concat", "turned_boxes", first, second, angle, axis=-1)
+    return build.node("Concat", "rotated_boxes", first, second, angle, axis=-1)

@@ -13,7 +13,8 @@ from trtdet.families.yolo_metadata import LEFT_OUT, Metadata
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
 from trtdet.spec import Nms, Preprocessing, Selection
 
-#: The least score that Ultralytics, YOLOv5 and YOLOX keep when they compute mAP; for pictures they take 0.25.
+#: The least score that Ultralytics, YOLOv5 and YOLOX keep when they compute mAP; for pictures they
+#: take 0.25.
 SCORE_THRESHOLD = 0.001
 #: Ultralytics' default since v8; the default of v5, v7 and YOLOX.
 IOU_THRESHOLD, IOU_THRESHOLD_OBJECTNESS = 0.7, 0.45
@@ -131,7 +132,10 @@ def note_facts(
 
 
 def _ultralytics_preprocessing(size_hw: tuple[int, int]) -> Preprocessing:
-    """RGB / 255, centred on grey. Images are resized in 8 bits in training, so the input has them too."""
+    """RGB / 255, centred on grey.
+
+    Images are resized in 8 bits in training, so the input has them too.
+    """
     return Preprocessing(
         size_hw,
         dtype="uint8",

@@ -30,7 +30,9 @@ GREY = 114.0
 
 
 def grid_of(levels: Levels) -> NDArray[np.float32]:
-    """(A, 4) float32: x y of the cell's top left corner and its width and height, input pixels; one box per cell, row by row."""
+    """(A, 4) float32: x y of the cell's top left corner and its width and height, input pixels;
+    one box per cell, row by row.
+    """
     cells = dataclasses.replace(levels, boxes_per_cell=1).centres()
     sides = np.repeat(cells[:, 2:], 2, axis=1)
     return np.concatenate([cells[:, :2] - sides / 2, sides], axis=1).astype(np.float32)
@@ -42,7 +44,8 @@ class Head:
 
     Attributes:
         tensor: its name in the source.
-        values: what it is for a grey image, float32 with three dimensions; NaN where ONNX Runtime cannot run the network.
+        values: what it is for a grey image, float32 with three dimensions; NaN where ONNX Runtime
+            cannot run the network.
         num_classes: C.
         levels: where its rows come from; None for `end_to_end`, whose rows are sorted.
         keeps: K of a model that suppresses nothing. None: NMS follows.
@@ -66,7 +69,9 @@ class Head:
 
     @property
     def has_corners(self) -> bool:
-        """Whether a box is x1 y1 x2 y2 rather than cx cy w h, of which few are wider than they are far from the left edge."""
+        """Whether a box is x1 y1 x2 y2 rather than cx cy w h, of which few are wider than they
+        are far from the left edge.
+        """
         if self.kind != "raw":
             return self.kind == "end_to_end"
         if self.levels is not None and self.is_seen:
@@ -96,7 +101,9 @@ def look(
 
 
 def unseen(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """In place of `look` where ONNX Runtime cannot run the network: the shapes alone, every value NaN."""
+    """In place of `look` where ONNX Runtime cannot run the network: the shapes alone, every
+    value NaN.
+    """
     return {
         name: np.broadcast_to(np.float32(np.nan), [max(size, 1) for size in shape])
         for name, shape in inferred_shapes(model, tensors).items()
@@ -113,7 +120,8 @@ def find_head(
     metadata: Metadata,
     hints: Hints = NO_HINTS,
 ) -> Head:
-    """The first output that is a head; others (masks, v5's levels before they are put together) are not looked at.
+    """The first output that is a head; others (masks, v5's levels before they are put together) are
+    not looked at.
 
     Args:
         values: the outputs for some image.
@@ -172,7 +180,8 @@ def _dense_head(name: str, value: NDArray[Any], levels: Levels, metadata: Metada
 
 
 def is_decoded(value: NDArray[Any], levels: Levels) -> bool:
-    """Whether the centres of an output [N, A, 5+C] lie where their cells are, rather than being offsets to them.
+    """Whether the centres of an output [N, A, 5+C] lie where their cells are, rather than being
+    offsets to them.
 
     Unseen, one box per cell is taken for YOLOX, which exports offsets, three for v5 and v7.
     """
@@ -201,10 +210,12 @@ def before_selection(
     size_hw: tuple[int, int],
     metadata: Metadata,
 ) -> Head:
-    """The head that an end-to-end model, or one with NMS inside, selects its detections from; `final` if there is none.
+    """The head that an end-to-end model, or one with NMS inside, selects its detections from;
+    `final` if there is none.
 
-    Selecting is left to the product: its form is one for all families, rows need no order to be compared with the source's, and an NMS of the
-    export's own is tied to the batch size and to its thresholds.
+    Selecting is left to the product: its form is one for all families, rows need no order to be
+    compared with the source's, and an NMS of the export's own is tied to the batch size and to its
+    thresholds.
 
     Raises:
         GraphError: NMS inside, and nothing to be found before it.
@@ -243,7 +254,9 @@ def check_scores(head: Head) -> None:
 
 
 def find_dfl(graph: SourceGraph, head: str) -> tuple[str, ...]:
-    """Names of the convolutions that compute a mean over bins, with the weights 0, 1, 2, ...: INT8 would move every side of a box."""
+    """Names of the convolutions that compute a mean over bins, with the weights 0, 1, 2, ...:
+    INT8 would move every side of a box.
+    """
     producer = graph.maybe_producer(head)
     found = []
     for node in graph.ancestors(producer).values() if producer else ():

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small helpers to extend an `onnx.ModelProto` by hand: nodes with readable names, shapes and types, outputs, domains.
+"""Small helpers to extend an `onnx.ModelProto` by hand: nodes with readable names, shapes and
+types, outputs, domains.
 
-For `trtdet.nms`, which works on the finished model: onnx-graphsurgeon, with which the network itself is rewritten, drops
-`metadata_props`.
+For `trtdet.nms`, which works on the finished model: onnx-graphsurgeon, with which the network
+itself is rewritten, drops `metadata_props`.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ OLDEST_OPSET = 11
 
 
 class Builder:
-    """Collects nodes and constants for one model; a node, its output and its constants share a readable, free name.
+    """Collects nodes and constants for one model; a node, its output and its constants share a
+    readable, free name.
 
     An operand is the name of a tensor or an array, which becomes a constant.
     """
@@ -55,7 +57,8 @@ class Builder:
         """Append one node.
 
         Args:
-            name: of the node and, unless `outputs` names them, of its only output; the prefix is put before it.
+            name: of the node and, unless `outputs` names them, of its only output; the prefix is
+                put before it.
             outputs: full names.
 
         Returns:
@@ -90,13 +93,17 @@ class Builder:
         return self.node("Slice", name, tensor, *bounds)
 
     def reduce(self, op: str, name: str, tensor: str, axis: int, *, keepdims: bool) -> str:
-        """ReduceSum, ReduceMax or ReduceMin over one axis, which became an input at opset 13 and 18."""
+        """ReduceSum, ReduceMax or ReduceMin over one axis, which became an input at opset 13 and
+        18.
+        """
         if self.opset >= (13 if op == "ReduceSum" else 18):
             return self.node(op, name, tensor, np.array([axis], np.int64), keepdims=int(keepdims))
         return self.node(op, name, tensor, axes=[axis], keepdims=int(keepdims))
 
     def top_k(self, name: str, tensor: str, k: int, *, largest: bool = True) -> tuple[str, str]:
-        """Values and int64 indices along the last axis, sorted; equal values in the order of their index."""
+        """Values and int64 indices along the last axis, sorted; equal values in the order of
+        their index.
+        """
         outputs = [self._free(f"{self.prefix}{name}/{part}") for part in ("values", "indices")]
         self.node(
             "TopK", name, tensor, np.array([k], np.int64), outputs=outputs, largest=int(largest)
@@ -159,11 +166,13 @@ def known_types(model: onnx.ModelProto, names: Sequence[str]) -> Types:
 def fix_size(
     model: onnx.ModelProto, image_shape: Sequence[int], *, batch: int | None = None
 ) -> onnx.ModelProto:
-    """The model with an input of one size, and the shapes that this makes known; itself where it has one already.
+    """The model with an input of one size, and the shapes that this makes known; itself where it
+    has one already.
 
     Args:
         image_shape: of one image, in the model's layout.
-        batch: fixed too, for a graph that reshapes to a batch it computes, which shape inference does not follow.
+        batch: fixed too, for a graph that reshapes to a batch it computes, which shape inference
+            does not follow.
     """
     if all(dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:]):
         return model
@@ -223,9 +232,11 @@ def _names(model: onnx.ModelProto) -> set[str]:
     return names
 
 
-#: Nodes whose arithmetic is worth a narrow type; the body reaches from the first to the last of them.
+#: Nodes whose arithmetic is worth a narrow type; the body reaches from the first to the last of
+#: them.
 COMPUTE_OPS = frozenset(
     ["BatchNormalization", "Conv", "ConvTranspose", "Gemm", "InstanceNormalization", "MatMul"]
 )
-#: Nodes inside the network that compute positions to sample at, and boxes that the next layer refines: FP16 resolves 1333 pixels to 1/2.
+#: Nodes inside the network that compute positions to sample at, and boxes that the next layer
+#: refines: FP16 resolves 1333 pixels to 1/2.
 POSITIONS_PREFIX = "positions/"

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-scale deformable attention (arXiv:2010.04159): how torch exports it, as TensorRT's plugin, and in ordinary operators.
+"""Multi-scale deformable attention (arXiv:2010.04159): how torch exports it, as TensorRT's plugin,
+and in ordinary operators.
 
-For N images, M heads of D channels, L levels of H_l x W_l cells (S in all), Q queries with P points on each level:
+For N images, M heads of D channels, L levels of H_l x W_l cells (S in all), Q queries with P points
+on each level:
 
-    out[n, q, m] = sum over l, p of weights[n, q, m, l, p] * bilinear(value[n, level l, m], locations[n, q, m, l, p])
+    out[n, q, m] = sum over l, p of weights[n, q, m, l, p] * bilinear(value[n, level l, m],
+    locations[n, q, m, l, p])
 
-torch writes it as one GridSample for each level, whose results are joined, multiplied by the weights and summed. Levels of D-FINE have
-numbers of points of their own, P_l: a level with 6 points where another has 3 is written as two levels over the same cells. Some TensorRT
-versions compile that GridSample wrongly (NVIDIA/TensorRT#4813: 10.14 and 11.1 in FP32; 10.13 and ONNX Runtime agree). `rewrite`
-recognises the pattern, and writes
+torch writes it as one GridSample for each level, whose results are joined, multiplied by the
+weights and summed. Levels of D-FINE have numbers of points of their own, P_l: a level with 6 points
+where another has 3 is written as two levels over the same cells. Some TensorRT versions compile
+that GridSample wrongly (NVIDIA/TensorRT#4813: 10.14 and 11.1 in FP32; 10.13 and ONNX Runtime
+agree). `rewrite` recognises the pattern, and writes
 
 | mode | as | runs on |
 |---|---|---|
@@ -16,11 +20,13 @@ recognises the pattern, and writes
 | plugin | one MultiscaleDeformableAttnPlugin_TRT | TensorRT 8.5 and later; not TensorRT-RTX |
 | gather | GatherND of the four neighbours and their weights | everywhere |
 
-and `lower` turns the plugin into the operators of "gather", for a runtime or builder that lacks it, as `trtdet.nms.lowering.lower` does for NMS.
+and `lower` turns the plugin into the operators of "gather", for a runtime or builder that lacks it,
+as `trtdet.nms.lowering.lower` does for NMS.
 
-The plugin (NVIDIA/TensorRT, plugin/multiscaleDeformableAttnPlugin) has no attributes; its inputs are `value` [N,S,M,D], `spatial_shapes`
-int32 [L,2], `level_start_index` int32 [L], `sampling_locations` [N,Q,M,L,P,2], x before y, 0 to 1, and `attention_weights`
-[N,Q,M,L,P]; its output is [N,Q,M,D]. It samples as GridSample does with align_corners=0 and zeros outside.
+The plugin (NVIDIA/TensorRT, plugin/multiscaleDeformableAttnPlugin) has no attributes; its inputs
+are `value` [N,S,M,D], `spatial_shapes` int32 [L,2], `level_start_index` int32 [L],
+`sampling_locations` [N,Q,M,L,P,2], x before y, 0 to 1, and `attention_weights` [N,Q,M,L,P]; its
+output is [N,Q,M,D]. It samples as GridSample does with align_corners=0 and zeros outside.
 """
 
 import logging
@@ -55,7 +61,8 @@ logger = logging.getLogger(__name__)
 Mode = Literal["keep", "plugin", "gather"]
 
 PLUGIN_OP = "MultiscaleDeformableAttnPlugin_TRT"
-#: Version 1 is in every TensorRT that has the plugin; 2 (TensorRT 10.11) differs in the interface only.
+#: Version 1 is in every TensorRT that has the plugin; 2 (TensorRT 10.11) differs in the interface
+#: only.
 PLUGIN_VERSION = "1"
 
 #: Where positions begin: what a layer makes is not one yet.
@@ -63,9 +70,11 @@ _LAYERS = COMPUTE_OPS | {"LayerNormalization", "ReduceMean", "Softmax", "TopK"}
 
 
 def rewrite(model: onnx.ModelProto, mode: Mode) -> onnx.ModelProto:
-    """The model with every deformable attention written in another way; its outputs and metadata stay.
+    """The model with every deformable attention written in another way; its outputs and metadata
+    stay.
 
-    Shapes but for the batch must be inferable: `trtdet.graph.static_shapes` sees to it. A GridSample outside the pattern is kept, with a warning.
+    Shapes but for the batch must be inferable: `trtdet.graph.static_shapes` sees to it. A
+    GridSample outside the pattern is kept, with a warning.
     """
     if mode == "keep":
         return model
@@ -105,9 +114,11 @@ def rewrite(model: onnx.ModelProto, mode: Mode) -> onnx.ModelProto:
 
 
 def name_positions(model: onnx.ModelProto, tensors: Sequence[str]) -> None:
-    """Put `POSITIONS_PREFIX` before the names of what leads from the network's layers to the tensors, in place.
+    """Put `POSITIONS_PREFIX` before the names of what leads from the network's layers to the
+    tensors, in place.
 
-    Precision leaves nodes of that name in float32: FP16 resolves a position within 1333 pixels to half a pixel.
+    Precision leaves nodes of that name in float32: FP16 resolves a position within 1333 pixels to
+    half a pixel.
     """
     producer = {name: node for node in model.graph.node for name in node.output}
     public = {info.name for info in model.graph.output}
@@ -161,11 +172,13 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
     return _pruned(lowered)
 
 
-# ---- as the plugin ---------------------------------------------------------------------------------------------------------
+# ---- as the plugin -------------------------------------------------------------------------------
 
 
 def _insert_plugin(build: Builder, graph: Graph, attention: Attention) -> None:
-    """The plugin and what brings its inputs and its output into shape; ends in the tensor `attention.output`."""
+    """The plugin and what brings its inputs and its output into shape; ends in the tensor
+    `attention.output`.
+    """
     m, d, q, p = attention.heads, attention.channels, attention.queries, attention.points
     sizes = np.array(attention.sizes_hw, np.int32)
     starts = np.concatenate([[0], np.cumsum(sizes.prod(1))[:-1]]).astype(np.int32)
@@ -187,7 +200,8 @@ def _insert_plugin(build: Builder, graph: Graph, attention: Attention) -> None:
     result = build.node(
         PLUGIN_OP, "attention/plugin", *inputs, domain=PLUGIN_DOMAIN, plugin_version=PLUGIN_VERSION
     )
-    # As torch has it, [N*M, D, Q]; two transposes in a row are left to the builder, which merges them.
+    # As torch has it, [N*M, D, Q]; two transposes in a row are left to the builder, which merges
+    # them.
     by_head = build.node("Transpose", "attention/by_head", result, perm=[0, 2, 3, 1])
     build.output(
         build.reshape("attention/sum", by_head, [-1, d, q]),
@@ -244,7 +258,9 @@ def _weights(build: Builder, graph: Graph, attention: Attention) -> str:
 
 
 def _for_every_image(build: Builder, table: str, value: str, rank: int) -> str:
-    """[1, ...] repeated: in an export with batch 1 what learned queries give in the first layer is a constant."""
+    """[1, ...] repeated: in an export with batch 1 what learned queries give in the first layer
+    is a constant.
+    """
     shape = build.node("Shape", "attention/value_shape", value)
     batch = build.node("Gather", "attention/batch", shape, np.array([0], np.int64), axis=0)
     ones = np.ones(rank - 1, np.int64)
@@ -283,7 +299,7 @@ def _scalar(graph: Graph, name: str) -> float | None:
     return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
 
 
-# ---- in ordinary operators -------------------------------------------------------------------------------------------------
+# ---- in ordinary operators -----------------------------------------------------------------------
 
 
 def _lower_node(
@@ -356,7 +372,9 @@ def _neighbour(
     starts: NDArray[np.int64],
     dims: Sequence[int],
 ) -> tuple[str, str]:
-    """Index of a neighbour cell, int64 [N*M, Q*L*P, 1], and float32 [N*M, Q, L, P, 1]: 1 where it is inside its level."""
+    """Index of a neighbour cell, int64 [N*M, Q*L*P, 1], and float32 [N*M, Q, L, P, 1]: 1 where
+    it is inside its level.
+    """
     at = build.node("Add", "positions/neighbour", low, offset) if offset.any() else low
     last = (sizes[:, None, ::-1] - 1).astype(np.float32)
     clipped = build.node(

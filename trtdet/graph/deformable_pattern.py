@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-scale deformable attention as torch exports it, recognised: `trtdet.graph.deformable_attention` has what it is."""
+"""Multi-scale deformable attention as torch exports it, recognised:
+`trtdet.graph.deformable_attention` has what it is.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +13,8 @@ from onnx import helper
 from trtdet.graph.builder import Dims, known_types
 from trtdet.sources.base import constants_of
 
-#: Operators that only rearrange: what stands between a tensor of the attention and the GridSamples made of it.
+#: Operators that only rearrange: what stands between a tensor of the attention and the GridSamples
+#: made of it.
 _REARRANGING = frozenset(
     ["Cast", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"]
 )
@@ -51,7 +54,9 @@ class Attention:
 
 
 class Graph:
-    """A model's nodes by what they make and read, its constants, and the shapes that can be inferred."""
+    """A model's nodes by what they make and read, its constants, and the shapes that can be
+    inferred.
+    """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.producer = {name: node for node in model.graph.node for name in node.output}
@@ -81,7 +86,9 @@ class Graph:
         return readers[0] if len(readers) == 1 and readers[0].op_type == op else None
 
     def maybe_origin(self, name: str, dims: Sequence[int]) -> str | None:
-        """The nearest tensor [?, *dims] above `name` with nothing but rearrangements between; `name` itself counts."""
+        """The nearest tensor [?, *dims] above `name` with nothing but rearrangements between;
+        `name` itself counts.
+        """
         while not self.ends_with(name, dims):
             node = self.producer.get(name)
             if node is None or node.op_type not in _REARRANGING:
@@ -130,7 +137,9 @@ def maybe_attention(graph: Graph, first: onnx.NodeProto) -> Attention | str:
 
 
 def _maybe_join(graph: Graph, sample: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The Concat of the levels: of a new axis between queries and points (torch's stack), or along the points."""
+    """The Concat of the levels: of a new axis between queries and points (torch's stack), or
+    along the points.
+    """
     unsqueeze = graph.maybe_only_reader(sample.output[0], "Unsqueeze")
     return graph.maybe_only_reader((unsqueeze or sample).output[0], "Concat")
 

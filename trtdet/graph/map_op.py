@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Custom ONNX operators replaced by TensorRT plugins: `--map_op CustomOp=PluginName[:version]`.
 
-A framework's exporter writes an operator of its own where it has no ONNX one; TensorRT finds a plugin by the node's operator type and
-the attributes `plugin_version` and `plugin_namespace`. Inputs, outputs and all other attributes, which are the plugin's fields, stay as
-they are: that the plugin wants them so is between the exporter and the plugin.
+A framework's exporter writes an operator of its own where it has no ONNX one; TensorRT finds a
+plugin by the node's operator type and the attributes `plugin_version` and `plugin_namespace`.
+Inputs, outputs and all other attributes, which are the plugin's fields, stay as they are: that the
+plugin wants them so is between the exporter and the plugin.
 """
 
 import logging
@@ -68,7 +69,8 @@ def map_ops(model: onnx.ModelProto, mappings: Sequence[OpMapping]) -> int:
 
     op(inputs, attributes)  ->  trt.plugins::plugin(inputs, attributes, plugin_version)
 
-    A version that the node carries already is replaced. trtdet/nms/plugin.py says why the domain is "trt.plugins".
+    A version that the node carries already is replaced. trtdet/nms/plugin.py says why the domain is
+    "trt.plugins".
 
     Returns:
         Number of nodes replaced.
@@ -141,7 +143,8 @@ def _custom_ops(nodes: Iterable[onnx.NodeProto]) -> list[str]:
 
 
 def unknown_ops(source: Source, tensors: Sequence[str]) -> list[str]:
-    """Custom operators between the inputs and `tensors` that keep ONNX Runtime from computing these.
+    """Custom operators between the inputs and `tensors` that keep ONNX Runtime from computing
+    these.
 
     Known are its own, and the one that `deformable_attention.lower` replaces before anything runs.
     """

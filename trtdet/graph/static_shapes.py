@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shape arithmetic replaced by what it comes to: half of the nodes of a transformer that torch exported with a dynamic batch.
+"""Shape arithmetic replaced by what it comes to: half of the nodes of a transformer that torch
+exported with a dynamic batch.
 
-The shapes are not derived but measured: the model runs at three batch sizes, and what follows from shapes alone and comes out the same
-each time is a constant. What depends on the batch:
+The shapes are not derived but measured: the model runs at three batch sizes, and what follows from
+shapes alone and comes out the same each time is a constant. What depends on the batch:
 
 | what | becomes |
 |---|---|
@@ -31,10 +32,12 @@ from trtdet.errors import GraphError
 from trtdet.graph.builder import tensor_types
 from trtdet.sources.base import Shape, constants_of, cut_onnx, run_onnx
 
-#: Batch sizes at which a dynamic batch is measured; two to draw a line through, one to see that it is a line.
+#: Batch sizes at which a dynamic batch is measured; two to draw a line through, one to see that it
+#: is a line.
 MEASURED_BATCHES = (1, 2, 3)
 
-#: Shape inference stops where sizes come by ways that it does not follow; computed, they let it go on.
+#: Shape inference stops where sizes come by ways that it does not follow; computed, they let it go
+#: on.
 INFERENCE_ROUNDS = 5
 
 #: Operators that broadcast a leading 1 against the batch of their other operand.
@@ -58,8 +61,8 @@ def fix_shapes(
 
     Args:
         inputs: its inputs with their shapes; None: the batch.
-        batch: batch size the model is fixed to; None: free. A fixed one is freed where all that fixes it is that the first dimension of a
-            Reshape is written out.
+        batch: batch size the model is fixed to; None: dynamic. A fixed one is freed where all that
+            fixes it is that the first dimension of a Reshape is written out.
 
     Raises:
         GraphError: the model does not run.
@@ -97,7 +100,9 @@ def fix_shapes(
 
 
 def _split_sequences(model: onnx.ModelProto, measured: "_Measured") -> bool:
-    """SequenceAt(SplitToSequence(x, sizes), i)  ->  Split(x, sizes)[i]: TensorRT has no sequences. Returns whether there were any.
+    """SequenceAt(SplitToSequence(x, sizes), i)  ->  Split(x, sizes)[i]: TensorRT has no sequences.
+
+    Returns whether there were any.
 
     Raises:
         GraphError: a sequence whose sizes or positions are not constant.
@@ -140,7 +145,9 @@ def _split_sequences(model: onnx.ModelProto, measured: "_Measured") -> bool:
 def _reshape_from_gather(
     model: onnx.ModelProto, node: onnx.NodeProto, measured: "_Measured", *, frees: bool
 ) -> None:
-    """torch's newer exporter looks masks up by image and position, with the images of its batch written out."""
+    """torch's newer exporter looks masks up by image and position, with the images of its batch
+    written out.
+    """
     data, indices = node.input[:2]
     values = measured.values(indices)
     if node.attribute and any(a.i for a in node.attribute):  # batch_dims
@@ -157,7 +164,9 @@ def _reshape_from_gather(
 def _gather_from_resize(
     model: onnx.ModelProto, node: onnx.NodeProto, measured: "_Measured"
 ) -> None:
-    """Rows and columns floor(i * H / h), as torch takes them, where the batch is in the place of the channels."""
+    """Rows and columns floor(i * H / h), as torch takes them, where the batch is in the place of
+    the channels.
+    """
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     before, after = measured.shapes(node.input[0]), measured.shapes(node.output[0])
     modes = ("mode", "coordinate_transformation_mode", "nearest_mode")
@@ -182,7 +191,9 @@ def _gather_from_resize(
 
 
 class _Measured:
-    """Values of what follows from shapes and constants alone, and the shapes of what is reshaped, at each batch size."""
+    """Values of what follows from shapes and constants alone, and the shapes of what is
+    reshaped, at each batch size.
+    """
 
     def __init__(
         self, model: onnx.ModelProto, inputs: Mapping[str, Shape], batches: Sequence[int]
@@ -238,7 +249,10 @@ class _Measured:
         return [value.tolist() for value in self._values[self._shape_of[name]]]
 
     def maybe_constant(self, name: str, reader: onnx.NodeProto) -> NDArray[Any] | None:
-        """What `reader` may take in place of the tensor; None where it is a constant already or depends on the batch."""
+        """What `reader` may take in place of the tensor.
+
+        None where it is a constant already or depends on the batch.
+        """
         values = self._values.get(name)
         if not values:
             return None
@@ -260,7 +274,9 @@ class _Measured:
 def _with_inferred_shapes(
     model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]]
 ) -> onnx.ModelProto:
-    """Shape(x) replaced by a constant where shape inference knows it for these inputs, so that x need not be computed."""
+    """Shape(x) replaced by a constant where shape inference knows it for these inputs, so that x
+    need not be computed.
+    """
     known = onnx.ModelProto()
     known.CopyFrom(model)
     del known.graph.value_info[:]
@@ -285,7 +301,10 @@ def _with_inferred_shapes(
 
 
 def _fold_sizes(model: onnx.ModelProto) -> bool:
-    """Compute the sizes that follow from constants by ways that shape inference does not see. Returns whether there were any."""
+    """Compute the sizes that follow from constants by ways that shape inference does not see.
+
+    Returns whether there were any.
+    """
     constants = set(constants_of(model))
     follows = set(constants)
     producer = {node.output[0]: node for node in model.graph.node if len(node.output) == 1}
@@ -320,7 +339,9 @@ class _BatchSize:
         self._replaced: dict[str, str] = {}
 
     def maybe_replace(self, name: str, values: Sequence[NDArray[Any]]) -> str:
-        """The tensor to read instead of `name`, or `name` where it is neither repeated nor linear in the batch."""
+        """The tensor to read instead of `name`, or `name` where it is neither repeated nor
+        linear in the batch.
+        """
         if len(values) > 1 and name not in self._replaced:
             first, second = values[:2]
             if first.ndim and len(first) % self.batches[0] == 0 and len(first) != len(second):
@@ -434,7 +455,9 @@ def _following_from_shapes(
 def _fix_reshape(
     model: onnx.ModelProto, node: onnx.NodeProto, measured: _Measured, *, frees: bool
 ) -> None:
-    """Constants where the result has the same size at each batch, -1 where it has not, if that is one dimension."""
+    """Constants where the result has the same size at each batch, -1 where it has not, if that
+    is one dimension.
+    """
     shapes = measured.shapes(node.output[0])
     if any(len(shape) != len(shapes[0]) for shape in shapes) or not shapes[0]:
         return

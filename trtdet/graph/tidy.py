@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites of an onnx-graphsurgeon graph that serve every family. Plain functions, edit in place, small enough to read alone.
+"""Rewrites of an onnx-graphsurgeon graph that serve every family.
 
-`tidy` takes what a converter wrote to what TensorRT, INT8 calibration and a reader want: channels first throughout, constants
-folded, batch normalisation inside its convolution, names that say where a tensor comes from.
+Plain functions, edit in place, small enough to read alone.
+
+`tidy` takes what a converter wrote to what TensorRT, INT8 calibration and a reader want: channels
+first throughout, constants folded, batch normalisation inside its convolution, names that say where
+a tensor comes from.
 """
 
 import re
@@ -17,7 +20,8 @@ from trtdet.errors import GraphError
 from trtdet.sources.base import run_onnx
 from trtdet.spec import Preprocessing
 
-#: Names in every model of stage 1: its input, and the normalised pixels behind it (missing where nothing is to be done).
+#: Names in every model of stage 1: its input, and the normalised pixels behind it (missing where
+#: nothing is to be done).
 INPUT, NETWORK_INPUT = "input", "network_input"
 
 TO_NCHW = [0, 3, 1, 2]
@@ -51,8 +55,8 @@ def tidy(graph: gs.Graph) -> gs.Graph:
 def sort_nodes(graph: gs.Graph) -> None:
     """Topological order that the wiring alone decides, from the outputs back, input by input.
 
-    Converters' order of independent branches is not the same in every run; this one is, and so are the
-    names and the order of everything that is written after it.
+    Converters' order of independent branches is not the same in every run; this one is, and so are
+    the names and the order of everything that is written after it.
     """
     there = {id(node) for node in graph.nodes}
     ordered: list[gs.Node] = []
@@ -87,10 +91,12 @@ def _read_by(node: gs.Node) -> list[gs.Tensor]:
 def set_input(graph: gs.Graph, preprocessing: Preprocessing, batch: int | str) -> None:
     """Give the graph its public input and put the normalisation behind it.
 
-    input of normalised pixels, [N,3,H,W] or [N,H,W,3] and a transpose  ->  "input" in `preprocessing`'s layout and dtype, RGB 0-255
+    input of normalised pixels, [N,3,H,W] or [N,H,W,3] and a transpose
+        ->  "input" in `preprocessing`'s layout and dtype, RGB 0-255
         -> Cast (uint8) -> Transpose (NHWC) -> (x - mean) / std -> channels reversed (BGR)
 
-    The normalised tensor is called `NETWORK_INPUT`. TensorRT takes uint8 only at a network input that goes straight into a Cast, so the cast comes first.
+    The normalised tensor is called `NETWORK_INPUT`. TensorRT takes uint8 only at a network input
+    that goes straight into a Cast, so the cast comes first.
     """
     (old,) = graph.inputs
     dims = preprocessing.image_dims
@@ -126,7 +132,9 @@ def set_input(graph: gs.Graph, preprocessing: Preprocessing, batch: int | str) -
 
 
 def fold_constants(graph: gs.Graph) -> None:
-    """Replace what follows from constants alone by its value, computed with ONNX Runtime in one call."""
+    """Replace what follows from constants alone by its value, computed with ONNX Runtime in one
+    call.
+    """
     frontier: dict[str, gs.Variable] = {}
     foldable: set[int] = set()
     for node in graph.nodes:
@@ -152,8 +160,9 @@ def fold_constants(graph: gs.Graph) -> None:
 def to_channels_first(graph: gs.Graph) -> None:
     """Remove the transposes that a channels-last framework leaves around every convolution.
 
-    Transpose(NHWC->NCHW)(x), x = Transpose(NCHW->NHWC)(y)  ->  y, through any number of element-wise operators, reductions and
-    concatenations between. Other consumers of a channels-last tensor get one transpose of their own.
+    Transpose(NHWC->NCHW)(x), x = Transpose(NCHW->NHWC)(y)  ->  y, through any number of
+    element-wise operators, reductions and concatenations between. Other consumers of a
+    channels-last tensor get one transpose of their own.
     """
     twins: dict[
         int, gs.Variable
@@ -188,7 +197,9 @@ def to_channels_first(graph: gs.Graph) -> None:
 
 
 def fold_neutral_elements(graph: gs.Graph) -> None:
-    """x * 1, x / 1, x + 0, x - 0, Identity(x)  ->  x, where the constant does not broadcast x to another shape."""
+    """x * 1, x / 1, x + 0, x - 0, Identity(x)  ->  x, where the constant does not broadcast x to
+    another shape.
+    """
     for node in list(graph.nodes):
         kept = _neutral_operand(node)
         if kept is None:
@@ -207,7 +218,9 @@ def fold_neutral_elements(graph: gs.Graph) -> None:
 
 
 def merge_constant_factors(graph: gs.Graph) -> None:
-    """(x * a) * b  ->  x * (a * b) for scalar constants a and b; BiFPN's weighted sums are full of it."""
+    """(x * a) * b  ->  x * (a * b) for scalar constants a and b; BiFPN's weighted sums are full
+    of it.
+    """
     for node in list(graph.nodes):
         outer = _scalar_factor(node)
         if outer is None:
@@ -224,10 +237,11 @@ def merge_constant_factors(graph: gs.Graph) -> None:
 
 
 def fold_batch_norms(graph: gs.Graph) -> None:
-    """BatchNormalization(Conv(x, w, b))  ->  Conv(x, w * s, (b - mean) * s + beta), s = gamma / sqrt(var + epsilon).
+    """BatchNormalization(Conv(x, w, b))  ->  Conv(x, w * s, (b - mean) * s + beta), s = gamma /
+    sqrt(var + epsilon).
 
-    Weights shared by several convolutions (EfficientDet's heads share theirs over the levels, each with its own batch
-    normalisation) are copied: INT8 needs one scale per convolution.
+    Weights shared by several convolutions (EfficientDet's heads share theirs over the levels, each
+    with its own batch normalisation) are copied: INT8 needs one scale per convolution.
     """
     for node in graph.nodes:
         if node.op != "BatchNormalization":
@@ -259,14 +273,17 @@ def fold_batch_norms(graph: gs.Graph) -> None:
 
 
 def average_pool_from_mean(graph: gs.Graph) -> None:
-    """ReduceMean over height and width, axes kept  ->  GlobalAveragePool, which every INT8 recipe knows."""
+    """ReduceMean over height and width, axes kept  ->  GlobalAveragePool, which every INT8
+    recipe knows.
+    """
     for node in graph.nodes:
         if node.op == "ReduceMean" and _axes(node) == [2, 3] and node.attrs.get("keepdims", 1) == 1:
             node.op, node.attrs, node.inputs = "GlobalAveragePool", {}, node.inputs[:1]
 
 
 def leave_out_empty_inputs(graph: gs.Graph) -> None:
-    """Resize(x, [], scales)  ->  Resize(x, , scales): TensorRT warns of every initializer without data.
+    """Resize(x, [], scales)  ->  Resize(x, , scales): TensorRT warns of every initializer without
+    data.
 
     Before opset 13 the region of interest may not be left out.
     """
@@ -281,9 +298,11 @@ def leave_out_empty_inputs(graph: gs.Graph) -> None:
 
 
 def rename(graph: gs.Graph) -> None:
-    """Name nodes and tensors after the framework's operations, without converters' counters; the same input gives the same names.
+    """Name nodes and tensors after the framework's operations, without converters' counters; the
+    same input gives the same names.
 
-    A node is called what its first result is called; constants are called `<node>/weight`, `/bias` or `/constant`.
+    A node is called what its first result is called; constants are called `<node>/weight`, `/bias`
+    or `/constant`.
     """
     public = {id(t) for t in [*graph.inputs, *graph.outputs]}
     taken = {t.name for t in [*graph.inputs, *graph.outputs]}
@@ -313,10 +332,13 @@ def rename(graph: gs.Graph) -> None:
                 tensor.name = unique(f"{node.name}/{role}")
 
 
-def set_static_batch_free(graph: gs.Graph, tensor: gs.Variable, last: int) -> None:
-    """Make the reshapes that feed a head's Concat independent of the batch they were exported with, however they compute it.
+def make_static_batch_dynamic(graph: gs.Graph, tensor: gs.Variable, last: int) -> None:
+    """Make the reshapes that feed a head's Concat independent of the batch they were exported with,
+    however they compute it.
 
-    Reshape(x, [batch, -1, last])  ->  Reshape(x, [0, -1, last]): ONNX's 0 copies the first dimension of x.
+    Reshape(x, [batch, -1, last])  ->  Reshape(x, [0, -1, last])
+
+    ONNX's 0 copies the first dimension of x.
 
     Raises:
         GraphError: the head is not a Concat of Reshapes.
@@ -335,8 +357,9 @@ def set_static_batch_free(graph: gs.Graph, tensor: gs.Variable, last: int) -> No
         )
 
 
-def free_batch(graph: gs.Graph, batch: int | None) -> None:
-    """Make all other reshapes independent of it: Reshape(x, [batch, ...])  ->  Reshape(x, [0, ...]), for constant shapes.
+def make_batch_dynamic(graph: gs.Graph, batch: int | None) -> None:
+    """Make all other reshapes independent of it: Reshape(x, [batch, ...])  ->  Reshape(x, [0,
+    ...]), for constant shapes.
 
     A plain tf2onnx conversion bakes the batch into its squeeze-and-excite blocks.
     """
@@ -355,7 +378,9 @@ def free_batch(graph: gs.Graph, batch: int | None) -> None:
 
 
 def _can_move(node: gs.Node, twins: dict[int, gs.Variable]) -> bool:
-    """Whether some input is known channels first, and no other is a variable in an unknown layout."""
+    """Whether some input is known channels first, and no other is a variable in an unknown
+    layout.
+    """
     others = [t for t in node.inputs if id(t) not in twins]
     return len(others) < len(node.inputs) and all(
         isinstance(t, gs.Constant) or t.is_empty() for t in others
@@ -363,7 +388,10 @@ def _can_move(node: gs.Node, twins: dict[int, gs.Variable]) -> bool:
 
 
 def _channels_first_form(node: gs.Node) -> Callable[[gs.Node], None] | None:
-    """How a node's attributes change when its channels-last inputs become channels first; None if it cannot be moved."""
+    """How a node's attributes change when its channels-last inputs become channels first.
+
+    None if it cannot be moved.
+    """
     if node.op in ELEMENTWISE:
         return lambda _: None
     if node.op == "Concat" and node.attrs["axis"] % 4 == 3:

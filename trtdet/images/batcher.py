@@ -31,7 +31,8 @@ from trtdet.spec import Preprocessing
 
 logger = logging.getLogger(__name__)
 
-#: (shape, dtype) -> array: where batches are written. A runtime hands in one that returns pinned memory.
+#: (shape, dtype) -> array: where batches are written. A runtime hands in one that returns pinned
+#: memory.
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
 
@@ -59,8 +60,8 @@ class Batch:
     """Some images, ready for the network.
 
     Attributes:
-        images: (n, *image_shape) in the network's layout and dtype, C-contiguous. n = len(batch), or the batch size with `pad_to_batch`:
-            the rows beyond are zero.
+        images: (n, *image_shape) in the network's layout and dtype, C-contiguous. n = len(batch),
+            or the batch size with `pad_to_batch`: the rows beyond are zero.
         paths: one per real image.
         transforms: one per real image, the way back to source pixels.
         sources: the decoded images, where they were asked for.
@@ -77,9 +78,11 @@ class Batch:
         return len(self.paths)
 
     def release(self) -> None:
-        """Give the memory of `images` back to be filled again; the arrays must not be read after this.
+        """Give the memory of `images` back to be filled again; the arrays must not be read after
+        this.
 
-        Optional: a batch that is never released is simply the caller's, and another buffer is allocated.
+        Optional: a batch that is never released is simply the caller's, and another buffer is
+        allocated.
         """
         if self.lease is not None:
             self.lease.release()
@@ -98,7 +101,8 @@ class _Lease:
 
 
 class _BufferPool:
-    """Batch buffers: those given back first, new ones where there are none, so that taking never waits.
+    """Batch buffers: those given back first, new ones where there are none, so that taking never
+    waits.
 
     Threads may take and give at once (a deque's append and pop are atomic).
     """
@@ -184,11 +188,13 @@ class ImageBatcher(Closing):
                 outputs = runtime.infer(batch.images)
                 batch.release()
 
-    Order is kept. An image that cannot be read is logged, noted in `failures` and left out; the images after it move up, so that
-    every batch but the last is full (with `resize` they stay in their batch). Memory is bounded, whatever the number of images: by
-    `prefetch` batches ahead, or as many as hold two images per worker; with `keep_sources` by their decoded images too. Threads scale with
-    the cores, as OpenCV and Pillow release the GIL while they decode and resize. Leaving a loop early, by break, an exception or
-    Ctrl-C, ends the threads within the time of one image. One thread at a time may ask for the next batch.
+    Order is kept. An image that cannot be read is logged, noted in `failures` and left out; the
+    images after it move up, so that every batch but the last is full (with `resize` they stay in
+    their batch). Memory is bounded, whatever the number of images: by `prefetch` batches ahead, or
+    as many as hold two images per worker; with `keep_sources` by their decoded images too. Threads
+    scale with the cores, as OpenCV and Pillow release the GIL while they decode and resize. Leaving
+    a loop early, by break, an exception or Ctrl-C, ends the threads within the time of one image.
+    One thread at a time may ask for the next batch.
 
     Attributes:
         failures: (path, message) of the images left out in the latest iteration.
@@ -214,18 +220,22 @@ class ImageBatcher(Closing):
         """
         Args:
             paths: the image files.
-            resize: scale every image by itself, for a model of dynamic input size; each batch has the smallest input that holds its images.
+            resize: scale every image by itself, for a model of dynamic input size; each batch has
+                the smallest input that holds its images.
             workers: threads; None: one per available core.
             prefetch: batches that are prepared ahead of the consumer.
             keep_sources: keep the decoded images in `Batch.sources`, for drawing on them.
-            pad_to_batch: fill a last batch that is not full with zero rows, for models of a fixed batch size.
-            allocate: makes the batch buffers, (batch_size, *image_shape) each; for example of pinned memory, into which the workers then
-                write directly. Where the consumer calls `Batch.release`, as many are made as hold the images ahead and the batches in use.
+            pad_to_batch: fill a last batch that is not full with zero rows, for models of a fixed
+                batch size.
+            allocate: makes the batch buffers, (batch_size, *image_shape) each; for example of
+                pinned memory, into which the workers then write directly. Where the consumer calls
+                `Batch.release`, as many are made as hold the images ahead and the batches in use.
                 Their memory must outlive the batches.
-            processes: give each worker a process of its own, for many workers and many images: `worth_processes`. The buffers are in
-                memory that they share.
+            processes: give each worker a process of its own, for many workers and many images:
+                `worth_processes`. The buffers are in memory that they share.
             load: what makes an image of a path; None: `load_image`.
-            size: its height and width before it is loaded, for `resize`; None: `image_size`, from the file's header.
+            size: its height and width before it is loaded, for `resize`; None: `image_size`, from
+                the file's header.
         """
         if batch_size < 1 or prefetch < 1 or (workers is not None and workers < 1):
             raise ValueError(
@@ -273,7 +283,8 @@ class ImageBatcher(Closing):
         return iteration
 
     def _iterate(self) -> Generator[Batch, None, None]:
-        # Plain threads and a queue: at 16 cores, concurrent.futures costs a tenth of the throughput.
+        # Plain threads and a queue: at 16 cores, concurrent.futures costs a tenth of the
+        # throughput.
         todo: _Todo = SimpleQueue()
         preparer = Preparer(
             self.preprocessing,
@@ -321,7 +332,10 @@ class ImageBatcher(Closing):
                     filling.finish(row, result)
 
     def _process_of(self, preparer: Preparer, stack: ExitStack) -> Worker | None:
-        """A process for a worker, which ends with the block of `stack`; None where there is none to be had."""
+        """A process for a worker, which ends with the block of `stack`.
+
+        None where there is none to be had.
+        """
         assert self._shared is not None
         try:
             return stack.enter_context(Worker(replace(preparer, load=None), self._shared))
@@ -330,7 +344,9 @@ class ImageBatcher(Closing):
             return None
 
     def _in_order(self, todo: _Todo) -> Iterator[_Filling]:
-        """Hand out the images to the workers, `_ahead` batches at a time, and yield the finished ones in order."""
+        """Hand out the images to the workers, `_ahead` batches at a time, and yield the finished
+        ones in order.
+        """
         fillings = self._fillings()
         waiting: deque[_Filling] = deque()
 
@@ -364,8 +380,9 @@ class ImageBatcher(Closing):
     def _assemble(self, fillings: Iterator[_Filling]) -> Generator[Batch, None, None]:
         """Batches out of finished fillings.
 
-        Each image was written where it belongs if none before it failed. After a failure, images are copied down into the hole; the row
-        written to never lies behind the row read from, so nothing unread is lost.
+        Each image was written where it belongs if none before it failed. After a failure, images
+        are copied down into the hole; the row written to never lies behind the row read from, so
+        nothing unread is lost.
         """
         done: list[_Done] = []
         target: _Filling | None = None  # the first of the batch, whose buffer it gets
@@ -381,7 +398,8 @@ class ImageBatcher(Closing):
                 last = row == self.batch_size - 1
                 if last and target is not filling:
                     self._pool.give(filling.memory)  # all of its images failed or moved up
-                # Images that were resized for another batch have another shape: they do not move up.
+                # Images that were resized for another batch have another shape: they do not move
+                # up.
                 if target and (len(done) == self.batch_size or (last and self._resize)):
                     yield self._batch(target, done)
                     target, done = None, []

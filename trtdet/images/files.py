@@ -47,7 +47,8 @@ def find_images(
 ) -> list[Path]:
     """The image files among `sources`, each once: sorted within a folder, else in the order given.
 
-    Hidden files and folders (a leading dot) are left out: macOS leaves `._photo.jpg` files that are not images.
+    Hidden files and folders (a leading dot) are left out: macOS leaves `._photo.jpg` files that are
+    not images.
 
     Args:
         sources: files, folders and globs.
@@ -85,7 +86,9 @@ def find_images(
 
 
 def root_of(sources: Sources) -> Path:
-    """What names of results are relative to: a folder given alone, or the folder that all of several sources are in."""
+    """What names of results are relative to: a folder given alone, or the folder that all of
+    several sources are in.
+    """
     if isinstance(sources, Path) and sources.exists():
         return sources
     paths = expand(sources)
@@ -107,7 +110,10 @@ def spread(items: Sequence[Item], count: int | None) -> list[Item]:
 
 
 def expand(sources: Sources, option: str = "--input") -> list[Path]:
-    """`sources` with each glob replaced by what it matches. A path that exists is taken as it is, whatever its characters."""
+    """`sources` with each glob replaced by what it matches.
+
+    A path that exists is taken as it is, whatever its characters.
+    """
     paths: list[Path] = []
     for path in [sources] if isinstance(sources, str | Path) else sources:
         path = Path(path)
@@ -144,7 +150,8 @@ def load_image(path: Path) -> ImageArray:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: as in `decode_image`, or no regular file: a FIFO would wait for ever, a device has no end; names the file.
+        ValueError: as in `decode_image`, or no regular file: a FIFO would wait for ever, a device
+            has no end; names the file.
     """
     data = _read_short(path)
     if data is not None:
@@ -157,10 +164,12 @@ def load_image(path: Path) -> ImageArray:
 
 
 def _read_short(path: Path) -> memoryview | None:
-    """The bytes of a file, in memory that the thread keeps and fills again; None for one that does not fit, or gives nothing.
+    """The bytes of a file, in memory that the thread keeps and fills again.
 
-    Three calls of the system and no fresh memory. `Path.read_bytes` makes seven, and many threads wait for Python's lock after each.
-    A FIFO is not waited for.
+    None for one that does not fit, or gives nothing.
+
+    Three calls of the system and no fresh memory. `Path.read_bytes` makes seven, and many threads
+    wait for Python's lock after each. A FIFO is not waited for.
     """
     kept: memoryview | None = _thread.__dict__.get("kept")
     if kept is None:
@@ -178,10 +187,12 @@ def _read_short(path: Path) -> memoryview | None:
 def decode_image(data: bytes, name: str) -> ImageArray:
     """Decode the bytes of an image file the way it is meant to be seen.
 
-    The EXIF orientation is applied; 16 bits are scaled to 8; grey, palette and CMYK become RGB; alpha is dropped.
-    A JPEG that is damaged in the middle comes out with wrong pixels: libjpeg goes on, and writes its warning to stderr by itself.
-    JPEGs go through OpenCV, with the same pixels as Pillow's (both are libjpeg-turbo with its default, exact settings) in 0.8 of the
-    time, and less where several threads decode, as Pillow's way into NumPy holds the GIL. CMYK and all other kinds go through Pillow.
+    The EXIF orientation is applied; 16 bits are scaled to 8; grey, palette and CMYK become RGB;
+    alpha is dropped. A JPEG that is damaged in the middle comes out with wrong pixels: libjpeg goes
+    on, and writes its warning to stderr by itself. JPEGs go through OpenCV, with the same pixels as
+    Pillow's (both are libjpeg-turbo with its default, exact settings) in 0.8 of the time, and less
+    where several threads decode, as Pillow's way into NumPy holds the GIL. CMYK and all other kinds
+    go through Pillow.
 
     Args:
         name: of the image, for messages.
@@ -190,8 +201,8 @@ def decode_image(data: bytes, name: str) -> ImageArray:
         (h, w, 3) uint8 RGB, not necessarily writable.
 
     Raises:
-        ValueError: it is not an image, is damaged, or has more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million); one line that
-            begins with `name`.
+        ValueError: it is not an image, is damaged, or has more than twice
+            `PIL.Image.MAX_IMAGE_PIXELS` (179 million); one line that begins with `name`.
     """
     if not data:
         raise ValueError(f"{name}: expected an image, found an empty file")
@@ -209,7 +220,10 @@ def decode_image(data: bytes, name: str) -> ImageArray:
 
 
 def _decode_jpeg(data: bytes | memoryview) -> ImageArray | None:
-    """A JPEG decoded by OpenCV, which applies the EXIF orientation too; None for others and for damaged ones: Pillow says how."""
+    """A JPEG decoded by OpenCV, which applies the EXIF orientation too.
+
+    None for others and for damaged ones: Pillow says how.
+    """
     if not _plain_jpeg(data):
         return None
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -217,9 +231,11 @@ def _decode_jpeg(data: bytes | memoryview) -> ImageArray | None:
 
 
 def _plain_jpeg(data: bytes | memoryview) -> bool:
-    """Whether this is a JPEG of 8-bit grey or colour, not CMYK, and of a size that Pillow would open.
+    """Whether this is a JPEG of 8-bit grey or colour, not CMYK, and of a size that Pillow would
+    open.
 
-    Pillow's own reading of the header takes four times as long, with the GIL held: at 16 cores 4 % of the throughput.
+    Pillow's own reading of the header takes four times as long, with the GIL held: at 16 cores 4 %
+    of the throughput.
     """
     if data[:2] != b"\xff\xd8":
         return False
@@ -252,13 +268,16 @@ def _to_rgb(image: Image.Image) -> ImageArray:
 
 
 def image_size(path: Path) -> tuple[int, int] | None:
-    """Height and width of the upright image, from the file's header; None where it has none that can be read."""
+    """Height and width of the upright image, from the file's header.
+
+    None where it has none that can be read.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return None
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     except Exception:  # Pillow's readers raise errors of many kinds; decoding will say which
         return None
-    return (width, height) if turned else (height, width)
+    return (width, height) if sideways else (height, width)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One image file -> one row of a batch: what each worker of `ImageBatcher` does, a thread or a process."""
+"""One image file -> one row of a batch: what each worker of `ImageBatcher` does, a thread or a
+process.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ from trtdet.spec import Preprocessing
 
 #: The way back to source pixels, and the source where it is kept.
 Prepared: TypeAlias = tuple[ResizeTransform, ImageArray | None]
-#: What came of an image: itself, the reason why it cannot be used, or an error that ends the iteration.
+#: What came of an image: itself, the reason why it cannot be used, or an error that ends the
+#: iteration.
 Result: TypeAlias = Prepared | str | BaseException
 
 

@@ -32,7 +32,8 @@ _thread = threading.local()
 
 @dataclass(frozen=True)
 class ShorterSide:
-    """Scale every image by itself, for a network that takes any size: ODTK's --resize and --max-size.
+    """Scale every image by itself, for a network that takes any size: ODTK's --resize and
+    --max-size.
 
     The shorter side gets `shorter` pixels, unless the longer would get more than `longer`.
     """
@@ -115,20 +116,24 @@ def preprocess(
 ) -> tuple[NDArray[Any], ResizeTransform]:
     """Place one image in the network input.
 
-    letterbox: scale = min(H / h, W / w), sizes truncated or rounded, image in the top left corner or in the centre, the rest filled with
-    `pad_rgb`. Top left and truncated is what AutoML's own graph does, in the same float32 arithmetic, but for the order: AutoML normalises
-    first. A linear resize commutes with that, and padding with the mean equals its padding with zeros afterwards.
+    letterbox: scale = min(H / h, W / w), sizes truncated or rounded, image in the top left corner
+    or in the centre, the rest filled with `pad_rgb`. Top left and truncated is what AutoML's own
+    graph does, in the same float32 arithmetic, but for the order: AutoML normalises first. A linear
+    resize commutes with that, and padding with the mean equals its padding with zeros afterwards.
     stretch: both axes are resized to the full input, each with its own scale.
 
     Args:
         image: (h, w, 3) uint8 RGB.
-        resample: bilinear, as TensorFlow does it (four neighbours, half-pixel centres, also when shrinking); or antialias, Pillow's
-            bilinear, which averages over the area when shrinking. None: what the model was trained with.
+        resample: bilinear, as TensorFlow does it (four neighbours, half-pixel centres, also when
+            shrinking); or antialias, Pillow's bilinear, which averages over the area when
+            shrinking. None: what the model was trained with.
         scale: of the image, instead of as large as fits.
-        out: where to write, of `preprocessing.image_shape` and `dtype`, C-contiguous; None allocates.
+        out: where to write, of `preprocessing.image_shape` and `dtype`, C-contiguous; None
+            allocates.
 
     Returns:
-        The network input in its layout and dtype, and the way back to source pixels. For uint8 values and padding are rounded.
+        The network input in its layout and dtype, and the way back to source pixels. For uint8
+        values and padding are rounded.
 
     Source: google/automl efficientdet/dataloader.py, InputProcessor.
     """
@@ -198,7 +203,10 @@ class Placer:
         return found
 
     def _write_pixels(self, image: ImageArray, out: NDArray[Any], rect: _Rect) -> None:
-        """NHWC. Filling whole rows is thirty times as fast as broadcasting three values over pixels."""
+        """NHWC.
+
+        Filling whole rows is thirty times as fast as broadcasting three values over pixels.
+        """
         top, bottom, left, right = rect
         height, width, _ = self._shape
         if bottom - top < height or right - left < width:
@@ -285,7 +293,9 @@ def _resize(
 
 
 def _resize_corner(image: ImageArray, target: NDArray[Any]) -> None:
-    """Bilinear as in TensorFlow 1 (half_pixel_centers=False): pixel i of the result lies at i * source / target, not half a pixel on."""
+    """Bilinear as in TensorFlow 1 (half_pixel_centers=False): pixel i of the result lies at i *
+    source / target, not half a pixel on.
+    """
     pixels: NDArray[Any] = image
     for axis in (0, 1):
         source, count = image.shape[axis], target.shape[axis]
@@ -301,7 +311,8 @@ def _resize_corner(image: ImageArray, target: NDArray[Any]) -> None:
 def _resize_float(image: ImageArray, target: NDArray[np.float32]) -> None:
     """TensorFlow's bilinear resize to float32.
 
-    OpenCV does it alone on a float32 copy of the source. Where most source rows are never looked at, only those that are get copied.
+    OpenCV does it alone on a float32 copy of the source. Where most source rows are never looked
+    at, only those that are get copied.
     """
     height, width = target.shape[:2]
     if image.shape[0] > _MANY_ROWS * height:
@@ -313,7 +324,9 @@ def _resize_float(image: ImageArray, target: NDArray[np.float32]) -> None:
 
 
 def _scratch(use: str, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """`size` numbers that each thread keeps for a use, and uses again: fresh memory costs more, page by page, than the copy into it."""
+    """`size` numbers that each thread keeps for a use, and uses again: fresh memory costs more,
+    page by page, than the copy into it.
+    """
     name = f"{use} {dtype.char}"
     buffer: NDArray[Any] | None = _thread.__dict__.get(name)
     if buffer is None or len(buffer) < size:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Worker processes of `ImageBatcher`, which decode into memory that they share with it.
 
-Threads of one process share Python's lock. With many of them, each step between decoding and resizing waits for the others; a
-process has a lock of its own. The memory has no name (`memfd_create`), so that nothing is left of it, whoever is killed.
+Threads of one process share Python's lock. With many of them, each step between decoding and
+resizing waits for the others; a process has a lock of its own. The memory has no name
+(`memfd_create`), so that nothing is left of it, whoever is killed.
 """
 
 from __future__ import annotations
@@ -37,13 +38,17 @@ logger = logging.getLogger(__name__)
 _CODE = "import sys; sys.path[:] = {path!r}; from trtdet.images.processes import serve; serve(int(sys.argv[1]))"
 
 
-#: Memory that a process keeps. Batches that are given back need less; of others, the oldest is let go.
+#: Memory that a process keeps. Batches that are given back need less; of others, the oldest is let
+#: go.
 _KEPT = 64
 Value = TypeVar("Value")
 
 
 def keep(known: OrderedDict[int, Value], number: int, value: Value) -> None:
-    """Note what is new, and drop the oldest of too many. Both ends do it alike, so that each knows what the other has."""
+    """Note what is new, and drop the oldest of too many.
+
+    Both ends do it alike, so that each knows what the other has.
+    """
     known[number] = value
     if len(known) > _KEPT:
         known.popitem(last=False)
@@ -55,7 +60,9 @@ def available() -> bool:
 
 
 class SharedMemory:
-    """Memory for batches that worker processes can write into: what `ImageBatcher` takes as `allocate`."""
+    """Memory for batches that worker processes can write into: what `ImageBatcher` takes as
+    `allocate`.
+    """
 
     def __init__(self) -> None:
         self._numbers = count()
@@ -104,7 +111,9 @@ class Worker(Closing):
         self._send(preparer)
 
     def ready(self) -> bool:
-        """Whether it has started: that takes as long as some hundred images, and the caller can do these meanwhile."""
+        """Whether it has started: that takes as long as some hundred images, and the caller can
+        do these meanwhile.
+        """
         if not self._is_ready and self._pipe is not None:
             try:
                 self._is_ready = self._pipe.poll() and bool(self._pipe.recv())
@@ -115,7 +124,10 @@ class Worker(Closing):
     def prepare(
         self, paths: Sequence[Path], buffer: NDArray[Any], memory: NDArray[Any], start: int
     ) -> list[Result] | None:
-        """Images into rows of `buffer` from `start` on, which begins where `memory` does; None where the process is gone."""
+        """Images into rows of `buffer` from `start` on, which begins where `memory` does.
+
+        None where the process is gone.
+        """
         if self._pipe is None:
             return None
         try:

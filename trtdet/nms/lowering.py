@@ -27,11 +27,13 @@ Form = Literal["onnx", "graph"]
 
 PLUGIN_OP = "EfficientNMS_TRT"
 
-#: Candidates of an image in the graph form. Its IoU matrix takes N * 4 * candidates**2 bytes: 16 MiB per image.
+#: Candidates of an image in the graph form. Its IoU matrix takes N * 4 * candidates**2 bytes: 16
+#: MiB per image.
 GRAPH_CANDIDATES = 2048
 
-#: Suppression rounds of the graph form; even, see `lower`. On EfficientDet-D0, photographs, score threshold 0.001, the first 100
-#: detections settle within 14 rounds and all 2048 candidates within 19.
+#: Suppression rounds of the graph form; even, see `lower`. On EfficientDet-D0, photographs, score
+#: threshold 0.001, the first 100 detections settle within 14 rounds and all 2048 candidates within
+#: 19.
 GRAPH_ROUNDS = 32
 
 #: The largest K that TensorRT's TopK takes.
@@ -47,7 +49,9 @@ def has_plugin(model: onnx.ModelProto) -> bool:
 
 
 def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with TensorRT's own plugins replaced by operators that ONNX Runtime knows; itself where it has none."""
+    """The model with TensorRT's own plugins replaced by operators that ONNX Runtime knows;
+    itself where it has none.
+    """
     return lower(model, "onnx") if has_plugin(model) else model
 
 
@@ -58,36 +62,45 @@ def lower(
     candidates: int | None = None,
     rounds: int = GRAPH_ROUNDS,
 ) -> onnx.ModelProto:
-    """The model with every EfficientNMS_TRT node replaced by ordinary ONNX operators (opset 11 and later), in FP32.
+    """The model with every EfficientNMS_TRT node replaced by ordinary ONNX operators (opset 11 and
+    later), in FP32.
 
     MultiscaleDeformableAttnPlugin_TRT is replaced too, as `trtdet.deformable_attention.lower` says.
 
     EfficientNMS_TRT(boxes, scores[, anchors])
-        ->  TopK of the scores -> gather and decode those boxes -> which survive? -> TopK of the survivors' ranks
+        ->  TopK of the scores -> gather and decode those boxes -> which survive?
+        ->  TopK of the survivors' ranks
 
-    The forms differ in "which survive". Both take the candidates in the reference's order (ties by flat index, which is how
-    ONNX's TopK breaks them; TensorRT does not promise it) and leave the batch open, and the number of anchors where it is.
+    The forms differ in "which survive". Both take the candidates in the reference's order (ties by
+    flat index, which is how ONNX's TopK breaks them; TensorRT does not promise it) and leave the
+    batch open, and the number of anchors where it is.
 
-    form "onnx": one NonMaxSuppression over all classes. It is given ranks for scores, so that it cannot reorder ties, and an IoU
-    threshold one float below `iou_threshold`, for it suppresses above its threshold and the plugin from it on. Always exact.
+    form "onnx": one NonMaxSuppression over all classes. It is given ranks for scores, so that it
+    cannot reorder ties, and an IoU threshold one float below `iou_threshold`, for it suppresses
+    above its threshold and the plugin from it on. Always exact.
 
-    form "graph": S[j, i] = 1 where candidate j is better than candidate i and overlaps it too much. With x_0 = 1 a round is
-    x_{t+1} = max(1 - x_t S, 0): a candidate stays if no better one suppresses it that stayed in the round before. Greedy NMS is
-    the only fixed point. What r rounds guarantee:
+    form "graph": S[j, i] = 1 where candidate j is better than candidate i and overlaps it too much.
+    With x_0 = 1 a round is x_{t+1} = max(1 - x_t S, 0): a candidate stays if no better one
+    suppresses it that stayed in the round before. Greedy NMS is the only fixed point. What r rounds
+    guarantee:
 
-    * Call a chain a row of candidates in descending score, each overlapping the next too much. A candidate is right if no chain of
-      more than r + 1 ends in it, so the result is exact if there is no longer chain, and always with `candidates` - 1 rounds.
-      That is the worst case, of boxes lined up like dominoes; in a cluster of boxes over one object the best settles all others
-      in one round.
-    * Where r rounds are too few, all candidates better than the first unsettled one are right; of the others an even r keeps every
-      true survivor and some too many, an odd r only true survivors and some too few. Two successive rounds bracket the truth.
-    * With fewer candidates than the plugin's 5000, detections are the plugin's as far as they go: an image that fills its
-      `max_output_boxes` is exact, another may lack detections that rank behind the best `candidates` pairs.
+    * Call a chain a row of candidates in descending score, each overlapping the next too much. A
+      candidate is right if no chain of more than r + 1 ends in it, so the result is exact if there
+      is no longer chain, and always with `candidates` - 1 rounds. That is the worst case, of boxes
+      lined up like dominoes; in a cluster of boxes over one object the best settles all others in
+      one round.
+    * Where r rounds are too few, all candidates better than the first unsettled one are right; of
+      the others an even r keeps every true survivor and some too many, an odd r only true survivors
+      and some too few. Two successive rounds bracket the truth.
+    * With fewer candidates than the plugin's 5000, detections are the plugin's as far as they go:
+      an image that fills its `max_output_boxes` is exact, another may lack detections that rank
+      behind the best `candidates` pairs.
 
     Args:
         model: not touched; the new model has its `metadata_props`.
-        candidates: (anchor, class) pairs of an image that are looked at. None: the plugin's 5000 for "onnx" (TensorRT, whose
-            TopK ends at 3840, needs it lower), `GRAPH_CANDIDATES` for "graph".
+        candidates: (anchor, class) pairs of an image that are looked at. None: the plugin's 5000
+            for "onnx" (TensorRT, whose TopK ends at 3840, needs it lower), `GRAPH_CANDIDATES` for
+            "graph".
         rounds: of the form "graph".
 
     Raises:
@@ -123,7 +136,8 @@ def lower(
 
 
 def head_sizes(types: Types, boxes: str, scores: str, values: int = 4) -> tuple[int | None, int]:
-    """Numbers of anchors (None: it depends on the size of the input) and classes, from the shapes of the two tensors.
+    """Numbers of anchors (None: it depends on the size of the input) and classes, from the shapes
+    of the two tensors.
 
     Args:
         values: of a box; turned ones have 5.
@@ -147,7 +161,9 @@ def head_sizes(types: Types, boxes: str, scores: str, values: int = 4) -> tuple[
 
 
 def decode_boxes(build: Builder, boxes: str, anchors: str | None, box_coding: int) -> str:
-    """`trtdet.nms.reference.decode_boxes` in the graph: boxes (..., 4) to corners, the same operations in the same order."""
+    """`trtdet.nms.reference.decode_boxes` in the graph: boxes (..., 4) to corners, the same
+    operations in the same order.
+    """
     if box_coding == 0:
         if anchors is None:
             return boxes
@@ -170,7 +186,10 @@ def decode_boxes(build: Builder, boxes: str, anchors: str | None, box_coding: in
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best (anchor, class) pairs of each image, best first. The last four are names of tensors [N, count]."""
+    """The best (anchor, class) pairs of each image, best first.
+
+    The last four are names of tensors [N, count].
+    """
 
     count: int
     num_classes: int
@@ -219,9 +238,10 @@ def best_candidates(
         scores = _pad_rows(build, "scores_padded", scores, limit, _LOWEST)
     shortlist = None
     if num_classes > 1 and (num_anchors is None or num_anchors > limit):
-        # The best `limit` pairs belong to the best `limit` anchors, each judged by its best class, so a TopK of the anchors first
-        # spares one of all pairs. Ties too: among equals the lower anchor comes first either way. That is also why the short
-        # list goes back to the order of the anchors; as float, which TopK takes in every release, and exact to 2**24.
+        # The best `limit` pairs belong to the best `limit` anchors, each judged by its best class,
+        # so a TopK of the anchors first spares one of all pairs. Ties too: among equals the lower
+        # anchor comes first either way. That is also why the short list goes back to the order of
+        # the anchors; as float, which TopK takes in every release, and exact to 2**24.
         best_class = build.reduce("ReduceMax", "best_class_score", scores, 2, keepdims=False)
         _, unordered = build.top_k("best_anchors", best_class, limit)
         as_float = build.cast("best_anchors_float", unordered, TensorProto.FLOAT)
@@ -270,7 +290,9 @@ def _suppress_by_operator(build: Builder, corners: str, found: Candidates, nms: 
 
 
 def pairwise(build: Builder, op: str, name: str, column: str) -> str:
-    """op(x, y) of every pair, [N, count, count] of a column [N, count, 1]: x along axis 1, y along axis 2."""
+    """op(x, y) of every pair, [N, count, count] of a column [N, count, 1]: x along axis 1, y
+    along axis 2.
+    """
     row = build.reshape(f"{name}/row", column, [0, 1, -1])
     return build.node(op, name, column, row)
 
@@ -302,16 +324,21 @@ def _pairwise_iou(build: Builder, corners: str) -> str:
 
 
 def iou_of_areas(build: Builder, shared: str, area: str) -> str:
-    """IoU [N, count, count] from the shared area of every pair, and the area of each box [N, count, 1]."""
+    """IoU [N, count, count] from the shared area of every pair, and the area of each box [N,
+    count, 1].
+    """
     union = build.node("Sub", "union", pairwise(build, "Add", "area_sum", area), shared)
     union = build.node("Max", "union_not_0", union, np.float32(1e-37))  # 0 / 0 otherwise
     return build.node("Div", "iou", shared, union)
 
 
 def suppress_by_rounds(build: Builder, iou: str, found: Candidates, nms: Nms, rounds: int) -> str:
-    """[N, count] float32: 1 where the candidate survives, by `rounds` rounds; axis 1 of `iou` suppresses, axis 2 is suppressed."""
+    """[N, count] float32: 1 where the candidate survives, by `rounds` rounds; axis 1 of `iou`
+    suppresses, axis 2 is suppressed.
+    """
     suppresses = build.node("Greater", "overlaps", iou, _just_below(np.float32(nms.iou_threshold)))
-    # Of ranks that are data, not constants: a constant matrix of this size would land in the engine.
+    # Of ranks that are data, not constants: a constant matrix of this size would land in the
+    # engine.
     better = pairwise(
         build, "Greater", "better", build.reshape("ranks_column", found.rank, [0, -1, 1])
     )
@@ -322,7 +349,8 @@ def suppress_by_rounds(build: Builder, iou: str, found: Candidates, nms: Nms, ro
         suppresses = build.node("And", "suppresses_in_class", suppresses, same_class)
     suppresses = build.cast("suppression_matrix", suppresses, TensorProto.FLOAT)
 
-    # Candidates below the score threshold need no mask: at rank 0 they suppress nothing, and `emit` leaves them out.
+    # Candidates below the score threshold need no mask: at rank 0 they suppress nothing, and `emit`
+    # leaves them out.
     one = build.constant("one", np.float32(1))
     stays = build.constant("all_stay", np.ones((1, 1, found.count), np.float32))
     for i in range(1, rounds + 1):
@@ -342,7 +370,8 @@ def emit(
     nms: Nms,
     box_size: int = 4,
 ) -> None:
-    """The four outputs from the survivors' marks [N, count]: the best K in order, zeros behind them.
+    """The four outputs from the survivors' marks [N, count]: the best K in order, zeros behind
+    them.
 
     Args:
         outputs: their names, in the order of `OUTPUT_NAMES`; "" for one that is not wanted.
@@ -439,5 +468,7 @@ def _filled_like(build: Builder, name: str, tensor: str, value: float) -> str:
 
 
 def _just_below(threshold: np.float32) -> np.float32:
-    """x > _just_below(t) is x >= t, for float32: ONNX's operators compare strictly, the plugin does not."""
+    """x > _just_below(t) is x >= t, for float32: ONNX's operators compare strictly, the plugin
+    does not.
+    """
     return np.nextafter(threshold, np.float32(-np.inf))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NMS at the end of every model: how it is written into the file, and what it becomes where the plugin is missing.
+"""The NMS at the end of every model: how it is written into the file, and what it becomes where the
+plugin is missing.
 
 | form | function | written as | for |
 |---|---|---|---|
@@ -9,14 +10,16 @@
 | legacy | `insert_legacy` | decoded boxes, BatchedNMS_TRT | TensorRT before 8 |
 | none | `insert_decoded` | decoded boxes and scores | an NMS of one's own |
 
-The first three compute `reference`; `lower` says where graph may differ. All work on the exported `ModelProto`, whose
-`metadata_props` onnx-graphsurgeon would drop. The three `insert_*` functions share their arguments: `model` is edited in place,
-`boxes` and `scores` name its head tensors.
+The first three compute `reference`; `lower` says where graph may differ. All work on the exported
+`ModelProto`, whose `metadata_props` onnx-graphsurgeon would drop. The three `insert_*` functions
+share their arguments: `model` is edited in place, `boxes` and `scores` name its head tensors.
 
-Domain of the plugin node: "trt.plugins". TensorRT's ONNX parser finds a plugin by op type alone (7.0 to 10.1), or looks in the
-namespace of the attribute `plugin_namespace` first (default "", where NVIDIA's plugins are) and in that of the domain after
-(newer; tried with TensorRT-RTX 1.7): the domain never hides the plugin. ONNX's checker and shape inference accept an unknown
-operator in a domain of its own but not in "", and ONNX Runtime's TensorRT provider registers the plugins under this one.
+Domain of the plugin node: "trt.plugins". TensorRT's ONNX parser finds a plugin by op type alone
+(7.0 to 10.1), or looks in the namespace of the attribute `plugin_namespace` first (default "",
+where NVIDIA's plugins are) and in that of the domain after (newer; tried with TensorRT-RTX 1.7):
+the domain never hides the plugin. ONNX's checker and shape inference accept an unknown operator in
+a domain of its own but not in "", and ONNX Runtime's TensorRT provider registers the plugins under
+this one.
 """
 
 import dataclasses
@@ -47,7 +50,8 @@ logger = logging.getLogger(__name__)
 #: Outputs of a model without NMS: float32 [N, A, 4] corners, float32 [N, A, C] probabilities.
 DECODED_NAMES = ("boxes", "scores")
 
-#: Candidates of each class that BatchedNMS_TRT looks at, as NVIDIA's samples had it; the plugin's own limit is 4096.
+#: Candidates of each class that BatchedNMS_TRT looks at, as NVIDIA's samples had it; the plugin's
+#: own limit is 4096.
 LEGACY_CANDIDATES = 1024
 
 Batch = int | str
@@ -62,18 +66,21 @@ def insert_plugin(
     nms: Nms,
     batch: Batch = "N",
 ) -> None:
-    """Put the EfficientNMS_TRT plugin behind the heads and make its four results the model's only outputs.
+    """Put the EfficientNMS_TRT plugin behind the heads and make its four results the model's only
+    outputs.
 
     boxes, scores  ->  EfficientNMS_TRT(boxes, scores, nms/anchors)
 
     Args:
         boxes: [N, A, 4] float32, coded as `nms.box_coding` says.
         scores: [N, A, C] float32, logits if `nms.score_activation`.
-        anchors: (A, 4) or (1, A, 4) in the same coding; None: the boxes are decoded already (two-input form).
+        anchors: (A, 4) or (1, A, 4) in the same coding; None: the boxes are decoded already
+            (two-input form).
         batch: first dimension of the outputs: a number, or the name of a dynamic one.
 
     Raises:
-        GraphError: heads that are missing, of another type or shape, or anchors that do not fit them.
+        GraphError: heads that are missing, of another type or shape, or anchors that do not fit
+            them.
     """
     num_anchors, _ = _check_heads(model, boxes, scores)
     build = Builder(model, "nms/")
@@ -105,22 +112,27 @@ def insert_legacy(
     nms: Nms,
     batch: Batch = "N",
 ) -> None:
-    """Put box decoding and the BatchedNMS_TRT plugin behind the heads, for TensorRT before 8. Arguments as `insert_plugin`.
+    """Put box decoding and the BatchedNMS_TRT plugin behind the heads, for TensorRT before 8.
+
+    Arguments as `insert_plugin`.
 
     boxes, scores  ->  BatchedNMS_TRT(decoded boxes [N, A, 1, 4], sigmoid(scores))
 
-    Convert the rest of the model at opset 11, the last of TensorRT 7.0 and 7.1 (7.2 reads 13). A dynamic batch takes
-    BatchedNMSDynamic_TRT (7.2), the same plugin for dynamic shapes. What differs from EfficientNMS_TRT:
+    Convert the rest of the model at opset 11, the last of TensorRT 7.0 and 7.1 (7.2 reads 13). A
+    dynamic batch takes BatchedNMSDynamic_TRT (7.2), the same plugin for dynamic shapes. What
+    differs from EfficientNMS_TRT:
 
-    * `LEGACY_CANDIDATES` per class instead of 5000 per image; suppression above the IoU threshold, not from it on;
+    * `LEGACY_CANDIDATES` per class instead of 5000 per image; suppression above the IoU threshold,
+      not from it on;
     * no class-agnostic mode: per class then, with a warning;
     * classes come as float32 and -1 in unused slots; a Max and a Cast make them int32 and 0.
 
-    `isNormalized` is set although boxes are pixels: with `clipBoxes` off it only keeps the plugin from adding a pixel to every
-    side of a box, which EfficientNMS_TRT does not do either.
+    `isNormalized` is set although boxes are pixels: with `clipBoxes` off it only keeps the plugin
+    from adding a pixel to every side of a box, which EfficientNMS_TRT does not do either.
 
     Raises:
-        GraphError: also where `max_output_boxes` exceeds the number of anchors; the plugin would return nothing.
+        GraphError: also where `max_output_boxes` exceeds the number of anchors; the plugin would
+            return nothing.
     """
     num_anchors, num_classes = _check_heads(model, boxes, scores)
     if num_anchors is None:
@@ -175,26 +187,30 @@ def insert_decoded(
     anchors: FloatArray | None,
     nms: Nms,
     batch: Batch = "N",
-    turned: bool = False,
+    rotated: bool = False,
 ) -> None:
-    """Decode boxes and scores and end the model there, without NMS. Arguments and errors as `insert_plugin`.
+    """Decode boxes and scores and end the model there, without NMS.
 
-    The outputs are `DECODED_NAMES`: every box as corners, axes in the order of the heads (y1 x1 y2 x2 for EfficientDet), not
-    clipped; every score after its activation, none left out. Rotated boxes, [N, A, 5], are decoded already; a sixth column, ODTK's
-    length of the angle's vector, is left out.
+    Arguments and errors as `insert_plugin`.
+
+    The outputs are `DECODED_NAMES`: every box as corners, axes in the order of the heads (y1 x1 y2
+    x2 for EfficientDet), not clipped; every score after its activation, none left out. Rotated
+    boxes, [N, A, 5], are decoded already; a sixth column, ODTK's length of the angle's vector, is
+    left out.
     """
-    values = 5 if turned else 4
-    columns = known_types(model, (boxes,)).get(boxes, (0, []))[1][-1:] if turned else []
+    values = 5 if rotated else 4
+    columns = known_types(model, (boxes,)).get(boxes, (0, []))[1][-1:] if rotated else []
     more = columns == [values + 1]
     num_anchors, num_classes = _check_heads(model, boxes, scores, values + more)
     build = Builder(model, "nms/")
-    if turned:
+    if rotated:
         nms = dataclasses.replace(nms, box_coding=0)
     decoded = _decode_heads(build, boxes, scores, anchors, nms, num_anchors)
     if more:
         decoded = (build.slice_last("boxes_with_angle", boxes, 0, values), decoded[1])
     for tensor, head, name in zip(decoded, (boxes, scores), DECODED_NAMES, strict=True):
-        # A head that needs no decoding belongs to another node: it is passed on rather than renamed.
+        # A head that needs no decoding belongs to another node: it is passed on rather than
+        # renamed.
         build.output(build.node("Identity", name, tensor) if tensor == head else tensor, name)
     build.append_to(model)
     set_outputs(
@@ -209,7 +225,9 @@ def insert_decoded(
 def _check_heads(
     model: onnx.ModelProto, boxes: str, scores: str, values: int = 4
 ) -> tuple[int | None, int]:
-    """Numbers of anchors (None: it depends on the size of the input) and classes; what was inferred of the heads is kept in `value_info`, for `lower` to find."""
+    """Numbers of anchors (None: it depends on the size of the input) and classes; what was
+    inferred of the heads is kept in `value_info`, for `lower` to find.
+    """
     types = known_types(model, (boxes, scores))
     sizes = head_sizes(types, boxes, scores, values)
     said = {

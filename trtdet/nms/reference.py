@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT's EfficientNMS_TRT plugin in NumPy: what every form of the NMS in `trtdet.nms` has to equal.
+"""TensorRT's EfficientNMS_TRT plugin in NumPy: what every form of the NMS in `trtdet.nms` has to
+equal.
 
-Source: NVIDIA/TensorRT plugin/efficientNMSPlugin at release 11.1, plugin version 1, the only one; the same since 8.2 but for
-`class_agnostic`, which came with 8.6.0 and is ignored before (the facts below, not every line):
+Source: NVIDIA/TensorRT plugin/efficientNMSPlugin at release 11.1, plugin version 1, the only one;
+the same since 8.2 but for `class_agnostic`, which came with 8.6.0 and is ignored before (the facts
+below, not every line):
 
-* A candidate is one (anchor, class) pair. Its score passes when `score >= score_threshold`; with `score_activation` the
-  threshold is turned into a logit and raw logits are compared and sorted, the sigmoid is taken of what comes out.
-* Candidates are sorted by score, best first. Equal scores: the plugin's order is that of the flat index anchor * C + class
-  where it takes its dense path (score_threshold < 0.007) and not defined elsewhere (an atomic counter); here it is always
-  the flat index.
-* The best 5000 of an image go on (2000 on GPUs with less than 64 k registers per block; the 4096 of its README is an initial
-  value that `initialize()` overwrites).
-* Greedy hard NMS: a box goes when its IoU with a kept, better one is >= `iou_threshold`; only boxes of one class compete,
-  unless `class_agnostic`. It stops at `max_output_boxes`.
+* A candidate is one (anchor, class) pair. Its score passes when `score >= score_threshold`; with
+  `score_activation` the threshold is turned into a logit and raw logits are compared and sorted,
+  the sigmoid is taken of what comes out.
+* Candidates are sorted by score, best first. Equal scores: the plugin's order is that of the flat
+  index anchor * C + class where it takes its dense path (score_threshold < 0.007) and not defined
+  elsewhere (an atomic counter); here it is always the flat index.
+* The best 5000 of an image go on (2000 on GPUs with less than 64 k registers per block; the 4096 of
+  its README is an initial value that `initialize()` overwrites).
+* Greedy hard NMS: a box goes when its IoU with a kept, better one is >= `iou_threshold`; only boxes
+  of one class compete, unless `class_agnostic`. It stops at `max_output_boxes`.
 * Boxes come out as corners, never clipped. Slots not used are zero in all outputs, classes too.
 
-One thing the plugin does is left out: on its dense path, scores below the threshold are not dropped but set to -32768, sort to
-the end, and fill slots that are still free (counted in num_detections, with score 0 after the sigmoid, -32768 without).
-They never displace a real detection; `trtdet.detections.decode` drops them.
+One thing the plugin does is left out: on its dense path, scores below the threshold are not dropped
+but set to -32768, sort to the end, and fill slots that are still free (counted in num_detections,
+with score 0 after the sigmoid, -32768 without). They never displace a real detection;
+`trtdet.detections.decode` drops them.
 """
 
 from collections.abc import Callable
@@ -47,14 +51,16 @@ def reference(
     """Decode, threshold, sort and suppress, as the plugin does.
 
     Args:
-        boxes: (N, A, 4) or (N, A, 1, 4), coded as `nms.box_coding` says: y1 x1 y2 x2, or centre and size y x h w; relative to
-            the anchors where there are any. x before y works as well, it comes out as it went in.
+        boxes: (N, A, 4) or (N, A, 1, 4), coded as `nms.box_coding` says: y1 x1 y2 x2, or centre and
+            size y x h w; relative to the anchors where there are any. x before y works as well, it
+            comes out as it went in.
         scores: (N, A, C), logits if `nms.score_activation`.
         anchors: (1, A, 4) or (N, A, 4), same coding; None: the boxes are decoded already.
         candidates: best (anchor, class) pairs of an image that are looked at.
 
     Returns:
-        The four outputs by name: int32 (N, 1), float32 (N, K, 4) corners, float32 (N, K), int32 (N, K); K = max_output_boxes.
+        The four outputs by name: int32 (N, 1), float32 (N, K, 4) corners, float32 (N, K), int32 (N,
+            K); K = max_output_boxes.
     """
     n, _, num_classes = scores.shape
     k = nms.max_output_boxes
@@ -84,10 +90,13 @@ def reference(
 def decode_boxes(
     boxes: FloatArray, box_coding: int, anchors: FloatArray | None = None
 ) -> FloatArray:
-    """Boxes (..., 4) of either coding, relative to `anchors` or not, as corners. Float32 throughout, in the plugin's order.
+    """Boxes (..., 4) of either coding, relative to `anchors` or not, as corners.
 
-    Centre and size: y = ty * ha + ya, h = ha * exp(th), y1 = y - h / 2; EfficientDet's and TensorFlow's coding without
-    scale factors. Corners: anchor + box, each with its corners in order first.
+    Float32 throughout, in the plugin's order.
+
+    Centre and size: y = ty * ha + ya, h = ha * exp(th), y1 = y - h / 2; EfficientDet's and
+    TensorFlow's coding without scale factors. Corners: anchor + box, each with its corners in order
+    first.
     """
     boxes = boxes.astype(np.float32)
     if anchors is not None:
@@ -120,7 +129,9 @@ def score_limit(nms: Nms) -> np.float32:
 
 
 def best_candidates(scores: FloatArray, nms: Nms, limit: int) -> NDArray[np.int64]:
-    """Flat indices into (A, C) of the best `limit` scores above the threshold, best first, equal ones by index."""
+    """Flat indices into (A, C) of the best `limit` scores above the threshold, best first, equal
+    ones by index.
+    """
     passed = scores >= score_limit(nms)
     if 0 <= nms.background_class < scores.shape[1]:
         passed[:, nms.background_class] = False

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """NMS of rotated boxes in ordinary ONNX operators: the end of a detector whose boxes have an angle.
 
-    boxes, scores  ->  the best candidates  ->  overlap of every pair  ->  suppression rounds  ->  the four outputs
+    boxes, scores  ->  the best candidates  ->  overlap of every pair  ->  suppression rounds
+        ->  the four outputs
 
-There is no TensorRT plugin for it, so this is what stands in the file, and it runs everywhere. Candidates, rounds and their limits are those
-of the form "graph" in `trtdet.nms.lowering.lower`; only the overlap differs. It computes `trtdet.nms.rotated_reference.reference`.
+There is no TensorRT plugin for it, so this is what stands in the file, and it runs everywhere.
+Candidates, rounds and their limits are those of the form "graph" in `trtdet.nms.lowering.lower`;
+only the overlap differs. It computes `trtdet.nms.rotated_reference.reference`.
 
-The shared area of two rectangles A and B, with no polygon of varying length. Take B's frame, in which B is |x| <= a, |y| <= b, and let
-clamp(x) be x limited to -a..a. Its derivative is 1 inside and 0 outside, so by Green's theorem
+The shared area of two rectangles A and B, with no polygon of varying length. Take B's frame, in
+which B is |x| <= a, |y| <= b, and let clamp(x) be x limited to -a..a. Its derivative is 1 inside
+and 0 outside, so by Green's theorem
 
     area(A and B)  =  integral over the boundary of A of clamp(x) dy, where |y| <= b
 
-A straight edge from (x0, y0) to (x1, y1) contributes (clamp(y1) - clamp(y0)) times the mean of clamp(x) over its part within |y| <= b, and
-that mean is that of a line with its ends bent flat. Everything is continuous in the coordinates: parallel, touching and equal boxes are no
-special cases, and the error is that of float32, about 1e-6 of the larger box.
+A straight edge from (x0, y0) to (x1, y1) contributes (clamp(y1) - clamp(y0)) times the mean of
+clamp(x) over its part within |y| <= b, and that mean is that of a line with its ends bent flat.
+Everything is continuous in the coordinates: parallel, touching and equal boxes are no special
+cases, and the error is that of float32, about 1e-6 of the larger box.
 """
 
 import numpy as np
@@ -53,13 +57,16 @@ def insert_rotated_nms(
     candidates: int = ROTATED_CANDIDATES,
     rounds: int = GRAPH_ROUNDS,
 ) -> None:
-    """Put the NMS behind the heads and make its four results the model's only outputs; `detection_boxes` is [N, K, 5].
+    """Put the NMS behind the heads and make its four results the model's only outputs;
+    `detection_boxes` is [N, K, 5].
 
     Args:
-        boxes: [N, A, 5] float32, x1 y1 x2 y2 of the box before rotation, and its angle in radians, positive clockwise on the screen. "odtk" takes
-            [N, A, 6], the last the length of the raw (sin, cos); the others take it too and ignore it.
+        boxes: [N, A, 5] float32, x1 y1 x2 y2 of the box before rotation, and its angle in radians,
+            positive clockwise on the screen. "odtk" takes [N, A, 6], the last the length of the raw
+            (sin, cos); the others take it too and ignore it.
         scores: [N, A, C] float32, logits if `nms.score_activation`.
-        mode: overlap of the true rectangles, that of ODTK's kernel, or that of Ultralytics: `trtdet.nms.rotated_reference`.
+        mode: overlap of the true rectangles, that of ODTK's kernel, or that of Ultralytics:
+            `trtdet.nms.rotated_reference`.
         candidates: (anchor, class) pairs of an image that are looked at.
         rounds: of suppression, see `trtdet.nms.lowering.lower`; "probiou" has one.
 
@@ -124,7 +131,9 @@ def _row(build: Builder, name: str, column: str) -> str:
 
 
 def _centres_apart(build: Builder, name: str, box: _Box, angle: str) -> tuple[str, str]:
-    """Centre of the better box (axis 1) of each pair less that of the other (axis 2), x and y, [N, count, count], in the frame of `angle`."""
+    """Centre of the better box (axis 1) of each pair less that of the other (axis 2), x and y,
+    [N, count, count], in the frame of `angle`.
+    """
     node = build.node
     x = pairwise(build, "Sub", f"{name}/between_x", box.centre_x)
     y = pairwise(build, "Sub", f"{name}/between_y", box.centre_y)
@@ -135,12 +144,17 @@ def _centres_apart(build: Builder, name: str, box: _Box, angle: str) -> tuple[st
 
 
 def _centre_in_frame(build: Builder, box: _Box) -> tuple[str, str]:
-    """Centre of the better box (axis 1) of each pair, in the frame of the other (axis 2): x and y, [N, count, count]."""
+    """Centre of the better box (axis 1) of each pair, in the frame of the other (axis 2): x and
+    y, [N, count, count].
+    """
     return _centres_apart(build, "frame", box, _row(build, "frame/angle", box.angle))
 
 
 def _shared_area(build: Builder, box: _Box) -> str:
-    """[N, count, count]: what two rotated boxes share, as the module says. A is the box of axis 1, B that of axis 2."""
+    """[N, count, count]: what two rotated boxes share, as the module says.
+
+    A is the box of axis 1, B that of axis 2.
+    """
     xs, ys = _corners_in_frame(build, box)
     width = _row(build, "half_width_row", box.half_width)
     height = _row(build, "half_height_row", box.half_height)
@@ -198,7 +212,8 @@ def _part_within(
 ) -> tuple[str, str]:
     """x at the ends of the part of an edge that lies between the limits in y.
 
-    The position along the edge is limited to 0..1: a part of no length, or an edge that does not rise, has no weight, and must be finite.
+    The position along the edge is limited to 0..1: a part of no length, or an edge that does not
+    rise, has no weight, and must be finite.
     """
     node = build.node
     rise = node("Sub", f"{step}/full_rise", y[1], y[0])
@@ -218,8 +233,8 @@ def _part_within(
 def _mean_clamped(build: Builder, step: str, x: tuple[str, str], clamped: tuple[str, str]) -> str:
     """Mean of clamp(x) where x goes evenly from x[0] to x[1].
 
-    (c0 + c1) / 2 + (c0 - c1) / 2 * (share of the way clamped at c0 - share clamped at c1); where both ends are clamped to the
-    same side, c0 - c1 is 0 and the shares do not matter.
+    (c0 + c1) / 2 + (c0 - c1) / 2 * (share of the way clamped at c0 - share clamped at c1); where
+    both ends are clamped to the same side, c0 - c1 is 0 and the shares do not matter.
     """
     node = build.node
     over = [
@@ -237,7 +252,9 @@ def _mean_clamped(build: Builder, step: str, x: tuple[str, str], clamped: tuple[
 
 
 def _shared_area_odtk(build: Builder, box: _Box, rows: str) -> str:
-    """[N, count, count]: what ODTK takes two boxes to share, over the square of its scale, which is the same for the areas."""
+    """[N, count, count]: what ODTK takes two boxes to share, over the square of its scale, which
+    is the same for the areas.
+    """
     node = build.node
     scale = node("Max", "scale", build.slice_last("scale_raw", rows, 5, 6), np.float32(1e-6))
     scale = _row(build, "scale_row", scale)
@@ -261,12 +278,14 @@ def _shared_area_odtk(build: Builder, box: _Box, rows: str) -> str:
 def _iou_gaussian(build: Builder, box: _Box) -> str:
     """[N, count, count]: `trtdet.nms.rotated_reference.iou_gaussian` of every pair.
 
-    With variances a and c of a box along its width and height, the angle t between two boxes, and their centres apart by (u, v) in the
-    frame of either, the determinant of the sum of the covariances S is
+    With variances a and c of a box along its width and height, the angle t between two boxes, and
+    their centres apart by (u, v) in the frame of either, the determinant of the sum of the
+    covariances S is
 
         a1 c1 + a2 c2 + (a1 c2 + c1 a2) cos(t)**2 + (a1 a2 + c1 c2) sin(t)**2
 
-    and d' adj(S) d = c1 u1**2 + a1 v1**2 + c2 u2**2 + a2 v2**2. Nothing is subtracted: float32 suffices for the narrowest box.
+    and d' adj(S) d = c1 u1**2 + a1 v1**2 + c2 u2**2 + a2 v2**2. Nothing is subtracted: float32
+    suffices for the narrowest box.
     """
     node = build.node
     epsilon = np.float32(GAUSSIAN_EPSILON)
@@ -317,7 +336,9 @@ def _iou_gaussian(build: Builder, box: _Box) -> str:
 def _check_heads(
     model: onnx.ModelProto, boxes: str, scores: str, mode: RotatedMode
 ) -> tuple[int, int, int]:
-    """Numbers of anchors and classes, and columns of the boxes; what was inferred of the heads is kept in `value_info`."""
+    """Numbers of anchors and classes, and columns of the boxes; what was inferred of the heads
+    is kept in `value_info`.
+    """
     said = tensor_types(model)
     types = known_types(model, (boxes, scores))
     box_dims, score_dims = (types[name][1] if name in types else [] for name in (boxes, scores))

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NMS of rotated boxes in NumPy: what `trtdet.nms.rotated` has to equal. Polygons are clipped edge by edge, in float64.
+"""NMS of rotated boxes in NumPy: what `trtdet.nms.rotated` has to equal.
 
-Three overlaps are known. "exact" is the intersection over union of the two rectangles. "odtk" is what ODTK's kernel computes, so that a
-user can reproduce its numbers. Source: NVIDIA/retinanet-examples csrc/cuda/nms_iou.cu (nms_rotate_kernel, its facts): BOTH boxes are
-turned by the angle of the one with the lower score, and both are scaled, each about its own centre, by the length of that box's raw
-(sin, cos). Two boxes at one angle are axis-aligned in a frame of that angle, where the scale only brings the centres closer.
+Polygons are clipped edge by edge, in float64.
 
-"probiou" is what Ultralytics' OBB models use: boxes as Gaussian distributions, their overlap 1 - the Hellinger distance (arXiv:2106.06072).
-It goes with a rule of suppression of its own: any better box of the class that overlaps too much, one that is suppressed itself as well.
+Three overlaps are known. "exact" is the intersection over union of the two rectangles. "odtk" is
+what ODTK's kernel computes, so that a user can reproduce its numbers. Source:
+NVIDIA/retinanet-examples csrc/cuda/nms_iou.cu (nms_rotate_kernel, its facts): BOTH boxes are
+rotated by the angle of the one with the lower score, and both are scaled, each about its own
+centre, by the length of that box's raw (sin, cos). Two boxes at one angle are axis-aligned in a
+frame of that angle, where the scale only brings the centres closer.
+
+"probiou" is what Ultralytics' OBB models use: boxes as Gaussian distributions, their overlap 1 -
+the Hellinger distance (arXiv:2106.06072). It goes with a rule of suppression of its own: any better
+box of the class that overlaps too much, one that is suppressed itself as well.
 """
 
 from collections.abc import Callable
@@ -20,7 +25,8 @@ from trtdet.geometry import FloatArray, box_iou, rotated_corners
 from trtdet.nms.reference import best_candidates, greedy
 from trtdet.spec import OUTPUT_NAMES, Nms, RotatedMode
 
-#: Candidates of an image. The pairwise tensors take N * 4 * candidates**2 bytes each: 4 MiB per image.
+#: Candidates of an image. The pairwise tensors take N * 4 * candidates**2 bytes each: 4 MiB per
+#: image.
 ROTATED_CANDIDATES = 1024
 
 #: Keeps boxes without width or height from dividing by 0, in pixels to the fourth.
@@ -35,10 +41,13 @@ def reference(
     mode: RotatedMode = "exact",
     candidates: int = ROTATED_CANDIDATES,
 ) -> dict[str, NDArray[np.float32] | NDArray[np.int32]]:
-    """Threshold, sort and suppress. Scores, order and suppression are those of `trtdet.nms.reference.reference`.
+    """Threshold, sort and suppress.
+
+    Scores, order and suppression are those of `trtdet.nms.reference.reference`.
 
     Args:
-        boxes: (N, A, 5) x1 y1 x2 y2 of the box before rotation, angle; or (N, A, 6), the length of the raw (sin, cos) behind them.
+        boxes: (N, A, 5) x1 y1 x2 y2 of the box before rotation, angle; or (N, A, 6), the length of
+            the raw (sin, cos) behind them.
         scores: (N, A, C), logits if `nms.score_activation`.
 
     Returns:
@@ -86,7 +95,10 @@ def _iou_behind(
 
 
 def iou_exact(better: FloatArray, others: FloatArray) -> FloatArray:
-    """IoU of one rotated box (5,) with others (n, 5): (n,) float32. Sides of negative length count as 0."""
+    """IoU of one rotated box (5,) with others (n, 5): (n,) float32.
+
+    Sides of negative length count as 0.
+    """
     boxes = np.concatenate([better[None, :5], others[:, :5]]).astype(np.float64)
     boxes[:, 2:4] = np.maximum(boxes[:, :2], boxes[:, 2:4])
     corners = rotated_corners(boxes[:, :4], boxes[:, 4])
@@ -101,7 +113,9 @@ def iou_exact(better: FloatArray, others: FloatArray) -> FloatArray:
 
 
 def iou_odtk(better: FloatArray, others: FloatArray) -> FloatArray:
-    """ODTK's overlap of one rotated box (5,) or (6,) with others (n, 5) or (n, 6) of lower score: (n,) float32."""
+    """ODTK's overlap of one rotated box (5,) or (6,) with others (n, 5) or (n, 6) of lower
+    score: (n,) float32.
+    """
     size = np.abs(others[:, 2:4] - others[:, :2]).astype(np.float64)
     size_better = (better[2:4] - better[:2]).astype(np.float64)
     if size_better.prod() < 0:  # inside out, its outline the other way round: nothing is inside
@@ -166,7 +180,9 @@ def clip_polygon(polygon: NDArray[np.float64], window: NDArray[np.float64]) -> N
 
 
 def polygon_area(polygon: NDArray[np.float64], *, signed: bool = False) -> float:
-    """Area of a polygon (n, 2) whose edges do not cross; signed: positive where its corners turn from x to y."""
+    """Area of a polygon (n, 2) whose edges do not cross; signed: positive where its corners turn
+    from x to y.
+    """
     x, y = (polygon - polygon[:1]).T  # near the origin nothing cancels
     area = float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
     return area if signed else abs(area)

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a detector that needs no NMS (DETR, YOLO end-to-end): the K best detections, in ordinary ONNX operators.
+"""The end of a detector that needs no NMS (DETR, YOLO end-to-end): the K best detections, in
+ordinary ONNX operators.
 
 What is selected, in this order and nothing else:
 
-1. Candidates: every (box, class) pair; with `class_agnostic` every box, with its best class, the first among equals.
-2. The K best candidates by score. Equal scores: the lower box index first, then the lower class id. ONNX defines TopK so and ONNX
-   Runtime computes it so; TensorRT promises no order among equals.
-3. Of these, the ones with probability > `score_threshold` are detections. TopK sorts, so they are the first `num_detections`
-   slots; all other slots are 0.
+1. Candidates: every (box, class) pair; with `class_agnostic` every box, with its best class, the
+   first among equals.
+2. The K best candidates by score. Equal scores: the lower box index first, then the lower class id.
+   ONNX defines TopK so and ONNX Runtime computes it so; TensorRT promises no order among equals.
+3. Of these, the ones with probability > `score_threshold` are detections. TopK sorts, so they are
+   the first `num_detections` slots; all other slots are 0.
 
-Logits are compared as logits and the sigmoid is applied to the K kept ones: it is monotonic, and scores that it would saturate to 1
-keep their order. Boxes are decoded for the kept ones too. Nothing is clipped, nothing suppressed.
+Logits are compared as logits and the sigmoid is applied to the K kept ones: it is monotonic, and
+scores that it would saturate to 1 keep their order. Boxes are decoded for the kept ones too.
+Nothing is clipped, nothing suppressed.
 """
 
 import numpy as np
@@ -33,8 +36,10 @@ def insert_topk(
 
     Args:
         boxes: [N, A, 4] float32, corners or centre and size as `nms.box_coding` says.
-        scores: [N, A, C] float32, logits if `nms.score_activation`. `nms.background_class` is not a candidate.
-        nms: `max_output_boxes` is K, at most TensorRT's TopK limit of 3840; `iou_threshold` has no meaning here.
+        scores: [N, A, C] float32, logits if `nms.score_activation`. `nms.background_class` is not a
+            candidate.
+        nms: `max_output_boxes` is K, at most TensorRT's TopK limit of 3840; `iou_threshold` has no
+            meaning here.
         batch: first dimension of the outputs: a number, or the name of a dynamic one.
 
     Raises:
@@ -79,7 +84,9 @@ def _check_heads(model: onnx.ModelProto, boxes: str, scores: str) -> tuple[int, 
 def _select(
     build: Builder, scores: str, num_boxes: int, num_classes: int, nms: Nms
 ) -> tuple[str, str, str, int]:
-    """Score, box index (int64) and class id (int64) of the best candidates, [N, count] each, best first; count."""
+    """Score, box index (int64) and class id (int64) of the best candidates, [N, count] each,
+    best first; count.
+    """
     if 0 <= nms.background_class < num_classes:
         background = np.arange(num_classes)[None, None] == nms.background_class
         lowest = np.float32(np.finfo(np.float32).min)

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 CategoryMaps = tuple[Mapping[int, int], Mapping[int, int]]
 
 
-#: Bytes of each model's tensors that are held at a time. Every group of tensors takes a run of both models.
+#: Bytes of each model's tensors that are held at a time. Every group of tensors takes a run of both
+#: models.
 GROUP_BYTES = 2**29
 #: Tensors of the first group, whose sizes are not known yet.
 FIRST_GROUP = 32
@@ -43,7 +44,8 @@ def compare(
     """Run both models over the images of `source`.
 
     Raises:
-        ValueError: no image could be read, nothing was found in any, or annotations that do not fit: there is nothing to compare.
+        ValueError: no image could be read, nothing was found in any, or annotations that do not
+            fit: there is nothing to compare.
     """
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
     ids = annotated_ids(paths, source, annotations) if annotations else {}
@@ -121,10 +123,11 @@ def compare_image(
 def compare_tensors(
     reference: Side, candidate: Side, paths: Sequence[Path]
 ) -> list[numbers.TensorDifference]:
-    """Every floating-point tensor that both have under the same name; of a model as it was trained that is the heads.
+    """Every floating-point tensor that both have under the same name; of a model as it was trained
+    that is the heads.
 
-    The heads of a set prediction are compared row by row in whatever order: a network that chooses its
-    queries by score swaps those whose scores are nearly equal, which changes no detection.
+    The heads of a set prediction are compared row by row in whatever order: a network that chooses
+    its queries by score swaps those whose scores are nearly equal, which changes no detection.
     """
     there = set(reference.tensors)
     names = [name for name in candidate.tensors if name in there]
@@ -159,8 +162,8 @@ def next_group(names: Sequence[str], sizes: dict[str, int]) -> Sequence[str]:
     """The first of `names`, as many as are held at a time.
 
     Args:
-        sizes: bytes of the tensors that were read before. The others are taken to be as large as the
-            last of them: feature maps become smaller along a network.
+        sizes: bytes of the tensors that were read before. The others are taken to be as large as
+            the last of them: feature maps become smaller along a network.
     """
     guess = next(reversed(sizes.values()), GROUP_BYTES // FIRST_GROUP)
     ends = itertools.accumulate(max(1, sizes.get(name, guess)) for name in names)
@@ -170,7 +173,9 @@ def next_group(names: Sequence[str], sizes: dict[str, int]) -> Sequence[str]:
 def annotated_ids(
     paths: Sequence[Path], source: Sources, annotations: coco.Annotations
 ) -> dict[Path, int]:
-    """The ids of the images that are annotated; found before anything is run. Says loudly what the AP will leave out.
+    """The ids of the images that are annotated; found before anything is run.
+
+    Says loudly what the AP will leave out.
 
     Raises:
         ValueError: there is none, or nothing is annotated in them.
@@ -215,7 +220,8 @@ def average_precision(
     sides: tuple[Side, Side],
     categories: CategoryMaps,
 ) -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """COCO's metrics of reference and candidate over the images in `ids`, all their detections counted.
+    """COCO's metrics of reference and candidate over the images in `ids`, all their detections
+    counted.
 
     Raises:
         ValueError: nothing is annotated in them: those with objects could not be read.

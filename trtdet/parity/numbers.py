@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far two models are apart: their tensors, their detections, their AP, and the limits on these.
 
-The "reference" is what is right, the "candidate" what is judged. Detections carry category ids here, not class ids: models that
-count classes differently can be compared, and one that counts them wrongly is found out.
+The "reference" is what is right, the "candidate" what is judged. Detections carry category ids
+here, not class ids: models that count classes differently can be compared, and one that counts them
+wrongly is found out.
 """
 
 import dataclasses
@@ -23,10 +24,12 @@ from trtdet.spec import ModelSpec
 
 SCHEMA_VERSION = 1
 
-#: Share of the matched pairs that a limit on their differences holds for. The rest is where NMS decides otherwise on a hair's breadth.
+#: Share of the matched pairs that a limit on their differences holds for. The rest is where NMS
+#: decides otherwise on a hair's breadth.
 PERCENTILE = 95
 
-#: Values compared at a time: float64 copies stay in a core's cache, and BLAS starts no threads for them.
+#: Values compared at a time: float64 copies stay in a core's cache, and BLAS starts no threads for
+#: them.
 BLOCK = 2**13
 
 # ---- tensors
@@ -40,8 +43,10 @@ class TensorDifference:
         head: whether the network ends in it.
         maximum, mean: of the absolute difference.
         cosine: of the angle between both, 1 where they are parallel; NaN where one of them is zero.
-        sqnr_db: signal power of the reference to power of the difference, in decibels; infinite where they are equal.
-        non_finite: values that are infinite or NaN in the candidate alone; they count in none of the above.
+        sqnr_db: signal power of the reference to power of the difference, in decibels; infinite
+            where they are equal.
+        non_finite: values that are infinite or NaN in the candidate alone; they count in none of
+            the above.
         shapes: of one image, where the models disagree on it; then nothing else is known.
     """
 
@@ -75,7 +80,8 @@ class TensorDifference:
 def in_order_of(
     references: Sequence[NDArray[Any]], candidates: Sequence[NDArray[Any]]
 ) -> list[NDArray[Any]]:
-    """The candidates' rows [Q, values], each the nearest to a row of the references in all tensors together.
+    """The candidates' rows [Q, values], each the nearest to a row of the references in all tensors
+    together.
 
     As they are where they do not have Q rows each.
     """
@@ -106,7 +112,9 @@ class TensorStatistics:
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def add(self, reference: NDArray[Any], candidate: NDArray[Any]) -> None:
-        """Count one image in; both arrays floating point, of any shape, which should be the same."""
+        """Count one image in; both arrays floating point, of any shape, which should be the
+        same.
+        """
         if reference.shape != candidate.shape:
             self._shapes = (reference.shape, candidate.shape)
             return
@@ -194,8 +202,9 @@ def match(
 ) -> Matching:
     """Pair the detections of one image.
 
-    A detection needs `score_threshold` to count, its partner of the same category may be below: one that sank from 0.31 to 0.29 is a
-    score difference, not a loss. Pairs of great overlap and little score difference come first; each detection is in one at most.
+    A detection needs `score_threshold` to count, its partner of the same category may be below: one
+    that sank from 0.31 to 0.29 is a score difference, not a loss. Pairs of great overlap and little
+    score difference come first; each detection is in one at most.
     """
     iou = overlap(reference, candidate)
     same = reference.class_ids[:, None] == candidate.class_ids[None]
@@ -213,15 +222,15 @@ def match(
 def overlap(reference: Detections, candidate: Detections) -> FloatArray:
     """(n, m) IoU of every pair, of rotated boxes that of their polygons.
 
-    Boxes cut to (almost) nothing by the edge of the image have no IoU to speak of: of these, the ones less than a pixel apart are the
-    same, IoU 1.
+    Boxes cut to (almost) nothing by the edge of the image have no IoU to speak of: of these, the
+    ones less than a pixel apart are the same, IoU 1.
     """
     left, right = reference.boxes_xyxy, candidate.boxes_xyxy
     if reference.angles is None and candidate.angles is None:
         iou = box_iou(left, right)
     else:
-        turned = [np.concatenate([d.boxes_xyxy, _angles(d)[:, None]], 1) for d in (reference, candidate)]  # fmt: skip
-        rows = [iou_exact(box, turned[1]) for box in turned[0]]
+        rotated = [np.concatenate([d.boxes_xyxy, _angles(d)[:, None]], 1) for d in (reference, candidate)]  # fmt: skip
+        rows = [iou_exact(box, rotated[1]) for box in rotated[0]]
         iou = np.array(rows, np.float32).reshape(len(left), len(right))
     thin_left, thin_right = ((x[:, 2:] - x[:, :2]).min(1, initial=np.inf) < 1 for x in (left, right))  # fmt: skip
     gap = np.abs(left[:, None] - right[None]).max(axis=2, initial=0)
@@ -273,16 +282,19 @@ class ImageComparison:
 
     @property
     def box_differences(self) -> FloatArray:
-        """(n,) largest of the four coordinate differences of each pair, in pixels of the network input."""
+        """(n,) largest of the four coordinate differences of each pair, in pixels of the network
+        input.
+        """
         r, c = self.matching.pairs.T
         gap = np.abs(self.candidate.boxes_xyxy[c] - self.reference.boxes_xyxy[r])
         return (gap * np.array([*self.scale_xy, *self.scale_xy], np.float32)).max(axis=1)
 
     @property
     def angle_differences(self) -> FloatArray:
-        """(n,) candidate minus reference, radians, one per pair; none where boxes are not turned.
+        """(n,) candidate minus reference, radians, one per pair; none where boxes are not rotated.
 
-        A box is the same after half a turn, and one whose sides differ by less than a pixel after a quarter.
+        A box is the same after half a turn, and one whose sides differ by less than a pixel after a
+        quarter.
         """
         if self.reference.angles is None and self.candidate.angles is None:
             return np.zeros(0, np.float32)
@@ -296,7 +308,9 @@ class ImageComparison:
 
     @property
     def badness(self) -> tuple[int, float]:
-        """To sort by, worst largest: detections that have no partner, then the largest difference of those that do."""
+        """To sort by, worst largest: detections that have no partner, then the largest
+        difference of those that do.
+        """
         m = self.matching
         worst = np.abs(self.score_differences).max(initial=0) + self.box_differences.max(initial=0) / 100  # fmt: skip
         return len(m.flips) + len(m.missing) + len(m.extra), float(worst)
@@ -339,7 +353,7 @@ class DetectionDifference:
     """All images together. Shares are of the reference's detections.
 
     Attributes:
-        angle: None where boxes are not turned.
+        angle: None where boxes are not rotated.
     """
 
     reference: int
@@ -556,7 +570,9 @@ _NEUTRAL = (
 
 
 def spec_differences(reference: ModelSpec, candidate: ModelSpec) -> list[tuple[str, str, str]]:
-    """(field, reference's value, candidate's) of what both say they are: a hint at why they differ."""
+    """(field, reference's value, candidate's) of what both say they are: a hint at why they
+    differ.
+    """
     left, right = (_flat(spec.to_dict()) for spec in (reference, candidate))
     return [
         (name, _short(left.get(name)), _short(right.get(name)))

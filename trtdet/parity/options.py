@@ -68,7 +68,8 @@ class CompareOptions:
     """What the command line asks for.
 
     Attributes:
-        limits: field of `Limits` -> value, of those that are given; the others are those of `limits_for`.
+        limits: field of `Limits` -> value, of those that are given; the others are those of
+            `limits_for`.
     """
 
     limits: Mapping[str, float] = field(default_factory=dict)

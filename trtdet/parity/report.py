@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `Comparison` as one HTML page: no request leaves it, it works from a disk, a mail or a CI artifact.
+"""A `Comparison` as one HTML page: no request leaves it, it works from a disk, a mail or a CI
+artifact.
 
-`data/report.html` is the frame with its style sheet; here are the parts. Every figure of the summary that the page shows stands in an
-element with `data-metric`, its key in the summary, and `data-value`, the number.
+`data/report.html` is the frame with its style sheet; here are the parts. Every figure of the
+summary that the page shows stands in an element with `data-metric`, its key in the summary, and
+`data-value`, the number.
 """
 
 import base64
@@ -90,7 +92,9 @@ def _mark(passed: bool) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[str], numbers: Sequence[int] = ()) -> str:
-    """A table that scrolls by itself where the screen is narrow; `numbers`: columns set flush right."""
+    """A table that scrolls by itself where the screen is narrow; `numbers`: columns set flush
+    right.
+    """
     head = "".join(
         f"<th{' class=number' if i in numbers else ''}>{escape(name)}</th>"
         for i, name in enumerate(columns)
@@ -226,7 +230,10 @@ _LEGEND = """<ul class="legend"><li style="--swatch:var(--blue)">matched</li><li
 
 
 def _score_points(comparison: Comparison, labels: Mapping[int, str]) -> list[svg.Point]:
-    """One per pair, and those without a partner on the axes. Matched ones are thinned where there are many."""
+    """One per pair, and those without a partner on the axes.
+
+    Matched ones are thinned where there are many.
+    """
     matched: list[svg.Point] = []
     others: list[svg.Point] = []
     for image in comparison.images:
@@ -301,7 +308,9 @@ def _image(
 def _box(
     detections: Detections, index: int, css: str, labels: Mapping[int, str], font_size: float
 ) -> str:
-    """A rectangle, turned where boxes are; one without a partner says what it is, the others when pointed at."""
+    """A rectangle, rotated where boxes are; one without a partner says what it is, the others
+    when pointed at.
+    """
     x1, y1, x2, y2 = (float(x) for x in detections.boxes_xyxy[index])
     text = escape(f"{_label(labels, detections, index)} {detections.scores[index]:.2f}")
     turn = ""

@@ -58,7 +58,8 @@ logger = logging.getLogger(__name__)
 #: Protobuf ends at 2 GiB; beyond this, weights go into a file beside the model.
 EXTERNAL_DATA_BYTES = 1 << 30
 
-#: One image's detections (class_ids are category ids), and the way from its pixels to the network's.
+#: One image's detections (class_ids are category ids), and the way from its pixels to the
+#: network's.
 Found = tuple[Detections, ResizeTransform]
 #: Names of tensors, an image -> their values, without the batch dimension.
 TensorReader = Callable[[Sequence[str], ImageArray], list[NDArray[Any]]]
@@ -95,7 +96,9 @@ class Side(Protocol):
 
 
 class GraphPart:
-    """The part of an ONNX model between two sets of tensors, in ONNX Runtime on the CPU, every operator computed as it is written."""
+    """The part of an ONNX model between two sets of tensors, in ONNX Runtime on the CPU, every
+    operator computed as it is written.
+    """
 
     def __init__(
         self, model: onnx.ModelProto, inputs: Mapping[str, int], outputs: Sequence[str]
@@ -182,10 +185,12 @@ class ConvertedSide(Closing):
 
 
 class TrainedSide(Closing):
-    """A model as it was trained, a SavedModel or an ONNX file: it resizes and normalises by itself, where it has that.
+    """A model as it was trained, a SavedModel or an ONNX file: it resizes and normalises by itself,
+    where it has that.
 
     Args:
-        own_nms: take its own detections, the last of its outputs; else the hard NMS that stage 1 reads from it.
+        own_nms: take its own detections, the last of its outputs; else the hard NMS that stage 1
+            reads from it.
         like: the converted model beside it, for what was chosen when it was converted.
         model: what `read_onnx(path, weights=False)` gave; None for a SavedModel.
     """
@@ -238,7 +243,9 @@ class TrainedSide(Closing):
         return by_category(found, self.info.spec), transform
 
     def _own_detections(self, image: ImageArray) -> Found:
-        """AutoML's output [n, k, 7]: image, ymin, xmin, ymax, xmax, score, category; pixels of what it was fed."""
+        """AutoML's output [n, k, 7]: image, ymin, xmin, ymax, xmax, score, category; pixels of
+        what it was fed.
+        """
         feeds, transform = self._feed(image)
         (rows,) = self._source.run([self._own], feeds)
         rows = rows[0][rows[0][:, 5] > 0]
@@ -256,7 +263,9 @@ class TrainedSide(Closing):
     def _run_heads(
         self, names: Sequence[str], image: ImageArray
     ) -> tuple[list[NDArray[Any]], ResizeTransform]:
-        """Values of heads as the converted file has them: boxes of a model with a mask relative to the network input."""
+        """Values of heads as the converted file has them: boxes of a model with a mask relative
+        to the network input.
+        """
         feeds, transform = self._feed(image)
         tensors = [self._reading.heads[name] for name in names]
         values = [value.astype(np.float32) for value in self._source.run(tensors, feeds)]
@@ -305,7 +314,9 @@ def open_trained(path: Path, model: onnx.ModelProto | None) -> Source:
 
 
 def conversion_options(like: ModelSpec | None) -> conversion.Options:
-    """With what the user of create_onnx.py chose for `like`; what the file says itself comes first."""
+    """With what the user of create_onnx.py chose for `like`; what the file says itself comes
+    first.
+    """
     if like is None:
         return conversion.Options()
     chosen = conversion.as_chosen(like)
@@ -320,7 +331,9 @@ def conversion_options(like: ModelSpec | None) -> conversion.Options:
 
 
 def with_normalisation(spec: ModelSpec, reading: Reading, like: ModelSpec | None) -> ModelSpec:
-    """The spec of a model as it was trained; where its file does not say how it normalises, as `like` does."""
+    """The spec of a model as it was trained; where its file does not say how it normalises, as
+    `like` does.
+    """
     known = any(f.name == NORMALISATION and f.origin.startswith((READ, MEASURED)) for f in spec.evidence)  # fmt: skip
     if like is None or known or reading.image_input != reading.network_input:
         return spec
@@ -329,14 +342,18 @@ def with_normalisation(spec: ModelSpec, reading: Reading, like: ModelSpec | None
 
 
 def picture_share(transform: ResizeTransform, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """x, y, x, y: the part of the network input, from its top left corner, that the picture takes."""
+    """x, y, x, y: the part of the network input, from its top left corner, that the picture
+    takes.
+    """
     placed = np.rint(np.multiply(transform.source_wh, transform.scale_xy))
     share = placed / np.array(preprocessing.size_hw[::-1])
     return np.array([*share, *share], np.float32)
 
 
 def cut_mask(ones: NDArray[Any], share: NDArray[np.float32]) -> NDArray[Any]:
-    """A mask [1, h, w] of ones, 0 beside the picture. A smaller mask has the nearest of the picture's rows, as the network takes them.
+    """A mask [1, h, w] of ones, 0 beside the picture.
+
+    A smaller mask has the nearest of the picture's rows, as the network takes them.
 
     Raises:
         GraphError: it is no mask.
@@ -371,7 +388,9 @@ SIDES = ("--reference", "--candidate")
 def open_sides(
     paths: tuple[Path, Path], options: RunOptions, stack: ExitStack, *, own_nms: bool = False
 ) -> tuple[Side, Side]:
-    """Reference and candidate, entered into `stack`. One that was converted is opened first: the other follows its choices.
+    """Reference and candidate, entered into `stack`.
+
+    One that was converted is opened first: the other follows its choices.
 
     Raises:
         FileNotFoundError, GraphError, EngineError: one is no model, or cannot be run here.
@@ -393,7 +412,9 @@ def open_sides(
 
 
 def read_graph(path: Path, option: str) -> onnx.ModelProto | None:
-    """What stands in an ONNX file, external data left in its files; None for a SavedModel and an engine.
+    """What stands in an ONNX file, external data left in its files.
+
+    None for a SavedModel and an engine.
 
     Raises:
         FileNotFoundError, GraphError: it is none of these.
@@ -445,7 +466,9 @@ def find_detections(source: Source, feeds: Mapping[str, NDArray[Any]]) -> str:
 
 
 def precision_of(path: Path, model: onnx.ModelProto | None) -> str:
-    """Of an engine as its .json says it, "fp32" without one; of an ONNX file as its nodes and weights say it."""
+    """Of an engine as its .json says it, "fp32" without one; of an ONNX file as its nodes and
+    weights say it.
+    """
     if model is None:
         info = read_sidecar(path)
         return "fp32" if info is None else info.precision

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small plots as SVG text, for a page that needs no library: points, and a histogram. Colours and fonts are the page's style sheet's.
+"""Small plots as SVG text, for a page that needs no library: points, and a histogram.
 
-CSS classes: `plot` the figure, `grid` and `axis` its lines, `tick` and `label` its texts, `bar` of a histogram; points have a class of their own.
+Colours and fonts are the page's style sheet's.
+
+CSS classes: `plot` the figure, `grid` and `axis` its lines, `tick` and `label` its texts, `bar` of
+a histogram; points have a class of their own.
 """
 
 import math

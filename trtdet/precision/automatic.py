@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice that build_engine.py makes by itself: which convolutions 8 bits hurt most, measured once and kept with the calibration cache."""
+"""The choice that build_engine.py makes by itself: which convolutions 8 bits hurt most, measured
+once and kept with the calibration cache.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,17 @@ logger = logging.getLogger(__name__)
 
 
 def choose(plan: QuantizationPlan, options: Int8Options, *, runs: bool = True) -> Choice | None:
-    """The convolutions to leave out of 8 bits, beside those that the plan keeps; None where that is not asked for, or cannot be measured.
+    """The convolutions to leave out of 8 bits, beside those that the plan keeps.
+
+    None where that is not asked for, or cannot be measured.
 
     Args:
         options: `share`, and where the images and the cache are.
         runs: ONNX Runtime runs the model.
 
     Raises:
-        ValueError: a share is asked for that cannot be had: nothing to measure on, or too much is kept already.
+        ValueError: a share is asked for that cannot be had: nothing to measure on, or too much is
+            kept already.
     """
     share = least_share(options)
     if share >= 1:
@@ -99,7 +104,8 @@ def _costs(
 
 
 def cost_feeds(body: Body, source: Path, options: Int8Options) -> list[dict[str, NDArray[Any]]]:
-    """At most `COST_IMAGES` of the calibration's images, spread over all, as the network takes them; those that cannot be read are left out.
+    """At most `COST_IMAGES` of the calibration's images, spread over all, as the network takes
+    them; those that cannot be read are left out.
 
     Raises:
         ValueError: none can be read.

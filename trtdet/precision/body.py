@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a detector that INT8 is about: from the input to the heads, its convolutions, and which block each belongs to."""
+"""The part of a detector that INT8 is about: from the input to the heads, its convolutions, and
+which block each belongs to.
+"""
 
 import hashlib
 import re
@@ -18,7 +20,8 @@ from trtdet.sources.base import cut_onnx
 from trtdet.sources.subgraphs import captured, reads
 from trtdet.spec import ModelSpec
 
-#: Names of blocks in google/automl's graphs, in the order of the network; the first group is the block's name.
+#: Names of blocks in google/automl's graphs, in the order of the network; the first group is the
+#: block's name.
 _BLOCK_PATTERNS = (
     r"(?:^|/)(stem)(?:/|$)",
     r"(?:^|/)(blocks_\d+)(?:/|$)",
@@ -63,7 +66,8 @@ class ConvLayer:
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """A detector and the part of it that INT8 is about, which is worked out once, when it is first asked for, and handed on.
+    """A detector and the part of it that INT8 is about, which is worked out once, when it is first
+    asked for, and handed on.
 
     Attributes:
         model: the whole; not to be changed from here on.
@@ -84,7 +88,9 @@ class Body:
 
     @cached_property
     def layers(self) -> tuple[ConvLayer, ...]:
-        """All convolutions, in the order of the graph. Of a model of any size, as they are at the size of `spec`.
+        """All convolutions, in the order of the graph.
+
+        Of a model of any size, as they are at the size of `spec`.
 
         Raises:
             GraphError: the size of a feature map is not known.
@@ -94,7 +100,9 @@ class Body:
 
     @cached_property
     def sha256(self) -> str:
-        """Over the nodes and weights that lead to the heads: the same for any batch size, NMS and score threshold."""
+        """Over the nodes and weights that lead to the heads: the same for any batch size, NMS
+        and score threshold.
+        """
         digest = hashlib.sha256()
         for node in self.network.graph.node:
             kept = onnx.NodeProto()
@@ -118,7 +126,9 @@ class Body:
 
 
 def block_of(name: str) -> str:
-    """The block that a node's name says it stands in; its first part where the name is of another kind."""
+    """The block that a node's name says it stands in; its first part where the name is of
+    another kind.
+    """
     for pattern in _BLOCK_PATTERNS:
         match = re.search(pattern, name)
         if match:
@@ -127,7 +137,8 @@ def block_of(name: str) -> str:
 
 
 def cut_to_body(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that ends at the heads: what NMS and box decoding take from the network are its outputs, float32 where the file does not say.
+    """A copy that ends at the heads: what NMS and box decoding take from the network are its
+    outputs, float32 where the file does not say.
 
     Raises:
         GraphError: nothing stands before the NMS.

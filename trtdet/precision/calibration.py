@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INT8 calibration: how far each activation reaches, measured once on the CPU, kept in a file that every TensorRT reads.
+"""INT8 calibration: how far each activation reaches, measured once on the CPU, kept in a file that
+every TensorRT reads.
 
-The cache is TensorRT's own text format, which trtexec --calib, DeepStream's int8-calib-file and TensorRT 8 to 10 take:
+The cache is TensorRT's own text format, which trtexec --calib, DeepStream's int8-calib-file and
+TensorRT 8 to 10 take:
 
     TRT-8601-EntropyCalibration2
     images: 3c010a14                 <- big-endian float32, largest magnitude / 127
 
-`<cache>.json` beside it says what it was measured on, and is why a cache of another model, size or normalisation is refused instead
-of silently used. It also keeps statistics per channel, which the text format has no place for and `trtdet.precision.quantization` uses.
+`<cache>.json` beside it says what it was measured on, and is why a cache of another model, size or
+normalisation is refused instead of silently used. It also keeps statistics per channel, which the
+text format has no place for and `trtdet.precision.quantization` uses.
 
-ONNX Runtime's own histogram calibrators are not used: they keep the activations of all images before they look at them. Here one
-image (or batch) at a time is reduced to histograms whose ranges are powers of two and grow by merging bins, so that memory does not
-depend on the number of images, nor the result on their order.
+ONNX Runtime's own histogram calibrators are not used: they keep the activations of all images
+before they look at them. Here one image (or batch) at a time is reduced to histograms whose ranges
+are powers of two and grow by merging bins, so that memory does not depend on the number of images,
+nor the result on their order.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +45,8 @@ from trtdet.precision.scales import INT8
 
 GPU_PROVIDER = "CUDAExecutionProvider"
 
-#: Operators that pass on values as they are: input and output share one scale, so that TensorRT need not requantize.
+#: Operators that pass on values as they are: input and output share one scale, so that TensorRT
+#: need not requantize.
 SAME_RANGE_OPS = frozenset(
     ["Flatten", "Identity", "MaxPool", "Reshape", "Resize", "Squeeze", "Transpose", "Unsqueeze"]
 )
@@ -54,7 +59,8 @@ def choose_images(
     fraction: float = 1.0,
     seed: int = DEFAULT_SEED,
 ) -> list[Path]:
-    """At most `count` of all images, and at most `fraction` of them, at random with a fixed seed, sorted.
+    """At most `count` of all images, and at most `fraction` of them, at random with a fixed seed,
+    sorted.
 
     The first images of a folder are often of one kind: COCO's are sorted by date of upload.
     """
@@ -97,12 +103,14 @@ def calibrate(
     providers: Sequence[Any] = (sessions.CPU,),
     threads: int | None = None,
 ) -> CalibrationCache:
-    """Run the FP32 model up to its heads over all feeds, once, and choose a scale for every activation.
+    """Run the FP32 model up to its heads over all feeds, once, and choose a scale for every
+    activation.
 
     Args:
-        feeds: input name -> array; any batch size the model takes, the last may be smaller. Looked at one at a time.
-        method: minmax covers everything; percentile all but 0.01 %; mse minimizes the mean squared error, entropy the
-            Kullback-Leibler divergence, as TensorRT's calibrator does.
+        feeds: input name -> array; any batch size the model takes, the last may be smaller. Looked
+            at one at a time.
+        method: minmax covers everything; percentile all but 0.01 %; mse minimizes the mean squared
+            error, entropy the Kullback-Leibler divergence, as TensorRT's calibrator does.
         origin: what to note in the cache.
         providers: ONNX Runtime's; with another than the CPU, scales differ in the last digits.
 
@@ -146,7 +154,9 @@ def calibrate(
 
 
 def _measured_tensors(network: onnx.ModelProto) -> list[str]:
-    """Float activations that are neither another's values passed on nor a Sigmoid, whose range is known; nor positions, which stay float."""
+    """Float activations that are neither another's values passed on nor a Sigmoid, whose range
+    is known; nor positions, which stay float.
+    """
     float32 = onnx.TensorProto.FLOAT
     inferred = onnx.shape_inference.infer_shapes(network).graph
     types = {i.name: i.type.tensor_type.elem_type for i in inferred.value_info}
@@ -161,7 +171,9 @@ def _measured_tensors(network: onnx.ModelProto) -> list[str]:
 
 
 def _all_scales(network: onnx.ModelProto, measured: Mapping[str, float]) -> dict[str, float]:
-    """Scales of all float activations in the order of the graph, inputs first, rounded to float32."""
+    """Scales of all float activations in the order of the graph, inputs first, rounded to
+    float32.
+    """
     scales = {i.name: measured[i.name] for i in network.graph.input if i.name in measured}
     for node in network.graph.node:
         for name in node.output:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT's calibration cache, and the JSON beside it that says which model, preprocessing and images it belongs to."""
+"""TensorRT's calibration cache, and the JSON beside it that says which model, preprocessing and
+images it belongs to.
+"""
 
 import dataclasses
 import hashlib
@@ -24,8 +26,8 @@ from trtdet.spec import Preprocessing
 logger = logging.getLogger(__name__)
 
 
-#: TensorRT checks the algorithm in the first line against the calibrator that reads the cache; trtexec, DeepStream and the DLA read it
-#: with this one, however the scales came about.
+#: TensorRT checks the algorithm in the first line against the calibrator that reads the cache;
+#: trtexec, DeepStream and the DLA read it with this one, however the scales came about.
 CACHE_ALGORITHM = "EntropyCalibration2"
 DEFAULT_CACHE_VERSION = (8, 6, 1)
 
@@ -39,8 +41,10 @@ class Origin:
 
     Attributes:
         model: `trtdet.precision.body.Body.sha256`; neither NMS nor the batch size is in it.
-        preprocessing: how images become the input; its hash is compared, its fields explain a difference.
-        images: SHA-256 over the contents of the images, whatever their names and order; empty: not known.
+        preprocessing: how images become the input; its hash is compared, its fields explain a
+            difference.
+        images: SHA-256 over the contents of the images, whatever their names and order; empty: not
+            known.
         count: images seen.
     """
 
@@ -53,7 +57,9 @@ class Origin:
 
     @property
     def preprocessing_hash(self) -> str:
-        """Of what differs from the defaults: a field that a later version adds does not make older caches useless."""
+        """Of what differs from the defaults: a field that a later version adds does not make
+        older caches useless.
+        """
         defaults = _preprocessing_defaults()
         return _hash_json({k: v for k, v in self.preprocessing.items() if defaults.get(k) != v})
 
@@ -69,7 +75,10 @@ class Origin:
         }
 
     def differences(self, wanted: "Origin", *, any_method: bool = False) -> list[str]:
-        """What keeps a cache of this origin from serving `wanted`, a sentence each. Empty `images` in `wanted` fit all."""
+        """What keeps a cache of this origin from serving `wanted`, a sentence each.
+
+        Empty `images` in `wanted` fit all.
+        """
         found = []
         if self.model != wanted.model:
             found.append(
@@ -105,7 +114,10 @@ def origin(
     method: Method,
     seed: int = DEFAULT_SEED,
 ) -> Origin:
-    """What a calibration with these arguments will say of itself. `images` None: whatever there are."""
+    """What a calibration with these arguments will say of itself.
+
+    `images` None: whatever there are.
+    """
     fixed = preprocessing.at(preprocessing.size_hw)  # whatever else the model or the engine takes
     fields = json.loads(json.dumps(fixed.__dict__))  # tuples to lists, as read back
     paths = images or ()
@@ -120,9 +132,11 @@ class CalibrationCache:
 
     Attributes:
         scales: tensor -> largest magnitude / 127, exactly as float32.
-        channels: tensor -> statistics per channel, of the inputs of convolutions; empty for caches of other programs.
+        channels: tensor -> statistics per channel, of the inputs of convolutions; empty for caches
+            of other programs.
         origin: None for caches of other programs.
-        costs: name of a type of 8 bits -> convolution -> what it does alone in that type; as far as it was measured.
+        costs: name of a type of 8 bits -> convolution -> what it does alone in that type; as far as
+            it was measured.
     """
 
     scales: dict[str, float]
@@ -164,7 +178,9 @@ class CalibrationCache:
         return cls(scales)
 
     def to_text(self, version: Sequence[int] = DEFAULT_CACHE_VERSION) -> str:
-        """TensorRT's format for one of its versions, which it checks: 8.6.1 is TRT-8601, 10.13.3 is TRT-101303."""
+        """TensorRT's format for one of its versions, which it checks: 8.6.1 is TRT-8601, 10.13.3
+        is TRT-101303.
+        """
         lines = [header(version)]
         lines += [f"{name}: {struct.pack('!f', s).hex()}" for name, s in self.scales.items()]
         return "\n".join(lines) + "\n"
@@ -172,8 +188,9 @@ class CalibrationCache:
     def write(self, path: Path, version: Sequence[int] = DEFAULT_CACHE_VERSION) -> None:
         """Write the cache and, where the origin is known, `<cache>.json`, each whole or not at all.
 
-        The sidecar goes first: without it the cache would be taken for one of another program, unchecked. Where the work ends between
-        the two, the sidecar's hash does not fit the cache beside it, or there is none.
+        The sidecar goes first: without it the cache would be taken for one of another program,
+        unchecked. Where the work ends between the two, the sidecar's hash does not fit the cache
+        beside it, or there is none.
         """
         if self.origin is None:
             sidecar_path(path).unlink(missing_ok=True)
@@ -182,7 +199,10 @@ class CalibrationCache:
         files.write_text(path, self.to_text(version))
 
     def write_sidecar(self, path: Path) -> None:
-        """`<cache>.json` of the cache at `path`, alone: what is known beyond its scales has grown. Nothing for a cache of another program."""
+        """`<cache>.json` of the cache at `path`, alone: what is known beyond its scales has grown.
+
+        Nothing for a cache of another program.
+        """
         if self.origin is None:
             return
         data = {
@@ -211,7 +231,10 @@ def header(version: Sequence[int]) -> str:
 
 
 def write_header(path: Path, version: Sequence[int]) -> bool:
-    """Make a cache one for another version of TensorRT: the scales, and the sidecar, stay. Returns whether it was one for another."""
+    """Make a cache one for another version of TensorRT: the scales, and the sidecar, stay.
+
+    Returns whether it was one for another.
+    """
     text = path.read_text(encoding="utf-8")
     first, newline, rest = text.partition("\n")
     if first.strip() == header(version):
@@ -235,7 +258,8 @@ def read_cache(
         any_method: its method need not be that of `wanted`.
 
     Raises:
-        OSError, ValueError: not readable, or measured on something else; says what differs and what to run.
+        OSError, ValueError: not readable, or measured on something else; says what differs and what
+            to run.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -331,7 +355,9 @@ def _with_sidecar(cache: CalibrationCache, text: str, path: Path) -> Calibration
 
 
 def _scale_lines(text: str) -> str:
-    """The cache less its first line: other versions of TensorRT get another header, not other scales."""
+    """The cache less its first line: other versions of TensorRT get another header, not other
+    scales.
+    """
     return "\n".join(line.strip() for line in text.splitlines()[1:] if line.strip())
 
 

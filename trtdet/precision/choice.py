@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which convolutions stay out of 8 bits, from what each costs alone: pure functions of costs.
 
-The powers of errors add up (`trtdet.precision.objective`), so the best set under a budget of multiply-accumulates is a knapsack.
+The powers of errors add up (`trtdet.precision.objective`), so the best set under a budget of
+multiply-accumulates is a knapsack.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Choice:
 
 
 def gains(layers: Sequence[ConvLayer], costs: Mapping[str, Damage]) -> dict[str, float]:
-    """Convolution -> its share of the power of all errors: the mean of its shares of boxes' and of scores'; 0 where nothing errs."""
+    """Convolution -> its share of the power of all errors: the mean of its shares of boxes' and
+    of scores'; 0 where nothing errs.
+    """
     shares = _shares(layers, costs)
     return {name: (box + score) / 2 for name, (box, score) in shares.items()}
 
@@ -76,7 +79,8 @@ def choose(
 
 
 def best_set(items: Sequence[tuple[float, float]], budget: float) -> list[int]:
-    """Which items to take so that their weights stay within a budget and their gains are greatest; a knapsack, by dynamic programming.
+    """Which items to take so that their weights stay within a budget and their gains are greatest;
+    a knapsack, by dynamic programming.
 
     Args:
         items: weight and gain of each; what gains nothing is not taken.
@@ -105,7 +109,9 @@ def best_set(items: Sequence[tuple[float, float]], budget: float) -> list[int]:
 
 
 def table(layers: Sequence[ConvLayer], costs: Mapping[str, Damage], kept: Collection[str]) -> list[str]:  # fmt: skip
-    """For the log: what each convolution costs, alone in 8 bits, in the order in which they are taken out."""
+    """For the log: what each convolution costs, alone in 8 bits, in the order in which they are
+    taken out.
+    """
     total = sum(layer.macs for layer in layers) or 1
     shares = _shares(layers, costs)
     names = {layer.name for layer in layers}

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every convolution, alone in 8 bits, does to the detections: measured in ONNX Runtime on a few of the calibration's images.
+"""What every convolution, alone in 8 bits, does to the detections: measured in ONNX Runtime on a
+few of the calibration's images.
 
-The network up to a block is run once, in float32, and what it leaves is kept in memory while the convolutions of that block are tried one after another; what
-does not follow from the block, another head, is not run at all. Memory grows with the images that are looked at (`COST_IMAGES`), not with those of
-the calibration.
+The network up to a block is run once, in float32, and what it leaves is kept in memory while the
+convolutions of that block are tried one after another; what does not follow from the block, another
+head, is not run at all. Memory grows with the images that are looked at (`COST_IMAGES`), not with
+those of the calibration.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
 
-#: Images on which convolutions are tried: with half as many, what is chosen takes 2 % less of other images' error out (docs/int8.md).
+#: Images on which convolutions are tried: with half as many, what is chosen takes 2 % less of other
+#: images' error out (docs/int8.md).
 COST_IMAGES = 16
 
 Values = Mapping[str, NDArray[Any]]
@@ -47,14 +50,16 @@ Values = Mapping[str, NDArray[Any]]
 class Judge:
     """Compares heads with those of the float32 network, on a few images.
 
-    Where the heads are boxes and scores, by the objective; where they are not recognised, by the power of the error of all they say over its variance.
+    Where the heads are boxes and scores, by the objective; where they are not recognised, by the
+    power of the error of all they say over its variance.
 
     Args:
         feeds: one image each, in every row of a fixed batch; kept in memory.
         threads: of ONNX Runtime; None: its choice.
 
     Attributes:
-        finds: float32 finds something in these images; else the anchors that it rates best are compared, which is better than nothing.
+        finds: float32 finds something in these images; else the anchors that it rates best are
+            compared, which is better than nothing.
     """
 
     def __init__(self, body: Body, feeds: Sequence[Values], *, threads: int | None = None) -> None:
@@ -99,7 +104,9 @@ class Judge:
 
 
 def find_coding(body: Body, heads: Values) -> Coding | None:
-    """Which head is boxes and which scores, by the plugin's inputs or else by their shapes; None where that does not say it.
+    """Which head is boxes and which scores, by the plugin's inputs or else by their shapes.
+
+    None where that does not say it.
 
     Args:
         heads: what the network makes of an image.
@@ -176,7 +183,9 @@ def measure_costs(
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What follows from some convolutions, as a network of its own: it begins in front of them and ends at the heads that they reach."""
+    """What follows from some convolutions, as a network of its own: it begins in front of them
+    and ends at the heads that they reach.
+    """
 
     network: onnx.ModelProto
 

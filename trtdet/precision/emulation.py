@@ -3,9 +3,9 @@
 
     y = Op(x) in FP16   ->   y' = Op(x) in float32, y = float32(FP16(y'))
 
-ONNX Runtime's CPU kernels compute such a model in float32 and leave out the casts between them: a tensor beyond 65504 then does no harm
-(1.31: nothing between two convolutions is rounded), and BF16 does not run at all. Tensor cores accumulate in float32 and round what they
-write, as this does.
+ONNX Runtime's CPU kernels compute such a model in float32 and leave out the casts between them: a
+tensor beyond 65504 then does no harm (1.31: nothing between two convolutions is rounded), and BF16
+does not run at all. Tensor cores accumulate in float32 and round what they write, as this does.
 """
 
 import numpy as np
@@ -18,7 +18,8 @@ NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which everything is float32, and every tensor that was narrow is rounded to its type where it arises.
+    """A copy in which everything is float32, and every tensor that was narrow is rounded to its
+    type where it arises.
 
     Tensors keep their names. A model without narrow tensors is returned as it is.
     """

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Channels of one range: a factor and a shift per channel of a convolution's input, which its weights and bias undo.
+"""Channels of one range: a factor and a shift per channel of a convolution's input, which its
+weights and bias undo.
 
     conv(x, W) + b  =  conv(x', W / factors) + (b + W shift)        x' = (x - shift) * factors
 
-Nothing changes in floating point; INT8, with one scale for all channels, loses less. Where a convolution makes x for nobody else, the
-factors go into its weights and cost nothing; elsewhere they take nodes of their own, and must be worth them.
+Nothing changes in floating point; INT8, with one scale for all channels, loses less. Where a
+convolution makes x for nobody else, the factors go into its weights and cost nothing; elsewhere
+they take nodes of their own, and must be worth them.
 """
 
 import json
@@ -26,9 +28,11 @@ from trtdet.sources.subgraphs import captured
 #: Where to equalize.
 Equalize = Literal["none", "depthwise", "all"]
 
-#: Factors stay within this ratio of each other: channels that are all but dead need no resolution, and FP16 holds the products.
+#: Factors stay within this ratio of each other: channels that are all but dead need no resolution,
+#: and FP16 holds the products.
 LARGEST_FACTOR_RATIO = 2.0**10
-#: Exponents of SmoothQuant that are tried: 0 spreads the error by the weights alone, 1 by the activations alone.
+#: Exponents of SmoothQuant that are tried: 0 spreads the error by the weights alone, 1 by the
+#: activations alone.
 EXPONENTS = tuple(i / 10 for i in range(11))
 #: A Mul of its own before a pointwise convolution must cut the predicted error power to this share.
 WORTH_A_NODE = 0.5
@@ -36,7 +40,9 @@ WORTH_A_NODE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Equalization:
-    """x' = (x - shift) * factors, per input channel; what the convolution's weights and bias undo."""
+    """x' = (x - shift) * factors, per input channel; what the convolution's weights and bias
+    undo.
+    """
 
     factors: NDArray[np.float64]
     shift: NDArray[np.float64]
@@ -72,12 +78,15 @@ class Weights:
 
 # ---- what a file says of it
 
-#: Metadata of an ONNX file: JSON, tensor -> [factors, shift], of the tensors that a convolution makes rescaled.
+#: Metadata of an ONNX file: JSON, tensor -> [factors, shift], of the tensors that a convolution
+#: makes rescaled.
 RESCALED_KEY = "trtdet.rescaled"
 
 
 def attach_rescaled(model: onnx.ModelProto, rescaled: Mapping[str, Equalization]) -> None:
-    """Write down which tensors are not those of the float model, so that they can be compared with these."""
+    """Write down which tensors are not those of the float model, so that they can be compared
+    with these.
+    """
     if rescaled:
         lists = {name: [e.factors.tolist(), e.shift.tolist()] for name, e in rescaled.items()}
         text = json.dumps(lists, separators=(",", ":"))
@@ -118,7 +127,9 @@ def choose_equalizations(
     *,
     shift: bool,
 ) -> dict[str, Placed]:
-    """Convolution -> what is best for its input, depthwise ones first. None depends on another: any of them may be left out.
+    """Convolution -> what is best for its input, depthwise ones first.
+
+    None depends on another: any of them may be left out.
 
     Args:
         producers: of `only_producers`.
@@ -152,7 +163,9 @@ def choose_equalizations(
 def statistics_of(
     layer: ConvLayer, weights: Weights, cache: CalibrationCache
 ) -> ChannelStatistics | None:
-    """Of a convolution's input, where they are known and a factor per channel is possible: not for groups of several channels, nor where all was 0."""
+    """Of a convolution's input, where they are known and a factor per channel is possible: not
+    for groups of several channels, nor where all was 0.
+    """
     statistics = cache.channels.get(layer.input)
     channels = weights.values.shape[0 if layer.depthwise else 1]
     if statistics is None or len(statistics.mean) != channels or not statistics.largest.any():
@@ -161,7 +174,9 @@ def statistics_of(
 
 
 def only_producers(network: onnx.ModelProto, layers: Iterable[ConvLayer]) -> dict[str, str]:
-    """Convolution -> the one that makes its input for nobody else, where there is such a one and its weights are known."""
+    """Convolution -> the one that makes its input for nobody else, where there is such a one and
+    its weights are known.
+    """
     readers: dict[str, int] = {output.name: 1 for output in network.graph.output}
     for node in network.graph.node:
         for name in (*node.input, *captured(node)):
@@ -176,7 +191,9 @@ def only_producers(network: onnx.ModelProto, layers: Iterable[ConvLayer]) -> dic
 
 
 def depthwise_equalization(statistics: ChannelStatistics, amax: float) -> Equalization:
-    """Every channel gets the full range. No shift: padding with zeros would no longer be padding with zeros.
+    """Every channel gets the full range.
+
+    No shift: padding with zeros would no longer be padding with zeros.
 
     Args:
         amax: of the whole tensor.
@@ -188,7 +205,9 @@ def depthwise_equalization(statistics: ChannelStatistics, amax: float) -> Equali
 def best_equalization(
     weights: NDArray[np.float64], statistics: ChannelStatistics, scale: float, *, shift: bool
 ) -> tuple[Equalization, float]:
-    """Of SmoothQuant's exponents, with and without a shift to the middle of the range, what predicts the least noise; and that noise."""
+    """Of SmoothQuant's exponents, with and without a shift to the middle of the range, what
+    predicts the least noise; and that noise.
+    """
     reach = _floored(np.abs(weights).max((0, *range(2, weights.ndim))))
     lowest, highest = statistics.lowest.astype(np.float64), statistics.highest.astype(np.float64)
     middle = (lowest + highest) / 2
@@ -212,10 +231,12 @@ def predicted_noise(
     equalization: Equalization | None,
     scale: float,
 ) -> float:
-    """Error power that INT8 puts on the outputs of a pointwise convolution, errors taken as independent.
+    """Error power that INT8 puts on the outputs of a pointwise convolution, errors taken as
+    independent.
 
-    Activations: step^2 / 12 for every channel, weighted with the squared weights it meets; what the calibration measured where
-    nothing is equalized. Weights: their step^2 / 12, weighted with the mean square of the activation.
+    Activations: step^2 / 12 for every channel, weighted with the squared weights it meets; what the
+    calibration measured where nothing is equalized. Weights: their step^2 / 12, weighted with the
+    mean square of the activation.
     """
     rows = np.abs(weights).reshape(len(weights), weights.shape[1], -1)
     power = statistics.power.astype(np.float64)

@@ -58,9 +58,11 @@ def calibration_feeds(
     batch_size: int | None,
     seen: list[Path],
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """The images, preprocessed as for inference; in a model of a fixed batch, one at a time fills every row.
+    """The images, preprocessed as for inference; in a model of a fixed batch, one at a time fills
+    every row.
 
-    An image that cannot be read is logged by the batcher and left out, each time: the scales are the same again. `seen` gets the others.
+    An image that cannot be read is logged by the batcher and left out, each time: the scales are
+    the same again. `seen` gets the others.
 
     Raises:
         ValueError: a batch size that the model does not take, or no image can be read.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""precision.json: which convolutions of a model stay out of its 8-bit type. tune_precision.py writes it, build_engine.py reads it.
+"""precision.json: which convolutions of a model stay out of its 8-bit type. tune_precision.py
+writes it, build_engine.py reads it.
 
     {"schema": 1, "model_sha256": "<as in a calibration cache's sidecar>", "precision": "int8",
      "keep": {"*/blocks_0/*": "fp16", "box_net/box-predict*": "fp32"}, "note": "..."}
@@ -50,7 +51,8 @@ def read_precision_file(path: Path, *, model_sha256: str, precision: str) -> Pre
     """Read what was written for this model and this precision.
 
     Raises:
-        OSError, ValueError: nothing there, not a precision.json, or made for something else; says what to run.
+        OSError, ValueError: nothing there, not a precision.json, or made for something else; says
+            what to run.
     """
     files.check_input(path, "--precision_json", "a precision.json of tune_precision.py")
     remedy = "write it with tune_precision.py"

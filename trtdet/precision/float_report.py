@@ -24,7 +24,8 @@ class PrecisionReport:
         converted: number of nodes that compute in it.
         by_design: nodes in float32 because of where they stand: preprocessing, box decoding, NMS.
         kept: nodes in float32 for a reason of their own: a range, a name that was asked for.
-        flushed: weights other than zero that became zero (all below the rounding error of their tensor's largest).
+        flushed: weights other than zero that became zero (all below the rounding error of their
+            tensor's largest).
         casts: Cast nodes put in.
     """
 

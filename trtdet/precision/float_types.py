@@ -17,8 +17,9 @@ class FloatType:
         name: "FP16"; in tensor names, lower case.
         onnx_type: its `TensorProto.DataType`.
         largest: its largest finite number.
-        tolerance: largest rounding error of a tensor, relative to its largest value; twice the error of a number in the type's
-            normal range, so that only overflow and underflow exceed it.
+        tolerance: largest rounding error of a tensor, relative to its largest value; twice the
+            error of a number in the type's normal range, so that only overflow and underflow exceed
+            it.
         smallest_step: between numbers near zero, where the relative error grows.
     """
 
@@ -37,7 +38,8 @@ class FloatType:
 FP16 = FloatType("FP16", TensorProto.FLOAT16, 65504.0, 2.0**-10, 2.0**-24)
 BF16 = FloatType("BF16", TensorProto.BFLOAT16, 3.3895313892515355e38, 2.0**-7, 2.0**-133)
 
-#: Activations beyond this share of the type's largest number stay float32: other images will go higher than the ones looked at.
+#: Activations beyond this share of the type's largest number stay float32: other images will go
+#: higher than the ones looked at.
 ACTIVATION_HEADROOM = 0.25
 
 

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Precision as tensor types: an FP32 model in, the same model with an FP16 or BF16 body out. No TensorRT in here.
+"""Precision as tensor types: an FP32 model in, the same model with an FP16 or BF16 body out.
 
-input -> preprocessing -> Cast -> body, first to last convolution -> Cast -> box decoding, NMS -> outputs
+No TensorRT in here.
+
+input -> preprocessing -> Cast -> body, first to last convolution -> Cast -> box decoding, NMS
          float32                  float16                                   float32
 
-Preprocessing stays float32 because 0-255 minus a mean does not fit float16: at 255 its step is 1/8, as wide as a whole level of
-a dark image after normalisation. Box decoding stays because coordinates of 512 pixels have a step of 1/2 there. Both are element-wise
-and cost nothing beside the convolutions. Nothing is clamped: a weight or activation that the type cannot hold leaves its nodes in
-float32, and the report says so.
+Preprocessing stays float32 because 0-255 minus a mean does not fit float16: at 255 its step is 1/8,
+as wide as a whole level of a dark image after normalisation. Box decoding stays because coordinates
+of 512 pixels have a step of 1/2 there. Both are element-wise and cost nothing beside the
+convolutions. Nothing is clamped: a weight or activation that the type cannot hold leaves its nodes
+in float32, and the report says so.
 
-Q/DQ pairs (`trtdet.precision.quantization`, or the model's own) need no Cast, because they end and begin types by themselves: a QuantizeLinear
-is of the type of what it reads, a DequantizeLinear of the type of the node that reads it, and what goes between is INT8 or FP8.
-That takes opset 19, the first with float16 scales.
+Q/DQ pairs (`trtdet.precision.quantization`, or the model's own) need no Cast, because they end and
+begin types by themselves: a QuantizeLinear is of the type of what it reads, a DequantizeLinear of
+the type of the node that reads it, and what goes between is INT8 or FP8. That takes opset 19, the
+first with float16 scales.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +50,8 @@ from trtdet.precision.normalisation import statistics
 from trtdet.sessions import open_session
 from trtdet.sources.subgraphs import captured, reads
 
-#: Nodes that only move values: behind the last convolution they stay narrow, so that one Cast per head suffices.
+#: Nodes that only move values: behind the last convolution they stay narrow, so that one Cast per
+#: head suffices.
 MOVE_OPS = frozenset(
     [
         "Concat",
@@ -88,7 +93,8 @@ def to_fp16(
     Args:
         model: float32; not touched.
         keep_fp32: patterns (`*`, `?`) of node names that stay float32.
-        ranges: tensor -> largest magnitude, from `activation_ranges`; None: activations are taken to fit.
+        ranges: tensor -> largest magnitude, from `activation_ranges`; None: activations are taken
+            to fit.
 
     Raises:
         GraphError: nothing to convert, or a model that is not float32.
@@ -99,10 +105,11 @@ def to_fp16(
 def to_bf16(
     model: onnx.ModelProto, *, keep_fp32: Sequence[str] = ()
 ) -> tuple[onnx.ModelProto, PrecisionReport]:
-    """As `to_fp16`, with a bfloat16 body: float32's range, so nothing can overflow, and 8 bits of precision.
+    """As `to_fp16`, with a bfloat16 body: float32's range, so nothing can overflow, and 8 bits of
+    precision.
 
-    TensorRT takes the result at any opset; by the letter of ONNX a bfloat16 Conv begins at opset 22, and ONNX Runtime's CPU
-    provider has none.
+    TensorRT takes the result at any opset; by the letter of ONNX a bfloat16 Conv begins at opset
+    22, and ONNX Runtime's CPU provider has none.
     """
     return _Conversion(model, BF16, keep_fp32, {}).run()
 
@@ -112,7 +119,8 @@ def activation_ranges(
 ) -> dict[str, float]:
     """Largest magnitude of every tensor of the body, over some inputs, by ONNX Runtime on the CPU.
 
-    Streaming: the session returns the minimum and maximum of each tensor, so memory does not grow with inputs or tensors.
+    Streaming: the session returns the minimum and maximum of each tensor, so memory does not grow
+    with inputs or tensors.
 
     Args:
         model: float32, with or without plugins behind the body.
@@ -235,10 +243,12 @@ class _Conversion:
             for i, reason in sorted(reasons.items())
         )
 
-    # --- which nodes --------------------------------------------------------------------------------------------------------
+    # --- which nodes ------------------------------------------------------------------------------
 
     def _body(self) -> set[int]:
-        """Indices of the nodes to convert; `by_design` gets those that stay float32 because of where they stand."""
+        """Indices of the nodes to convert; `by_design` gets those that stay float32 because of
+        where they stand.
+        """
         in_nms = self._downstream({i for i, n in enumerate(self.nodes) if begins_nms(n)})
         compute = {
             i
@@ -284,7 +294,9 @@ class _Conversion:
         return node.op_type in MOVE_OPS and bool(data) and narrow.issuperset(data)
 
     def _leave_out(self, keep_fp32: Sequence[str], ranges: Mapping[str, float]) -> None:
-        """Move nodes from `low` to `kept`: asked for by name, weights or activations out of range."""
+        """Move nodes from `low` to `kept`: asked for by name, weights or activations out of
+        range.
+        """
         bad_weights = {
             name: reason
             for name, weight in self.weights.items()
@@ -310,7 +322,9 @@ class _Conversion:
         self.low.difference_update(self.kept)
 
     def _settle_pairs(self) -> None:
-        """Q and DQ that have float32 neighbours become float32 themselves, rather than have a Cast put beside them."""
+        """Q and DQ that have float32 neighbours become float32 themselves, rather than have a
+        Cast put beside them.
+        """
         readers: dict[str, set[int]] = {}
         for i, node in enumerate(self.nodes):
             for name in reads(node):
@@ -352,7 +366,7 @@ class _Conversion:
                 wanted.update(reads(node))
         return found
 
-    # --- rewriting ----------------------------------------------------------------------------------------------------------
+    # --- rewriting --------------------------------------------------------------------------------
 
     def _narrow_name(self, tensor: str) -> str:
         name = f"{tensor}/{self.target.name.lower()}"
@@ -361,7 +375,9 @@ class _Conversion:
         return name
 
     def _convert_weights(self) -> int:
-        """Give nodes of the body narrow weights; one that float32 nodes use too is kept in both types. Returns the flushed."""
+        """Give nodes of the body narrow weights; one that float32 nodes use too is kept in both
+        types. Returns the flushed.
+        """
         users: dict[str, list[tuple[int, int]]] = {}  # weight -> (node, input) in the body
         others = {output.name for output in self.graph.output}  # used as float32
         for i, node in enumerate(self.nodes):
@@ -388,7 +404,9 @@ class _Conversion:
         return flushed
 
     def _convert_tensors(self) -> int:
-        """Retype the body's tensors and put a Cast where a tensor crosses its border. Returns the number of casts.
+        """Retype the body's tensors and put a Cast where a tensor crosses its border.
+
+        Returns the number of casts.
 
         The float32 form of a tensor keeps its name, so outputs and float32 nodes find it unchanged.
         """

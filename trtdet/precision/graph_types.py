@@ -16,7 +16,9 @@ PAIR_OPSET = 19
 
 
 def narrow_types(model: onnx.ModelProto) -> set[str]:
-    """Which of "fp16" and "bf16" the model's weights and casts are in; empty for a float32 model."""
+    """Which of "fp16" and "bf16" the model's weights and casts are in; empty for a float32
+    model.
+    """
     names = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
     types = {tensor.data_type for tensor in model.graph.initializer}
     types |= {
@@ -46,7 +48,10 @@ def element_types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def constants_to_initializers(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Make Constant nodes of tensors initializers, so that there is one kind of weight. Returns all initializers by name."""
+    """Make Constant nodes of tensors initializers, so that there is one kind of weight.
+
+    Returns all initializers by name.
+    """
     kept = []
     for node in graph.node:
         value = next((a.t for a in node.attribute if a.name == "value"), None)
@@ -71,8 +76,9 @@ def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> No
 def raise_opset(model: onnx.ModelProto, opset: int = PAIR_OPSET) -> None:
     """Make a model of opset 13 or later one of at least `opset`, at most 19, in place.
 
-    On the way reductions get their axes as an input and a Split in equal parts counts them. What else changed takes more types or
-    has new attributes with the old meaning as their default; only RoiAlign has a new default.
+    On the way reductions get their axes as an input and a Split in equal parts counts them. What
+    else changed takes more types or has new attributes with the old meaning as their default; only
+    RoiAlign has a new default.
 
     Raises:
         GraphError: an older model, or a RoiAlign.

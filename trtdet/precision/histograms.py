@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What calibration keeps of an activation: a histogram of its magnitudes, and per channel the range and two moments.
+"""What calibration keeps of an activation: a histogram of its magnitudes, and per channel the range
+and two moments.
 
-Ranges are powers of two and grow by merging bins, which is exact: the result does not depend on the order or grouping of the data.
+Ranges are powers of two and grow by merging bins, which is exact: the result does not depend on the
+order or grouping of the data.
 """
 
 import base64
@@ -147,7 +149,9 @@ class ChannelMoments:
 
 
 def squared_error(magnitudes: NDArray[Any], scale: float) -> NDArray[Any]:
-    """Expected squared error of symmetric INT8: nothing below half a step, s^2 / 12 between, what is cut off beyond 127 steps."""
+    """Expected squared error of symmetric INT8: nothing below half a step, s^2 / 12 between,
+    what is cut off beyond 127 steps.
+    """
     step = max(scale, 1e-30)
     inner = np.where(magnitudes < step / 2, magnitudes**2, step**2 / 12)
     amax = INT8.amax(step)
@@ -179,7 +183,9 @@ def _mse(counts: NDArray[np.int64], width: float) -> float:
 
 
 def _entropy(counts: NDArray[np.int64], width: float) -> float:
-    """The clip whose 128 levels lose least information: Migacz, 8-bit inference with TensorRT, GTC 2017."""
+    """The clip whose 128 levels lose least information: Migacz, 8-bit inference with TensorRT,
+    GTC 2017.
+    """
     used = round(_minmax(counts, width) / width)
     levels = LEVELS + 1
     best, best_divergence = used, np.inf

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer and RMS normalisation that an exporter wrote in single operators: which of them compute its statistics.
+"""Layer and RMS normalisation that an exporter wrote in single operators: which of them compute its
+statistics.
 
-LayerNormalization itself computes them in float32 whatever its data is (`stash_type`), in ONNX Runtime
-and in TensorRT. Spelled out, `x - mean`, its square, the mean of these, `sqrt(variance + eps)` and the
-division, nothing says so: in FP16 the square overflows from 256 on, and a mean of 768 squares has 3 digits.
+LayerNormalization itself computes them in float32 whatever its data is (`stash_type`), in ONNX
+Runtime and in TensorRT. Spelled out, `x - mean`, its square, the mean of these, `sqrt(variance +
+eps)` and the division, nothing says so: in FP16 the square overflows from 256 on, and a mean of 768
+squares has 3 digits.
 """
 
 from collections.abc import Sequence

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rounding does to detections: the loss of boxes and the error of scores, against the float32 model, without annotations.
+"""What rounding does to detections: the loss of boxes and the error of scores, against the float32
+model, without annotations.
 
-Only anchors that matter count: those that the float32 model rates high, each with its score p as weight.
+Only anchors that matter count: those that the float32 model rates high, each with its score p as
+weight.
 
     box loss   = sum p (1 - IoU(float32, rounded)) / sum p
     score loss = sum p |score - p| / sum p
 
-Both have a smooth form, a power: the squared displacement of a box's edges in units of its size, and the squared error of its score. Errors that
-different convolutions make are all but independent, so their powers add up (D0: the powers of 182 convolutions, each alone in INT8, add up to within
-4 % of the power of all together), while their losses do not. So powers are what convolutions are compared by, and losses what is reported.
+Both have a smooth form, a power: the squared displacement of a box's edges in units of its size,
+and the squared error of its score. Errors that different convolutions make are all but independent,
+so their powers add up (D0: the powers of 182 convolutions, each alone in INT8, add up to within 4 %
+of the power of all together), while their losses do not. So powers are what convolutions are
+compared by, and losses what is reported.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ class Coding:
     """How a model's heads say boxes and scores.
 
     Attributes:
-        boxes, scores: names of the heads, [N, A, 4] (rotated boxes: 5 or more, the angle fifth) and [N, A, C].
+        boxes, scores: names of the heads, [N, A, 4] (rotated boxes: 5 or more, the angle fifth) and
+            [N, A, C].
         nms: says whether scores are logits, and how boxes are coded.
         anchors: (A, 4) that boxes are relative to; None: they are not.
     """
@@ -160,8 +165,9 @@ def damage(
 def displacement(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]:
     """Of each box, how far it is off, squared: 0 to 1, as 1 - IoU is.
 
-    The sum u of its edges' squared displacements in units of its size along each axis, and of its angle's in radians, as u / (1 + u): boxes that float32 makes
-    all but empty do not outweigh all others.
+    The sum u of its edges' squared displacements in units of its size along each axis, and of its
+    angle's in radians, as u / (1 + u): boxes that float32 makes all but empty do not outweigh all
+    others.
     """
     edges = (found[:, :4] - expected[:, :4]).astype(np.float64)
     size = np.abs(expected[:, 2:4] - expected[:, :2]).astype(np.float64)
@@ -172,7 +178,10 @@ def displacement(expected: FloatArray, found: FloatArray) -> NDArray[np.float64]
 
 
 def paired_iou(a: FloatArray, b: FloatArray) -> NDArray[np.float64]:
-    """Of box i of one with box i of the other; 0 where both are empty. Of rotated boxes, before they are turned."""
+    """Of box i of one with box i of the other; 0 where both are empty.
+
+    Of rotated boxes, before rotation.
+    """
     a, b = a.astype(np.float64), b.astype(np.float64)
     lower, upper = np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])
     shared = np.prod(np.maximum(upper - lower, 0), axis=1)

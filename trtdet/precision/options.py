@@ -34,8 +34,8 @@ PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 
 DEFAULT_NUM_IMAGES = 500
 DEFAULT_SEED = 47  # of NVIDIA's sample
-#: Images that calibration runs at a time, where the model's batch is dynamic. On a CPU 8 take five times
-#: the memory (D0: 4.2 GiB) and twice the time per image.
+#: Images that calibration runs at a time, where the model's batch is dynamic. On a CPU 8 take five
+#: times the memory (D0: 4.2 GiB) and twice the time per image.
 CALIBRATION_BATCH = 1
 #: What the rest of 20 % brings and costs: docs/int8.md.
 DEFAULT_SHARE = 0.8
@@ -50,13 +50,17 @@ class Int8Options:
         cache: read where it exists, else written; None: the scales are not kept.
         num_images, fraction: at most so many images, and at most this share of all.
         batch_size: None: `CALIBRATION_BATCH`, or one by one where the model's batch is fixed.
-        cache_version: of TensorRT, for whom the cache is written, and an existing one made over; None: the one that builds, or 8.6.1.
-        method: None: whatever an existing cache was made with; for a new one the default of the precision.
+        cache_version: of TensorRT, for whom the cache is written, and an existing one made over;
+            None: the one that builds, or 8.6.1.
+        method: None: whatever an existing cache was made with; for a new one the default of the
+            precision.
         provider: what of ONNX Runtime calibrates.
-        keep_fp16, keep_fp32: patterns of node names, beside the model's own `sensitive_nodes`, which stay in FP16.
+        keep_fp16, keep_fp32: patterns of node names, beside the model's own `sensitive_nodes`,
+            which stay in FP16.
         precision_file: more of them, from tune_precision.py.
-        share: of all multiply-accumulates, how much stays in 8 bits at least; which convolutions leave it is measured. None: `DEFAULT_SHARE`,
-            but 1 where `keep_...` or `precision_file` say what stays out, or where there are no images to measure on.
+        share: of all multiply-accumulates, how much stays in 8 bits at least; which convolutions
+            leave it is measured. None: `DEFAULT_SHARE`, but 1 where `keep_...` or `precision_file`
+            say what stays out, or where there are no images to measure on.
     """
 
     images: Path | None = None

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized convolutions put into a graph: Q/DQ pairs, the nodes of an equalization, new weights and biases.
+"""Quantized convolutions put into a graph: Q/DQ pairs, the nodes of an equalization, new weights
+and biases.
 
 x -> [Mul, Sub] -> QuantizeLinear -> DequantizeLinear -> Conv <- DequantizeLinear <- int8 weights
 """
@@ -59,7 +60,8 @@ class NewConv:
     Attributes:
         weights: rescaled where channels are, the bias corrected where the weights are rounded.
         rounded: the weights in 8 bits; None: it stays in floating point.
-        input_amax: largest magnitude of what it reads, after the equalization; where it is quantized.
+        input_amax: largest magnitude of what it reads, after the equalization; where it is
+            quantized.
         equalization: of its input, in nodes of their own.
     """
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put a precision into a model, in memory: what stage 2 gives to TensorRT. FP16 and BF16 by types, INT8 and FP8 by Q/DQ pairs."""
+"""Put a precision into a model, in memory: what stage 2 gives to TensorRT.
+
+FP16 and BF16 by types, INT8 and FP8 by Q/DQ pairs.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ from trtdet.spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 
-# --- build ------------------------------------------------------------------------------------------------------------------
+# --- build ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,10 @@ class Prepared:
     """A model ready to be built.
 
     Attributes:
-        float32: all its tensors float32, for weak typing: as it stands in the file, with Q/DQ, or with its channels rescaled.
-        typed: with the precision as tensor types or Q/DQ, the NMS plugin still in it; `float32` itself for fp32 and tf32.
+        float32: all its tensors float32, for weak typing: as it stands in the file, with Q/DQ, or
+            with its channels rescaled.
+        typed: with the precision as tensor types or Q/DQ, the NMS plugin still in it; `float32`
+            itself for fp32 and tf32.
         report: what the conversion to a narrow floating-point type did.
         quantization: what is in 8 bits.
         scales: for a TensorRT that takes them through a calibrator.
@@ -78,7 +83,8 @@ class Target:
     Attributes:
         weak: precision is asked for by builder flags, not by the types of tensors.
         calibrator: it takes the scales of INT8 through a calibrator, not as Q/DQ.
-        cache_version: of TensorRT, whose calibration cache is written where nobody asks for another.
+        cache_version: of TensorRT, whose calibration cache is written where nobody asks for
+            another.
     """
 
     weak: bool = False
@@ -101,7 +107,8 @@ def load_model(path: Path) -> tuple[onnx.ModelProto, ModelSpec]:
     """The model with its weights, and what stage 1 says of it.
 
     Raises:
-        FileNotFoundError, GraphError: nothing there, not an ONNX file, or one without a `ModelSpec`.
+        FileNotFoundError, GraphError: nothing there, not an ONNX file, or one without a
+            `ModelSpec`.
     """
     model = read_onnx(path, option="--onnx")
     return model, ModelSpec.from_onnx(model, path)
@@ -127,7 +134,8 @@ def prepare(
         check_input: images to see whether FP16 holds the activations.
 
     Raises:
-        GraphError: the model is in another narrow precision already, or nothing of it can be quantized.
+        GraphError: the model is in another narrow precision already, or nothing of it can be
+            quantized.
         ValueError: a pattern that fits no node, a cache or a precision.json of something else.
     """
     body = Body(model, spec)
@@ -178,7 +186,8 @@ def _prepare_quantized(
     target: Target,
     check_input: Path | None,
 ) -> Prepared:
-    """Convolutions in INT8 or FP8 with the scales of a cache or a new calibration, and the rest in FP16.
+    """Convolutions in INT8 or FP8 with the scales of a cache or a new calibration, and the rest in
+    FP16.
 
     A model with its own Q/DQ keeps it, whatever `int8` says.
     """
@@ -228,7 +237,9 @@ def _prepare_quantized(
 def _left_out(
     body: Body, cache: CalibrationCache, settings: QuantizationOptions, int8: Int8Options
 ) -> tuple[str, ...]:
-    """Names of the convolutions that hurt detections most in 8 bits, as many as `int8.share` allows."""
+    """Names of the convolutions that hurt detections most in 8 bits, as many as `int8.share`
+    allows.
+    """
     plan = plan_quantization(body, cache, settings)
     choice = automatic.choose(plan, int8, runs=not unknown_to_onnxruntime(body.model))
     return choice.kept if choice else ()
@@ -240,10 +251,12 @@ def kept_nodes(
     to: Precision,
     names: Sequence[str],
 ) -> dict[str, KeptType]:
-    """Patterns of nodes that are to stay out of `to`, and what in; the command line goes before the file.
+    """Patterns of nodes that are to stay out of `to`, and what in; the command line goes before the
+    file.
 
     Raises:
-        OSError, ValueError: a pattern that fits none of `names`, or a precision.json of another model or precision.
+        OSError, ValueError: a pattern that fits none of `names`, or a precision.json of another
+            model or precision.
     """
     kept: dict[str, KeptType] = {}
     sources: dict[str, str] = {}
@@ -276,10 +289,12 @@ def scales_of(
     """The cache where there is one and it fits, else a new calibration, which is written there.
 
     Args:
-        built_version: of the TensorRT for which a new cache is written, unless the options name another.
+        built_version: of the TensorRT for which a new cache is written, unless the options name
+            another.
 
     Raises:
-        ValueError: neither images nor a cache; a cache of another model, preprocessing or other images, or of another method than is asked for; images that cannot be read.
+        ValueError: neither images nor a cache; a cache of another model, preprocessing or other
+            images, or of another method than is asked for; images that cannot be read.
         EngineError: ONNX Runtime is not installed.
     """
     cached = options.cache is not None and files.is_beside(options.cache)
@@ -337,7 +352,9 @@ def scales_of(
 def measure_ranges(
     model: onnx.ModelProto, spec: ModelSpec, check_input: Path | None
 ) -> dict[str, float] | None:
-    """Largest magnitude of each activation over some images; None where ONNX Runtime is not installed.
+    """Largest magnitude of each activation over some images.
+
+    None where ONNX Runtime is not installed.
 
     Args:
         check_input: an image or a folder of them; None: a photograph that comes with this project.
@@ -370,7 +387,9 @@ def measure_ranges(
 
 
 def unknown_to_onnxruntime(model: onnx.ModelProto) -> str:
-    """The custom operators, plugins of TensorRT's own left out that are replaced for ONNX Runtime; "" if there are none."""
+    """The custom operators, plugins of TensorRT's own left out that are replaced for ONNX
+    Runtime; "" if there are none.
+    """
     replaced = {
         f"{builder.PLUGIN_DOMAIN}::{op}"
         for op in (lowering.PLUGIN_OP, deformable_attention.PLUGIN_OP)

@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INT8 and FP8 as QuantizeLinear/DequantizeLinear pairs: an FP32 model and a calibration in, a model for any TensorRT out.
+"""INT8 and FP8 as QuantizeLinear/DequantizeLinear pairs: an FP32 model and a calibration in, a
+model for any TensorRT out.
 
-    x -> [Mul, Sub] -> QuantizeLinear -> DequantizeLinear -> Conv <- DequantizeLinear <- int8 weights
+    x -> [Mul, Sub] -> QuantizeLinear -> DequantizeLinear -> Conv <- DequantizeLinear <- int8
+    weights
 
-Symmetric (zero point 0), weights per channel, activations per tensor, as TensorRT wants them. Every input of a convolution is
-quantized where it arises, once for all convolutions that read it; the weighted sums, swishes, poolings and resizes between stay in
-floating point, so that TensorRT fuses them behind the convolution that feeds them and writes INT8 only where the next one reads it.
+Symmetric (zero point 0), weights per channel, activations per tensor, as TensorRT wants them. Every
+input of a convolution is quantized where it arises, once for all convolutions that read it; the
+weighted sums, swishes, poolings and resizes between stay in floating point, so that TensorRT fuses
+them behind the convolution that feeds them and writes INT8 only where the next one reads it.
 Squeeze-and-excite, box decoding and NMS are never quantized.
 
 What makes it accurate (figures in docs/int8.md):
 
-* EfficientNet's depthwise convolutions read activations whose channels differ in range by orders of magnitude, and one scale for all
-  of them is what costs most of the AP. A depthwise convolution works channel by channel, so a factor per channel on its input
-  and the inverse on its weights changes nothing in floating point and gives every channel the full INT8 range.
-* A pointwise convolution mixes channels, so the factors move error from activations to weights (SmoothQuant). The exponent that
-  predicts the least error is taken, and none where little is gained. Behind a convolution the factors cost nothing:
-  they go into its weights.
-* A swish reaches up to any height but down to -0.28 only, and symmetric INT8 spends half of its numbers below zero. In front of a
-  pointwise convolution, which pads nothing, the range is shifted to its middle; the bias undoes it exactly.
+* EfficientNet's depthwise convolutions read activations whose channels differ in range by orders of
+  magnitude, and one scale for all of them is what costs most of the AP. A depthwise convolution
+  works channel by channel, so a factor per channel on its input and the inverse on its weights
+  changes nothing in floating point and gives every channel the full INT8 range.
+* A pointwise convolution mixes channels, so the factors move error from activations to weights
+  (SmoothQuant). The exponent that predicts the least error is taken, and none where little is
+  gained. Behind a convolution the factors cost nothing: they go into its weights.
+* A swish reaches up to any height but down to -0.28 only, and symmetric INT8 spends half of its
+  numbers below zero. In front of a pointwise convolution, which pads nothing, the range is shifted
+  to its middle; the bias undoes it exactly.
 * The mean error that rounded weights make is taken off the bias.
 
-FP8 (E4M3) has an exponent of its own, so a small channel loses nothing beside a large one: no channel is rescaled, none shifted.
+FP8 (E4M3) has an exponent of its own, so a small channel loses nothing beside a large one: no
+channel is rescaled, none shifted.
 """
 
 from collections import Counter
@@ -49,11 +55,13 @@ class QuantizationOptions:
     """What to quantize and how.
 
     Attributes:
-        keep: patterns (`*`, `?`) of node names that stay in floating point, beside `ModelSpec.sensitive_nodes`.
+        keep: patterns (`*`, `?`) of node names that stay in floating point, beside
+            `ModelSpec.sensitive_nodes`.
         to: the type of 8 bits.
         equalize: where to scale channels; takes a cache with statistics per channel.
         shift, correct_bias: as above.
-        fp16_scales: choose scales that float16 holds, so that `trtdet.precision.floats.to_fp16` changes no number of the pairs.
+        fp16_scales: choose scales that float16 holds, so that `trtdet.precision.floats.to_fp16`
+            changes no number of the pairs.
     """
 
     keep: Sequence[str] = ()
@@ -127,7 +135,8 @@ def insert_qdq(
     options: QuantizationOptions = QuantizationOptions(),
     but: Collection[str] = (),
 ) -> tuple[onnx.ModelProto, QuantizationReport]:
-    """A copy of an FP32 model with its convolutions in INT8; the rest stays FP32, for `trtdet.precision.floats` to narrow.
+    """A copy of an FP32 model with its convolutions in INT8; the rest stays FP32, for
+    `trtdet.precision.floats` to narrow.
 
     A model that already has QuantizeLinear nodes (trained with them) is returned as it is.
 
@@ -149,10 +158,12 @@ def prepare_implicit(
     options: QuantizationOptions = QuantizationOptions(),
     but: Collection[str] = (),
 ) -> tuple[onnx.ModelProto, CalibrationCache, QuantizationReport]:
-    """For a weakly typed TensorRT, which rounds by itself: the model with its channels rescaled and biases corrected, without Q/DQ.
+    """For a weakly typed TensorRT, which rounds by itself: the model with its channels rescaled and
+    biases corrected, without Q/DQ.
 
     Returns:
-        The FP32 model, a cache with the scales of its tensors, and what may become INT8; the convolutions in `kept` must not.
+        The FP32 model, a cache with the scales of its tensors, and what may become INT8; the
+        convolutions in `kept` must not.
 
     Raises:
         GraphError: no convolution can be quantized, or the model has Q/DQ, which is explicit.
@@ -171,12 +182,14 @@ def prepare_implicit(
 
 @dataclass(frozen=True, eq=False)
 class QuantizationPlan:
-    """What is known of a body's convolutions before it is settled which of them are quantized: many choices are tried from one plan.
+    """What is known of a body's convolutions before it is settled which of them are quantized: many
+    choices are tried from one plan.
 
     Attributes:
         kept: convolution -> why it stays in floating point, whatever is chosen.
         weights: of all convolutions whose weights are known, as they are in the model.
-        equalized: convolution that may be quantized -> what becomes of its input's channels if it is. None depends on another.
+        equalized: convolution that may be quantized -> what becomes of its input's channels if it
+            is. None depends on another.
     """
 
     body: Body
@@ -239,7 +252,9 @@ class QuantizationPlan:
         }
 
     def alone(self, layer: ConvLayer) -> NewConv:
-        """One of `layers` in 8 bits, the others as they are: what it asks of its input's channels takes nodes of its own."""
+        """One of `layers` in 8 bits, the others as they are: what it asks of its input's
+        channels takes nodes of its own.
+        """
         placed = self.equalized.get(layer.name)
         own_nodes = placed.equalization if placed else None
         return replace(self._convolution(layer, True, None), equalization=own_nodes)
@@ -359,7 +374,8 @@ def mean_output(
     statistics: ChannelStatistics | None,
     equalized: Equalization | None,
 ) -> NDArray[np.float64] | float:
-    """What weights, of an error of rounding, make of the average input, per output channel; padding left aside. 0 where it is not known.
+    """What weights, of an error of rounding, make of the average input, per output channel; padding
+    left aside. 0 where it is not known.
 
     Args:
         statistics: of the input before `equalized`.
@@ -390,7 +406,9 @@ def own_type(model: onnx.ModelProto) -> QuantizedType | None:
 
 
 def precision_of(model: onnx.ModelProto) -> str:
-    """What an ONNX file is in, as its nodes and weights say it: a name of `trtdet.precision.options.PRECISIONS`."""
+    """What an ONNX file is in, as its nodes and weights say it: a name of
+    `trtdet.precision.options.PRECISIONS`.
+    """
     own = own_type(model)
     return own.name.lower() if own else min(narrow_types(model), default="fp32")
 

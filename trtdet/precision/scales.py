@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of 8 bits, and how numbers become theirs: the one place where a largest magnitude (amax) becomes a scale, and back.
+"""The types of 8 bits, and how numbers become theirs: the one place where a largest magnitude
+(amax) becomes a scale, and back.
 
     scale = amax / largest        stored = round(x / scale)        x ~ stored * scale
 
-Calibration measures magnitudes. Its cache keeps them as TensorRT does, as scales of INT8 in float32, whatever type they are used for.
+Calibration measures magnitudes. Its cache keeps them as TensorRT does, as scales of INT8 in
+float32, whatever type they are used for.
 """
 
 from dataclasses import dataclass
@@ -58,14 +60,19 @@ def activation_scale(amax: float, to: QuantizedType, *, fp16: bool = False) -> N
 def weight_scales(
     weights: NDArray[np.float32], to: QuantizedType = INT8, *, fp16: bool = False
 ) -> NDArray[np.float32]:
-    """Of each output channel, what its largest magnitude takes; 1 for a channel of zeros, which any scale represents."""
+    """Of each output channel, what its largest magnitude takes; 1 for a channel of zeros, which
+    any scale represents.
+    """
     amax = np.abs(weights.reshape(len(weights), -1)).max(1)
     scales = np.where(amax > 0, to.scale(amax), 1.0).astype(np.float32)
     return fp16_at_least(scales) if fp16 else scales
 
 
 def fp16_at_least(scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The next number that float16 holds: upwards, so that nothing is cut off. Left as it is where there is none."""
+    """The next number that float16 holds: upwards, so that nothing is cut off.
+
+    Left as it is where there is none.
+    """
     with np.errstate(over="ignore"):
         rounded = scales.astype(np.float16)
         rounded = np.where(rounded < scales, np.nextafter(rounded, np.float16(np.inf)), rounded)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which convolutions INT8 hurts, and the smallest set that has to stay in FP16.
 
-Two measures. What one quantized convolution does to the detections of float32 is cheap and without scatter, so it ranks the convolutions; AP is
-what counts and takes a run over all annotated images, so it is asked only where a decision hangs on it.
+Two measures. What one quantized convolution does to the detections of float32 is cheap and without
+scatter, so it ranks the convolutions; AP is what counts and takes a run over all annotated images,
+so it is asked only where a decision hangs on it.
 """
 
 import hashlib
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 
 def plan(body: Body, cache: CalibrationCache) -> QuantizationPlan:
-    """What build_engine.py does when nothing is asked for, but that the rest stays float32: FP16 is that to within far less than INT8's error.
+    """What build_engine.py does when nothing is asked for, but that the rest stays float32: FP16 is
+    that to within far less than INT8's error.
 
     Raises:
         GraphError: no convolution can be quantized, or the model brings its own Q/DQ.
@@ -58,7 +60,8 @@ class LayerNoise:
     """What one quantized convolution does to the detections: `trtdet.precision.objective`.
 
     Attributes:
-        gain: of the power of all errors, the share that goes where it is left out: the mean of that of boxes and that of scores.
+        gain: of the power of all errors, the share that goes where it is left out: the mean of that
+            of boxes and that of scores.
     """
 
     layer: ConvLayer
@@ -78,15 +81,18 @@ def layer_noises(layers: Sequence[ConvLayer], costs: Mapping[str, Damage]) -> li
 def smallest_set(
     ranked: Sequence[ConvLayer], fits: Callable[[Collection[str]], bool], *, first: int = 1
 ) -> list[str] | None:
-    """Names of as few convolutions as possible that, left out of INT8, make a model fit that else does not; None where all but one are not enough.
+    """Names of as few convolutions as possible that, left out of INT8, make a model fit that else
+    does not; None where all but one are not enough.
 
-    The first so many are left out, then twice, four times, ... as many, then as many as bisection finds are needed. Of those, what the model
-    can do without goes back into INT8: the greatest multiply-accumulates first, in halves, quarters, ..., one by one.
+    The first so many are left out, then twice, four times, ... as many, then as many as bisection
+    finds are needed. Of those, what the model can do without goes back into INT8: the greatest
+    multiply-accumulates first, in halves, quarters, ..., one by one.
 
     Args:
         ranked: what is to be left out first comes first.
         first: so many are tried at first.
-        fits: whether a model with these names left out is good enough. Asked about 2 log2(n) times, and for k names up to 2 k more.
+        fits: whether a model with these names left out is good enough. Asked about 2 log2(n) times,
+            and for k names up to 2 k more.
     """
     names = [layer.name for layer in ranked]
     failed, count = 0, max(1, min(first, len(names) - 1))
@@ -109,7 +115,9 @@ def smallest_set(
 
 
 def _put_back(kept: list[str], fits: Callable[[Collection[str]], bool]) -> list[str]:
-    """Leave out of `kept` what `fits` does not need: runs of half of it, of a quarter, ..., of one."""
+    """Leave out of `kept` what `fits` does not need: runs of half of it, of a quarter, ..., of
+    one.
+    """
     size = len(kept) // 2
     while size:
         start = 0
@@ -146,9 +154,11 @@ class JournalLine:
 
 
 class Journal:
-    """What was measured, one line of JSON each, so that an interrupted run goes on where it stopped.
+    """What was measured, one line of JSON each, so that an interrupted run goes on where it
+    stopped.
 
-    A result is found again only under the same context: model, scales, images, versions. Lines of another context stay and do no harm.
+    A result is found again only under the same context: model, scales, images, versions. Lines of
+    another context stay and do no harm.
     """
 
     def __init__(self, path: Path, context: Mapping[str, Any]) -> None:
@@ -168,7 +178,9 @@ class Journal:
     def measure(
         self, kind: str, layers: Iterable[str], measure: Callable[[], Mapping[str, float]]
     ) -> dict[str, float]:
-        """What is known of this configuration, or else what `measure` returns, which is written down."""
+        """What is known of this configuration, or else what `measure` returns, which is written
+        down.
+        """
         names = sorted(layers)
         key = fingerprint(self._context, kind, names)
         if key in self._known:
@@ -217,7 +229,9 @@ def cache_fingerprint(cache: CalibrationCache) -> str:
 
 
 def table(found: Sequence[LayerNoise], kept: Collection[str]) -> str:
-    """TSV, what is worst first: what each convolution, alone in INT8, does to boxes and scores, its share of all errors, and its precision."""
+    """TSV, what is worst first: what each convolution, alone in INT8, does to boxes and scores,
+    its share of all errors, and its precision.
+    """
     macs = sum(entry.layer.macs for entry in found) or 1
     rows = [["layer", "block", "kind", "macs_percent", "error_percent", "box_loss", "score_loss", "precision"]]  # fmt: skip
     for entry in sorted(found, key=lambda entry: -entry.gain):
@@ -276,7 +290,9 @@ def plot(path: Path, found: Sequence[LayerNoise], kept: Collection[str], *, titl
 
 
 def _block_order(found: Sequence[LayerNoise]) -> Callable[[LayerNoise], int]:
-    """Blocks in the order in which they begin: the two heads run side by side and alternate in the graph."""
+    """Blocks in the order in which they begin: the two heads run side by side and alternate in
+    the graph.
+    """
     first: dict[str, int] = {}
     for entry in found:
         first.setdefault(entry.layer.block, len(first))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether calibration images are fit for it: enough of them, of something, different from each other, of a size that says something."""
+"""Whether calibration images are fit for it: enough of them, of something, different from each
+other, of a size that says something.
+"""
 
 from __future__ import annotations
 

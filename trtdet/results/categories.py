@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which category of an annotation file is which class of a model: by name where both have names, else by id."""
+"""Which category of an annotation file is which class of a model: by name where both have names,
+else by id.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence

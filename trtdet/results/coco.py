@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO's metric, and which image an annotation file means. Its files are read by `trtdet.results.coco_files`.
+"""COCO's metric, and which image an annotation file means.
+
+Its files are read by `trtdet.results.coco_files`.
 
 The metric is pycocotools', called with its own defaults.
 
-Rotated boxes are in ODTK's form: `bbox` x y w h of the box before rotation, and its angle (radians, clockwise on the screen), and the four corners
-as a polygon in `segmentation`. The metric then compares the polygons (pycocotools' "segm"), as ODTK does.
+Rotated boxes are in ODTK's form: `bbox` x y w h of the box before rotation, and its angle (radians,
+clockwise on the screen), and the four corners as a polygon in `segmentation`. The metric then
+compares the polygons (pycocotools' "segm"), as ODTK does.
 """
 
 import contextlib
@@ -28,7 +31,7 @@ from trtdet.results.coco_files import (
     Annotations,
     ImageId,
     Result,
-    is_turned,
+    is_rotated,
     polygons_of,
     read_annotations,
     read_results,
@@ -36,7 +39,7 @@ from trtdet.results.coco_files import (
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ANNOTATIONS", "Annotations", "Result", "is_turned", "read_annotations", "read_results"]
+__all__ = ["ANNOTATIONS", "Annotations", "Result", "is_rotated", "read_annotations", "read_results"]
 
 
 #: Names of pycocotools' twelve figures, in its order, each with what it averages over.
@@ -57,7 +60,9 @@ METRICS = {
 
 
 def ids_differ_from_names(annotations: Annotations) -> bool:
-    """Whether all annotated files are named by numbers, and not by their image ids: a trap for who takes one for the other."""
+    """Whether all annotated files are named by numbers, and not by their image ids: a trap for
+    who takes one for the other.
+    """
     stems = {Path(name).stem: image_id for name, image_id in annotations.image_ids.items()}
     return all(stem.isascii() and stem.isdigit() for stem in stems) and any(
         int(stem) != image_id for stem, image_id in stems.items()
@@ -67,8 +72,8 @@ def ids_differ_from_names(annotations: Annotations) -> bool:
 def match_images(annotations: Annotations, paths: Sequence[Path], root: Path) -> dict[Path, int]:
     """The image id of every path that the annotation file knows.
 
-    A file is known under its path below `root`, or under its bare name where only one annotated image and one file have it
-    (annotation files may say "val2017/1.jpg" for `root/1.jpg`).
+    A file is known under its path below `root`, or under its bare name where only one annotated
+    image and one file have it (annotation files may say "val2017/1.jpg" for `root/1.jpg`).
     """
     bare: dict[str, list[int]] = {}
     for file_name, image_id in annotations.image_ids.items():
@@ -102,12 +107,16 @@ def check_objects(annotations: Annotations, image_ids: Collection[int]) -> None:
 
 
 def relative_name(path: Path, root: Path) -> str:
-    """`path` below the input folder with forward slashes; its bare name where the input is one file."""
+    """`path` below the input folder with forward slashes; its bare name where the input is one
+    file.
+    """
     return path.name if path == root else path.relative_to(root).as_posix()
 
 
 def name_images(paths: Sequence[Path], root: Path) -> dict[Path, int | str]:
-    """Image ids without an annotation file: the stems where all are different whole numbers, as COCO's are, else the file names."""
+    """Image ids without an annotation file: the stems where all are different whole numbers, as
+    COCO's are, else the file names.
+    """
     stems = [path.stem for path in paths]
     if all(stem.isascii() and stem.isdigit() for stem in stems):
         numbers = [int(stem) for stem in stems]
@@ -117,9 +126,11 @@ def name_images(paths: Sequence[Path], root: Path) -> dict[Path, int | str]:
 
 
 def _polygon(entry: Mapping[str, Any]) -> Any:
-    """The `segmentation` of an annotation or a detection; where it has none, the corners of its box.
+    """The `segmentation` of an annotation or a detection; where it has none, the corners of its
+    box.
 
-    The last pixel belongs to a rotated box, so ODTK's corners are a pixel short of its width and height.
+    The last pixel belongs to a rotated box, so ODTK's corners are a pixel short of its width and
+    height.
     """
     polygons = polygons_of(entry)
     if polygons:
@@ -135,9 +146,10 @@ class Evaluation:
     """What COCO's metric says.
 
     Attributes:
-        metrics: by the names of `METRICS`; -1 where there is nothing to find (no small object, say), as pycocotools has it.
-        precision: (10, 101) precision at IoU 0.50, 0.55, ..., 0.95 and recall 0, 0.01, ..., 1, averaged over the categories; all sizes,
-            100 detections.
+        metrics: by the names of `METRICS`; -1 where there is nothing to find (no small object,
+            say), as pycocotools has it.
+        precision: (10, 101) precision at IoU 0.50, 0.55, ..., 0.95 and recall 0, 0.01, ..., 1,
+            averaged over the categories; all sizes, 100 detections.
         iou_type: what overlaps were of: "bbox", or "segm", the polygons of rotated boxes.
         by_category: category id -> its AP and AP50; those without an object are not in it.
     """
@@ -155,19 +167,22 @@ RECALLS = np.linspace(0, 1, 101)
 def evaluate(
     annotations: Annotations, results: Sequence[Result], image_ids: Collection[int]
 ) -> Evaluation:
-    """COCO's detection metric over `image_ids`: an image without a detection counts, and so does one without an object.
+    """COCO's detection metric over `image_ids`: an image without a detection counts, and so does
+    one without an object.
 
     Args:
-        results: detections of other images, and of categories that the annotation file lacks, are left out.
+        results: detections of other images, and of categories that the annotation file lacks, are
+            left out.
         image_ids: the images that were looked at.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    # Numbered anew for pycocotools, in the order of the ids: it sorts them, and numbers cannot be compared with text.
+    # Numbered anew for pycocotools, in the order of the ids: it sorts them, and numbers cannot be
+    # compared with text.
     in_order = sorted(set(image_ids), key=lambda i: (isinstance(i, str), i))
     wanted: dict[ImageId, int] = {image_id: number for number, image_id in enumerate(in_order)}
-    iou_type = "segm" if any(is_turned(e) for e in (*annotations.objects, *results)) else "bbox"
+    iou_type = "segm" if any(is_rotated(e) for e in (*annotations.objects, *results)) else "bbox"
     images = _image_entries(annotations, wanted, sized=iou_type == "segm")
     chatter = io.StringIO()  # pycocotools prints
     with contextlib.redirect_stdout(chatter):
@@ -176,8 +191,9 @@ def evaluate(
             coco.dataset = {
                 "images": images,
                 "categories": [{"id": category_id} for category_id in annotations.categories],
-                # Numbered anew: pycocotools takes an object of id 0 for "not matched", and ids are not always unique.
-                # Built here rather than by loadRes, which fails on an empty list.
+                # Numbered anew: pycocotools takes an object of id 0 for "not matched", and ids are
+                # not always unique. Built here rather than by loadRes, which fails on an empty
+                # list.
                 "annotations": [
                     {
                         **entry,
@@ -211,7 +227,9 @@ def evaluate(
 def _image_entries(
     annotations: Annotations, wanted: Mapping[ImageId, int], *, sized: bool
 ) -> list[dict[str, Any]]:
-    """What pycocotools needs to know of the images; polygons are compared on a grid of the image's size."""
+    """What pycocotools needs to know of the images; polygons are compared on a grid of the
+    image's size.
+    """
     if not sized:
         return [{"id": number} for number in wanted.values()]
     sizes = {image["id"]: (image.get("height"), image.get("width")) for image in annotations.images}
@@ -267,7 +285,9 @@ def plot_precision_recall(path: Path, evaluation: Evaluation, *, title: str) -> 
 
 
 def class_ids_of(categories: Mapping[int, str], labels: Labels) -> dict[int, int]:
-    """Category id -> class id: by name where the labels have it, else category id - 1, as AutoML counts."""
+    """Category id -> class id: by name where the labels have it, else category id - 1, as AutoML
+    counts.
+    """
     named = labels if isinstance(labels, Mapping) else dict(enumerate(labels))
     by_name = {label: class_id for class_id, label in named.items()}
     return {
@@ -281,21 +301,26 @@ def labels_of(categories: Mapping[int, str]) -> dict[int, str]:
 
 
 def ground_truth(annotations: Annotations, class_ids: Mapping[int, int]) -> dict[int, Detections]:
-    """Image id -> what is annotated there, as `Detections` of score 1. Images without an object are left out."""
+    """Image id -> what is annotated there, as `Detections` of score 1.
+
+    Images without an object are left out.
+    """
     objects: dict[int, list[tuple[list[float], int]]] = {}
     for entry in annotations.objects:
         class_id = class_ids[entry["category_id"]]
         objects.setdefault(entry["image_id"], []).append((entry["bbox"], class_id))
-    turned = any(is_turned(entry) for entry in annotations.objects)
-    return {image_id: _annotated(found, turned=turned) for image_id, found in objects.items()}
+    rotated = any(is_rotated(entry) for entry in annotations.objects)
+    return {image_id: _annotated(found, rotated=rotated) for image_id, found in objects.items()}
 
 
-def _annotated(found: Sequence[tuple[list[float], int]], *, turned: bool) -> Detections:
-    """(bbox, class id) of one image as `Detections` of score 1; a bbox without an angle is not turned."""
+def _annotated(found: Sequence[tuple[list[float], int]], *, rotated: bool) -> Detections:
+    """(bbox, class id) of one image as `Detections` of score 1; a bbox without an angle is not
+    rotated.
+    """
     boxes = np.array([(*bbox, 0.0)[:5] for bbox, _ in found], np.float32)
     return Detections(
         xywh_to_xyxy(boxes[:, :4]),
         np.ones(len(found), np.float32),
         np.array([class_id for _, class_id in found], np.int32),
-        boxes[:, 4] if turned else None,
+        boxes[:, 4] if rotated else None,
     )

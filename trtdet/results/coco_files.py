@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """COCO's annotation and results files.
 
-Formats: https://cocodataset.org/#format-data and #format-results. Ids may be written as 1.0; an image id may be a number in one list and
-text in the other.
+Formats: https://cocodataset.org/#format-data and #format-results. Ids may be written as 1.0; an
+image id may be a number in one list and text in the other.
 """
 
 from collections import Counter
@@ -17,7 +17,8 @@ from trtdet.spec import LARGEST_ID
 #: What --annotations takes, for `trtdet.files.check_input`.
 ANNOTATIONS = ("--annotations", "COCO annotations, such as instances_val2017.json")
 
-#: One detection of COCO's results format: image_id, category_id, bbox (x y w h; turned: an angle, and segmentation), score.
+#: One detection of COCO's results format: image_id, category_id, bbox (x y w h; rotated: an angle,
+#: and segmentation), score.
 Result = dict[str, Any]
 ImageId = int | str
 
@@ -77,7 +78,9 @@ class _Category:
 
 @dataclass(frozen=True)
 class _Object:
-    """An annotation; many tools leave out `area` and `iscrowd`, which pycocotools needs, some `bbox`: then it is that of `segmentation`."""
+    """An annotation; many tools leave out `area` and `iscrowd`, which pycocotools needs, some
+    `bbox`: then it is that of `segmentation`.
+    """
 
     image_id: int | float | str
     category_id: int | float
@@ -135,8 +138,8 @@ class _Detection:
     @property
     def entry(self) -> Result:
         entry = {"category_id": int(self.category_id), "bbox": self.bbox, "score": self.score}
-        turned = len(self.bbox) == 5 and self.segmentation
-        return entry | ({"segmentation": self.segmentation} if turned else {})
+        rotated = len(self.bbox) == 5 and self.segmentation
+        return entry | ({"segmentation": self.segmentation} if rotated else {})
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def read_annotations(path: Path) -> Annotations:
     """Read a COCO annotation file ("instances_val2017.json").
 
     Raises:
-        ValueError: not JSON, a part missing, or an object without image, category or box; names the place.
+        ValueError: not JSON, a part missing, or an object without image, category or box; names the
+            place.
     """
     remedy = f"give COCO annotations, with images, annotations and categories, or {_REMEDY}"
     found: _AnnotationFile = reading.read(path, _AnnotationFile, remedy=remedy)
@@ -173,8 +177,8 @@ def read_annotations(path: Path) -> Annotations:
 
 
 def read_results(path: Path, annotations: Annotations) -> list[Result]:
-    """Read a COCO results file, or one of ODTK (an object with the list under "annotations"); images named by file name get the id
-    of the annotation file.
+    """Read a COCO results file, or one of ODTK (an object with the list under "annotations");
+    images named by file name get the id of the annotation file.
 
     Raises:
         ValueError: not a list of detections; names the place.
@@ -189,7 +193,7 @@ def read_results(path: Path, annotations: Annotations) -> list[Result]:
     return [{"image_id": _known(known, e.image_id), **e.entry} for e in entries]
 
 
-def is_turned(entry: Mapping[str, Any]) -> bool:
+def is_rotated(entry: Mapping[str, Any]) -> bool:
     """Whether the bbox of an annotation or a detection has an angle."""
     return len(entry["bbox"]) == 5
 
@@ -224,7 +228,9 @@ def _box_of(segmentation: Any) -> list[float]:
 
 
 def _box_of_mask(counts: Any, height: int, width: int) -> list[float]:
-    """The bbox of a mask in COCO's run-length encoding: lengths of zeros and ones in turn, column by column."""
+    """The bbox of a mask in COCO's run-length encoding: lengths of zeros and ones in turn,
+    column by column.
+    """
     lengths = _lengths(counts) if isinstance(counts, str) else [int(n) for n in counts]
     if sum(lengths) != height * width:
         raise ValueError(f"segmentation: expected runs of {height} x {width} pixels, found {sum(lengths)} pixels")  # fmt: skip
@@ -245,7 +251,9 @@ def _box_of_mask(counts: Any, height: int, width: int) -> list[float]:
 
 
 def _lengths(text: str) -> list[int]:
-    """The lengths of a compressed encoding: five bits a character, from the third on the difference to the one before the last."""
+    """The lengths of a compressed encoding: five bits a character, from the third on the
+    difference to the one before the last.
+    """
     lengths: list[int] = []
     value = shift = 0
     for character in text:
@@ -286,7 +294,10 @@ def _check_segmentation(given: Any) -> None:
 
 
 def polygons_of(entry: Mapping[str, Any]) -> list[list[float]] | None:
-    """The polygons of an annotation or a detection; None where it has none, or a mask in another form."""
+    """The polygons of an annotation or a detection.
+
+    None where it has none, or a mask in another form.
+    """
     given: list[list[float]] | None = entry.get("segmentation")
     try:
         _check_segmentation(given)

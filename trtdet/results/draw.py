@@ -40,8 +40,9 @@ def draw(
 ) -> ImageArray:
     """Draw boxes and labels into a copy of an image.
 
-    Lines and letters grow with the image, so a picture of 100 pixels and one of 4000 look alike on a screen. Labels stay inside the image and
-    out of each other's way where there is room; the best detections choose first and lie on top.
+    Lines and letters grow with the image, so a picture of 100 pixels and one of 4000 look alike on
+    a screen. Labels stay inside the image and out of each other's way where there is room; the best
+    detections choose first and lie on top.
 
     Args:
         image: (h, w, 3) uint8 RGB.
@@ -82,8 +83,11 @@ def draw(
 
 @lru_cache(maxsize=1024)
 def class_color(class_id: int) -> Color:
-    """A bright colour that is always the same for a class, and far from those of the classes beside it."""
-    # The golden ratio spreads hues evenly however many classes there are; three strengths tell near hues apart.
+    """A bright colour that is always the same for a class, and far from those of the classes
+    beside it.
+    """
+    # The golden ratio spreads hues evenly however many classes there are; three strengths tell near
+    # hues apart.
     hue = (0.02 + class_id * 0.61803398875) % 1.0
     saturation, value = ((0.85, 1.0), (0.35, 1.0), (0.70, 0.75))[class_id % 3]
     light = [_to_light(x) for x in colorsys.hsv_to_rgb(hue, saturation, value)]
@@ -94,7 +98,9 @@ def class_color(class_id: int) -> Color:
 
 
 def text_color(background: Color) -> Color:
-    """Black or white, whichever stands out more; the contrast ratio is at least 4.5 to 1 on any background."""
+    """Black or white, whichever stands out more; the contrast ratio is at least 4.5 to 1 on any
+    background.
+    """
     luminance = _luminance([_to_light(x / 255) for x in background])
     # Equal contrast with both: (L + 0.05) / 0.05 = 1.05 / (L + 0.05).
     return (0, 0, 0) if luminance > 0.1791 else (255, 255, 255)
@@ -147,7 +153,10 @@ def _font(size: int, path: Path | None) -> AnyFont:
 
 @lru_cache(maxsize=4096)
 def _length(text: str, font: AnyFont) -> float:
-    """Width of a text in pixels. Pillow takes longer to measure and to draw a label than all the rest takes."""
+    """Width of a text in pixels.
+
+    Pillow takes longer to measure and to draw a label than all the rest takes.
+    """
     return font.getlength(text)
 
 
@@ -191,9 +200,11 @@ def _place_label(
     image_wh: tuple[int, int],
     taken: Sequence[Rect],
 ) -> Rect:
-    """Where a label goes: on top of its box, else inside at the top, below, inside at the bottom, where no other label is.
+    """Where a label goes: on top of its box, else inside at the top, below, inside at the bottom,
+    where no other label is.
 
-    All places are pushed into the image. Where all are taken it is the first, which then lies under the better detection's label.
+    All places are pushed into the image. Where all are taken it is the first, which then lies under
+    the better detection's label.
     """
     width, height = size_wh
     x1, y1, x2, y2 = (round(x) for x in box)
@@ -216,7 +227,10 @@ def _place_label(
 
 
 def _is_taken(place: Rect, taken: Sequence[Rect]) -> bool:
-    """Whether a place overlaps one of those taken. A plain loop: a picture of 50 boxes asks 2,500 times."""
+    """Whether a place overlaps one of those taken.
+
+    A plain loop: a picture of 50 boxes asks 2,500 times.
+    """
     x1, y1, x2, y2 = place
     for left, top, right, bottom in taken:
         if x1 < right and left < x2 and y1 < bottom and top < y2:
@@ -240,7 +254,9 @@ def _around(corners: NDArray[np.float32]) -> NDArray[np.float32]:
 def _draw_rotated(
     image: ImageArray, corners: NDArray[np.float32], colors: Sequence[Color], line: int
 ) -> ImageArray:
-    """A copy with the four sides of each box, the first on top, joined at the corners; what lies outside the image is not seen."""
+    """A copy with the four sides of each box, the first on top, joined at the corners; what lies
+    outside the image is not seen.
+    """
     picture = Image.fromarray(image)
     canvas = ImageDraw.Draw(picture)
     for corner, color in zip(reversed(corners.tolist()), reversed(colors), strict=True):

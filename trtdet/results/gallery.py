@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page to look at: every image with its detections, and beside the truth where there are annotations. One HTML file, no network."""
+"""A page to look at: every image with its detections, and beside the truth where there are
+annotations. One HTML file, no network.
+"""
 
 import base64
 import io
@@ -75,7 +77,8 @@ def write_gallery(report: Path, items: Sequence[Item], page: Page, *, embed: boo
     """Write the page.
 
     Args:
-        embed: put the pictures in at up to `FULL` pixels; else they are links to the files, relative to the page.
+        embed: put the pictures in at up to `FULL` pixels; else they are links to the files,
+            relative to the page.
 
     Raises:
         OSError: it cannot be written.
@@ -142,7 +145,9 @@ def _jpeg(pixels: ImageArray, side: int) -> str:
 
 
 def _link(path: Path, report: Path) -> str:
-    """The picture as seen from the page; by its whole path where the two have no folder in common (drives of Windows)."""
+    """The picture as seen from the page; by its whole path where the two have no folder in
+    common (drives of Windows).
+    """
     try:
         return quote(Path(os.path.relpath(path.resolve(), report.resolve().parent)).as_posix())
     except ValueError:
@@ -153,7 +158,9 @@ def _link(path: Path, report: Path) -> str:
 
 
 def _boxes(item: Item) -> Iterator[list[Any]]:
-    """[x1, y1, x2, y2, score, class, kind, degrees] of detections and objects, the best last: they lie on top."""
+    """[x1, y1, x2, y2, score, class, kind, degrees] of detections and objects, the best last:
+    they lie on top.
+    """
     found = item.detections
     if item.truth is None:
         kinds, of_objects = np.full(len(found), PLAIN), np.zeros(0)
@@ -176,12 +183,14 @@ def _box(detections: Detections, i: int, score: float, kind: int) -> list[Any]:
 def match_objects(
     found: Detections, truth: Detections, min_iou: float = MATCH_IOU
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Which detections are right, as COCO's metric sees it at one IoU: the best first, each takes the object of its class that it overlaps most.
+    """Which detections are right, as COCO's metric sees it at one IoU: the best first, each takes
+    the object of its class that it overlaps most.
 
     Returns:
-        Per detection `MATCHED` or `FALSE`; per object the score of the detection that it has, -1 without one. A higher threshold only takes
-        detections away from the end, so both hold for every threshold. Rotated boxes are matched by the upright boxes that they have before
-        they are rotated.
+        Per detection `MATCHED` or `FALSE`; per object the score of the detection that it has, -1
+        without one. A higher threshold only takes detections away from the end, so both hold for
+        every threshold. Rotated boxes are matched by the upright boxes that they have before they
+        are rotated.
     """
     kinds = np.full(len(found), FALSE)
     scores = np.full(len(truth), -1.0)

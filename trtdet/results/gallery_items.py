@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The images of a page: those of a run by its TSVs, those of an evaluation by results and annotations."""
+"""The images of a page: those of a run by its TSVs, those of an evaluation by results and
+annotations.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +34,8 @@ def items_of_evaluation(
         images: path -> image id.
 
     Returns:
-        The images, and category id -> class id of the detections in them: categories counted in the order of their ids.
+        The images, and category id -> class id of the detections in them: categories counted in the
+        order of their ids.
     """
     classes = {category: i for i, category in enumerate(sorted(annotations.categories))}
     by_image: dict[int, list[Result]] = {}
@@ -55,10 +58,10 @@ def _detections(results: Sequence[Result], classes: Mapping[int, int]) -> Detect
         return NOTHING
     ordered = sorted(results, key=lambda result: -result["score"])
     boxes = np.array([(*result["bbox"], 0.0)[:5] for result in ordered], np.float32)
-    turned = any(len(result["bbox"]) > 4 for result in ordered)
+    rotated = any(len(result["bbox"]) > 4 for result in ordered)
     return Detections(
         xywh_to_xyxy(boxes[:, :4]),
         np.array([result["score"] for result in ordered], np.float32),
         np.array([classes[result["category_id"]] for result in ordered], np.int32),
-        boxes[:, 4] if turned else None,
+        boxes[:, 4] if rotated else None,
     )

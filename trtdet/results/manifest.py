@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves in its output folder, written down: so that the next run knows what is stale, and one that was broken off can go on.
+"""What a run leaves in its output folder, written down: so that the next run knows what is stale,
+and one that was broken off can go on.
 
-manifest.json lists the files and what they were made with. While a run is under way, detections.partial.jsonl has a line for each image that is
-done: its name, its id and its part of detections.json.
+manifest.json lists the files and what they were made with. While a run is under way,
+detections.partial.jsonl has a line for each image that is done: its name, its id and its part of
+detections.json.
 """
 
 import json
@@ -139,7 +141,9 @@ class RunFolder(Closing):
         return found
 
     def start(self, *, clean: bool = False, resumed: bool = False, partial: bool = True) -> None:
-        """The first result is there: remove what an earlier run wrote, if that is asked for, and begin."""
+        """The first result is there: remove what an earlier run wrote, if that is asked for, and
+        begin.
+        """
         if clean:
             removed = self.clean()
             logger.info("--clean: removed %d files of an earlier run", removed)

@@ -26,9 +26,10 @@ _JPEG = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
     """A name without suffix for the outputs of each image, relative to the output folder.
 
-    `root/street/a.jpg` -> `street/a`. Where two images of a folder share a stem, both keep their suffix:
-    `a.jpg`, `a.png` -> `a.jpg`, `a.png` (and `a.jpg.tsv`, `a.png.tsv` in the end). Add the suffix with `with_suffix_added`,
-    never with `Path.with_suffix`, which would cut `a.jpg` back to `a`.
+    `root/street/a.jpg` -> `street/a`. Where two images of a folder share a stem, both keep their
+    suffix: `a.jpg`, `a.png` -> `a.jpg`, `a.png` (and `a.jpg.tsv`, `a.png.tsv` in the end). Add the
+    suffix with `with_suffix_added`, never with `Path.with_suffix`, which would cut `a.jpg` back to
+    `a`.
 
     Args:
         paths: the images, all different, under `root`.
@@ -47,12 +48,15 @@ def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
         again = [s and count[str(c).casefold()] == 1 for s, c in zip(short, chosen, strict=True)]
         if again == short:
             return [_fitting(name) for name in chosen]
-        # A name that just got its suffix back can meet another image's stem (a.jpg and a.jpg.png): look again.
+        # A name that just got its suffix back can meet another image's stem (a.jpg and a.jpg.png):
+        # look again.
         short = again
 
 
 def _fitting(name: Path) -> Path:
-    """The same, short enough that a suffix can be added: file systems take 255 bytes, whatever the alphabet."""
+    """The same, short enough that a suffix can be added: file systems take 255 bytes, whatever
+    the alphabet.
+    """
     encoded = os.fsencode(name.name)
     if len(encoded) <= MAX_NAME_BYTES:
         return name
@@ -71,7 +75,8 @@ def with_suffix_added(path: Path, suffix: str) -> Path:
 def check_apart(
     output: Path, names: Mapping[Path, Path], sources: Sources, *, recursive: bool = False
 ) -> None:
-    """Refuse to draw into a folder that images are read from: the next run would read its own drawings.
+    """Refuse to draw into a folder that images are read from: the next run would read its own
+    drawings.
 
     Args:
         names: image -> its output name, relative to `output`.
@@ -95,7 +100,8 @@ def check_apart(
 def planned_files(
     names: Iterable[Path], labels: Sequence[str], suffixes: Sequence[str]
 ) -> list[Path]:
-    """All files of a run, relative to its output folder; of images that cannot be read there will be none.
+    """All files of a run, relative to its output folder; of images that cannot be read there will
+    be none.
 
     Args:
         suffixes: of the files of an image.
@@ -135,8 +141,9 @@ def write_picture(path: Path, image: NDArray[np.uint8]) -> None:
 def encode_png(image: NDArray[np.uint8]) -> bytes:
     """A picture as a PNG file.
 
-    By ISA-L where it is installed: in 0.27 of the time that OpenCV takes, and 4 % smaller (photographs of COCO).
-    OpenCV takes a seventh of the time of Pillow's default, and a third more space.
+    By ISA-L where it is installed: in 0.27 of the time that OpenCV takes, and 4 % smaller
+    (photographs of COCO). OpenCV takes a seventh of the time of Pillow's default, and a third more
+    space.
     """
     deflate = _isal_zlib()
     if deflate is None:

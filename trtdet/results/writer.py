@@ -43,9 +43,12 @@ ImageResults = Generator[ImageResult, None, None]
 
 
 class ResultWriter:
-    """Writes TSVs and, of results that have their `source`, pictures on a thread pool, and detections.json in the order of the images. Made by `result_writer`."""
+    """Writes TSVs and, of results that have their `source`, pictures on a thread pool, and
+    detections.json in the order of the images. Made by `result_writer`.
+    """
 
-    #: Results per thread that may wait: `write` blocks when the disk is slower than the runtime, so memory stays flat.
+    #: Results per thread that may wait: `write` blocks when the disk is slower than the runtime, so
+    #: memory stays flat.
     PENDING_PER_THREAD = 4
 
     def __init__(
@@ -111,7 +114,9 @@ class ResultWriter:
             self._json.flush()
 
     def check_output(self) -> None:
-        """Raise FileNotFoundError where the output folder is no longer the one of the start: earlier results are gone."""
+        """Raise FileNotFoundError where the output folder is no longer the one of the start:
+        earlier results are gone.
+        """
         if not Path(self._json.name).exists():
             raise FileNotFoundError(
                 f"--output: {self._output} has disappeared during the run; its results are lost, run again"
@@ -187,7 +192,9 @@ def naming_json(output: Path) -> Iterator[None]:
 
 
 def write_labels(output: Path, labels: Sequence[str]) -> None:
-    """Leave the class names beside the TSVs, for whoever draws them; none of an earlier run where there are none."""
+    """Leave the class names beside the TSVs, for whoever draws them; none of an earlier run
+    where there are none.
+    """
     path = output / LABELS_FILE
     if labels:
         files.write_text(path, "".join(f"{' '.join(text.split())}\n" for text in labels))
@@ -196,7 +203,9 @@ def write_labels(output: Path, labels: Sequence[str]) -> None:
 
 
 def _close(file: TextIO, *, quietly: bool) -> None:
-    """Close a file that a full disk may keep from being written out; `quietly` where that was said already."""
+    """Close a file that a full disk may keep from being written out; `quietly` where that was
+    said already.
+    """
     with suppress(OSError) if quietly else nullcontext():
         file.close()
 
@@ -214,12 +223,14 @@ def result_writer(
     folder: RunFolder | None = None,
     image_format: ImageFormat = "png",
 ) -> Iterator[ResultWriter]:
-    """A `ResultWriter`; leaving it waits for every file. detections.json appears only where nothing failed.
+    """A `ResultWriter`; leaving it waits for every file. detections.json appears only where nothing
+    failed.
 
     Args:
         output: made if missing.
         names: image -> its output name without suffix, relative to `output`.
-        image_ids: image -> its id in detections.json; images that are missing here are left out there.
+        image_ids: image -> its id in detections.json; images that are missing here are left out
+            there.
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
         draw_threshold: pictures show detections from this score on.
@@ -259,7 +270,9 @@ def result_writer(
 def pick_image_ids(
     paths: Sequence[Path], root: Path, annotations: Path | None
 ) -> Mapping[Path, int | str]:
-    """The image ids of detections.json; with annotations, files that these do not know have none."""
+    """The image ids of detections.json; with annotations, files that these do not know have
+    none.
+    """
     if annotations is None:
         return coco.name_images(paths, root)
     known = coco.match_images(coco.read_annotations(annotations), paths, root)

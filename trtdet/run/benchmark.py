@@ -82,7 +82,8 @@ class Measurement:
     """A runtime, measured.
 
     Attributes:
-        summaries: trtexec's line -> its summary. "Latency" always; the others where the runtime can tell.
+        summaries: trtexec's line -> its summary. "Latency" always; the others where the runtime can
+            tell.
         walltime_s: of `iterations` batches one after the other through the runtime's `map`, warm.
         timed_on: of several devices, the one that `summaries` are of; throughput is that of all.
     """
@@ -147,7 +148,8 @@ def noise(
     """A batch of evenly distributed noise, the same every time.
 
     Args:
-        allocate: makes the array, of a shape and a type; pinned, where the runtime has it, as trtexec's is.
+        allocate: makes the array, of a shape and a type; pinned, where the runtime has it, as
+            trtexec's is.
     """
     images = allocate((batch_size, *spec.preprocessing.image_shape), spec.preprocessing.dtype)
     images[:] = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
@@ -273,7 +275,9 @@ def _plain(value: Any) -> Any:
 
 
 def images_per_second(results: Iterator[ImageResult], *, skip: int) -> float:
-    """How fast results come, not counting the first `skip` (all count where there are no more than these)."""
+    """How fast results come, not counting the first `skip` (all count where there are no more
+    than these).
+    """
     begin = time.perf_counter()
     stamps = [time.perf_counter() for _ in results]
     if len(stamps) <= skip:

@@ -80,7 +80,8 @@ def open_batcher(
         resize=options.resize,
         max_size=options.max_size,
     )
-    # A CPU that runs the model too has nothing left for processes that decode; one batch after the other needs none.
+    # A CPU that runs the model too has nothing left for processes that decode; one batch after the
+    # other needs none.
     processes = (
         runtime.overlaps
         and not (runtime.needs_own_memory or keep_sources or load or allocate)
@@ -142,7 +143,10 @@ def detect(
 def decoded(
     runtime: Runtime, batcher: ImageBatcher
 ) -> Generator[tuple[Batch, Sequence[Detections]], None, None]:
-    """Run every batch of `batcher`: the batch, and what is in each of its images. A batch is released when the next one is asked for."""
+    """Run every batch of `batcher`: the batch, and what is in each of its images.
+
+    A batch is released when the next one is asked for.
+    """
     for batch, outputs in runtime.map(batcher):
         size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
         yield batch, decode(outputs, runtime.spec, batch.transforms, size_hw=size_hw)
@@ -178,7 +182,9 @@ def check_score_threshold(score_threshold: float | None, spec: ModelSpec) -> flo
 
 
 def progress(results: ImageResults, total: int) -> ImageResults:
-    """`results` behind a progress bar on stderr, where that is a terminal; log lines stay above it."""
+    """`results` behind a progress bar on stderr, where that is a terminal; log lines stay above
+    it.
+    """
     with logging_redirect_tqdm(), tqdm(total=total, unit="image", disable=no_bar()) as bar:
         for result in results:
             yield result

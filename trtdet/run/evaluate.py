@@ -169,7 +169,8 @@ def annotated_images(
     recursive: bool,
     num_images: int | None = None,
 ) -> dict[Path, int]:
-    """The images of `source` that are annotated, with their ids; at most `num_images` of them, evenly spread.
+    """The images of `source` that are annotated, with their ids; at most `num_images` of them,
+    evenly spread.
 
     Raises:
         ValueError: there is none.
@@ -196,7 +197,8 @@ def check_sizes(image_ids: dict[Path, int], annotations: coco.Annotations) -> No
     """Width and height that the annotation file says against those of the upright pictures.
 
     Raises:
-        ValueError: boxes lie outside of an upright picture whose width and height are swapped: labels of the stored pixels.
+        ValueError: boxes lie outside of an upright picture whose width and height are swapped:
+            labels of the stored pixels.
     """
     said = {i["id"]: (i.get("height"), i.get("width")) for i in annotations.images}
     boxes: dict[int, list[list[float]]] = {}
@@ -285,7 +287,8 @@ def automl_metrics(
     """What google/automl's efficientdet/coco_metric.py says, called as NVIDIA's sample called it.
 
     Raises:
-        ValueError: it is not there, something it needs is missing, or there are no detections, on which it fails.
+        ValueError: it is not there, something it needs is missing, or there are no detections, on
+            which it fails.
     """
     if not results:
         raise ValueError(

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model on image files: pictures, TSVs, detections.json; what infer.py does with images on one machine."""
+"""A model on image files: pictures, TSVs, detections.json; what infer.py does with images on one
+machine.
+"""
 
 import logging
 import time
@@ -211,7 +213,10 @@ def detect_and_write(
 
 
 class Speed:
-    """How fast images come. The first batch does not count where there are more: a GPU prepares itself with it."""
+    """How fast images come.
+
+    The first batch does not count where there are more: a GPU prepares itself with it.
+    """
 
     def __init__(self) -> None:
         self._done = self._first = 0
@@ -324,7 +329,9 @@ def find_kept(
 def in_order(
     paths: Sequence[Path], kept: Mapping[Path, str], results: Iterable[ImageResult]
 ) -> Iterator[ImageResult | str]:
-    """What was done before and what is done now, in the order of the images; those that cannot be read are in neither."""
+    """What was done before and what is done now, in the order of the images; those that cannot
+    be read are in neither.
+    """
     waiting = iter(paths)
     for result in results:
         for path in waiting:

@@ -42,7 +42,10 @@ RUNTIME_OPTIONS = {
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a model is run over image files: what `add_run_options` reads. None is the runtime's own choice."""
+    """How a model is run over image files: what `add_run_options` reads.
+
+    None is the runtime's own choice.
+    """
 
     score_threshold: float | None = None
     recursive: bool = False
@@ -70,7 +73,8 @@ class RunOptions:
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     def for_runtime(self, engine: Path | TritonUrl) -> dict[str, Any]:
-        """What `open_runtime` is given for `engine`, an engine, an ONNX file, or a model on a server.
+        """What `open_runtime` is given for `engine`, an engine, an ONNX file, or a model on a
+        server.
 
         Raises:
             ValueError: an option of another runtime is set.
@@ -105,7 +109,8 @@ class TuneOptions:
         views: of each image; None: `VIEWS_OF_FEW`, 1 for `FEW_IMAGES` and more.
         noise_images: images on which each convolution is measured alone.
         threads: of ONNX Runtime; None: one per core.
-        share: of the multiply-accumulates: the search begins with what build_engine.py leaves out to keep so much in INT8.
+        share: of the multiply-accumulates: the search begins with what build_engine.py leaves out
+            to keep so much in INT8.
     """
 
     max_drop: float = MAX_AP_DROP

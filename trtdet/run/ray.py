@@ -42,7 +42,9 @@ RAY_BATCH = 8
 
 
 class PathDetector:
-    """Detects in some image files at a time, with a model that stays open: what a worker of a Ray cluster does."""
+    """Detects in some image files at a time, with a model that stays open: what a worker of a
+    Ray cluster does.
+    """
 
     def __init__(
         self, engine: Path, options: RunOptions, classes: Sequence[int] | None = None
@@ -131,7 +133,8 @@ def run_on_ray(
 
 
 def read_spec_and_hash(engine: Path) -> tuple[ModelSpec, str]:
-    """The ModelSpec of a model file and the file's SHA-256; an engine, which is held against its sidecar, is hashed there and not again.
+    """The ModelSpec of a model file and the file's SHA-256; an engine, which is held against its
+    sidecar, is hashed there and not again.
 
     Raises:
         FileNotFoundError, GraphError, EngineError: nothing that says what it is.
@@ -151,7 +154,9 @@ def detect_on_ray(
     wanted: int | None,
     identity: dict[str, Any],
 ) -> None:
-    """Detect in the images whose results are not in `output` / `PARTIAL` yet, and put them there."""
+    """Detect in the images whose results are not in `output` / `PARTIAL` yet, and put them
+    there.
+    """
     is_onnx = engine.suffix.lower() == ".onnx"
     on_gpu = not is_onnx or options.provider in ("cuda", "tensorrt")
     threads = 1 if on_gpu else options.threads or 1

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection in many images by the workers of a Ray cluster, with Ray Data.
 
-One actor per GPU, or per `threads` CPU cores, keeps a model open and is handed some images at a time. Their rows come back to the
-driver, which keeps them in Parquet files as they come. So a worker that dies costs what it was at, which Ray hands to another one; a
-driver that dies costs the last `FLUSH_SECONDS`, as the next run leaves out the images that are there.
+One actor per GPU, or per `threads` CPU cores, keeps a model open and is handed some images at a
+time. Their rows come back to the driver, which keeps them in Parquet files as they come. So a
+worker that dies costs what it was at, which Ray hands to another one; a driver that dies costs the
+last `FLUSH_SECONDS`, as the next run leaves out the images that are there.
 
-Every machine of the cluster must see this checkout, the model and the images under the same paths, as on a shared file system, and
-have the same Python packages.
+Every machine of the cluster must see this checkout, the model and the images under the same paths,
+as on a shared file system, and have the same Python packages.
 """
 
 import json
@@ -34,12 +35,14 @@ Found = tuple[Path, Detections | str]
 #: What a worker makes once and then calls with some images at a time. Results are in any order.
 Detector = Callable[[Sequence[Path]], Sequence[Found]]
 
-#: Images per call: enough calls for every worker to end at about the same time, and not so many that calls cost.
+#: Images per call: enough calls for every worker to end at about the same time, and not so many
+#: that calls cost.
 CALLS_PER_WORKER = 8
 MAX_CHUNK = 256
 #: Results are written out this often.
 FLUSH_SECONDS = 30.0
-#: How often a worker that died is replaced, and its images are tried again: an image that kills every worker must end the run.
+#: How often a worker that died is replaced, and its images are tried again: an image that kills
+#: every worker must end the run.
 MAX_RESTARTS = 4
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,7 +56,9 @@ class Workers:
     gpus: int
 
     def chunk_size(self, images: int, multiple: int) -> int:
-        """Images of one call: a multiple of the batch size, so that batches are those of one process."""
+        """Images of one call: a multiple of the batch size, so that batches are those of one
+        process.
+        """
         wanted = min(-(-images // (self.count * CALLS_PER_WORKER)), MAX_CHUNK)
         return max(1, -(-wanted // multiple)) * multiple
 
@@ -61,7 +66,8 @@ class Workers:
 def plan_workers(
     resources: Mapping[str, float], *, wanted: int | None, threads: int, on_gpu: bool
 ) -> Workers:
-    """Share out a cluster: one worker per GPU with its part of the CPU cores, or one per `threads` cores.
+    """Share out a cluster: one worker per GPU with its part of the CPU cores, or one per `threads`
+    cores.
 
     Args:
         resources: of the cluster, "CPU" and "GPU".
@@ -198,7 +204,10 @@ def _cause(error: BaseException) -> str:
 
 
 def schema() -> Any:
-    """One row per image: boxes in pixels of the source image, best first. `angles` is null where boxes are not turned."""
+    """One row per image: boxes in pixels of the source image, best first.
+
+    `angles` is null where boxes are not rotated.
+    """
     import pyarrow as pa
 
     return pa.schema(
@@ -304,7 +313,9 @@ class Results(Closing):
             self._waiting = []
 
     def write_in_order(self, paths: Sequence[Path], target: Path, spec: ModelSpec) -> Iterator[Found]:  # fmt: skip
-        """Write all results to one Parquet file in the order of `paths`, with the ModelSpec in its metadata, and yield them."""
+        """Write all results to one Parquet file in the order of `paths`, with the ModelSpec in
+        its metadata, and yield them.
+        """
         import pyarrow as pa
         import pyarrow.parquet as parquet
 

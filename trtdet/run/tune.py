@@ -47,9 +47,10 @@ logger = logging.getLogger(__name__)
 class View:
     """One of several ways to show the network the same image.
 
-    On few images AP is a poor judge of INT8: rounding moves every box a little, which carries some over an IoU threshold and others
-    back. On 50 photographs D0's AP differs by up to 0.010 between two orders of the same arithmetic. Each view
-    draws from that lottery anew, for float32 and INT8 alike, and the mean of the differences scatters less.
+    On few images AP is a poor judge of INT8: rounding moves every box a little, which carries some
+    over an IoU threshold and others back. On 50 photographs D0's AP differs by up to 0.010 between
+    two orders of the same arithmetic. Each view draws from that lottery anew, for float32 and INT8
+    alike, and the mean of the differences scatters less.
     """
 
     mirrored: bool = False
@@ -130,7 +131,9 @@ class Tuner:
         self.seconds = 0.0  # of the latest evaluation
 
     def tune(self, *, rank: bool) -> tuple[list[str] | None, list[LayerNoise]]:
-        """The convolutions to leave in FP16, None where no set is good enough; and the noise of each, if that was asked for or needed."""
+        """The convolutions to leave in FP16, None where no set is good enough; and the noise of
+        each, if that was asked for or needed.
+        """
         views = f", {self.views} views of each" if self.views > 1 else ""
         logger.info("float32: %s %.4f on %d images%s", self.options.metric, self.mean(None), len(self.images), views)  # fmt: skip
         good = self.fits(())
@@ -170,7 +173,9 @@ class Tuner:
         return fits
 
     def drop(self, kept: Collection[str]) -> tuple[float, float]:
-        """How far the metric falls below float32's, the mean over the views, and its standard error (nan for one view)."""
+        """How far the metric falls below float32's, the mean over the views, and its standard
+        error (nan for one view).
+        """
         drops = self.metric(None) - self.metric(kept)
         error = float(drops.std(ddof=1)) / math.sqrt(self.views) if self.views > 1 else math.nan
         return float(drops.mean()), error
@@ -179,7 +184,9 @@ class Tuner:
         return float(self.metric(kept, metric).mean())
 
     def metric(self, kept: Collection[str] | None, metric: str | None = None) -> NDArray[Any]:
-        """One of COCO's metrics in each view, with these convolutions left out of INT8; None: in float32."""
+        """One of COCO's metrics in each view, with these convolutions left out of INT8; None: in
+        float32.
+        """
         kind = f"{'float32' if kept is None else 'int8'}, {self.views} views"
         values = self.journal.measure(kind, kept or (), lambda: self._evaluate(kept))
         metric = metric or self.options.metric

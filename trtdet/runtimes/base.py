@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runtimes: what turns a batch of images into the four outputs.
 
-Every backend honours one contract, `Runtime`; `open_runtime` picks it by the file's suffix, or by the URL.
+Every backend honours one contract, `Runtime`; `open_runtime` picks it by the file's suffix, or by
+the URL.
 """
 
 from abc import abstractmethod
@@ -58,19 +59,26 @@ AnyBatch = TypeVar("AnyBatch", bound=ImageBatch)
 
 
 class Runtime(Closing):
-    """One loaded model: the contract of every backend. Use as a context manager: leaving it frees what it holds.
+    """One loaded model: the contract of every backend.
 
-    A backend has to have the three attributes, `infer` and `close`. The rest has defaults, for a backend that runs one batch after the
-    other out of ordinary memory.
+    Use as a context manager: leaving it frees what it holds.
+
+    A backend has to have the three attributes, `infer` and `close`. The rest has defaults, for a
+    backend that runs one batch after the other out of ordinary memory.
 
     Attributes:
         spec: what the model is.
-        batch_range: batch sizes the model takes: smallest and largest. The largest is None where nothing bounds it.
+        batch_range: batch sizes the model takes: smallest and largest. The largest is None where
+            nothing bounds it.
         description: one line for the log and for reports: backend, version, device.
-        overlaps: whether `map` has several batches in flight. The time from one result to the next then is not that of a batch.
-        one_size: whether a batch of another size takes long the first time, so that all should have one.
-        needs_own_memory: whether batches in other memory than that of `allocate` take longer than it takes to prepare them.
-        without_value: the weights that are NaN, with which the model finds nothing; "": none is, as far as that is known.
+        overlaps: whether `map` has several batches in flight. The time from one result to the next
+            then is not that of a batch.
+        one_size: whether a batch of another size takes long the first time, so that all should have
+            one.
+        needs_own_memory: whether batches in other memory than that of `allocate` take longer than
+            it takes to prepare them.
+        without_value: the weights that are NaN, with which the model finds nothing; "": none is, as
+            far as that is known.
         timed_on: of several devices, the one that `infer_timed` runs on; "": there is one.
     """
 
@@ -88,8 +96,8 @@ class Runtime(Closing):
         """Run one batch.
 
         Args:
-            images: (n, *spec.preprocessing.image_shape), or another size that `spec.preprocessing` allows, of its dtype, n within
-                `batch_range`, C-contiguous.
+            images: (n, *spec.preprocessing.image_shape), or another size that `spec.preprocessing`
+                allows, of its dtype, n within `batch_range`, C-contiguous.
 
         Returns:
             The four outputs, n rows each, owned by the caller (never overwritten by a later call).
@@ -119,7 +127,10 @@ class Runtime(Closing):
         return np.empty(shape, dtype)
 
     def infer_timed(self, images: NDArray[Any]) -> BatchTimes | None:
-        """Run one batch; how long its parts took on the device's own clock. Default: None, there is no such clock, and nothing is run."""
+        """Run one batch; how long its parts took on the device's own clock.
+
+        Default: None, there is no such clock, and nothing is run.
+        """
         return None
 
 
@@ -130,8 +141,8 @@ def naming_batch(
     """Add the number of the batch, counted from 0, and its images to the errors of the block.
 
     Args:
-        before, after: batches that are in flight on the same GPU, older and younger. A kernel that faults does so for all of them:
-            whose it was, CUDA does not say.
+        before, after: batches that are in flight on the same GPU, older and younger. A kernel that
+            faults does so for all of them: whose it was, CUDA does not say.
     """
     try:
         yield
@@ -148,7 +159,9 @@ def naming_batch(
 
 
 def default_batch_size(runtime: Runtime) -> int:
-    """The batch size where nobody names one: what the runtime prefers, within what the model takes."""
+    """The batch size where nobody names one: what the runtime prefers, within what the model
+    takes.
+    """
     smallest, largest = runtime.batch_range
     preferred = runtime.preferred_batch
     return max(smallest, min(preferred, largest or preferred))

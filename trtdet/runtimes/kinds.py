@@ -22,7 +22,8 @@ def check_model(path: Path, option: str = "--model") -> None:
 
     Raises:
         FileNotFoundError: nothing there.
-        GraphError: a SavedModel, another kind of model, or no model at all; says what to do with it.
+        GraphError: a SavedModel, another kind of model, or no model at all; says what to do with
+            it.
     """
     if path.is_dir():
         if (path / "saved_model.pb").is_file():
@@ -42,7 +43,8 @@ def check_model(path: Path, option: str = "--model") -> None:
 
 
 def check_engine(path: Path) -> None:
-    """Tell an engine from other files by how they begin, before a GPU is looked for; one with its .json is taken for what that says.
+    """Tell an engine from other files by how they begin, before a GPU is looked for; one with its
+    .json is taken for what that says.
 
     Raises:
         EngineError, ValueError: its .json cannot be read.

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine on several GPUs: every batch goes to the first GPU that has room, and the results come back in order.
+"""One engine on several GPUs: every batch goes to the first GPU that has room, and the results come
+back in order.
 
-One thread per GPU, not one process: what takes the CPU's time is decoding, which happens before and in threads of its own, and
-what is left (queueing a batch, waiting for it) leaves Python's lock free in TensorRT and in cuda-python. So batches are handed
-over as they are, without pickling or shared memory; there is one pool of decoders, one pinned buffer serves every GPU, and an
-error is an exception.
+One thread per GPU, not one process: what takes the CPU's time is decoding, which happens before and
+in threads of its own, and what is left (queueing a batch, waiting for it) leaves Python's lock free
+in TensorRT and in cuda-python. So batches are handed over as they are, without pickling or shared
+memory; there is one pool of decoders, one pinned buffer serves every GPU, and an error is an
+exception.
 
-The batches are made before they are shared out, so every image meets the same neighbours as on one GPU and the results are the
-same.
+The batches are made before they are shared out, so every image meets the same neighbours as on one
+GPU and the results are the same.
 """
 
 import queue
@@ -87,18 +89,24 @@ class MultiRuntime(Runtime):
         return self._runtimes[0].infer(images)
 
     def infer_timed(self, images: NDArray[Any]) -> BatchTimes:
-        """Run one batch, on the first GPU; how long its parts took. `timed_on` says so in reports."""
+        """Run one batch, on the first GPU; how long its parts took.
+
+        `timed_on` says so in reports.
+        """
         return self._runtimes[0].infer_timed(images)
 
     def map(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Outputs]]:
         """Run batches on every GPU: each with its outputs, in order. See `TensorRTRuntime.map`.
 
-        `batches` is iterated in the calling thread. Memory is bounded: twice as many batches are held as the GPUs have in flight.
+        `batches` is iterated in the calling thread. Memory is bounded: twice as many batches are
+        held as the GPUs have in flight.
 
         Raises:
-            EngineError, ValueError: a batch failed; the other GPUs finish what they are at and stop.
+            EngineError, ValueError: a batch failed; the other GPUs finish what they are at and
+                stop.
         """
-        # Kept by its name: an error drops a loop's own iterator, and the pinned memory it holds, while the GPUs still work.
+        # Kept by its name: an error drops a loop's own iterator, and the pinned memory it holds,
+        # while the GPUs still work.
         source = iter(batches)
         with _Crew[AnyBatch](self._runtimes) as crew:
             for index, batch in enumerate(source):
@@ -116,7 +124,9 @@ class MultiRuntime(Runtime):
 
 
 class _Crew(Generic[AnyBatch]):
-    """One worker thread per runtime; they take from one queue and put into one table. Leaving the block stops and joins them.
+    """One worker thread per runtime; they take from one queue and put into one table.
+
+    Leaving the block stops and joins them.
 
     Attributes:
         pending: batches given and not fetched.
@@ -126,7 +136,8 @@ class _Crew(Generic[AnyBatch]):
         self._limit = 2 * sum(runtime.depth for runtime in runtimes)
         # None tells a worker to stop.
         self._tasks: queue.SimpleQueue[tuple[int, AnyBatch] | None] = queue.SimpleQueue()
-        # Held here until fetched: dropped by a worker that stops, pinned memory would be freed while other GPUs still work.
+        # Held here until fetched: dropped by a worker that stops, pinned memory would be freed
+        # while other GPUs still work.
         self._given: dict[int, AnyBatch] = {}
         self._change = threading.Condition()  # guards what follows
         self._done: dict[int, Outputs] = {}
@@ -155,7 +166,10 @@ class _Crew(Generic[AnyBatch]):
         self._tasks.put((index, batch))
 
     def fetch(self) -> tuple[AnyBatch, Outputs]:
-        """Wait for the next batch in order. Raises the error of a worker as soon as there is one."""
+        """Wait for the next batch in order.
+
+        Raises the error of a worker as soon as there is one.
+        """
         with self._change:
             self._change.wait_for(lambda: self._next in self._done or self._error is not None)
             if self._error is not None:

@@ -9,11 +9,12 @@ from trtdet.runtimes.options import TritonUrl
 
 
 def open_runtime(path: Path | TritonUrl, **options: Any) -> Runtime:
-    """Open an ONNX file with ONNX Runtime, a URL as a model on a Triton server, anything else as a TensorRT engine.
+    """Open an ONNX file with ONNX Runtime, a URL as a model on a Triton server, anything else as a
+    TensorRT engine.
 
     Args:
-        options: of `trtdet.runtimes.ort.OnnxRuntime`, of `trtdet.runtimes.triton.TritonRuntime`, or of
-            `trtdet.runtimes.multi.open_devices`.
+        options: of `trtdet.runtimes.ort.OnnxRuntime`, of `trtdet.runtimes.triton.TritonRuntime`, or
+            of `trtdet.runtimes.multi.open_devices`.
 
     Raises:
         FileNotFoundError: no such file.

@@ -24,7 +24,8 @@ def parse_devices(text: str) -> tuple[int, ...] | Literal["all"]:
     return devices
 
 
-#: Scheme -> port where the URL names none. Triton itself speaks no TLS over HTTP: that is a proxy's.
+#: Scheme -> port where the URL names none. Triton itself speaks no TLS over HTTP: that is a
+#: proxy's.
 PORTS = {"grpc": 8001, "grpcs": 8001, "http": 8000, "https": 443}
 URL_FORM = (
     "grpc://HOST:8001/MODEL or http://HOST:8000/MODEL, with /VERSION behind it where one is meant"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX Runtime: the same ONNX file on a CPU, or on a GPU that has no TensorRT engine yet.
 
-The file keeps its EfficientNMS_TRT node, which ONNX Runtime does not know; it is lowered in memory (`trtdet.nms`).
+The file keeps its EfficientNMS_TRT node, which ONNX Runtime does not know; it is lowered in memory
+(`trtdet.nms`).
 """
 
 import logging
@@ -39,9 +40,9 @@ PROVIDERS = {
 #: Shapes of batches whose buffers are kept on the device: those of dynamic size come in any number.
 KEPT_INPUTS = 4
 
-#: Threads that spin while they wait for work take the cores from those that decode and draw. With 20 us of it D0 keeps its speed
-#: on 2 cores (25.6 against 26.5 images/s; 23.0 against 22.6 with pictures), and where other programs want the cores too it is
-#: 2.5 times as fast.
+#: Threads that spin while they wait for work take the cores from those that decode and draw. With
+#: 20 us of it D0 keeps its speed on 2 cores (25.6 against 26.5 images/s; 23.0 against 22.6 with
+#: pictures), and where other programs want the cores too it is 2.5 times as fast.
 SPIN_US = 20
 
 
@@ -51,16 +52,19 @@ class OnnxRuntime(Runtime):
     Args:
         path: an ONNX file written by create_onnx.py; external data is found beside it.
         model: what `read_onnx(path, weights=False)` gave, of who has read it.
-        provider: "auto" is the first of TensorRT, CUDA, CPU that this ONNX Runtime has. A named one is used or it is an error.
+        provider: "auto" is the first of TensorRT, CUDA, CPU that this ONNX Runtime has. A named one
+            is used or it is an error.
         threads: CPU threads of one operator; default: every core this process may use.
-        optimize: False keeps the graph as it is written, to compare numbers (fusions alone move D0's logits by 1e-2).
-        integer_kernels: False computes every Q/DQ pair of an INT8 model as it is written. ONNX Runtime's integer kernels, which else replace them,
-            saturate on processors without VNNI.
-        conv_search: how CUDA picks the algorithm of each convolution, anew for each shape of batch. "exhaustive" tries all of them, which
-            takes seconds.
+        optimize: False keeps the graph as it is written, to compare numbers (fusions alone move
+            D0's logits by 1e-2).
+        integer_kernels: False computes every Q/DQ pair of an INT8 model as it is written. ONNX
+            Runtime's integer kernels, which else replace them, saturate on processors without VNNI.
+        conv_search: how CUDA picks the algorithm of each convolution, anew for each shape of batch.
+            "exhaustive" tries all of them, which takes seconds.
 
     Raises:
-        GraphError: not an ONNX file, no ModelSpec in it, other inputs or outputs than stage 1 writes.
+        GraphError: not an ONNX file, no ModelSpec in it, other inputs or outputs than stage 1
+            writes.
         EngineError: ONNX Runtime cannot run it, or lacks `provider`.
     """
 
@@ -85,7 +89,8 @@ class OnnxRuntime(Runtime):
             self.without_value = tensor
             logger.warning("%s: the weights '%s' hold NaN, so it finds nothing, or nonsense; train or export the model again", path, tensor)  # fmt: skip
         threads = threads or available_cores()
-        # Weights in files of their own (all of those over protobuf's 2 GB) stay there: the bytes refer to them.
+        # Weights in files of their own (all of those over protobuf's 2 GB) stay there: the bytes
+        # refer to them.
         with naming(path):
             lowered = lowering.lower(model, form="onnx").SerializeToString()
         wanted = pick_providers(provider, sessions.available_providers())
@@ -110,11 +115,15 @@ class OnnxRuntime(Runtime):
 
     @property
     def preferred_batch(self) -> int:
-        """The batch size to use where nobody names one: a CPU gains nothing from more than one image (D0: 34 ms for 1, 48 ms each for 8)."""
+        """The batch size to use where nobody names one: a CPU gains nothing from more than one
+        image (D0: 34 ms for 1, 48 ms each for 8).
+        """
         return 1 if self._device == "cpu" else 8
 
     def map(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Outputs]]:
-        """Run batches: each with its outputs, in order. A GPU runs the next one while the caller works on the outputs.
+        """Run batches: each with its outputs, in order.
+
+        A GPU runs the next one while the caller works on the outputs.
 
         Raises:
             EngineError, ValueError: a batch failed; names its number and its images.
@@ -226,7 +235,9 @@ def _check_interface(
     dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     expected = spec.preprocessing
-    declared = tuple(d if isinstance(d, int) else None for d in expected.image_dims)  # None: free
+    declared = tuple(
+        d if isinstance(d, int) else None for d in expected.image_dims
+    )  # None: dynamic
     if tuple(dims[1:]) != declared or dtype != np.dtype(expected.dtype):
         raise GraphError(
             f"{path}: its ModelSpec says images of {declared} {expected.dtype}, its input "

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model on a Triton server, over gRPC or HTTP.
 
-Several requests are in flight, so that decoding here, the network and the work of the server overlap. They are tritonclient's
-coroutines; one event loop, in a thread of its own, runs them all.
+Several requests are in flight, so that decoding here, the network and the work of the server
+overlap. They are tritonclient's coroutines; one event loop, in a thread of its own, runs them all.
 
-Shared memory. Where client and server see the same /dev/shm, the images are decoded into it and a request only names the place; a
-batch of 8 at 512x512 in float32 is 25 MB that then is neither packed, sent, nor unpacked. Results, 2.4 kB an image, travel in the answer.
-The file is unlinked as soon as the server has it mapped, so none is left behind, however this process ends.
+Shared memory. Where client and server see the same /dev/shm, the images are decoded into it and a
+request only names the place; a batch of 8 at 512x512 in float32 is 25 MB that then is neither
+packed, sent, nor unpacked. Results, 2.4 kB an image, travel in the answer. The file is unlinked as
+soon as the server has it mapped, so none is left behind, however this process ends.
 
-Retries. Detection changes nothing on the server, so a request that it did not take (connection lost, queue full, restarting) is sent
-again, and the log says so. One that fails, or takes too long, is an error.
+Retries. Detection changes nothing on the server, so a request that it did not take (connection
+lost, queue full, restarting) is sent again, and the log says so. One that fails, or takes too long,
+is an error.
 """
 
 import asyncio
@@ -52,13 +54,15 @@ class TritonRuntime(Runtime):
     """`trtdet.runtimes.base.Runtime` on a Triton server.
 
     Args:
-        spec: where the ModelSpec is, if not in the model's configuration: an ONNX file, an engine, or an engine's .json.
+        spec: where the ModelSpec is, if not in the model's configuration: an ONNX file, an engine,
+            or an engine's .json.
         requests: at most so many are in flight.
         timeout: seconds that one request may take.
         shared_memory: False sends every image in its request.
 
     Raises:
-        EngineError: no server, or no such model; a model that is not what `create_onnx.py` makes; no tritonclient.
+        EngineError: no server, or no such model; a model that is not what `create_onnx.py` makes;
+            no tritonclient.
         GraphError: no ModelSpec, or one of another model.
     """
 
@@ -105,7 +109,7 @@ class TritonRuntime(Runtime):
         """The smallest that the server's dynamic batching prefers."""
         return super().preferred_batch if self._preferred is None else self._preferred
 
-    # --- requests ------------------------------------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------
 
     def infer(self, images: NDArray[Any]) -> Outputs:
         """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
@@ -115,7 +119,8 @@ class TritonRuntime(Runtime):
         """Run batches, several requests in flight: each with its outputs, in order.
 
         Raises:
-            EngineError, ValueError: a batch failed; names its number and its images. Requests in flight are cancelled.
+            EngineError, ValueError: a batch failed; names its number and its images. Requests in
+                flight are cancelled.
         """
         waiting: deque[tuple[int, AnyBatch, Future[Outputs]]] = deque()
         try:
@@ -183,7 +188,7 @@ class TritonRuntime(Runtime):
             )
         return np.array(value)
 
-    # --- shared memory -------------------------------------------------------------------------------------------------------
+    # --- shared memory ----------------------------------------------------------------------------
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Memory for batches: shared with the server, where there is some left, else ordinary."""
@@ -214,7 +219,7 @@ class TritonRuntime(Runtime):
     def _region_of(self, images: NDArray[Any]) -> "_Region | None":
         return next((region for region in self._regions if region.holds(images)), None)
 
-    # --- opening and closing -------------------------------------------------------------------------------------------------
+    # --- opening and closing ----------------------------------------------------------------------
 
     async def _connect(self) -> Any:
         secure = self.url.scheme in ("grpcs", "https")
@@ -337,7 +342,8 @@ class _Region:
 
 
 def _map_new_file(path: Path, nbytes: int) -> NDArray[np.uint8]:
-    """The memory of a new file in /dev/shm; lives as long as the array, with or without the file's name.
+    """The memory of a new file in /dev/shm; lives as long as the array, with or without the file's
+    name.
 
     Raises:
         OSError: no /dev/shm, or too small (a container's has 64 MB).

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT at full speed: while one batch runs, the next is copied in and the one before is copied out and decoded.
+"""TensorRT at full speed: while one batch runs, the next is copied in and the one before is copied
+out and decoded.
 
 Streams. One for input copies, one per execution context, one for output copies, joined by events:
 
@@ -7,13 +8,15 @@ Streams. One for input copies, one per execution context, one for output copies,
     context           |run 1   |run 2   |run 3   |
     copies out                 |out 1|  |out 2|
 
-A GPU has one copy engine per direction, so a stream per direction loses nothing to a stream per batch, and a batch's own order
-(in, run, out) is three events. That a batch does not overwrite one that is still in flight needs no event at all: each has a slot
-of buffers of its own, and a slot is used again only after its outputs were fetched.
+A GPU has one copy engine per direction, so a stream per direction loses nothing to a stream per
+batch, and a batch's own order (in, run, out) is three events. That a batch does not overwrite one
+that is still in flight needs no event at all: each has a slot of buffers of its own, and a slot is
+used again only after its outputs were fetched.
 
-CUDA graphs. One per slot, as the addresses are part of a graph, captured when a shape comes a second time in a row: TensorRT
-must run a new shape once before it can be captured, and a lone last batch would not earn the capture back. A graph is good only
-while its context keeps the shape (NVIDIA/TensorRT issue 3798), so a change of batch or image size drops the context's graphs.
+CUDA graphs. One per slot, as the addresses are part of a graph, captured when a shape comes a
+second time in a row: TensorRT must run a new shape once before it can be captured, and a lone last
+batch would not earn the capture back. A graph is good only while its context keeps the shape
+(NVIDIA/TensorRT issue 3798), so a change of batch or image size drops the context's graphs.
 """
 
 import logging
@@ -36,18 +39,23 @@ logger = logging.getLogger(__name__)
 
 
 class TensorRTRuntime(Runtime):
-    """`trtdet.runtimes.base.Runtime` on a TensorRT engine. For one thread at a time; several runtimes may share a process and a GPU.
+    """`trtdet.runtimes.base.Runtime` on a TensorRT engine.
+
+    For one thread at a time; several runtimes may share a process and a GPU.
 
     Args:
-        engine: an engine (a raw plan). What it is stands in `<path>.json`, which build_engine.py writes. Or what `read_engine` made of
-            it, for several runtimes.
+        engine: an engine (a raw plan). What it is stands in `<path>.json`, which build_engine.py
+            writes. Or what `read_engine` made of it, for several runtimes.
         device: the GPU, counted as nvidia-smi does unless CUDA_VISIBLE_DEVICES says otherwise.
-        contexts: execution contexts. Two help where one batch leaves the GPU partly idle (small models), at twice the scratch memory.
+        contexts: execution contexts. Two help where one batch leaves the GPU partly idle (small
+            models), at twice the scratch memory.
         depth: batches in flight; default: 3, or 2 per context.
-        cuda_graph: replay batches as CUDA graphs where the engine allows it: one launch instead of one per kernel.
-        plugins: libraries of plugins that the engine needs; its sidecar names them, but is not trusted to load them.
-        allow_host_code: load an engine that holds code for the CPU (version-compatible ones do). Only for files you trust:
-            it runs with your rights.
+        cuda_graph: replay batches as CUDA graphs where the engine allows it: one launch instead of
+            one per kernel.
+        plugins: libraries of plugins that the engine needs; its sidecar names them, but is not
+            trusted to load them.
+        allow_host_code: load an engine that holds code for the CPU (version-compatible ones do).
+            Only for files you trust: it runs with your rights.
 
     Raises:
         EngineError: the engine does not fit this TensorRT or GPU; says what to rebuild.
@@ -107,14 +115,15 @@ class TensorRTRuntime(Runtime):
         return max(profile.opt[0] for profile in self._engine.profiles)
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Memory for batches that the GPU reads in place; other arrays are copied once on the host before.
+        """Memory for batches that the GPU reads in place; other arrays are copied once on the host
+        before.
 
         Such a batch must not change until its outputs are there. Freed with the last array over it.
         """
         cuda.use_device(self._device)  # or CUDA would start on GPU 0 for it
         return cuda.pinned_empty(shape, dtype)
 
-    # --- one batch at a time ------------------------------------------------------------------------------------------------
+    # --- one batch at a time ----------------------------------------------------------------------
 
     def infer(self, images: NDArray[Any]) -> Outputs:
         """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
@@ -128,7 +137,7 @@ class TensorRTRuntime(Runtime):
         self.infer(images)
         return self.last_times()
 
-    # --- several in flight --------------------------------------------------------------------------------------------------
+    # --- several in flight ------------------------------------------------------------------------
 
     @property
     def depth(self) -> int:
@@ -162,7 +171,10 @@ class TensorRTRuntime(Runtime):
             return True  # `fetch` raises it, and names the batch
 
     def fetch(self) -> Outputs:
-        """Wait for the oldest batch in flight. See `trtdet.runtimes.base.Runtime.infer` for what comes back."""
+        """Wait for the oldest batch in flight.
+
+        See `trtdet.runtimes.base.Runtime.infer` for what comes back.
+        """
         if not self._running:
             raise EngineError("fetch: no batch is in flight; submit one first")
         slot = self._running.popleft()
@@ -186,8 +198,9 @@ class TensorRTRuntime(Runtime):
     def map(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Outputs]]:
         """Run batches, up to `depth` in flight: each with its outputs, in order.
 
-        At most one batch more is taken from `batches` than may be in flight, so memory is bounded. Leaving the loop early, by break,
-        exception or Ctrl-C, waits for what is in flight and drops it.
+        At most one batch more is taken from `batches` than may be in flight, so memory is bounded.
+        Leaving the loop early, by break, exception or Ctrl-C, waits for what is in flight and drops
+        it.
 
         Raises:
             EngineError, ValueError: a batch failed; names its number and its images.
@@ -195,7 +208,8 @@ class TensorRTRuntime(Runtime):
         if self._running:
             raise EngineError("map: batches of another map or of submit are in flight")
         waiting: deque[tuple[int, AnyBatch]] = deque()
-        # Kept by its name: an error drops a loop's own iterator, and the pinned memory it holds, while the GPU still works.
+        # Kept by its name: an error drops a loop's own iterator, and the pinned memory it holds,
+        # while the GPU still works.
         source = iter(batches)
         try:
             for index, batch in enumerate(source):
@@ -214,7 +228,7 @@ class TensorRTRuntime(Runtime):
         with naming_batch(index, batch, after=len(waiting)):
             return batch, self.fetch()
 
-    # --- times --------------------------------------------------------------------------------------------------------------
+    # --- times ------------------------------------------------------------------------------------
 
     def last_times(self) -> BatchTimes:
         """How long the parts of the batch fetched last took. Only until the next `submit`."""
@@ -227,7 +241,9 @@ class TensorRTRuntime(Runtime):
         )
 
     def last_spans(self) -> dict[str, tuple[float, float]]:
-        """When the parts of the batch fetched last began and ended: milliseconds on the GPU's clock since it was opened."""
+        """When the parts of the batch fetched last began and ended: milliseconds on the GPU's
+        clock since it was opened.
+        """
         slot, since = self._fetched(), self._origin.elapsed_ms
         return {
             "h2d": (since(slot.in_start), since(slot.in_end)),
@@ -240,7 +256,7 @@ class TensorRTRuntime(Runtime):
             raise EngineError("times: known only between fetching a batch and submitting the next")
         return self._last
 
-    # --- inside -------------------------------------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------------------
 
     def _enqueue(self, slot: Slot, images: NDArray[Any]) -> None:
         slot.count = len(images)
@@ -271,7 +287,10 @@ class TensorRTRuntime(Runtime):
         self._free.append(slot)
 
     def _settle(self) -> None:
-        """Wait until the GPU holds nothing of ours. After a fault there is nothing to wait for, and waiting fails."""
+        """Wait until the GPU holds nothing of ours.
+
+        After a fault there is nothing to wait for, and waiting fails.
+        """
         streams = [self._copies_in, *(lane.stream for lane in self._lanes), self._copies_out]
         for stream in streams:
             try:
@@ -280,7 +299,10 @@ class TensorRTRuntime(Runtime):
                 logger.debug("while waiting for the GPU: %s", error)
 
     def close(self) -> None:
-        """Wait for the GPU and free everything; once is enough. Raises nothing: what led here matters more."""
+        """Wait for the GPU and free everything; once is enough.
+
+        Raises nothing: what led here matters more.
+        """
         try:
             cuda.use_device(self._device)
             self._close()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two things of which `trtdet.runtimes.trt` has several: batches in flight, and execution contexts."""
+"""The two things of which `trtdet.runtimes.trt` has several: batches in flight, and execution
+contexts.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class Lane:
-    """One execution context and the stream it runs on. A context runs one batch at a time: its scratch memory is one."""
+    """One execution context and the stream it runs on.
+
+    A context runs one batch at a time: its scratch memory is one.
+    """
 
     def __init__(self, engine: LoadedEngine, *, cuda_graph: bool, resources: ExitStack) -> None:
         self._engine = engine
@@ -105,7 +110,9 @@ class Lane:
 
     @contextmanager
     def _refused(self) -> Iterator[Callable[[str], NoReturn]]:
-        """What to call where TensorRT answers False: raises with the reasons that TensorRT logged in the block."""
+        """What to call where TensorRT answers False: raises with the reasons that TensorRT
+        logged in the block.
+        """
         with self._engine.flavor.collected_errors() as messages:
 
             def refuse(what: str) -> NoReturn:
@@ -128,7 +135,8 @@ class Slot:
         self.host_out = cuda.pinned_empty((output_bytes,), np.uint8)
         # For batches that are not pinned themselves.
         self._host_in: NDArray[np.uint8] | None = None
-        # Rows that fill up a batch hold zeros or an earlier image, never what lay in the memory before.
+        # Rows that fill up a batch hold zeros or an earlier image, never what lay in the memory
+        # before.
         copies_in.clear(self.device_in)
         copies_in.synchronize()
         # Time stamps cost a microsecond each; trtexec sets the same six.
@@ -141,7 +149,9 @@ class Slot:
         self.enqueue_ms = 0.0
 
     def stage(self, images: NDArray[Any]) -> NDArray[Any]:
-        """`images` where the GPU can read them: where they are, or copied into the slot's own pinned memory."""
+        """`images` where the GPU can read them: where they are, or copied into the slot's own
+        pinned memory.
+        """
         if not (cuda.is_pinned(images) and images.flags.c_contiguous):
             if self._host_in is None:
                 self._host_in = cuda.pinned_empty((self.device_in.nbytes,), np.uint8)

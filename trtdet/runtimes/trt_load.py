@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an engine file to a deserialised engine whose inputs, outputs and profiles are known.
 
-What can be known to be wrong is checked before TensorRT sees the bytes: it answers a foreign engine with an internal error code.
+What can be known to be wrong is checked before TensorRT sees the bytes: it answers a foreign engine
+with an internal error code.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-#: TensorRT's name of a type -> NumPy's. Those of images and of the four outputs; others mean another kind of model.
+#: TensorRT's name of a type -> NumPy's. Those of images and of the four outputs; others mean
+#: another kind of model.
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}  # fmt: skip
 #: Outputs begin at multiples of this in their common buffer, as memory of their own would.
 ALIGNMENT = 256
-#: What an engine without sidecar is taken for: AutoML's EfficientDet, as NVIDIA's sample converts it.
+#: What an engine without sidecar is taken for: AutoML's EfficientDet, as NVIDIA's sample converts
+#: it.
 DEFAULT_CLASSES = 90
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB, 0-255
 
@@ -46,7 +49,8 @@ class Binding:
     """An input or output tensor.
 
     Attributes:
-        shape: of one image's part, without the batch axis; -1 where it is free, which that of an output is not.
+        shape: of one image's part, without the batch axis; -1 where it is dynamic, which that of an
+            output is not.
     """
 
     name: str
@@ -61,7 +65,9 @@ class Binding:
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """Where the outputs of one batch size lie in their common buffer: one buffer, so that one copy fetches all."""
+    """Where the outputs of one batch size lie in their common buffer: one buffer, so that one
+    copy fetches all.
+    """
 
     offsets: tuple[int, ...]
     nbytes: int
@@ -69,7 +75,9 @@ class OutputLayout:
 
 @dataclass(frozen=True)
 class Profile:
-    """Shapes of the input that an optimization profile takes, batch axis first: smallest, the one it is tuned for, largest."""
+    """Shapes of the input that an optimization profile takes, batch axis first: smallest, the
+    one it is tuned for, largest.
+    """
 
     min: tuple[int, ...]
     opt: tuple[int, ...]
@@ -84,10 +92,12 @@ class Profile:
 
 
 def pick_profile(profiles: Sequence[Profile], shape: tuple[int, ...]) -> tuple[int, int]:
-    """The profile that suits a batch of this shape best: the fewest rows to fill up, then the nearest `opt`, then the narrowest.
+    """The profile that suits a batch of this shape best: the fewest rows to fill up, then the
+    nearest `opt`, then the narrowest.
 
     Returns:
-        Its index, and the rows that run: as many as `shape` has, or the smallest batch that the profile takes.
+        Its index, and the rows that run: as many as `shape` has, or the smallest batch that the
+            profile takes.
 
     Raises:
         ValueError: no profile takes the shape.
@@ -129,7 +139,10 @@ class EngineFile:
 
 @dataclass(frozen=True)
 class Interface:
-    """What the engine itself says of its tensors. An engine of one shape is `static` and has that shape for a profile."""
+    """What the engine itself says of its tensors.
+
+    An engine of one shape is `static` and has that shape for a profile.
+    """
 
     input: Binding
     outputs: tuple[Binding, ...]
@@ -233,7 +246,8 @@ def load_engine(
     """Deserialise an engine on the current device, `device`.
 
     Raises:
-        EngineError: it does not fit this TensorRT or this GPU, or is no detector of ours; says what to do.
+        EngineError: it does not fit this TensorRT or this GPU, or is no detector of ours; says what
+            to do.
     """
     path, info = file.path, file.info
     try:
@@ -332,7 +346,7 @@ def _runs_on(capability: tuple[int, int], info: EngineInfo) -> bool:
     return not info.compute_capabilities or "{}.{}".format(*capability) in info.compute_capabilities
 
 
-# --- what the engine says of itself -----------------------------------------------------------------------------------------
+# --- what the engine says of itself ---------------------------------------------------------------
 
 
 def read_interface(path: Path, engine: tensorrt.ICudaEngine) -> Interface:
@@ -356,7 +370,7 @@ def read_interface(path: Path, engine: tensorrt.ICudaEngine) -> Interface:
     for index in range(0 if static else engine.num_optimization_profiles):
         profiles.append(Profile(*map(_numbers, engine.get_tensor_profile_shape(name, index))))
     return Interface(
-        input=_read_binding(path, engine, name, free=True),
+        input=_read_binding(path, engine, name, dynamic=True),
         outputs=tuple(_read_binding(path, engine, output) for output in OUTPUT_NAMES),
         static=static,
         profiles=tuple(profiles),
@@ -369,11 +383,11 @@ def _numbers(dims: tensorrt.Dims) -> tuple[int, ...]:
 
 
 def _read_binding(
-    path: Path, engine: tensorrt.ICudaEngine, name: str, *, free: bool = False
+    path: Path, engine: tensorrt.ICudaEngine, name: str, *, dynamic: bool = False
 ) -> Binding:
     shape = _numbers(engine.get_tensor_shape(name))[1:]
     kind = engine.get_tensor_dtype(name).name
-    if kind not in DTYPES or (min(shape, default=0) < 1 and not free):
+    if kind not in DTYPES or (min(shape, default=0) < 1 and not dynamic):
         raise EngineError(
             f"{path}: tensor '{name}': expected sizes that are fixed but for the batch, of {' '.join(DTYPES)}; "
             f"found {shape} {kind}; convert the model with create_onnx.py"
@@ -382,7 +396,8 @@ def _read_binding(
 
 
 def guess_spec(path: Path, interface: Interface) -> ModelSpec:
-    """AutoML's EfficientDet in the shapes of the tensors: what an engine without sidecar is taken for.
+    """AutoML's EfficientDet in the shapes of the tensors: what an engine without sidecar is taken
+    for.
 
     Raises:
         EngineError: the input is no batch of RGB images.

@@ -54,7 +54,8 @@ class SourceGraph:
         batch: the batch size it was exported with, None where it is free.
         image_shape: of the first input, as far as it is declared: [None, None, None, 3].
         functions: name -> nodes of a loop body, in the same form.
-        calls: (function, argument name) -> the tensors of the main graph (or of the calling function) it is called with.
+        calls: (function, argument name) -> the tensors of the main graph (or of the calling
+            function) it is called with.
     """
 
     nodes: dict[str, SourceNode]
@@ -66,7 +67,9 @@ class SourceGraph:
     calls: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
 
     def maybe_producer(self, tensor: str, function: str = "") -> SourceNode | None:
-        """The node that makes `tensor`, or None for an input of the graph or an argument of the function."""
+        """The node that makes `tensor`, or None for an input of the graph or an argument of the
+        function.
+        """
         nodes = self.functions[function] if function else self.nodes
         return nodes.get(tensor) or nodes.get(tensor.split(":")[0])
 
@@ -94,7 +97,9 @@ class SourceGraph:
             yield from body.values()
 
     def maybe_constant(self, tensor: str, function: str = "") -> NDArray[Any] | None:
-        """The value of a tensor that is constant, also through identities and as the argument of a loop body."""
+        """The value of a tensor that is constant, also through identities and as the argument of
+        a loop body.
+        """
         node = self.maybe_producer(tensor, function)
         if node is None:
             for caller, argument in self.calls.get((function, tensor.split(":")[0]), []):
@@ -129,8 +134,10 @@ class Source(Protocol):
         """The part between two sets of tensors as an ONNX model with the same tensor names.
 
         Args:
-            inputs: tensors with the shapes they shall have; inputs of the model keep their type, others are float32.
-            opset: None: that of an ONNX source, raised where it is too old for INT8; the default for others.
+            inputs: tensors with the shapes they shall have; inputs of the model keep their type,
+                others are float32.
+            opset: None: that of an ONNX source, raised where it is too old for INT8; the default
+                for others.
         """
         ...
 
@@ -147,12 +154,15 @@ class Source(Protocol):
 def cut_onnx(
     model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[str]
 ) -> onnx.ModelProto:
-    """The nodes between `inputs` and `outputs`, with the initializers they use; types of cut tensors stay open.
+    """The nodes between `inputs` and `outputs`, with the initializers they use; types of cut
+    tensors stay open.
 
-    Unlike `onnx.utils.extract_model` it needs no inferred shapes, so custom operators elsewhere in the graph do no harm.
+    Unlike `onnx.utils.extract_model` it needs no inferred shapes, so custom operators elsewhere in
+    the graph do no harm.
 
     Raises:
-        GraphError: an output is not in the graph, or depends on a graph input that is not among `inputs`.
+        GraphError: an output is not in the graph, or depends on a graph input that is not among
+            `inputs`.
     """
     inputs, outputs = list(inputs), list(outputs)
     producer = {tensor: node for node in model.graph.node for tensor in node.output}
@@ -229,7 +239,8 @@ def constants_of(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 def run_onnx(
     model: onnx.ModelProto, fetches: Sequence[str], feeds: Mapping[str, NDArray[Any]]
 ) -> list[NDArray[Any]]:
-    """Run part of a model with ONNX Runtime: CPU, graph optimisations off, so that every operator is computed as written.
+    """Run part of a model with ONNX Runtime: CPU, graph optimisations off, so that every operator
+    is computed as written.
 
     Args:
         fetches: tensors to return, outputs or inner ones.

@@ -153,7 +153,8 @@ def _read_onnx_graph(model: onnx.ModelProto) -> SourceGraph:
 
 
 def _resize_to_sizes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> None:
-    """Give every Resize with fractional scales the size that it has when the model runs, in place of the scales.
+    """Give every Resize with fractional scales the size that it has when the model runs, in place
+    of the scales.
 
     5/3 is floored differently by every runtime, and by shape inference.
     """

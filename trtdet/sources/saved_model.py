@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorFlow SavedModels as a `Source`. The only module that imports tensorflow and tf2onnx, and only once it is used.
+"""TensorFlow SavedModels as a `Source`.
 
-The variables are frozen into constants and functions are inlined, so that one flat graph remains; loops stay functional, and
-their bodies can be read. `extract` cuts the GraphDef first and hands tf2onnx nothing but the part asked for: preprocessing,
-NMS and loops never reach it.
+The only module that imports tensorflow and tf2onnx, and only once it is used.
+
+The variables are frozen into constants and functions are inlined, so that one flat graph remains;
+loops stay functional, and their bodies can be read. `extract` cuts the GraphDef first and hands
+tf2onnx nothing but the part asked for: preprocessing, NMS and loops never reach it.
 """
 
 import logging
@@ -42,11 +44,13 @@ class SavedModelSource(Closing):
         """Load and freeze.
 
         Args:
-            signature: which of the model's functions; None: `serving_default`, or the only one there is.
+            signature: which of the model's functions; None: `serving_default`, or the only one
+                there is.
 
         Raises:
             FileNotFoundError: no `saved_model.pb` there.
-            GraphError: TensorFlow is not installed, or cannot load the SavedModel, or it has no such signature.
+            GraphError: TensorFlow is not installed, or cannot load the SavedModel, or it has no
+                such signature.
         """
         path = find_saved_model(path)
         self.path = path
@@ -84,7 +88,9 @@ class SavedModelSource(Closing):
         self._session.close()
 
     def _cut(self, inputs: Mapping[str, Shape], outputs: Sequence[str]) -> Any:
-        """The GraphDef between tensors, its constants folded; each of `inputs` becomes a placeholder."""
+        """The GraphDef between tensors, its constants folded; each of `inputs` becomes a
+        placeholder.
+        """
         tf1 = self._tf.compat.v1
         cut = tf1.GraphDef(versions=self._graph_def.versions)
         by_name = {node.name: node for node in self._graph_def.node}
@@ -95,7 +101,8 @@ class SavedModelSource(Closing):
             parents = _parents(by_name[name])
             if by_name[name].op == "Const" or (parents and constant.issuperset(parents)):
                 constant.add(name)
-        # A node is kept for its own sake or read by a kept node that is not constant; of constants the value will do.
+        # A node is kept for its own sake or read by a kept node that is not constant; of constants
+        # the value will do.
         read = {
             parent for name in cone if name not in constant for parent in _parents(by_name[name])
         }
@@ -126,7 +133,8 @@ class SavedModelSource(Closing):
 
 @contextmanager
 def _native_stderr_held() -> Iterator[None]:
-    """Hold back what native code writes to stderr; it comes out if the block fails, or with debug logging.
+    """Hold back what native code writes to stderr; it comes out if the block fails, or with debug
+    logging.
 
     TensorFlow's C++ greets with lines on absent GPUs before any log level of its own is read.
     """
@@ -208,7 +216,9 @@ def _pick_signature(path: Path, there: Collection[str], wanted: str | None) -> s
 def _load_frozen(
     tf: Any, path: Path, wanted: str | None = None
 ) -> tuple[Any, tuple[str, ...], dict[str, str], int | None]:
-    """The frozen GraphDef, its input tensors, its outputs by name, and the batch size of its first output, None where free."""
+    """The frozen GraphDef, its input tensors, its outputs by name, and the batch size of its
+    first output, None where free.
+    """
     tf1 = tf.compat.v1
     graph = tf.Graph()
     with tf1.Session(graph=graph) as session:
@@ -244,7 +254,9 @@ def _load_frozen(
 def _read_graph_def(
     graph_def: Any, inputs: tuple[str, ...], outputs: Mapping[str, str], batch: int | None
 ) -> SourceGraph:
-    """A GraphDef as a `SourceGraph`; inputs of loops are matched with the arguments of their bodies."""
+    """A GraphDef as a `SourceGraph`; inputs of loops are matched with the arguments of their
+    bodies.
+    """
     main = {node.name: _read_node(node, "") for node in graph_def.node}
     library = {function.signature.name: function for function in graph_def.library.function}
     functions: dict[str, dict[str, SourceNode]] = {}
@@ -281,7 +293,9 @@ def _read_node(node: Any, function: str) -> SourceNode:
 
 
 def _has_output(op: str) -> bool:
-    """Whether an operator makes a tensor; NoOp and Assert, which Keras leaves in its exports, do not."""
+    """Whether an operator makes a tensor; NoOp and Assert, which Keras leaves in its exports, do
+    not.
+    """
     from tensorflow.python.framework import op_def_registry
 
     known = op_def_registry.get(op)
@@ -289,9 +303,11 @@ def _has_output(op: str) -> bool:
 
 
 def _cone(by_name: Mapping[str, Any], outputs: Iterable[str], stop: set[str]) -> list[str]:
-    """Names of the nodes upstream of `outputs`, down to but without those in `stop`, every node after what it reads.
+    """Names of the nodes upstream of `outputs`, down to but without those in `stop`, every node
+    after what it reads.
 
-    The cone of a network is free of cycles; only loops of TensorFlow 1's control flow have any, and they are behind the cut.
+    The cone of a network is free of cycles; only loops of TensorFlow 1's control flow have any, and
+    they are behind the cut.
     """
     order: list[str] = []
     entered: set[str] = set()
@@ -313,7 +329,9 @@ def _parents(node: Any) -> list[str]:
 
 
 def _multiply_instead_of_dividing(tf: Any, graph_def: Any) -> None:
-    """x / c -> x * (1 / c) for constant c. tf2onnx moves transposes past a product, not past a quotient."""
+    """x / c -> x * (1 / c) for constant c. tf2onnx moves transposes past a product, not past a
+    quotient.
+    """
     by_name = {node.name: node for node in graph_def.node}
     reciprocals = []
     for node in graph_def.node:
@@ -333,7 +351,8 @@ def _tf_to_onnx(
 ) -> onnx.ModelProto:
     """Convert with tf2onnx, none of whose optimisers run: `trtdet.graph.tidy` does their work.
 
-    On D0 they take four times as long as the conversion itself, and leave 92 transposes where 11 are needed.
+    On D0 they take four times as long as the conversion itself, and leave 92 transposes where 11
+    are needed.
     """
     import tf2onnx
 
@@ -352,8 +371,9 @@ def _tf_to_onnx(
 def _resize_to_sizes(graph: Any) -> None:
     """Make every Resize reach the size TensorFlow gave its result, exactly.
 
-    tf2onnx writes `scales`; a fractional one (5/3) is floored differently by every runtime. Whole factors stay as they
-    are, being exact everywhere; others become sizes = [batch and channels of the input, height, width].
+    tf2onnx writes `scales`; a fractional one (5/3) is floored differently by every runtime. Whole
+    factors stay as they are, being exact everywhere; others become sizes = [batch and channels of
+    the input, height, width].
     """
     for node in [node for node in graph.get_nodes() if node.type == "Resize"]:
         (consumer,) = graph.find_output_consumers(

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a SavedModel lies, found without TensorFlow: what people name is often a folder above it, or a file in it."""
+"""Where a SavedModel lies, found without TensorFlow: what people name is often a folder above
+it, or a file in it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ OTHERS = {
 
 
 def find_saved_model(path: Path, option: str = "--saved_model") -> Path:
-    """The folder of a SavedModel: `path` itself, the one that its `saved_model.pb` is in, or the only one below.
+    """The folder of a SavedModel: `path` itself, the one that its `saved_model.pb` is in, or the
+    only one below.
 
     Raises:
         FileNotFoundError, GraphError: there is none, several, or something else; says what to do.
@@ -83,7 +86,9 @@ def _advice(folder: Path) -> str:
 
 
 def missing_variables(folder: Path) -> str:
-    """What is wrong with the files of the weights, as far as their names tell; "" where nothing is."""
+    """What is wrong with the files of the weights, as far as their names tell; "" where nothing
+    is.
+    """
     variables = folder / "variables"
     index = variables / "variables.index"
     if not variables.is_dir() or not index.is_file():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node reads: its inputs, and the tensors that the bodies of If, Loop and Scan take from around them."""
+"""What a node reads: its inputs, and the tensors that the bodies of If, Loop and Scan take from
+around them.
+"""
 
 from collections.abc import Iterator
 
@@ -12,7 +14,9 @@ def reads(node: onnx.NodeProto) -> set[str]:
 
 
 def captured(node: onnx.NodeProto) -> set[str]:
-    """Names of the tensors that the subgraphs of a node, and those within them, take from outside the node."""
+    """Names of the tensors that the subgraphs of a node, and those within them, take from
+    outside the node.
+    """
     names: set[str] = set()
     for graph in subgraphs(node):
         inner = {name for child in graph.node for name in child.output}

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames -> batches: one thread decodes, a pool places them in the network input, ahead of the consumer."""
+"""Frames -> batches: one thread decodes, a pool places them in the network input, ahead of the
+consumer.
+"""
 
 import queue
 import threading
@@ -28,8 +30,8 @@ AHEAD = 2
 class FrameBatcher(Closing):
     """The frames of a `Source` as `Batch`es; `paths` of a batch are the numbers of its frames.
 
-    A file waits for the consumer. A live source does not: where frames come faster than they are taken, the oldest are dropped, so what is shown
-    is never more than `AHEAD` batches old.
+    A file waits for the consumer. A live source does not: where frames come faster than they are
+    taken, the oldest are dropped, so what is shown is never more than `AHEAD` batches old.
 
     Attributes:
         dropped: frames of a live source that nobody took.
@@ -106,7 +108,9 @@ class FrameBatcher(Closing):
                 self._changed.notify_all()
 
     def _groups(self) -> Iterator[list[Frame]]:
-        """Frames of one batch: full ones of a file; of a live source what is there, at least one."""
+        """Frames of one batch: full ones of a file; of a live source what is there, at least
+        one.
+        """
         while True:
             wanted = 1 if self._source.is_live else self._batch_size
             with self._changed:
@@ -119,7 +123,9 @@ class FrameBatcher(Closing):
             yield group
 
     def _batch(self, frames: list[Frame], pool: ThreadPoolExecutor) -> Batch:
-        """Place some frames, one after the other: batches, not frames, are what the pool works on at the same time."""
+        """Place some frames, one after the other: batches, not frames, are what the pool works
+        on at the same time.
+        """
         preprocessing = self._preprocessing
         if self._resize:
             sizes = [frame.pixels.shape[:2] for frame in frames]

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a video is named, and what can be asked of it. Standard library only: the command lines read it."""
+"""How a video is named, and what can be asked of it.
+
+Standard library only: the command lines read it.
+"""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Containers that are taken for video by their name; PyAV opens more, whatever they are called, only these are looked for.
+#: Containers that are taken for video by their name; PyAV opens more, whatever they are called,
+#: only these are looked for.
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".mjpeg", ".h264", ".hevc")  # fmt: skip
 #: Containers that an annotated video is written to.
 WRITTEN = (".mp4", ".mov", ".mkv", ".avi", ".webm")

@@ -64,7 +64,8 @@ class Drawing:
 
 
 def plan_targets(output: Path, video: Video, *, pictures: bool) -> Targets:
-    """Where results go: `found` gets clip.mp4, clip.tsv and detections.json; `found/x.mp4` is the video itself, the others beside it.
+    """Where results go: `found` gets clip.mp4, clip.tsv and detections.json; `found/x.mp4` is the
+    video itself, the others beside it.
 
     Raises:
         ValueError: the annotated video would replace the one that is read.
@@ -200,8 +201,8 @@ class _Writer:
         """The lines of a frame: its number and time, then as for an image."""
         head = ""
         if not self._has_header:
-            turned = [TSV_ANGLE] if detections.angles is not None else []
-            head = "\t".join(["frame", "seconds", *TSV_COLUMNS, *turned, *(["label"] if self._labels else [])]) + "\n"  # fmt: skip
+            rotated = [TSV_ANGLE] if detections.angles is not None else []
+            head = "\t".join(["frame", "seconds", *TSV_COLUMNS, *rotated, *(["label"] if self._labels else [])]) + "\n"  # fmt: skip
             self._has_header = True
         labels = self._labels if self._drawing.tsv_header else ()
         lines = tsv_text(detections, labels=labels).splitlines()

@@ -24,7 +24,9 @@ USUAL_ENCODERS = ("libx264", "libopenh264", "mpeg4")
 
 
 class VideoSink:
-    """Writes pictures to a video file, which appears only when it is whole. Use as a context manager.
+    """Writes pictures to a video file, which appears only when it is whole.
+
+    Use as a context manager.
 
     The first picture says how large the video is; later ones of another size are scaled.
     """

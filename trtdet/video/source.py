@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames of a video file, a camera or a stream, by PyAV, the right way up, each with its number and time."""
+"""Frames of a video file, a camera or a stream, by PyAV, the right way up, each with its number
+and time.
+"""
 
 import logging
 import time
@@ -136,7 +138,7 @@ def reason(error: BaseException) -> str:
 
 
 def upright(frame: Any) -> ImageArray:
-    """The pixels of PyAV's frame, turned as its rotation tag says."""
+    """The pixels of PyAV's frame, rotated as its rotation tag says."""
     pixels: ImageArray = frame.to_ndarray(format="rgb24")
     quarters = round(getattr(frame, "rotation", 0) / 90) % 4
     return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
@@ -145,7 +147,8 @@ def upright(frame: Any) -> ImageArray:
 class Source:
     """The frames of one video that are wanted.
 
-    A file that is damaged ends where it is; a live one is opened again a few times. `ended` says why it ended early.
+    A file that is damaged ends where it is; a live one is opened again a few times. `ended` says
+    why it ended early.
 
     Attributes:
         info: of the video.

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton Python model: the four outputs of a detector to boxes in source pixels, by the code that infer.py runs.
+"""Triton Python model: the four outputs of a detector to boxes in source pixels, by the code that
+infer.py runs.
 
-That code lies in the folder trtdet beside this file. The server needs numpy. Slots beyond `num_detections` are zero.
+That code lies in the folder trtdet beside this file. The server needs numpy. Slots beyond
+`num_detections` are zero.
 """
 
 import json

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton Python model: encoded images (JPEG, PNG, ...) to the network input of a detector, by the code that infer.py runs.
+"""Triton Python model: encoded images (JPEG, PNG, ...) to the network input of a detector, by the
+code that infer.py runs.
 
-That code lies in the folder trtdet beside this file. The server needs numpy, pillow and opencv-python-headless.
-An empty string is a place in the batch that is not used.
+That code lies in the folder trtdet beside this file. The server needs numpy, pillow and
+opencv-python-headless. An empty string is a place in the batch that is not used.
 """
 
 import json
@@ -26,7 +27,9 @@ cv2.setNumThreads(1)  # instances and requests run side by side
 
 
 class TritonPythonModel:
-    """One image or a batch of them; a request with one that cannot be decoded is answered with an error."""
+    """One image or a batch of them; a request with one that cannot be decoded is answered with
+    an error.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
