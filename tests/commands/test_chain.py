@@ -74,7 +74,7 @@ def test_example_from_onnx_to_map(tiny_onnx: Path, tmp_path: Path) -> None:
     ]
     assert infer.main([str(a) for a in arguments]) == 0
     assert {p.name for p in found.iterdir()} == {
-        "detections.json", "labels.txt", *(f"{p.stem}.png" for p in images), *(f"{p.stem}.tsv" for p in images)
+        "detections.json", "labels.txt", "manifest.json", *(f"{p.stem}.png" for p in images), *(f"{p.stem}.tsv" for p in images)
     }  # fmt: skip
     per_image = [read_tsv(found / f"{p.stem}.tsv") for p in images]
     results = json.loads((found / "detections.json").read_text())

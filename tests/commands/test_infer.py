@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -747,7 +748,7 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(name: str, toy: Path
     image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
     image(tmp_path / "photo.png", red=204, green=2, blue=1)
     (tmp_path / "out").mkdir()
-    record = {"schema": 1, "complete": True, "run": {}, "files": [name]}
+    record = {"schema": 1, "complete": True, "run": {}, "suffixes": [], "files": [name]}
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(record))
     assert run(toy, tmp_path / "in", tmp_path / "out", "--clean") == 1
     assert "expected names within the folder" in capsys.readouterr().err
@@ -759,7 +760,7 @@ def test_clean_follows_no_link_out_of_the_folder(toy: Path, tmp_path: Path) -> N
     image(tmp_path / "mine" / "b.png", red=204, green=2, blue=1)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "street").symlink_to(tmp_path / "mine")
-    record = {"schema": 1, "complete": True, "run": {}, "files": ["street/b.png"]}
+    record = {"schema": 1, "complete": True, "run": {}, "suffixes": [], "files": ["street/b.png"]}
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(record))
     assert run(toy, tmp_path / "in", tmp_path / "out", "--clean") == 0
     assert (tmp_path / "mine" / "b.png").is_file()
@@ -834,6 +835,45 @@ def test_another_run_is_not_gone_on_with(toy: Path, tmp_path: Path, monkeypatch:
     assert run(toy, tmp_path / "in", tmp_path / "out", "--resume") == 0
     assert "has no run that was broken off; it begins anew" in capsys.readouterr().err
     assert not (tmp_path / "out" / "detections.partial.jsonl").exists()
+
+
+def test_other_images_of_the_same_names_are_not_done(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Another folder, and a picture that was replaced: nothing of the run that was broken off fits."""
+    for day, red in (("a", 100), ("b", 200)):
+        for number in range(4):
+            image(tmp_path / day / f"{number}.png", red=red + number, green=number % 5, blue=0)
+    for day in "ab":
+        assert run(toy, tmp_path / day, tmp_path / f"whole {day}") == 0
+    break_off(toy, tmp_path / "a", tmp_path / "out", 2, monkeypatch)
+    assert run(toy, tmp_path / "b", tmp_path / "out", "--resume") == 0
+    assert (tmp_path / "out" / "0.tsv").read_bytes() == (tmp_path / "whole b" / "0.tsv").read_bytes()  # fmt: skip
+    break_off(toy, tmp_path / "a", tmp_path / "again", 2, monkeypatch)
+    shutil.copyfile(tmp_path / "b" / "0.png", tmp_path / "a" / "0.png")
+    assert run(toy, tmp_path / "a", tmp_path / "again", "--resume") == 0
+    assert (tmp_path / "again" / "0.tsv").read_bytes() == (tmp_path / "whole b" / "0.tsv").read_bytes()  # fmt: skip
+    assert (tmp_path / "again" / "1.tsv").read_bytes() == (tmp_path / "whole a" / "1.tsv").read_bytes()  # fmt: skip
+
+
+def test_clean_removes_only_what_was_written(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Of a run that was broken off, not what it would have written."""
+    for number in range(4):
+        image(tmp_path / "in" / f"{number}.png", red=100 + number, green=number % 5, blue=0)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "3.png").write_bytes(b"mine")
+    break_off(toy, tmp_path / "in", out, 2, monkeypatch)
+    (tmp_path / "other").mkdir()
+    shutil.copyfile(tmp_path / "in" / "0.png", tmp_path / "other" / "x.png")
+    assert run(toy, tmp_path / "other", out, "--clean") == 0
+    assert names(out) == [
+        "3.png",
+        "detections.json",
+        "labels.txt",
+        "manifest.json",
+        "x.png",
+        "x.tsv",
+    ]
+    assert (out / "3.png").read_bytes() == b"mine"
 
 
 def test_all_images_may_be_done(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

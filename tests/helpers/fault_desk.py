@@ -145,7 +145,7 @@ def make_broken_off(folder: Path) -> None:
         os.chdir(there)
     found = json.loads((folder / "found" / "detections.json").read_text())
     text = ",\n".join(json.dumps(entry) for entry in found if entry["image_id"] == 1)
-    line = json.dumps({"name": "1", "id": 1, "text": text})
+    line = json.dumps({"name": "1", "id": 1, "image": "0" * 16, "text": text})
     (folder / "found" / "detections.partial.jsonl").write_text(line + "\n")
     manifest = json.loads((folder / "found" / "manifest.json").read_text())
     write_json(folder / "found" / "manifest.json", manifest | {"complete": False})

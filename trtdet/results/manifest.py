@@ -7,16 +7,20 @@ detections.partial.jsonl has a line for each image that is done: its name, its i
 detections.json.
 """
 
+import dataclasses
+import hashlib
 import json
 import logging
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, TextIO
 
 from trtdet import checks, files, reading
 from trtdet.closing import Closing
+from trtdet.labels import LABELS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +33,11 @@ class Manifest:
     """One run.
 
     Attributes:
-        files: that it writes, relative to the output folder, with "/".
+        files: that it and earlier ones have written, relative to the output folder, with "/"; of an
+            unfinished run, `PARTIAL` says what it has written besides.
         run: what must be the same for a run to go on with them.
         complete: whether it came to its end.
+        suffixes: of the files of an image.
     """
 
     SCHEMA: ClassVar[int] = 1
@@ -39,21 +45,39 @@ class Manifest:
     files: list[str]
     run: dict[str, Any]
     complete: bool
+    suffixes: list[str]
 
     def __post_init__(self) -> None:
         for name in self.files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or not path.name:
+            if not _is_within(name):
                 raise ValueError(f"files: expected names within the folder, found {name!r}")
 
 
 @dataclass(frozen=True)
 class Done:
-    """A line of `PARTIAL`: one image."""
+    """A line of `PARTIAL`: one image.
+
+    Attributes:
+        name: of its outputs, relative to the output folder, without suffix.
+        id: its id in detections.json.
+        image: its fingerprint, see `fingerprint`.
+        text: its part of detections.json.
+    """
 
     name: str
     id: int | str | None
+    image: str
     text: str
+
+
+def fingerprint(path: Path) -> str:
+    """What tells an image from another of the same name: its path, size and time, as a hash."""
+    try:
+        found = os.stat(path)
+        about = f"{found.st_size} {found.st_mtime_ns} "
+    except OSError:  # it has gone meanwhile
+        about = ""
+    return hashlib.sha256(about.encode() + os.fsencode(path.absolute())).hexdigest()[:16]
 
 
 class RunFolder(Closing):
@@ -61,14 +85,18 @@ class RunFolder(Closing):
 
     Args:
         planned: files that this run writes, relative to `output`.
+        suffixes: of the files of an image.
         run: JSON-ready, see `Manifest`.
 
     Raises:
         OSError, ValueError: a manifest that cannot be read.
     """
 
-    def __init__(self, output: Path, planned: Sequence[Path], run: Mapping[str, Any]) -> None:
+    def __init__(
+        self, output: Path, planned: Sequence[Path], suffixes: Sequence[str], run: Mapping[str, Any]
+    ) -> None:
         self._output = output
+        self._suffixes = list(suffixes)
         self._planned = dict.fromkeys(path.as_posix() for path in planned)
         self._run: dict[str, Any] = json.loads(json.dumps(run))  # as it is read
         self._lock = threading.Lock()
@@ -87,7 +115,7 @@ class RunFolder(Closing):
 
     def stale(self) -> list[str]:
         """What an earlier run left, and this one does not write."""
-        listed = self.before.files if self.before else []
+        listed = [*self.before.files, *self._written_by_unfinished()] if self.before else []
         return [
             name for name in listed if name not in self._planned and (self._output / name).is_file()
         ]
@@ -98,12 +126,13 @@ class RunFolder(Closing):
             return 0
         root = self._output.resolve()
         removed = 0
-        for name in [*self.before.files, MANIFEST, PARTIAL]:
+        written = [*self.before.files, *self._written_by_unfinished()]
+        for name in [*written, MANIFEST, PARTIAL]:
             path = self._output / name
             if path.parent.resolve().is_relative_to(root) and (path.is_file() or path.is_symlink()):
                 path.unlink()
                 removed += 1
-        folders = {parent for name in self.before.files for parent in PurePosixPath(name).parents}
+        folders = {parent for name in written for parent in PurePosixPath(name).parents}
         for folder in sorted(folders - {PurePosixPath(".")}, key=lambda f: -len(f.parts)):
             path = self._output / folder
             if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
@@ -130,15 +159,35 @@ class RunFolder(Closing):
                 f"--resume: {self._output} has results of a run with another {' and '.join(sorted(other))}; "
                 "finish that one, or start anew without --resume"
             )
-        found = {}
+        return {one.name: one for one in self._journal()}
+
+    def _journal(self) -> Iterator[Done]:
+        """The lines of `PARTIAL`.
+
+        Raises:
+            ValueError: one that is none.
+        """
+        path = self._output / PARTIAL
         for line in files.read_text(path).splitlines(keepends=True):
             if line.endswith("\n"):  # the last one may be cut
                 one = reading.parse(
                     line, Done, name=str(path), remedy="start anew without --resume"
                 )
                 _check_results(path, one.text)
-                found[one.name] = one
-        return found
+                yield one
+
+    def _written_by_unfinished(self) -> list[str]:
+        """What a run that was broken off has written for its images."""
+        if self.before is None or not self.broken_off:
+            return []
+        try:
+            names = [one.name for one in self._journal()]
+        except (OSError, ValueError) as error:  # of no use, and no reason to stop
+            logger.debug("%s", error)
+            return []
+        return [
+            name + suffix for name in names for suffix in self.before.suffixes if _is_within(name)
+        ]
 
     def start(self, *, clean: bool = False, resumed: bool = False, partial: bool = True) -> None:
         """The first result is there: remove what an earlier run wrote, if that is asked for, and
@@ -165,18 +214,28 @@ class RunFolder(Closing):
                 _cut_last_line(path)
             self._partial = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
-    def add(self, name: Path, image_id: int | str | None, text: str) -> None:
+    def add(self, path: Path, name: Path, image_id: int | str | None, text: str) -> None:
         """An image whose files are written."""
         if self._partial is None:
             return
-        line = json.dumps({"name": name.as_posix(), "id": image_id, "text": text})
+        done = Done(name.as_posix(), image_id, fingerprint(path), text)
+        line = json.dumps(dataclasses.asdict(done))
         with self._lock:
             self._partial.write(line + "\n")
             self._partial.flush()
 
-    def finish(self) -> None:
-        """All is written."""
+    def finish(self, not_read: Iterable[Path] = ()) -> None:
+        """All is written.
+
+        Args:
+            not_read: names of the outputs of images that could not be read.
+        """
         self.close()
+        if self.before and LABELS_FILE in self.before.files and LABELS_FILE not in self._planned:
+            (self._output / LABELS_FILE).unlink(missing_ok=True)  # of other classes
+        names = [name.as_posix() + suffix for name in not_read for suffix in self._suffixes]
+        if old := [name for name in names if (self._output / name).is_file()]:
+            logger.warning("%s has results of an earlier run of images that could not be read now, such as %s", self._output, old[0])  # fmt: skip
         self._write_manifest(complete=True)
         (self._output / PARTIAL).unlink(missing_ok=True)
 
@@ -186,17 +245,24 @@ class RunFolder(Closing):
             self._partial = None
 
     def _write_manifest(self, *, complete: bool) -> None:
-        # What is kept of an earlier run can be removed later.
-        names = sorted({*self._planned, *self.stale()})
-        if complete:  # images that could not be read have left nothing
-            names = [name for name in names if (self._output / name).is_file()]
+        # Only what was written, so that nothing else is ever removed; what is kept of an earlier run
+        # can be removed later.
+        earlier = [*self.before.files, *self._written_by_unfinished()] if self.before else []
+        names = {*earlier, *(self._planned if complete else ())}
         content = {
             "schema": Manifest.SCHEMA,
             "complete": complete,
             "run": self._run,
-            "files": names,
+            "suffixes": self._suffixes,
+            "files": sorted(name for name in names if (self._output / name).is_file()),
         }
         files.write_text(self._output / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def _is_within(name: str) -> bool:
+    """Whether a name stays within the folder that it is relative to."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and bool(path.name)
 
 
 def _check_results(path: Path, text: str) -> None:

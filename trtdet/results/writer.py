@@ -162,7 +162,7 @@ class ResultWriter:
         text = self._json_text(result)
         if self._folder is not None:
             image_id = self._image_ids.get(result.path)
-            self._folder.add(self._names[result.path], image_id, text)
+            self._folder.add(result.path, self._names[result.path], image_id, text)
         return text
 
     def _json_text(self, result: ImageResult) -> str:
@@ -192,14 +192,10 @@ def naming_json(output: Path) -> Iterator[None]:
 
 
 def write_labels(output: Path, labels: Sequence[str]) -> None:
-    """Leave the class names beside the TSVs, for whoever draws them; none of an earlier run
-    where there are none.
-    """
-    path = output / LABELS_FILE
+    """Leave the class names, where there are any, beside the TSVs, for whoever draws them."""
     if labels:
-        files.write_text(path, "".join(f"{' '.join(text.split())}\n" for text in labels))
-    else:
-        path.unlink(missing_ok=True)
+        text = "".join(f"{' '.join(text.split())}\n" for text in labels)
+        files.write_text(output / LABELS_FILE, text)
 
 
 def _close(file: TextIO, *, quietly: bool) -> None:

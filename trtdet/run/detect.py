@@ -162,7 +162,7 @@ def run_identity(
         model: the file's SHA-256, or the URL.
         more: what only some runs have.
     """
-    kept = ("score_threshold", "batch_size", "resample", "size", "resize", "max_size")
+    kept = ("score_threshold", "batch_size", "resample", "size", "resize", "max_size", "provider")
     own = {"model": model, "classes": None if classes is None else list(classes)}
     return {**own, **{name: getattr(options, name) for name in kept}, **more}
 

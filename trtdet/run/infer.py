@@ -3,6 +3,7 @@
 machine.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtdet import files
+from trtdet.engine.sidecar import sidecar_path
 from trtdet.images.files import Sources, find_images, root_of
 from trtdet.labels import find_classes, read_labels
+from trtdet.onnx_files import external_files, read_onnx
 from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
 from trtdet.results.gallery import Page, write_gallery
 from trtdet.results.gallery_items import items_of_run
-from trtdet.results.manifest import RunFolder
+from trtdet.results.manifest import MANIFEST, RunFolder, fingerprint
 from trtdet.results.naming import planned_files
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
@@ -102,8 +105,16 @@ def run(
         read_labels(labels)  # before the model is loaded, which says how many it needs
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
     files.check_folder(output)
-    files.check_outputs([report], [engine if isinstance(engine, Path) else None])
     names = name_outputs(paths, source, output, options, pictures=pictures)
+    if report:
+        taken = [
+            *paths,
+            *(naming.with_suffix_added(output / name, ".tsv") for name in names.values()),
+        ]
+        results = [output / "detections.json", output / MANIFEST]
+        files.check_outputs(
+            [report], [engine if isinstance(engine, Path) else None, *taken, *results]
+        )
     image_ids = pick_image_ids(paths, root_of(source), annotations)
     with open_model(engine, options) as runtime:
         threshold = check_score_threshold(options.score_threshold, runtime.spec)
@@ -112,7 +123,7 @@ def run(
         outputs = Outputs(
             output, names, image_ids, texts, pictures, draw_threshold, image_format, tsv_header
         )
-        folder = open_folder(engine, options, wanted, outputs)
+        folder = open_folder(engine, options, wanted, outputs, report)
         say_stale(folder, output, names.values(), clean=clean)
         if folder.broken_off and not (resume or clean):
             logger.warning("%s has a run that was broken off; this one begins anew (--resume goes on with it)", output)  # fmt: skip
@@ -136,11 +147,15 @@ def run(
 
 
 def open_folder(
-    engine: Path | TritonUrl, options: RunOptions, classes: Sequence[int] | None, outputs: Outputs
+    engine: Path | TritonUrl,
+    options: RunOptions,
+    classes: Sequence[int] | None,
+    outputs: Outputs,
+    report: Path | None,
 ) -> RunFolder:
     """The output folder, and what its files are made with."""
     made_with = run_identity(
-        files.sha256(engine) if isinstance(engine, Path) else str(engine),
+        model_identity(engine) if isinstance(engine, Path) else str(engine),
         options,
         classes,
         labels=outputs.labels,
@@ -150,7 +165,23 @@ def open_folder(
         tsv_header=outputs.tsv_header,
     )
     planned = planned_files(outputs.names.values(), outputs.labels, outputs.suffixes)
-    return RunFolder(outputs.folder, planned, made_with)
+    if report is not None and report.absolute().is_relative_to(outputs.folder.absolute()):
+        planned.append(report.absolute().relative_to(outputs.folder.absolute()))
+    return RunFolder(outputs.folder, planned, outputs.suffixes, made_with)
+
+
+def model_identity(path: Path) -> str:
+    """A hash of a model's file and of those beside it that belong to it: an engine's sidecar, an
+    ONNX file's external data.
+    """
+    parts = [path]
+    if files.is_beside(sidecar_path(path)):
+        parts.append(sidecar_path(path))
+    if path.suffix.lower() == ".onnx":
+        graph = read_onnx(path, weights=False).graph
+        parts += sorted(path.parent / name for name in set(external_files(graph)))
+    hashes = [files.sha256(part) for part in parts]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def detect_and_write(
@@ -201,7 +232,7 @@ def detect_and_write(
                 speed.count(batcher.batch_size)
             count += 1
         check_read(batcher, count)
-    folder.finish()
+    folder.finish([outputs.names[path] for path, _ in batcher.failures])
     speed.stop()
     skipped = len(batcher.failures)
     logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {speed}")
@@ -233,11 +264,13 @@ class Speed:
         self._end = time.perf_counter()
 
     def __str__(self) -> str:
-        if self._done > self._first:
+        seconds = f"{self._end - self._start:.1f} s"
+        if not self._done:
+            return seconds
+        if self._done > self._first > 0:
             rate = (self._done - self._first) / (self._end - self._warm)
-        else:
-            rate = self._done / (self._end - self._start)
-        return f"{self._end - self._start:.1f} s, {rate:.1f} images/s after the first batch"
+            return f"{seconds}, {rate:.1f} images/s after the first batch"
+        return f"{seconds}, {self._done / (self._end - self._start):.1f} images/s"
 
 
 def write_report(
@@ -315,7 +348,7 @@ def find_kept(
         one = done.get(name.as_posix())
         if (
             one is not None
-            and one.id == image_ids.get(path)
+            and (one.id, one.image) == (image_ids.get(path), fingerprint(path))
             and all(naming.with_suffix_added(output / name, s).is_file() for s in suffixes)
         ):
             kept[path] = one.text

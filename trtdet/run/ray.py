@@ -99,9 +99,8 @@ def run_on_ray(
     identity = run_identity(digest, options, class_ids)
     names = dict(zip(paths, naming.output_names(paths, root), strict=True))
     planned = naming.planned_files(names.values(), texts, (".tsv",))
-    folder = RunFolder(output, [*planned, Path("detections.parquet")], identity)
+    folder = RunFolder(output, [*planned, Path("detections.parquet")], (".tsv",), identity)
     detect_on_ray(engine.absolute(), list(by_absolute), output, options, address, workers, identity)
-    folder.start(clean=clean, partial=False)
     count = boxes = skipped = 0
     with (
         ray_cluster.Results(output / PARTIAL, identity) as done,
@@ -119,6 +118,8 @@ def run_on_ray(
                 logger.warning("skipped: %s", found)
                 skipped += 1
                 continue
+            if not count:
+                folder.start(clean=clean, partial=False)
             writer.write(ImageResult(by_absolute[path], found, None))
             count += 1
             boxes += len(found)
