@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from trtdet import files
 
@@ -124,3 +125,27 @@ def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
 )
 def test_control_characters_are_escaped(name: str, shown: str) -> None:
     assert files.printable(name) == shown
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("redirected", [True, False])
+def test_what_goes_to_stdout_is_added_to_it(name: str, redirected: bool, tmp_path: Path) -> None:
+    """A pipe is written into, and a file that stdout goes to is not replaced."""
+    code = f"""
+import sys
+from pathlib import Path
+from trtdet.files import write_text
+print("before", flush=True)
+write_text(Path("{name}"), "content\\n")
+print("after")
+"""
+    command = [sys.executable, "-c", code]
+    log = tmp_path / "log"
+    if redirected:
+        with log.open("ab") as file:
+            subprocess.run(command, stdout=file, cwd=ROOT, check=True)
+        found = log.read_text()
+    else:
+        found = subprocess.run(command, capture_output=True, cwd=ROOT, check=True, text=True).stdout
+    assert found == "before\ncontent\nafter\n"
+    assert list(tmp_path.iterdir()) == ([log] if redirected else [])

@@ -62,15 +62,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written; names it, also where the disk is full.
     """
     path = Path(path)
-    target = Path(os.path.realpath(path)) if path.is_symlink() else path
     try:
-        if _is_special(target):
+        if _is_special(path):
             with tempfile.TemporaryDirectory() as folder:
                 temporary = Path(folder, f"content{path.suffix}")
                 yield temporary
-                with open(temporary, "rb") as source, open(target, "wb", buffering=0) as special:
+                with open(temporary, "rb") as source, open(path, "ab", buffering=0) as special:
                     shutil.copyfileobj(source, special)
             return
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
         temporary = _temporary_beside(target)
         try:
             yield temporary
@@ -92,8 +92,14 @@ def _move(temporary: Path, target: Path) -> None:
         raise type(error)(error.errno, error.strerror, str(target)) from error
 
 
+#: Paths of files that this process has open.
+_OPEN_FILE = re.compile(r"/dev/(stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
+
+
 def _is_special(path: Path) -> bool:
-    """Whether this is a device or a FIFO."""
+    """Whether this is a device, a FIFO or an open file, such as /dev/stdout, whatever that is."""
+    if _OPEN_FILE.fullmatch(str(path)):
+        return True
     try:
         mode = os.stat(path).st_mode
     except OSError:  # nothing there, or nothing that can be reached: writing says which
@@ -282,6 +288,9 @@ def kind_of(start: bytes) -> str:
     for magic, kind in OTHER_FILES.items():
         if start.startswith(magic):
             return kind
+    # Protobuf: field 1, the version of ONNX's format, and then a field of text or messages.
+    if re.match(rb"\x08[\x01-\x1f][\x12\x1a2:B]", start):
+        return "an ONNX file (name it .onnx)"
     return "a text file" if all(byte in TEXT_BYTES for byte in start) else ""
 
 

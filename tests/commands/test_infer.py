@@ -905,6 +905,7 @@ def test_all_images_may_be_done(toy: Path, tmp_path: Path, monkeypatch: pytest.M
         ("d0.engine", b"", "an engine of build_engine.py, found an empty file"),
         ("d0.engine", b"PK\x03\x04" + bytes(600), "found a ZIP archive"),
         ("d0.engine", b"some text\n", "found a text file"),
+        ("d0.engine", b"\x08\x08\x12\x06trtdet", "found an ONNX file (name it .onnx)"),
     ],
 )  # fmt: skip
 def test_what_is_no_model(

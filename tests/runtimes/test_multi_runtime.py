@@ -183,6 +183,14 @@ def opened() -> Iterator[list[str]]:
     _listeners.remove(listener)
 
 
+def test_a_tensorrt_that_is_missing_is_said_before_a_gpu_that_is(
+    rig: Callable[..., Rig], engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig(name="tensorrt_rtx", version="1.7.0.1", devices=0)
+    with pytest.raises(EngineError, match=r"was built by TensorRT 10\.13.*pip install tensorrt"):
+        open_devices(engine, "all")
+
+
 @pytest.mark.parametrize("sidecar", [True, False])
 def test_the_engine_is_read_once_for_all_gpus(
     rig: Callable[..., Rig],

@@ -27,7 +27,7 @@ from trtdet import cuda
 from trtdet.errors import EngineError
 from trtdet.runtimes.base import AnyBatch, BatchTimes, Outputs, Runtime, naming_batch
 from trtdet.runtimes.trt import TensorRTRuntime
-from trtdet.runtimes.trt_load import read_engine
+from trtdet.runtimes.trt_load import flavor_of, read_engine
 
 
 def open_devices(
@@ -42,6 +42,8 @@ def open_devices(
     Raises:
         EngineError: a GPU is not there, or does not fit the engine.
     """
+    file = read_engine(path)  # once for all
+    flavor_of(file)  # a TensorRT that is missing is said before a GPU that is
     count = cuda.device_count()
     numbers = range(count) if devices == "all" else devices
     missing = [number for number in numbers if number >= count]
@@ -50,7 +52,6 @@ def open_devices(
         raise EngineError(
             f"--devices: there is no GPU {', '.join(map(str, missing))}: {here} here ({count} in all); choose among these, or give 'all'"
         )
-    file = read_engine(path)  # once for all
     with ExitStack() as stack:
         opened = [
             stack.enter_context(TensorRTRuntime(file, device=number, **options))

@@ -236,6 +236,24 @@ def read_engine(path: Path) -> EngineFile:
     return EngineFile(path, plan, info, info.spec if info else None)
 
 
+def flavor_of(file: EngineFile) -> Flavor:
+    """The TensorRT that is to load an engine.
+
+    Raises:
+        EngineError: it is not installed; says what to install.
+    """
+    info = file.info
+    try:
+        return find_flavor(info.flavor if info else None)
+    except EngineError as error:
+        if info is None:
+            raise
+        raise EngineError(
+            f"{file.path} was built by {FLAVORS[info.flavor]} {info.version}: {error}; or build it again "
+            "with the TensorRT that is here, build_engine.py"
+        ) from error
+
+
 def load_engine(
     file: EngineFile,
     device: DeviceInfo,
@@ -250,15 +268,7 @@ def load_engine(
             to do.
     """
     path, info = file.path, file.info
-    try:
-        flavor = find_flavor(info.flavor if info else None)
-    except EngineError as error:
-        if info is None:
-            raise
-        raise EngineError(
-            f"{path} was built by {FLAVORS[info.flavor]} {info.version}: {error}; or build it again "
-            "with the TensorRT that is here, build_engine.py"
-        ) from error
+    flavor = flavor_of(file)
     if info is not None:
         check_fit(path, info, flavor, device, plugins=plugins, allow_host_code=allow_host_code)
     flavor.load_plugins(plugins)
