@@ -3,6 +3,7 @@
 read again in NumPy.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -484,3 +485,21 @@ def test_images_of_a_yolox_come_as_yolox_takes_them_and_can_be_said(
     origins = {f.name: f.origin for f in spec.evidence}
     assert origins["normalisation"] == "given: --preprocessor unit"
     assert origins["resize"] == "given: --placement"
+
+
+def test_rows_that_no_framework_is_known_by_do_not_say_how_pictures_are_placed(
+    tmp_path: Path,
+) -> None:
+    """Read as a YOLO on request; where the picture lies in the input is asked for."""
+    model = networks.v8()
+    del model.metadata_props[:]
+    source = source_of(model, tmp_path)
+    unit = Hints(preprocessor="unit", channel_order="rgb")
+    with pytest.raises(GraphError, match=r"--resize_mode stretch, or letterbox with --placement"):
+        yolo.read(source, unit)
+    placed = dataclasses.replace(unit, placement="top_left", pad_rgb=(114.0, 114.0, 114.0))
+    reading = yolo.read(source, placed)
+    facts = {fact.name: fact.origin for fact in reading.facts}
+    assert facts["family"] == "given: --family"
+    assert facts["resize"] == "given: --placement --pad_color"
+    assert reading.spec.preprocessing.placement == "top_left"

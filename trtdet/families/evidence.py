@@ -33,6 +33,10 @@ READ, MEASURED, GIVEN, CONVENTION, ASSUMED, CHOSEN = (
     "ASSUMED: ",
     "default: ",
 )
+#: What says how pictures are placed.
+RESIZE_OPTION = (
+    "--resize_mode stretch, or letterbox with --placement top_left|center and --pad_color R,G,B"
+)
 
 
 @dataclass

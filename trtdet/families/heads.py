@@ -75,9 +75,6 @@ NAME = "heads"
 IS_GENERAL = True
 
 SCORE_THRESHOLD, IOU_THRESHOLD, MAX_DETECTIONS = 0.001, 0.6, 300
-RESIZE_OPTION = (
-    "--resize_mode stretch, or letterbox with --placement top_left|center and --pad_color R,G,B"
-)
 
 
 def matches(source: Source) -> bool:
@@ -204,7 +201,7 @@ def _preprocessing(
     if resize is None and known.resize:
         resize, origin = known.resize, ev.CONVENTION + known.name
     if resize is None:
-        evidence.ask(ev.RESIZE, RESIZE_OPTION, "stretch")
+        evidence.ask(ev.RESIZE, ev.RESIZE_OPTION, "stretch")
         resize = "stretch"
     elif resize == "letterbox":
         placement = placement or (known.placement if known.resize else None)

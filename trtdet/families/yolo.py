@@ -194,7 +194,7 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
     evidence.add(
         ev.FAMILY,
         f"{NAME} ({head.kind})",
-        "read: metadata" if metadata.names else f"{ev.MEASURED}only {kind} exports such rows",
+        family_origin(metadata, kind),
     )
     convention = None
     if kind:
@@ -208,7 +208,7 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
     declared = _declared_size(source.graph) is not None
     note_facts(
-        evidence, pixels, head, metadata, kind or "", labels, size_hw, declares_size=declared
+        evidence, pixels, head, metadata, kind or "YOLO", labels, size_hw, declares_size=declared
     )
     return Reading(
         spec=ModelSpec(
@@ -235,9 +235,16 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
         notes=notes_of(metadata, head, unknown),
         size_multiple=_size_multiple(source.graph, head),
         facts=evidence.settle(),
-        final=_final(final, head, metadata) if not unknown else None,
+        final=_final(final, metadata) if not unknown else None,
         takes=IMAGE_HINTS | ({"rotated_nms"} if metadata.is_rotated else set()),
     )
+
+
+def family_origin(metadata: Metadata, kind: str | None) -> str:
+    """Where it is known from that this is a YOLO of some kind."""
+    if metadata.names:
+        return "read: metadata"
+    return f"{ev.MEASURED}only {kind} exports such rows" if kind else f"{ev.GIVEN}--family"
 
 
 def _check_explained(
@@ -260,10 +267,8 @@ def _check_explained(
         )
 
 
-def _final(final: Head, head: Head, metadata: Metadata) -> Final | None:
-    """The rows of an end-to-end export, for the comparison to the end; of one with NMS inside,
-    by its own thresholds.
-    """
+def _final(final: Head, metadata: Metadata) -> Final | None:
+    """The rows of an end-to-end export, for the comparison to the end; None for others."""
     if final.kind != "end_to_end" or metadata.is_rotated or metadata.nms_inside:
         return None
 

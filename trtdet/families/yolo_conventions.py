@@ -56,7 +56,12 @@ def preprocessing_of(
         if resize == "stretch"
         else f"letterbox, {placement.replace('_', ' ')} on {pad[0]:g}"
     )
-    evidence.add(ev.RESIZE, text, ev.GIVEN + " ".join(given) if given else f"{ev.CONVENTION}{kind}")
+    said = kind or hints.resize == "stretch" or (hints.placement and hints.pad_rgb)
+    if said:
+        origin = ev.GIVEN + " ".join(given) if given else f"{ev.CONVENTION}{kind}"
+        evidence.add(ev.RESIZE, text, origin)
+    else:  # --family yolo of rows that no framework is known by
+        evidence.ask(ev.RESIZE, ev.RESIZE_OPTION, text)
     return dataclasses.replace(
         base,
         mean=normal.mean,
