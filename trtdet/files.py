@@ -128,7 +128,12 @@ def _temporary_beside(target: Path) -> Path:
 
 
 def _host() -> str:
-    return platform.node() or "host"
+    """Of all machines and containers whose process numbers mean other processes."""
+    try:
+        space = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:  # no Linux
+        space = "0"
+    return f"{platform.node() or 'host'}-{space}"
 
 
 def _remove_left_over(folder: Path) -> None:

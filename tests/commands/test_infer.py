@@ -838,7 +838,7 @@ def test_another_run_is_not_gone_on_with(toy: Path, tmp_path: Path, monkeypatch:
 
 
 def test_other_images_of_the_same_names_are_not_done(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """Another folder, and a picture that was replaced: nothing of the run that was broken off fits."""
+    """Another folder, and a picture that was replaced: the run that was broken off does not fit."""
     for day, red in (("a", 100), ("b", 200)):
         for number in range(4):
             image(tmp_path / day / f"{number}.png", red=red + number, green=number % 5, blue=0)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-
-
 import io
+import json
 import re
 import zlib
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trtdet.results import naming
+from trtdet.results import coco, naming
 from trtdet.results.naming import (
     check_apart,
     encode_png,
@@ -127,3 +126,19 @@ def test_pictures_are_written_as_their_suffix_says(tmp_path: Path) -> None:
         with Image.open(path) as picture:
             assert picture.format == kind
             assert np.abs(np.asarray(picture).astype(int) - image).max() <= 2
+
+
+def test_ids_of_odd_names_can_be_read_again(tmp_path: Path) -> None:
+    """An escape in a file name is text in detections.json, and readable as such."""
+    paths = [tmp_path / "a\x1b[2J.png", tmp_path / "b.png"]
+    ids = coco.name_images(paths, tmp_path)
+    assert list(ids.values()) == ["a\\x1b[2J.png", "b.png"]
+    images = [{"id": n, "file_name": name} for n, name in enumerate(ids.values(), 1)]
+    categories = [{"id": 1, "name": "one"}]
+    content = {"images": images, "annotations": [], "categories": categories}
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    rows = [{"image_id": i, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5} for i in ids.values()]  # fmt: skip
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    annotations = coco.read_annotations(tmp_path / "truth.json")
+    found = coco.read_results(tmp_path / "found.json", annotations)
+    assert [entry["image_id"] for entry in found] == [1, 2]

@@ -115,14 +115,14 @@ def relative_name(path: Path, root: Path) -> str:
 
 def name_images(paths: Sequence[Path], root: Path) -> dict[Path, int | str]:
     """Image ids without an annotation file: the stems where all are different whole numbers, as
-    COCO's are, else the file names.
+    COCO's are, else the file names, their control characters escaped.
     """
     stems = [path.stem for path in paths]
     if all(stem.isascii() and stem.isdigit() for stem in stems):
         numbers = [int(stem) for stem in stems]
         if len(set(numbers)) == len(numbers):
             return dict(zip(paths, numbers, strict=True))
-    return {path: relative_name(path, root) for path in paths}
+    return {path: files.printable(relative_name(path, root)) for path in paths}
 
 
 def _polygon(entry: Mapping[str, Any]) -> Any:

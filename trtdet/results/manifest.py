@@ -245,8 +245,8 @@ class RunFolder(Closing):
             self._partial = None
 
     def _write_manifest(self, *, complete: bool) -> None:
-        # Only what was written, so that nothing else is ever removed; what is kept of an earlier run
-        # can be removed later.
+        # Only what was written, so that nothing else is ever removed; what is kept of an earlier
+        # run can be removed later.
         earlier = [*self.before.files, *self._written_by_unfinished()] if self.before else []
         names = {*earlier, *(self._planned if complete else ())}
         content = {
