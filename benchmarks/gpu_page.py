@@ -54,7 +54,7 @@ def render(report: Mapping[str, Any], facts: Facts) -> str:
     Args:
         report: what the JSON file says.
     """
-    headlines = {"pass": "✓ It works on this GPU", "fail": "✗ Something failed", "stand-in": "◦ Tried with a stand-in: no TensorRT engine was run"}  # fmt: skip
+    headlines = {"pass": "✓ It works on this GPU", "fail": "✗ Something failed", "nothing": "✗ Nothing was run", "stand-in": "◦ Tried with a stand-in: no TensorRT engine was run"}  # fmt: skip
     parts = [
         f'<header class="verdict {report["verdict"]}"><h1 id="verdict">{headlines[report["verdict"]]}</h1><p>{escape(report["summary"])}</p></header>',
         f'<p class="facts">trtdet {escape(report["trtdet"])} · {escape(report["ran_by"])} · {escape(report["model"])}</p>',

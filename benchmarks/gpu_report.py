@@ -4,16 +4,18 @@
 
 Every step on the example model and pictures, in one page and one JSON file for a report.
 
-    bash examples/gpu.sh python benchmarks/gpu_report.py --model d0.onnx --input val2017
-    --annotations instances_val2017.json
+    bash examples/gpu.sh
+    python benchmarks/gpu_report.py --model d0.onnx --input val2017 \\
+        --annotations instances_val2017.json
 
 In FP32, FP16 and INT8, and in BF16 and FP8 if the card has them: builds an engine, runs it,
 compares it with ONNX Runtime, measures AP and latency, and runs trtexec on the same engine if it is
 installed. Then the runtime itself: all GPUs, an interrupted run, `pytest -m gpu`,
 compute-sanitizer. About ten minutes.
 
-Writes gpu_report.html and gpu_report.json; they name no host and no user. Exit status: 0 all lines
-pass; 1 a line failed, or there is no GPU with TensorRT; 2 wrong usage.
+Writes gpu_report.html and gpu_report.json; they name no host and no user. Exit status: 0 a model
+ran and no line failed; 1 a line failed, or nothing was run, or there is no GPU with TensorRT; 2
+wrong usage.
 
 --stand_in tries the report itself on any machine: ONNX Runtime runs the models in each precision.
 No line is called "pass" then, and every figure says what ran it.
@@ -71,9 +73,12 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """ "pass" only where TensorRT ran and nothing failed."""
+        """ "pass" only where TensorRT ran and nothing failed; "nothing" where no model ran."""
         if self.failed:
             return "fail"
+        good = "ok" if self.stand_in else "pass"
+        if not any(line.name.endswith(gpu_steps.FIND) and line.status == good for line in self.lines):  # fmt: skip
+            return "nothing"
         return "stand-in" if self.stand_in else "pass"
 
     def summary(self) -> str:
@@ -82,7 +87,8 @@ class Report:
         done = counts["ok" if self.stand_in else "pass"]
         if self.stand_in:
             return f"No TensorRT engine was run. Stand-in: {done} lines ran, {counts['fail']} failed, {counts['skipped']} skipped"
-        return f"{done} lines pass, {counts['fail']} fail, {counts['skipped']} skipped"
+        text = f"{done} lines pass, {counts['fail']} fail, {counts['skipped']} skipped"
+        return f"Nothing was run: {text}" if self.verdict == "nothing" else text
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -190,11 +196,15 @@ def measure(setup: Setup, precisions: Sequence[str], rows: list[Row], convert: b
     if setup.annotations:
         line, reference = gpu_steps.evaluate(setup, "float32 in ONNX Runtime: eval_coco.py", setup.model, setup.out / "reference.json", ["--provider", "cpu"])  # fmt: skip
         yield line
+    built = []  # in this run: the folder may have engines of an earlier one
     for precision in precisions:
         row = Row(precision)
         rows.append(row)
-        yield from gpu_steps.precision_lines(setup, precision, row, reference)
-    engine = next((path for p in ("fp16", *precisions) if (path := setup.out / p / "model.engine").is_file()), None)  # fmt: skip
+        for line in gpu_steps.precision_lines(setup, precision, row, reference):
+            yield line
+            if line.name == f"{precision}{gpu_steps.BUILD}" and line.status == setup.good:
+                built.append(precision)
+    engine = next((setup.out / p / "model.engine" for p in ("fp16", *precisions) if p in built), None)  # fmt: skip
     if setup.stand_in:
         engine = None
         gpu_steps.write_standin(setup)
@@ -244,7 +254,7 @@ def run(args: argparse.Namespace) -> int:
     files.write_text(pages[1], json.dumps(report.to_dict(), indent=2) + "\n")
     files.write_text(pages[0], gpu_page.render(report.to_dict(), report.facts))
     print("", gpu_page.table_text(rows), "", *pages, report.summary(), sep="\n")
-    return 1 if report.failed else 0
+    return 1 if report.verdict in ("fail", "nothing") else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,6 +34,8 @@ LIMIT_S = 900
 LOG_CHARACTERS = 6000
 #: Images of the step that is interrupted.
 MANY_IMAGES = 600
+#: Names of lines, after that of the precision: of its build, and of the first run of its model.
+BUILD, FIND = ": build", ": infer.py"
 #: The first compute capability with each type.
 CAPABILITY_OF = {"bf16": (8, 0), "fp8": (8, 9)}
 
@@ -209,7 +211,7 @@ def skipped_precision(setup: Setup, precision: str) -> str:
 def precision_lines(setup: Setup, precision: str, row: Row, reference_ap: float | None) -> Iterator[Line]:  # fmt: skip
     """Build, run, compare, measure; fills `row`."""
     if why := skipped_precision(setup, precision):
-        yield Line(f"{precision}: build", "skipped", why)
+        yield Line(f"{precision}{BUILD}", "skipped", why)
         return
     folder = setup.out / precision
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,7 +244,7 @@ def build(setup: Setup, precision: str, folder: Path, row: Row) -> tuple[Line, P
             options += ["--compute_capability", "{}.{}".format(*capability)]
     for old in (engine, engine.with_name("model.engine.json"), typed):
         old.unlink(missing_ok=True)
-    line, outcome = setup.run(f"{precision}: build", setup.script("build_engine.py", *options))
+    line, outcome = setup.run(f"{precision}{BUILD}", setup.script("build_engine.py", *options))
     built = typed if setup.stand_in else engine
     if line.status == "fail" or not built.is_file():
         return changed(line, status="fail", detail=line.detail or f"no {built.name}"), None
@@ -265,7 +267,7 @@ def find(setup: Setup, precision: str, model: Path, folder: Path) -> Iterator[Li
     """infer.py finds something."""
     found = folder / "found"
     command = setup.script("infer.py", "--model", model, "--input", setup.source, "--output", found, *run_options(setup))  # fmt: skip
-    line, _ = setup.run(f"{precision}: infer.py", command)
+    line, _ = setup.run(f"{precision}{FIND}", command)
     if line.status != "fail":
         count = len(read_json(found / "detections.json", []))
         pictures = len(list(found.rglob("*.png")))

@@ -8,7 +8,7 @@
 #
 # A Python that has TensorRT and the rest is used as it is; else .venv is made, with TensorRT from PyPI.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 tensorrt=requirements-tensorrt.txt
 case " $* " in
@@ -30,8 +30,12 @@ needed = ("msgspec", "numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "cv2",
 sys.exit(any(find_spec(name) is None for name in needed) or not (find_spec("tensorrt") or find_spec("tensorrt_rtx")))
 '
 python=${PYTHON:-python3}
+case $python in /*) ;; */*) python=$PWD/$python ;; esac
 if ! "$python" -c "$ready" 2>/dev/null; then
-  source scripts/setup.sh requirements.txt requirements-tensorflow.txt $tensorrt requirements-dev.txt
-  python=python
+  here=$PWD # options name files from here
+  PYTHON=$python
+  source "$root/scripts/setup.sh" requirements.txt requirements-tensorflow.txt $tensorrt requirements-dev.txt
+  cd "$here"
+  python=$root/.venv/bin/python
 fi
-exec "$python" benchmarks/gpu_report.py "$@"
+exec "$python" "$root/benchmarks/gpu_report.py" "$@"

@@ -4,6 +4,7 @@ not.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -110,13 +111,69 @@ def test_a_failed_line_is_open_and_escaped(tmp_path: Path) -> None:
 
 
 def test_it_passes_only_where_nothing_failed_and_tensorrt_ran() -> None:
-    good, bad, left = (Line("x", status) for status in ("pass", "fail", "skipped"))
+    good, ok, bad, left = (Line("fp16: infer.py", status) for status in ("pass", "ok", "fail", "skipped"))  # fmt: skip
+    built = Line("fp16: build", "pass")
     facts = Facts("Linux", "3.11")
-    verdicts = [
-        gpu_report.Report("TensorRT", stand_in, "m", (), lines, facts).verdict
-        for stand_in, lines in ((False, (good, left)), (False, (good, bad)), (True, (good,)), (True, (bad,)))
+    reports = [
+        gpu_report.Report("TensorRT", stand_in, "m", (), lines, facts)
+        for stand_in, lines in (
+            (False, (good, left)), (False, (good, bad)), (True, (ok,)), (True, (bad,)),
+            (False, (built, left)), (False, (ok,)), (True, (left,)), (False, ()),
+        )
     ]  # fmt: skip
-    assert verdicts == ["pass", "fail", "stand-in", "fail"]
+    assert [r.verdict for r in reports] == ["pass", "fail", "stand-in", "fail"] + ["nothing"] * 4
+    assert reports[4].summary() == "Nothing was run: 1 lines pass, 0 fail, 1 skipped"
+    page = gpu_page.render(reports[4].to_dict(), facts)
+    assert "✗ Nothing was run" in page and "It works" not in page
+
+
+def test_where_nothing_is_run_it_does_not_pass(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """A card without the only type that was asked for."""
+    monkeypatch.setattr(gpu_steps, "skipped_precision", lambda setup, precision: "has none")
+    options = ["--stand_in", "--precisions", "bf16", "--skip", *gpu_report.OPTIONAL]
+    arguments = [*options, "--model", tiny_onnx, "--input", EXAMPLES / "images", "--output", tmp_path / "out"]  # fmt: skip
+    assert gpu_report.main([str(a) for a in arguments]) == 1
+    assert json.loads((tmp_path / "out" / "gpu_report.json").read_text())["verdict"] == "nothing"
+
+
+@pytest.mark.parametrize(("precisions", "used"), [(["bf16"], None), (["bf16", "int8"], "int8"), (["bf16", "fp16"], "fp16")])  # fmt: skip
+def test_an_engine_of_an_earlier_report_is_not_run(precisions: list[str], used: str | None, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def execute(command: Sequence[str]) -> Outcome:
+        if command[1] == "build_engine.py":
+            Path(command[command.index("--engine") + 1]).write_bytes(b"new")
+        return Outcome(0, "", 1.0)
+
+    for name in ("fp16", "bf16"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.engine").write_bytes(b"old")
+    taken = []
+    monkeypatch.setattr(gpu_report, "runtime_lines", lambda setup, engine, batch: taken.append(engine) or [])  # fmt: skip
+    setup = replace(setup_with(tmp_path, Outcome(0, "", 0)), execute=execute, model=tiny_onnx, annotations=None, capability=(7, 5))  # fmt: skip
+    lines = list(gpu_report.measure(setup, precisions, [], convert=False))
+    assert taken == ([tmp_path / used / "model.engine"] if used else [])
+    assert (lines[-1] == Line("the runtime", "skipped", "no engine was built")) == (used is None)
+
+
+def test_help_shows_its_commands_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_report.parse_args(["--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    at = lines.index("bash examples/gpu.sh")
+    assert lines[at + 1 : at + 3] == [
+        "python benchmarks/gpu_report.py --model d0.onnx --input val2017 \\",
+        "--annotations instances_val2017.json",
+    ]
+
+
+def test_the_script_leaves_paths_to_the_folder_of_its_caller(tmp_path: Path) -> None:
+    """A stand-in for Python that has everything: it says where it is, and what it is given."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || { pwd; printf "%s\\n" "$@"; }\n')
+    python.chmod(0o755)
+    options = ["--stand_in", "--model", "mine/d0.onnx", "--input", "my photos"]
+    done = subprocess.run(["bash", ROOT / "examples" / "gpu.sh", *options], cwd=tmp_path, env={**os.environ, "PYTHON": "bin/python"}, capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout.splitlines() == [str(tmp_path.resolve()), str(ROOT / "benchmarks" / "gpu_report.py"), *options]  # fmt: skip
 
 
 def test_without_a_gpu_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -195,7 +252,7 @@ def test_a_command_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_script_names_files_that_are_there() -> None:
-    script = (ROOT / "examples" / "gpu.sh").read_text()
+    script = (ROOT / "examples" / "gpu.sh").read_text().replace("$root/", "")
     subprocess.run(["bash", "-n", ROOT / "examples" / "gpu.sh"], check=True)
     for word in re.findall(r"[\w./-]+", script):
         if word.endswith((".txt", "setup.sh")) or word == "benchmarks/gpu_report.py":

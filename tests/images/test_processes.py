@@ -233,6 +233,32 @@ for number, batch in enumerate(ImageBatcher(paths, Preprocessing((16, 24)), 4, w
         time.sleep(0.05)
 
 
+def test_ctrl_c_does_not_reach_processes_that_start(tmp_path: Path) -> None:
+    """Ctrl-C goes to all processes of a terminal; the parent alone is to answer."""
+    code = """
+import signal, time
+signal.signal(signal.SIGINT, lambda *_: None)
+from trtdet.images.prepare import Preparer
+from trtdet.images.processes import SharedMemory, Worker
+from trtdet.spec import Preprocessing
+with Worker(Preparer(Preprocessing((16, 24))), SharedMemory()) as worker:
+    print("started", flush=True)
+    while not worker.ready() and worker._pipe is not None:
+        time.sleep(0.01)
+    print("ready" if worker.ready() else "lost", flush=True)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None and parent.stdout.readline() == "started\n"
+        while parent.poll() is None:
+            os.killpg(parent.pid, signal.SIGINT)
+            time.sleep(0.02)
+        output, errors = parent.communicate()
+    assert (output, errors, parent.returncode) == ("ready\n", "", 0)
+
+
 def is_alive(pid: str) -> bool:
     """Whether a process runs: one that has ended and was not waited for does not."""
     try:

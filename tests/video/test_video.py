@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from conftest import EXAMPLES
 from PIL import Image
 
 from trtdet.commands import infer
+from trtdet.run.detect import open_model
 from trtdet.run.options import RunOptions
 from trtdet.spec import Preprocessing
 from trtdet.video.batches import FrameBatcher
 from trtdet.video.options import Live, VideoOptions, is_video, parse_source
-from trtdet.video.run import Drawing, plan_targets, run_video
+from trtdet.video.run import Drawing, open_batcher, plan_targets, run_video
 from trtdet.video.source import BrokenVideo, Info, Source, open_av
 
 RATE = 10
@@ -111,7 +114,9 @@ def test_the_annotated_video(tiny_onnx: Path, tmp_path: Path, capsys: pytest.Cap
     clip = write_video(tmp_path / "clip.mkv", shown, audio=True)
     target = tmp_path / "found" / "marked.mp4"
     assert run(tiny_onnx, clip, target) == 0
-    assert sorted(p.name for p in target.parent.iterdir()) == ["detections.json", "labels.txt", "marked.mp4", "marked.tsv"]  # fmt: skip
+    assert sorted(p.name for p in target.parent.iterdir()) == ["marked.json", "marked.mp4", "marked.tsv"]  # fmt: skip
+    listed = json.loads((target.parent / "marked.json").read_text())
+    assert len(listed) == len(rows(target.parent / "marked.tsv")) > 100
     assert "the sound is left out" in capsys.readouterr().err
     with av.open(str(target)) as container:
         stream = container.streams.video[0]
@@ -125,6 +130,17 @@ def test_the_annotated_video(tiny_onnx: Path, tmp_path: Path, capsys: pytest.Cap
     moved = np.abs(drawn.astype(int) - shown[0]).max(axis=2)
     assert (moved > 60).mean() > 0.01  # outlines and labels
     assert np.median(moved) < 12  # the rest is the picture
+
+
+def test_a_named_video_leaves_other_files_alone(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """`--output out.mp4` writes into a folder that is the user's."""
+    clip = write_video(tmp_path / "clip.mkv", pictures()[:2])
+    monkeypatch.chdir(tmp_path)
+    for name in ("labels.txt", "detections.json", "manifest.json"):
+        Path(name).write_text("mine")
+    assert run(tiny_onnx, clip, Path("out.mp4")) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mkv", "detections.json", "labels.txt", "manifest.json", "out.json", "out.mp4", "out.tsv"]  # fmt: skip
+    assert {Path(n).read_text() for n in ("labels.txt", "detections.json", "manifest.json")} == {"mine"}  # fmt: skip
 
 
 def test_times_of_a_variable_rate_are_kept(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -239,8 +255,11 @@ def test_a_password_is_not_printed() -> None:
         (["clip.mp4", "--benchmark"], "--benchmark"),
         (["photos", "--every", "2"], "--every: for a video; photos is none"),
         (["clip.mp4", "--every", "0"], "expected a whole number of at least 1"),
+        (["clip.mp4", "--no_images", "--output", "out.mp4"], "--no_images: writes no annotated video, and --output names one, out.mp4"),
+        (["clip.mp4", "--output", "out.avi"], "expected a folder, or a video with the suffix .mp4, .mov, .mkv or .webm, found out.avi"),
+        (["clip.mp4", "--no_images", "--output", "out.ts"], "not written as .ts"),
     ],
-)
+)  # fmt: skip
 def test_usage(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         infer.main(["--model", "m.onnx", "--output", "out", "--input", *options])
@@ -252,6 +271,17 @@ def test_the_video_that_is_read_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is the video that is read"):
         plan_targets(tmp_path, tmp_path / "clip.mp4", pictures=True)
     assert plan_targets(tmp_path, tmp_path / "clip.mp4", pictures=False).video is None
+
+
+def test_a_folder_may_have_the_name_of_a_video(tmp_path: Path) -> None:
+    folder = tmp_path / "found.avi"
+    folder.mkdir()
+    targets = plan_targets(folder, Path("clip.mp4"), pictures=True)
+    assert (targets.video, targets.labels) == (folder / "clip.mp4", folder)
+    with pytest.raises(ValueError, match=r"\.mp4, \.mov, \.mkv or \.webm"):
+        plan_targets(tmp_path / "other.avi", Path("clip.mp4"), pictures=True)
+    with pytest.raises(ValueError, match="--no_images"):
+        plan_targets(tmp_path / "other.mp4", Path("clip.mp4"), pictures=False)
 
 
 # ---- cameras and streams, by a fake source
@@ -271,11 +301,11 @@ class FakeFrame:
 
 class FakeCamera:
     """Opens as a stream of some frames, which then breaks; `breaks` says how many frames each
-    time, None: it cannot be opened.
+    time, None: it cannot be opened. With a duration it ends instead.
     """
 
-    def __init__(self, breaks: list[int | None], pause: float = 0.0) -> None:
-        self.breaks, self.pause = list(breaks), pause
+    def __init__(self, breaks: list[int | None], pause: float = 0.0, duration: float | None = None) -> None:  # fmt: skip
+        self.breaks, self.pause, self.duration = list(breaks), pause, duration
         self.opened = 0
 
     def __call__(self, video: Any) -> Any:
@@ -288,22 +318,22 @@ class FakeCamera:
             for number in range(count):
                 time.sleep(self.pause)
                 yield FakeFrame(number / RATE, number)
-            raise BrokenVideo("the connection was reset")
+            if self.duration is None:
+                raise BrokenVideo("the connection was reset")
 
-        return Info(None, Fraction(RATE), False), frames()
+        return Info(None, Fraction(RATE), False, self.duration), frames()
 
 
 @pytest.mark.parametrize(
     ("breaks", "numbers", "opened", "slept"),
     [
-        (
-            [3, 4],
-            7,
-            5,
-            [1, 1, 2, 4],
-        ),  # goes on after a break; then is given up after three attempts
-        ([3], 3, 4, [1, 2, 4]),
-        ([2, None, 2], 4, 6, [1, 2, 1, 2, 4]),
+        ([3], 3, 4, [1, 2, 4]),  # is given up after three attempts
+        ([3, 4], 7, 4, [1, 2, 4]),  # goes on after a break
+        ([3, 101], 104, 5, [1, 1, 2, 4]),  # ten seconds of frames: three attempts again
+        ([3, 100], 103, 4, [1, 2, 4]),  # less
+        ([2, None, 2], 4, 4, [1, 2, 4]),
+        ([2, None, 101, None, 2], 105, 6, [1, 2, 1, 2, 4]),
+        ([1] * 50, 4, 4, [1, 2, 4]),  # one frame each time does not go on for ever
     ],
 )
 def test_a_stream_that_breaks_is_opened_again(breaks: list[int | None], numbers: int, opened: int, slept: list[float]) -> None:  # fmt: skip
@@ -315,6 +345,42 @@ def test_a_stream_that_breaks_is_opened_again(breaks: list[int | None], numbers:
     assert times == sorted(times)
     assert (camera.opened, pauses) == (opened, slept)
     assert source.ended == f"the connection was reset; it ends after {numbers} frames"
+
+
+def test_an_address_with_a_duration_is_a_file() -> None:
+    """It is read to its end once, and a slow consumer gets every frame."""
+    camera = FakeCamera([60, 60], duration=6.0)
+    source = Source(Live("https://host/clip.mp4"), open_video=camera, sleep=lambda s: None)
+    assert not source.is_live
+    with FrameBatcher(source, Preprocessing((32, 32)), 2) as batcher:
+        seen = []
+        for batch in batcher:
+            time.sleep(0.005)
+            seen += [int(path.name) for path in batch.paths]
+    assert (seen, batcher.dropped) == (list(range(60)), 0)
+    assert (camera.opened, source.ended) == (1, "")
+    assert Source(Live("rtsp://x"), open_video=FakeCamera([1])).is_live
+
+
+def test_a_video_of_a_web_server_ends(tmp_path: Path) -> None:
+    write_video(tmp_path / "clip.mkv", pictures())
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(tmp_path))
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            source = Source(Live(f"http://127.0.0.1:{server.server_port}/clip.mkv"), sleep=lambda s: None)  # fmt: skip
+            frames = list(islice(source, 30))
+        finally:
+            server.shutdown()
+    assert source.info.duration == pytest.approx(12 / RATE, abs=0.01)
+    assert [frame.number for frame in frames] == list(range(12)) and source.ended == ""
+    np.testing.assert_array_equal(frames[7].pixels, pictures()[7])
 
 
 def test_a_stream_that_cannot_be_opened_is_an_error(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -345,6 +411,27 @@ def test_a_file_waits_for_a_slow_model(tmp_path: Path) -> None:
             time.sleep(0.01)
             seen += [int(path.name) for path in batch.paths]
     assert seen == list(range(48)) and batcher.dropped == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "size", "sizes"),
+    [
+        (VideoOptions(), 5, [5, 5, 2]),
+        (VideoOptions(duration=0.3), 3, [3]),  # no larger than the video is long
+    ],
+)
+def test_every_batch_has_one_size_where_another_takes_long(
+    part: VideoOptions, size: int, sizes: list[int], tiny_onnx: Path, tmp_path: Path
+) -> None:
+    clip = write_video(tmp_path / "clip.mp4", pictures())
+    source, options = Source(clip, part), RunOptions(provider="cpu", batch_size=5)
+    with open_model(tiny_onnx, options) as runtime:
+        runtime.one_size = True
+        with open_batcher(runtime, source, options) as batcher:
+            batches = list(batcher)
+    assert [len(batch.images) for batch in batches] == [size] * len(sizes)
+    assert [len(batch) for batch in batches] == sizes
+    assert not batches[-1].images[sizes[-1] :].any()
 
 
 def test_leaving_early_ends_the_threads(tmp_path: Path) -> None:

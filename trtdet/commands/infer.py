@@ -6,7 +6,7 @@
     infer.py --model model.engine --input photos --benchmark
     infer.py --model grpc://localhost:8001/model --input photos --output found
     infer.py --model model.engine --input photos --output found --ray local
-    infer.py --model model.engine --input clip.mp4 --output found/clip.mp4
+    infer.py --model model.engine --input clip.mp4 --output found
     infer.py --model model.engine --input rtsp://camera/stream --output found --duration 60
 
 For photos/a.jpg, the output folder gets:
@@ -28,10 +28,13 @@ one run.
 
 A video file, a camera or a stream becomes one annotated video (H.264 if PyAV has it, without
 sound), one TSV with two more columns in front, the number of the frame and its time in seconds,
-and detections.json with the number of the frame as image_id. Frames count from 0 at the beginning
-of the video, also with --start and --every. A file that is damaged gives what comes before the
-damage. A stream that breaks is opened again three times; Ctrl-C ends it with what there is. Frames
-of a stream that come faster than the model are dropped and counted.
+and detections.json with the number of the frame as image_id. If --output is a folder, these are
+clip.mp4, clip.tsv, detections.json and labels.txt. If it is a video (.mp4, .mov, .mkv, .webm), such
+as found/marked.mp4, only marked.tsv and marked.json are written beside it. Frames count from 0 at
+the beginning of the video, also with --start and --every. A file that is damaged gives what comes
+before the damage. A stream that breaks is opened again three times; Ctrl-C ends it with what there
+is. Frames of a stream that come faster than the model are dropped and counted. An address of a
+video with a known duration is treated as a file.
 
 --ray splits the images over the workers of a Ray cluster: one per GPU, or for an ONNX file one per
 core (--threads). It writes no pictures, and also detections.parquet with one row per image. An
@@ -83,7 +86,7 @@ from trtdet.commands.values import (
 from trtdet.results.options import ImageFormat
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import TritonUrl
-from trtdet.video.options import VideoOptions, is_video
+from trtdet.video.options import VideoOptions, check_output, is_video
 
 #: Names that are no folder's.
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -195,6 +198,11 @@ def check_video_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
     given = [option for name, option in NOT_FOR_VIDEO.items() if getattr(args, name)]
     if given:
         parser.error(f"{', '.join(given)}: not for a video; leave it out")
+    if args.output:
+        try:
+            check_output(args.output, pictures=not args.no_images)
+        except ValueError as error:
+            parser.error(str(error))
 
 
 def check_ray_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:

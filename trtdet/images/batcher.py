@@ -193,8 +193,8 @@ class ImageBatcher(Closing):
     their batch). Memory is bounded, whatever the number of images: by `prefetch` batches ahead, or
     as many as hold two images per worker; with `keep_sources` by their decoded images too. Threads
     scale with the cores, as OpenCV and Pillow release the GIL while they decode and resize. Leaving
-    a loop early, by break, an exception or Ctrl-C, ends the threads within the time of one image.
-    One thread at a time may ask for the next batch.
+    a loop early, by break, an exception or Ctrl-C, ends the threads within the time of one image,
+    with `processes` of four. One thread at a time may ask for the next batch.
 
     Attributes:
         failures: (path, message) of the images left out in the latest iteration.

@@ -12,7 +12,6 @@ import logging
 import math
 import mmap
 import os
-import signal
 import subprocess
 import sys
 import weakref
@@ -106,6 +105,7 @@ class Worker(Closing):
                 [sys.executable, "-c", code, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is the parent's, which ends this process
             )
             unless_it_starts.pop_all()
         self._send(preparer)
@@ -173,7 +173,6 @@ class Worker(Closing):
 
 def serve(pipe_file: int) -> None:
     """What the process does until the other end of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends this process
     cv2.setNumThreads(1)
     memories: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
     with Connection(pipe_file) as pipe:

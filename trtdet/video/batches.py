@@ -74,7 +74,7 @@ class FrameBatcher(Closing):
             with ThreadPoolExecutor(self._workers, thread_name_prefix="video") as pool:
                 pending: queue.SimpleQueue[Future[Batch]] = queue.SimpleQueue()
                 for frames in self._groups():
-                    pending.put(pool.submit(self._batch, frames, pool))
+                    pending.put(pool.submit(self._batch, frames))
                     if self._source.is_live or pending.qsize() > AHEAD:
                         yield pending.get().result()
                 while not pending.empty():
@@ -122,7 +122,7 @@ class FrameBatcher(Closing):
                 return
             yield group
 
-    def _batch(self, frames: list[Frame], pool: ThreadPoolExecutor) -> Batch:
+    def _batch(self, frames: list[Frame]) -> Batch:
         """Place some frames, one after the other: batches, not frames, are what the pool works
         on at the same time.
         """

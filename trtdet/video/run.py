@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model on a video: an annotated video, one TSV, detections.json."""
+"""A model on a video: an annotated video, one TSV, one JSON file in COCO's results format."""
 
 import json
 import logging
@@ -18,6 +18,7 @@ from trtdet.detections import TSV_ANGLE, TSV_COLUMNS, Detections, to_coco_result
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import find_classes, read_labels
 from trtdet.results import draw
+from trtdet.results.options import DRAW_THRESHOLD
 from trtdet.results.writer import ImageResult, write_labels
 from trtdet.run.detect import (
     check_score_threshold,
@@ -32,7 +33,7 @@ from trtdet.runtimes.options import TritonUrl
 from trtdet.spec import ModelSpec
 from trtdet.terminal import no_bar
 from trtdet.video.batches import FrameBatcher
-from trtdet.video.options import WRITTEN, Video, VideoOptions
+from trtdet.video.options import Video, VideoOptions, check_output, named_video
 from trtdet.video.sink import VideoSink
 from trtdet.video.source import Open, Source, load_av, open_av
 
@@ -41,11 +42,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Targets:
-    """What is written; `video` None: no annotated one."""
+    """What is written.
 
-    folder: Path
+    Attributes:
+        tsv, json: detections, the latter in COCO's results format.
+        video: the annotated one; None: none.
+        labels: the folder that gets the class names; None: they are not written.
+    """
+
     tsv: Path
+    json: Path
     video: Path | None
+    labels: Path | None
 
 
 @dataclass(frozen=True)
@@ -59,22 +67,25 @@ class Drawing:
     """
 
     pictures: bool = True
-    threshold: float = 0.3
+    threshold: float = DRAW_THRESHOLD
     tsv_header: bool = False
 
 
 def plan_targets(output: Path, video: Video, *, pictures: bool) -> Targets:
-    """Where results go: `found` gets clip.mp4, clip.tsv and detections.json; `found/x.mp4` is the
-    video itself, the others beside it.
+    """Where results go: the folder `found` gets clip.mp4, clip.tsv, detections.json and labels.txt;
+    beside the video `found/x.mp4` come x.tsv and x.json alone.
 
     Raises:
-        ValueError: the annotated video would replace the one that is read.
+        ValueError: the annotated video would replace the one that is read, or has a name that does
+            not go.
     """
-    name = video.stem if isinstance(video, Path) else video.name
-    if output.suffix.lower() in WRITTEN and not output.is_dir():
-        targets = Targets(output.parent, output.with_suffix(".tsv"), output)
+    check_output(output, pictures=pictures)
+    if named_video(output):
+        targets = Targets(output.with_suffix(".tsv"), output.with_suffix(".json"), output, None)
     else:
-        targets = Targets(output, output / f"{name}.tsv", output / f"{name}.mp4" if pictures else None)  # fmt: skip
+        name = video.stem if isinstance(video, Path) else video.name
+        drawn = output / f"{name}.mp4" if pictures else None
+        targets = Targets(output / f"{name}.tsv", output / "detections.json", drawn, output)
     if isinstance(video, Path) and targets.video and targets.video.resolve() == video.resolve():
         raise ValueError(f"--output: {targets.video} is the video that is read; choose another folder or name")  # fmt: skip
     return targets
@@ -102,7 +113,7 @@ def run_video(
         ValueError: no frame of it could be read.
     """
     targets = plan_targets(output, video, pictures=drawing.pictures)
-    files.check_folder(targets.folder)
+    files.check_folder(targets.tsv.parent)
     load_av()
     if labels is not None:
         read_labels(labels)  # before the model is loaded, which says how many it needs
@@ -115,7 +126,7 @@ def run_video(
         wanted = None if classes is None else find_classes(classes, texts, runtime.spec.num_classes)
         start = time.perf_counter()
         with ExitStack() as stack:
-            batcher = stack.enter_context(_open_batcher(runtime, source, options))
+            batcher = stack.enter_context(open_batcher(runtime, source, options))
             writer = _Writer(stack, targets, source, runtime.spec, texts, drawing)
             found = stack.enter_context(closing(detect(runtime, batcher, score_threshold=threshold, classes=wanted)))  # type: ignore[arg-type]  # fmt: skip
             try:
@@ -129,7 +140,8 @@ def run_video(
                 raise ValueError(f"--input: no frame of {video} could be read; {source.ended or '--start lies behind its end'}")  # fmt: skip
             writer.finish()
     seconds = time.perf_counter() - start
-    write_labels(targets.folder, texts)
+    if targets.labels:
+        write_labels(targets.labels, texts)
     _report(writer, batcher, source, targets, seconds)
     return not source.ended
 
@@ -140,20 +152,28 @@ def _report(writer: "_Writer", batcher: FrameBatcher, source: Source, targets: T
         logger.warning("%d frames were dropped, because they came faster than they were looked at", batcher.dropped)  # fmt: skip
     if source.ended:
         logger.warning("%s", source.ended)
-    for path in filter(None, (targets.video, targets.tsv, targets.folder / "detections.json")):
+    for path in filter(None, (targets.video, targets.tsv, targets.json)):
         print(path)
 
 
-def _open_batcher(runtime: Runtime, source: Source, options: RunOptions) -> FrameBatcher:
+def open_batcher(runtime: Runtime, source: Source, options: RunOptions) -> FrameBatcher:
+    """Batches of frames that `runtime` takes.
+
+    Raises:
+        ValueError: the model does not take batches of `options.batch_size`.
+    """
+    batch_size, smallest = pick_batch_size(runtime, options), runtime.batch_range[0]
+    if runtime.one_size and source.expected:
+        batch_size = max(smallest, min(batch_size, source.expected))
     preprocessing, resize = choose_input(runtime.spec.preprocessing, size=options.size, resize=options.resize, max_size=options.max_size)  # fmt: skip
     return FrameBatcher(
         source,
         preprocessing,
-        pick_batch_size(runtime, options),
+        batch_size,
         resample=options.resample,
         resize=resize,
         workers=options.workers,
-        pad_to_batch=runtime.batch_range[0] > 1,
+        pad_to_batch=smallest > 1 or runtime.one_size,
     )
 
 
@@ -172,7 +192,7 @@ class _Writer:
     ) -> None:  # fmt: skip
         self._spec, self._labels, self._drawing = spec, labels, drawing
         self._tsv = self._open(stack, targets.tsv)
-        self._json = self._open(stack, targets.folder / "detections.json")
+        self._json = self._open(stack, targets.json)
         self._sink = stack.enter_context(VideoSink(targets.video, source.info.rate)) if targets.video else None  # fmt: skip
         self._separator = "["
         self._has_header = not drawing.tsv_header

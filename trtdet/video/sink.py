@@ -18,6 +18,13 @@ logger = logging.getLogger(__name__)
 
 #: Ticks per second of the times in the file: of MPEG.
 TICKS = 90_000
+#: Those of encoders that take no more than 65535.
+FEWER_TICKS = {"mpeg4": 60_000}
+#: Encoder -> its options. mpeg4's quality: 4 of 1 (best) to 31, times 118; else it has 200 kbit/s.
+ENCODER_OPTIONS = {
+    "libx264": {"crf": "20", "preset": "veryfast"},
+    "mpeg4": {"flags": "+qscale", "global_quality": str(4 * 118)},
+}
 #: Container -> encoders, the first that is there is taken.
 ENCODERS = {".webm": ("libvpx-vp9", "libvpx")}
 USUAL_ENCODERS = ("libx264", "libopenh264", "mpeg4")
@@ -38,10 +45,13 @@ class VideoSink:
         self._stream: Any = None
         self._last = -1
         self._encoder = pick_encoder(self._av, path.suffix.lower())
+        self._ticks = FEWER_TICKS.get(self._encoder, TICKS)
 
     def __enter__(self) -> "VideoSink":
-        temporary = self._resources.enter_context(files.atomic_path(self._path))
-        self._container = self._resources.enter_context(self._av.open(str(temporary), "w"))
+        with ExitStack() as unless_it_opens:
+            temporary = unless_it_opens.enter_context(files.atomic_path(self._path))
+            self._container = unless_it_opens.enter_context(self._av.open(str(temporary), "w"))
+            self._resources = unless_it_opens.pop_all()
         return self
 
     def write(self, picture: ImageArray, seconds: float) -> None:
@@ -50,8 +60,8 @@ class VideoSink:
             self._begin(picture)
         frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         frame = frame.reformat(width=self._stream.width, height=self._stream.height, format=self._stream.pix_fmt)  # fmt: skip
-        frame.time_base = Fraction(1, TICKS)
-        frame.pts = self._last = max(round(seconds * TICKS), self._last + 1)
+        frame.time_base = Fraction(1, self._ticks)
+        frame.pts = self._last = max(round(seconds * self._ticks), self._last + 1)
         self._container.mux(self._stream.encode(frame))
 
     def _begin(self, picture: ImageArray) -> None:
@@ -59,9 +69,8 @@ class VideoSink:
         self._stream = self._container.add_stream(self._encoder, rate=self._rate)
         self._stream.width, self._stream.height = width + width % 2, height + height % 2  # 4:2:0
         self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.time_base = Fraction(1, TICKS)
-        if self._encoder == "libx264":
-            self._stream.options = {"crf": "20", "preset": "veryfast"}
+        self._stream.codec_context.time_base = Fraction(1, self._ticks)
+        self._stream.options = ENCODER_OPTIONS.get(self._encoder, {})
 
     def __exit__(
         self,
@@ -69,9 +78,12 @@ class VideoSink:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None and self._stream is not None:
-            self._container.mux(self._stream.encode(None))
-        self._resources.__exit__(kind, error, trace)
+        if kind is not None:
+            self._resources.__exit__(kind, error, trace)
+            return
+        with self._resources:  # an error of the last frames removes the file, too
+            if self._stream is not None:
+                self._container.mux(self._stream.encode(None))
 
 
 def pick_encoder(av: Any, suffix: str) -> str:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 #: How often a stream that breaks is opened again, and how long is waited before: 1, 2, 4 seconds.
 RETRIES = 3
 FIRST_PAUSE_S = 1.0
+#: Seconds of frames after which a stream that was opened again has all its attempts anew.
+STABLE_S = 10.0
 #: Seconds that a stream may be silent.
 TIMEOUT_S = 10.0
 INSTALL = "pip install -r requirements-video.txt"
@@ -54,11 +56,13 @@ class Info:
         frames: how many there are; None: not known.
         rate: frames per second, on average.
         has_audio: there is sound.
+        duration: seconds; None: not known, as of a camera or a live stream.
     """
 
     frames: int | None
     rate: Fraction
     has_audio: bool
+    duration: float | None = None
 
 
 #: Opens a video: what it is, and its frames as PyAV has them.
@@ -106,7 +110,8 @@ def open_av(video: Video) -> Opened:
         raise BrokenVideo(f"--input: {video}: expected a video, found no picture in it")
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
-    info = Info(_frame_count(stream), stream.average_rate or Fraction(25), bool(container.streams.audio))  # fmt: skip
+    duration = container.duration / av.time_base if container.duration else None
+    info = Info(_frame_count(stream), stream.average_rate or Fraction(25), bool(container.streams.audio), duration)  # fmt: skip
     return info, _decode(av, container, stream, video)
 
 
@@ -147,8 +152,8 @@ def upright(frame: Any) -> ImageArray:
 class Source:
     """The frames of one video that are wanted.
 
-    A file that is damaged ends where it is; a live one is opened again a few times. `ended` says
-    why it ended early.
+    A file that is damaged ends where it is; a live one is opened again a few times. An address
+    whose container knows its duration is a file. `ended` says why it ended early.
 
     Attributes:
         info: of the video.
@@ -170,7 +175,8 @@ class Source:
 
     @property
     def is_live(self) -> bool:
-        return isinstance(self._video, Live)
+        """Whether it goes on without end, and does not wait."""
+        return isinstance(self._video, Live) and self.info.duration is None
 
     @property
     def expected(self) -> int | None:
@@ -206,7 +212,9 @@ class Source:
                     origin = own if origin is None else origin
                     seconds = own - origin + offset
                     yield number, seconds, frame
-                    number, tries = number + 1, 0
+                    number += 1
+                    if own - origin >= STABLE_S:
+                        tries = 0
                 if not self.is_live:
                     return
                 problem = "the stream ended"
@@ -216,17 +224,19 @@ class Source:
             if again is None:
                 self.ended = f"{problem}; it ends after {number} frames"
                 return
-            frames, tries = again, tries + 1
+            frames, tries = again
             offset = max(time.monotonic() - begun, seconds)
 
-    def _reopen(self, problem: str, tries: int) -> Iterator[Any] | None:
-        """A stream that broke, opened again; None where that has been tried often enough."""
+    def _reopen(self, problem: str, tries: int) -> tuple[Iterator[Any], int] | None:
+        """A stream that broke, opened again, and how often that has been tried now; None where it
+        was often enough.
+        """
         for attempt in range(tries, RETRIES):
             pause = FIRST_PAUSE_S * 2**attempt
             logger.warning("%s; opening it again in %g s", problem, pause)
             self._sleep(pause)
             try:
-                return self._open(self._video)[1]
+                return self._open(self._video)[1], attempt + 1
             except BrokenVideo as error:
                 problem = str(error)
         return None
