@@ -333,7 +333,7 @@ def test_a_command_that_is_wrong_is_found(
 
 
 @pytest.mark.skipif(not CHINESE.is_file(), reason="README.zh-CN.md is not there")
-def test_chinese_readme_has_the_commands_of_the_english_one() -> None:
+def test_chinese_readme_has_the_commands_and_links_of_the_english_one() -> None:
     english, chinese = (
         [(b.language, c) for b in blocks(page) if b.language == "bash" for c in b.commands]
         for page in (PAGES[0], CHINESE)
@@ -345,16 +345,21 @@ def test_chinese_readme_has_the_commands_of_the_english_one() -> None:
         for page in (PAGES[0], CHINESE)
     ]
     assert conditions[0] == conditions[1]
+    assert links_of(CHINESE) - {"README.md"} == links_of(PAGES[0]) - {CHINESE.name}
 
 
 ALL_PAGES = [page for page in (*PAGES, CHINESE) if page.is_file()]
 
 
+def links_of(page: Path) -> set[str]:
+    text = "\n".join(line for _, line in prose(page))
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    return set(found)
+
+
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = "\n".join(line for _, line in prose(page))
-    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
-    for link in links:
+    for link in links_of(page):
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
@@ -397,7 +402,7 @@ def test_prose_is_at_most_100_columns_wide() -> None:
     """But for tables and lines with a link."""
     wrong = [
         f"{page.name}:{number}: {columns(line)}"
-        for page in ALL_PAGES
+        for page in (*ALL_PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md")
         for number, line in prose(page)
         if columns(line) > 100 and not line.lstrip("> ").startswith("|") and "](" not in line
     ]

@@ -50,6 +50,7 @@ AT_THE_POINT_OF_USE = HOMES.keys() - {"cv2"}
 BY_NAME = (
     "trtdet.start",
     "trtdet.commands.main",
+    "trtdet.commands.stages",
     "trtdet.engine.flavor",
     "trtdet.families",
     "trtdet.doctor.probe",

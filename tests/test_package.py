@@ -14,6 +14,7 @@ from test_imports import ONLY_STAGES, SCRIPTS
 
 from trtdet.about import __version__
 from trtdet.commands import main as entry
+from trtdet.commands.stages import STAGES
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
 
@@ -72,7 +73,7 @@ def test_requirement_files_and_pyproject_say_the_same() -> None:
 
 
 def test_every_script_is_a_stage() -> None:
-    assert tuple(entry.STAGES) == (*SCRIPTS, *ONLY_STAGES)
+    assert tuple(STAGES) == (*SCRIPTS, *ONLY_STAGES)
     assert not [name for name in ONLY_STAGES if (ROOT / f"{name}.py").exists()]
 
 
@@ -86,10 +87,15 @@ def test_the_command_hands_on(capsys: pytest.CaptureFixture[str], monkeypatch: p
         entry.main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"trtdet {__version__}\n"
-    for words in ([], ["infre"]):
+    for words, error in (
+        ([], "missing STAGE"),
+        (["infre"], "unknown stage infre: did you mean infer?"),
+        (["--model", "a"], f"give a stage before --model: {', '.join(STAGES)}"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             entry.main(words)
         assert stopped.value.code == 2
+        assert capsys.readouterr().err.splitlines()[1] == f"trtdet: error: {error}"
 
 
 def test_an_old_python_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

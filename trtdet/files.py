@@ -253,7 +253,7 @@ def found_at(path: Path) -> str:
         if error.errno == errno.ELOOP:
             return "a link that leads to itself"
         if isinstance(error, PermissionError):
-            return "what this user may not see"
+            return "a path you may not read"
         return "a link to nothing" if os.path.islink(path) else "nothing"
     return _KINDS.get(stat.S_IFMT(mode), "no regular file")
 

@@ -103,7 +103,7 @@ def convert(
         place, value, expected = _locate(data, kind, steps)
         text = _message(message, value, expected)
     except UnicodeEncodeError:  # half of a surrogate pair, which json takes
-        text = "expected text in Unicode, found what is none"
+        text = "expected valid Unicode"
     except ValueError as reason:
         text = str(reason)
         if error is ValueError and isinstance(reason, OtherSchemaError):

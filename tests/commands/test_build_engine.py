@@ -378,10 +378,11 @@ def test_files_that_are_no_models(tensorrt: TensorRT, tmp_path: Path, capsys: py
     tensorrt("10.3.0")
     path = tmp_path / "x.onnx"
     assert build(path, tmp_path / "x.engine") == 1
-    assert (
-        f"--model: expected an engine or an ONNX file, found nothing at {path}"
-        in capsys.readouterr().err
-    )
+    assert f"--model: expected an ONNX file, found nothing at {path}" in capsys.readouterr().err
+    labels = tmp_path / "labels.txt"
+    labels.write_text("person\ncar\n")
+    assert build(labels, tmp_path / "x.engine") == 1
+    assert f"--model: expected an ONNX file, {labels} is a text file" in capsys.readouterr().err  # fmt: skip
     path.write_text("no model")
     assert build(path, tmp_path / "x.engine") == 1
     assert "x.onnx: expected an ONNX file, found a text file" in capsys.readouterr().err

@@ -527,7 +527,7 @@ def test_other_files_are_told_from_engines(name: str, start: bytes, what: str, t
     path = tmp_path / name
     path.write_bytes(start)
     assert run(tiny_onnx, path, tmp_path) == (1, {})
-    assert f"error: {path}: expected a SavedModel (a folder), an ONNX file (.onnx) or an engine of build_engine.py, found {what}" in capsys.readouterr().err  # fmt: skip
+    assert f"error: --candidate: expected a SavedModel, an ONNX file or an engine, {path} is {what}" in capsys.readouterr().err  # fmt: skip
 
 
 def test_images_that_cannot_be_read_are_named(tiny_onnx: Path, tmp_path: Path) -> None:

@@ -902,10 +902,11 @@ def test_all_images_may_be_done(toy: Path, tmp_path: Path, monkeypatch: pytest.M
         ("frozen.pb", b"x", "frozen.pb is a TensorFlow graph; convert the SavedModel folder"),
         ("best.pt", b"PK", "best.pt is a PyTorch model; export it to ONNX"),
         ("d0.engine.json", b"{}", "d0.engine.json is a JSON file; name the engine that it stands beside"),
-        ("d0.engine", b"", "an engine of build_engine.py, found an empty file"),
-        ("d0.engine", b"PK\x03\x04" + bytes(600), "found a ZIP archive"),
-        ("d0.engine", b"some text\n", "found a text file"),
-        ("d0.engine", b"\x08\x08\x12\x06trtdet", "found an ONNX file (name it .onnx)"),
+        ("d0.engine", b"", "d0.engine is an empty file"),
+        ("labels.txt", b"person\ncar\n", "labels.txt is a text file"),
+        ("d0.engine", b"PK\x03\x04" + bytes(600), "d0.engine is a ZIP archive"),
+        ("d0.engine", b"some text\n", "d0.engine is a text file"),
+        ("d0.engine", b"\x08\x08\x12\x06trtdet", "d0.engine is an ONNX file (name it .onnx)"),
     ],
 )  # fmt: skip
 def test_what_is_no_model(
@@ -919,3 +920,4 @@ def test_what_is_no_model(
     assert infer.main(["--model", str(model), "--input", str(photo), "--output", str(tmp_path / "out")]) == 1  # fmt: skip
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
     assert message in line
+    assert line.startswith("error: --model: expected an engine or an ONNX file, ")

@@ -27,8 +27,11 @@ from trtdet.commands import (
     tune_precision,
     visualize,
 )
+from trtdet.commands.advice import plain
 from trtdet.commands.habits import HABITS
 from trtdet.commands.options import SHARED
+from trtdet.commands.stages import STAGES as ALL_STAGES
+from trtdet.commands.stages import options_everywhere
 from trtdet.engine.options import BatchRange, SizeRange, parse_batch, parse_gib, parse_sizes
 from trtdet.images.options import parse_size
 
@@ -273,7 +276,13 @@ def error_of(script: str, line: str, capsys: pytest.CaptureFixture[str], patch: 
         ("infer.py", "--triton grpc://h/m", "unknown option --triton: here it is --model URL"),
         ("infer.py", "--qqq", "unknown option --qqq: infer.py --help lists all"),
         ("infer.py", "--fp16 --qqq", "unknown options --fp16: that is build_engine.py --precision fp16; --qqq: infer.py --help lists all"),
-        ("infer.py", "--model a b.jpg", "b.jpg: belongs to no option; several values go behind one option, as in --input a.jpg b.jpg"),
+        ("infer.py", "--model a b.jpg", "b.jpg: belongs to no option; write the option before it, as in --input b.jpg"),
+        ("infer.py", "--input a.jpg --model a b.jpg", "b.jpg: belongs to no option; several values go behind one option, as in --input a.jpg b.jpg"),
+        ("infer.py", "photos --model a", "photos: belongs to no option; write the option before it, as in --input photos"),
+        ("create_onnx.py", "--onnx b.onnx a.pt", "a.pt: belongs to no option; write the option before it, as in --saved_model a.pt"),
+        ("create_onnx.py", "--saved_model d a.pt", "a.pt: belongs to no option; write the option before it, as in --onnx a.pt"),
+        ("build_engine.py", "--model a b.engine", "b.engine: belongs to no option; write the option before it"),
+        ("create_onnx.py", "--onnx b.onnx", "missing --saved_model DIR|FILE or --source_onnx FILE"),
         ("infer.py", "--model m --input a --output out.jpg", "--output: expected a folder, out.jpg looks like a picture; did you mean out?"),
         ("visualize.py", "--score_threshold 0.3", "unknown option --score_threshold: here it is --draw_threshold SCORE"),
         ("compare.py", "--conf 0.3", "unknown option --conf: here it is --min_score SCORE"),
@@ -287,7 +296,40 @@ def error_of(script: str, line: str, capsys: pytest.CaptureFixture[str], patch: 
         ("infer.py", "model=m source=a", "missing --model FILE|URL; write --NAME VALUE, not model=m"),
         ("create_onnx.py", "--saved_model d --onnx d.engine", "--onnx: an ONNX file, not an engine; write d.onnx, then build_engine.py --engine d.engine"),
         ("deploy.py", "", "give a command: triton, deepstream, trtexec, check, pad_color"),
+        ("deploy.py", "trition --model a", "unknown command trition: did you mean triton?"),
+        ("deploy.py", "serve", "unknown command serve: expected one of triton, deepstream, trtexec, check, pad_color"),
+        ("deploy.py", "--engine x", "give a command before --engine: triton, deepstream, trtexec"),
+        ("deploy.py", "--ensemble triton", "give a command before --ensemble: triton"),
+        ("deploy.py", "--qqq", "give a command before --qqq: triton, deepstream, trtexec, check, pad_color"),
         ("tune_precision.py", "--max_drop 0.1", "unknown option --max_drop: here it is --max_ap_drop DROP"),
+        # of another stage
+        ("infer.py", "--model m --font x", "unknown option --font: that is an option of visualize.py"),
+        ("infer.py", "--keep_fp16 x", "unknown option --keep_fp16: that is an option of build_engine.py"),
+        ("visualize.py", "--precision fp16", "unknown option --precision: that is an option of build_engine.py and deploy.py trtexec"),
+        ("visualize.py", "--plugins a.so", "unknown option --plugins: that is an option of build_engine.py, infer.py, eval_coco.py and others"),
+        ("infer.py", "--boxes_outptu a", "unknown option --boxes_outptu: did you mean --boxes_output? That is an option of create_onnx.py"),
+        # of other programs
+        ("infer.py", "--conf_thres 0.3", "unknown option --conf_thres: here it is --score_threshold SCORE"),
+        ("visualize.py", "--conf 0.3", "unknown option --conf: here it is --draw_threshold SCORE"),
+        ("infer.py", "--confidence 0.3", "unknown option --confidence: here it is --score_threshold SCORE"),
+        ("infer.py", "--thres 0.3", "unknown option --thres: here it is --score_threshold SCORE"),
+        ("infer.py", "--iou_thres 0.5", "unknown option --iou_thres: that is create_onnx.py --iou_threshold IOU"),
+        ("create_onnx.py", "--iou_thres 0.5", "unknown option --iou_thres: here it is --iou_threshold IOU"),
+        ("infer.py", "--video a.mp4", "unknown option --video: here it is --input clip.mp4"),
+        ("eval_coco.py", "--video a.mp4", "unknown option --video: that is infer.py --input clip.mp4"),
+        ("eval_coco.py", "--gt a.json", "unknown option --gt: here it is --annotations FILE"),
+        ("build_engine.py", "--fp 16", "unknown option --fp: here it is --precision fp16 or fp32"),
+        ("build_engine.py", "--quantize", "unknown option --quantize: here it is --precision int8 --calib_input DIR"),
+        ("create_onnx.py", "--input a.onnx", "unknown option --input: here it is --source_onnx FILE, or --saved_model DIR"),
+        ("build_engine.py", "--input a", "unknown option --input: here it is --calib_input DIR for images, and --model FILE for the model"),
+        ("visualize.py", "--model a", "unknown option --model: here it is --detections DIR, the TSVs of infer.py: no model is needed"),
+        ("compare.py", "--model a", "unknown option --model: here it is --candidate MODEL"),
+        ("trtdet doctor", "--model a", "unknown option --model: not needed: this reads no model"),
+        # like none
+        ("infer.py", "--optimize", "unknown option --optimize: infer.py --help lists all"),
+        ("infer.py", "--memory 4", "unknown option --memory: infer.py --help lists all"),
+        ("infer.py", "--int4", "unknown option --int4: infer.py --help lists all"),
+        ("infer.py", "--formats x", "unknown option --formats: infer.py --help lists all"),
     ],
 )  # fmt: skip
 def test_unknown_options(
@@ -310,13 +352,50 @@ def test_a_sub_command_shows_its_own_usage(
     assert error == "deploy.py triton: error: unknown option --gpus: here it is --devices N,..."
     usage, error = error_of("deploy.py", "check models", capsys, monkeypatch)
     assert usage.startswith("usage: deploy.py check --output DIR")
+    assert error == "deploy.py check: error: models: belongs to no option; write the option before it, as in --output models"  # fmt: skip
+    assert error_of("deploy.py", "check --model a", capsys, monkeypatch)[1] == "deploy.py check: error: unknown option --model: not needed: this reads no model"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "advice"),
+    [
+        ("infer.py", "--model m --benchmark", "; a smaller --batch_size or --size, or fewer --workers or --contexts, needs less"),
+        ("image_batcher.py", "--model m --input a --output b", "; a smaller --batch_size or --size, or fewer --workers, needs less"),
+        ("create_onnx.py", "--saved_model d --onnx o", "; a smaller --size needs less"),
+        ("build_engine.py", "--model a --engine b", "; a smaller --batch_size or --calib_batch_size or --size needs less"),
+        ("deploy.py", "triton --model a --output b --name n", "; a smaller --batch_size needs less"),
+        ("deploy.py", "check --output b", ""),
+        ("visualize.py", "--input a --detections b --output c", ""),
+    ],
+)  # fmt: skip
+def test_lack_of_memory_names_options_that_the_stage_has(
+    script: str, line: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    STAGES[script].parse_args(line.split())
+
+    def run() -> int:
+        raise MemoryError("9 GiB")
+
+    assert cli.run_main(run) == 1
+    assert capsys.readouterr().err == f"error: not enough memory (9 GiB){advice}\n"
+
+
+def test_options_of_other_stages_are_those_of_their_parsers(
+    parsers: dict[str, cli.ArgumentParser],
+) -> None:
+    assert tuple(STAGES) == tuple("trtdet doctor" if s == "doctor" else f"{s}.py" for s in ALL_STAGES)  # fmt: skip
+    found = options_everywhere()
+    assert len(found) > 120
+    for option, programs in found.items():
+        having = [p for p, made in parsers.items() if option in made._option_string_actions and p != "deploy.py"]  # fmt: skip
+        assert sorted(programs) == sorted(having), option
 
 
 def test_habits_lead_to_options_that_exist(parsers: dict[str, cli.ArgumentParser]) -> None:
     known = {prog: set(parser._option_string_actions) for prog, parser in parsers.items()}
     every = set().union(*known.values())
     for habit, ways in HABITS.items():
-        assert habit == cli.plain(habit), habit
+        assert habit == plain(habit), habit
         for way in ways.split(" | "):
             if way.startswith("--"):
                 assert way.split()[0] in every, f"{habit}: {way}"

@@ -369,6 +369,15 @@ def test_planted_mistakes_in_an_ensemble(tmp_path, capsys, old, new, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_to_check_that_is_missing(tmp_path, capsys):
+    missing = tmp_path / "none"
+    assert run("check", "--output", missing) == 1
+    assert capsys.readouterr().err == f"error: --output: expected the folder that deploy.py wrote, found nothing at {missing}\n"  # fmt: skip
+    missing.write_text("a file")
+    assert run("check", "--output", missing) == 1
+    assert f"wrote, found a file at {missing}\n" in capsys.readouterr().err
+
+
 def test_without_tritonclient_it_says_what_was_not_checked(tmp_path, monkeypatch, capsys):
     import sys
 

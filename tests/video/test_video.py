@@ -253,7 +253,7 @@ def test_a_password_is_not_printed() -> None:
         (["clip.mp4", "other.mp4"], "expected one video"),
         (["clip.mp4", "--resume"], "--resume: not for a video"),
         (["clip.mp4", "--benchmark"], "--benchmark"),
-        (["photos", "--every", "2"], "--every: for a video; photos is none"),
+        (["photos", "--every", "2"], "--every needs a video; photos is not one"),
         (["clip.mp4", "--every", "0"], "expected a whole number of at least 1"),
         (["clip.mp4", "--no_images", "--output", "out.mp4"], "--no_images: writes no annotated video, and --output names one, out.mp4"),
         (["clip.mp4", "--output", "out.avi"], "expected a folder, or a video with the suffix .mp4, .mov, .mkv or .webm, found out.avi"),

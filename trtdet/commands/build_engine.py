@@ -67,9 +67,9 @@ def run(
     from trtdet.engine.dry_run import plan_file
     from trtdet.engine.stage import build_file, prepare_file
     from trtdet.onnx_files import naming
-    from trtdet.runtimes.kinds import check_model
+    from trtdet.runtimes.kinds import ONNX, check_model
 
-    check_model(onnx_path)
+    check_model(onnx_path, what=ONNX)
     if dry_run:
         with naming(onnx_path):
             text = plan_file(

@@ -2,7 +2,6 @@
 """What the commands share at the border: the parser of the command line, logging, exit codes."""
 
 import argparse
-import difflib
 import io
 import logging
 import os
@@ -13,11 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NoReturn
 
 from trtdet import about
-from trtdet.commands.habits import HABITS
+from trtdet.commands.advice import advise, nearest
+from trtdet.commands.stages import hand_over
 from trtdet.doctor.packages import requirement_file
 from trtdet.errors import DOCTOR, EngineError, GraphError
 from trtdet.files import message_of, printable, shortened
@@ -85,13 +86,27 @@ def run_main(run: Callable[[], int | None]) -> int:
             return 1
         except MemoryError as error:
             logger.debug("traceback", exc_info=True)
-            sys.stderr.write(
-                f"error: not enough memory ({message_of(error)}); a smaller --batch_size or --size, or fewer --workers, needs less\n"
-            )
+            sys.stderr.write(f"error: not enough memory ({message_of(error)}){_needs_less()}\n")
             return 1
         except KeyboardInterrupt:
             sys.stderr.write("terminated\n" if terminated.is_set() else "interrupted\n")
             return 143 if terminated.is_set() else 130
+
+
+#: The options of the stage that runs, given or not.
+_options: ContextVar[frozenset[str]] = ContextVar("_options", default=frozenset())
+#: What needs less memory if it is smaller, or if there are fewer.
+SMALLER, FEWER = ("--batch_size", "--calib_batch_size", "--size"), ("--workers", "--contexts")
+
+
+def _needs_less() -> str:
+    """The options of this stage that make it need less memory."""
+    here = _options.get()
+    smaller = " or ".join(name for name in SMALLER if name in here)
+    fewer = " or ".join(name for name in FEWER if name in here)
+    if smaller and fewer:
+        return f"; a smaller {smaller}, or fewer {fewer}, needs less"
+    return f"; a smaller {smaller} needs less" if smaller else ""
 
 
 def _open_closed_streams() -> None:
@@ -176,8 +191,6 @@ def parse_given(
 
 #: Where the help texts start, and where lines end on a wide terminal.
 HELP_COLUMN, HELP_WIDTH = 28, 102
-#: How alike two names must be for one to be taken for the other; 1 is equal.
-LIKENESS = 0.6
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -220,21 +233,78 @@ class ArgumentParser(argparse.ArgumentParser):
         return self._commands
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        hand_over(self)
+        _options.set(frozenset(self._option_string_actions))
         words = list(sys.argv[1:] if args is None else args)
         self._pairs = [word for word in words if re.match(r"[a-z_]+=", word)]
         unknown = [word for word in self._own_words(words) if not self._is_known(word)]
         if unknown:
-            names = dict.fromkeys(word.partition("=")[0] for word in unknown)
-            advice = "; ".join(f"{name}: {self.advice(name)}" for name in names)
-            self.error(f"unknown option{'s' if len(names) > 1 else ''} {advice}")
+            self._refuse_unknown(list(dict.fromkeys(word.partition("=")[0] for word in unknown)))
+        self._check_command(words)
         self._check_names(words)
         for word in self._own_words(words):
             if word.endswith("=--"):  # argparse before 3.13 makes an empty list of it
                 self.error(f"argument {word[:-3]}: expected a value, found --")
+        with self._nothing_required():  # a stray word may be why something is missing
+            _, extras = super().parse_known_args(words)
+        self._refuse_stray([word for word in extras if word not in self._pairs], words)
         parsed, extras = super().parse_known_args(words, namespace)
-        if extras:
-            self.error(f"{' '.join(extras)}: belongs to no option; several values go behind one option, as in --input a.jpg b.jpg")  # fmt: skip
+        self._refuse_stray(extras, words)
         return parsed, extras
+
+    def _refuse_unknown(self, names: Sequence[str]) -> None:
+        """Exit with status 2 for options that are not known here."""
+        if self._commands is not None:
+            commands = self._commands.choices
+            having = [c for c, sub in commands.items() if names[0] in sub._option_string_actions]
+            self.error(f"give a command before {names[0]}: {', '.join(having or commands)}")
+        advice = "; ".join(f"{name}: {self.advice(name)}" for name in names)
+        self.error(f"unknown option{'s' if len(names) > 1 else ''} {advice}")
+
+    def _check_command(self, words: Sequence[str]) -> None:
+        """Exit with status 2 for a command that there is not."""
+        if self._commands is None:
+            return
+        commands = self._commands.choices
+        command = next((word for word in words if not word.startswith("-")), None)
+        if command is not None and command not in commands:
+            near = nearest(command, commands)
+            advice = f"did you mean {near}?" if near else f"expected one of {', '.join(commands)}"
+            self.error(f"unknown command {command}: {advice}")
+
+    def _refuse_stray(self, words: Sequence[str], line: Sequence[str]) -> None:
+        """Exit with status 2 for words of a command line that belong to no option."""
+        if not words:
+            return
+        given = {word.partition("=")[0] for word in self._own_words(line)}
+
+        def is_given(action: argparse.Action) -> bool:
+            return not action.option_strings or not given.isdisjoint(action.option_strings)
+
+        groups = [g._group_actions for g in self._mutually_exclusive_groups if g.required]
+        inputs = [a for a in self._actions if "--input" in a.option_strings]
+        wanted = [inputs, *groups, *([a] for a in self._actions if a.required)]
+        missing = [some[0] for some in wanted if some and not any(map(is_given, some))]
+        if missing:
+            advice = f"write the option before it, as in {missing[0].option_strings[0]} {words[0]}"
+        elif inputs and inputs[0].nargs == "+":
+            advice = "several values go behind one option, as in --input a.jpg b.jpg"
+        else:
+            advice = "write the option before it"
+        self.error(f"{' '.join(words)}: belongs to no option; {advice}")
+
+    @contextmanager
+    def _nothing_required(self) -> Iterator[None]:
+        """Parse what is there, be it enough or not."""
+        everything: list[Any] = [*self._actions, *self._mutually_exclusive_groups]
+        required = [item for item in everything if item.required]
+        try:
+            for item in required:
+                item.required = False
+            yield
+        finally:
+            for item in required:
+                item.required = True
 
     def _own_words(self, words: Sequence[str]) -> Iterator[str]:
         """What looks like options: with sub-commands those in front of the command's name."""
@@ -267,36 +337,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def advice(self, name: str) -> str:
         """What to write in place of an unknown option."""
-        wanted = plain(name)
-        options = {plain(option): option for option in self._option_string_actions if option.startswith("--")}  # fmt: skip
-        if wanted in options:
-            return f"did you mean {options[wanted]}?"
-        if wanted in HABITS:
-            return self._habit(HABITS[wanted])
-        begun = [option for key, option in options.items() if key.startswith(wanted)]
-        if len(wanted) > 2 and len(begun) == 1:
-            return f"did you mean {begun[0]}? Names are not shortened"
-        words = _words(name)
-        longer = [option for option in options.values() if words < _words(option)]
-        if len(words) > 1 and len(longer) == 1:
-            return f"did you mean {longer[0]}?"
-        if near := difflib.get_close_matches(wanted, [*options, *HABITS], 1, LIKENESS):
-            return f"did you mean {options[near[0]]}?" if near[0] in options else self._habit(HABITS[near[0]])  # fmt: skip
-        return f"{self.prog} --help lists all"
-
-    def _habit(self, ways: str) -> str:
-        """The first of the ways that this parser has, else that of another script."""
-        alternatives = ways.split(" | ")
-        for way in alternatives:
-            if way.split()[0] in self._option_string_actions:
-                return f"here it is {way}"
-        other = next((way for way in alternatives if not way.startswith("--")), "")
-        return f"that is {other}" if ".py" in other.split(" ")[0] else other or f"{self.prog} --help lists all"  # fmt: skip
+        return advise(name, self.prog, self._option_string_actions)
 
     def error(self, message: str) -> NoReturn:
         head, _, missing = message.partition("the following arguments are required: ")
         if missing and not head:
             message = self._missing(missing)
+        if one := re.fullmatch("one of the arguments (.*) is required", message):
+            message = f"missing {' or '.join(self._usages(one[1].split()))}"
         message = shortened(printable(message))
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
 
@@ -304,10 +352,14 @@ class ArgumentParser(argparse.ArgumentParser):
         """What to add to the command line, in the form that it takes there."""
         if self._commands is not None and names == self._commands.metavar:
             return f"give a command: {', '.join(self._commands.choices)}"
-        actions = {"/".join(a.option_strings): a for a in self._actions}
-        known = [actions[name] for name in names.split(", ") if name in actions]
+        known = self._usages(names.split(", "))
         advice = f"; write --NAME VALUE, not {self._pairs[0]}" if self._pairs else ""
-        return "missing " + (", ".join(map(_usage_of, known)) or names) + advice
+        return "missing " + (", ".join(known) or names) + advice
+
+    def _usages(self, names: Sequence[str]) -> list[str]:
+        """Options as they are written, by argparse's names for them."""
+        actions = {"/".join(action.option_strings): action for action in self._actions}
+        return [_usage_of(actions[name]) for name in names if name in actions]
 
     def format_usage(self) -> str:
         """One line: what is required, and that there is more."""
@@ -326,15 +378,6 @@ class ArgumentParser(argparse.ArgumentParser):
                 words.append("(" + " | ".join(_usage_of(a) for a in group._group_actions) + ")")
         words += [_usage_of(a) for a in self._actions if a.required and a not in grouped]
         return " ".join([*words, "[options]"])
-
-
-def plain(name: str) -> str:
-    """An option's name without what is easily mistaken: dashes, underscores, capitals."""
-    return re.sub(r"[-_]", "", name).lower()
-
-
-def _words(name: str) -> set[str]:
-    return set(re.split(r"[-_]", name.lstrip("-").lower()))
 
 
 def _usage_of(action: argparse.Action) -> str:

@@ -6,9 +6,9 @@
 
 Input size, normalisation, anchors, classes and NMS are read from the model; options override them.
 A table says where each fact comes from: read, measured, given by an option, or the convention of a
-known family. What none of these tells is asked for. The result is compared with the source on
-photographs before it is written, down to the detections if the source selects some itself. If they
-differ, nothing is written and the exit status is 1.
+known family. If a fact is missing, an error names the option to give. The result is compared with
+the source on photographs before it is written, down to the detections if the source selects some
+itself. If they differ, nothing is written and the exit status is 1.
 """
 
 from __future__ import annotations

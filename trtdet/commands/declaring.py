@@ -50,24 +50,24 @@ def parse_color(text: str) -> tuple[float, float, float]:
 def add_declaring_options(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     images = parser.add_argument_group("images, where the file does not say it")
-    images.add_argument("--channel_order", choices=["rgb", "bgr"], help="of the network's input (default: as its family takes it, else rgb)")
-    images.add_argument("--placement", choices=["top_left", "center"], help="of a letterboxed picture (default: as its family places it, else it is asked for)")
-    images.add_argument("--pad_color", type=parse_color, metavar="R,G,B", help="beside a letterboxed picture, 0-255 (default: as its family pads, else it is asked for)")
+    images.add_argument("--channel_order", choices=["rgb", "bgr"], help="order of the colours in the network's input (default: as its family takes it, else rgb)")
+    images.add_argument("--placement", choices=["top_left", "center"], help="where a letterboxed picture lies in the input (default: as its family places it, else you must give it)")
+    images.add_argument("--pad_color", type=parse_color, metavar="R,G,B", help="colour of the padding beside a letterboxed picture, 0-255 (default: as its family pads, else you must give it)")
     outputs = parser.add_argument_group("outputs of any other detector (ONNX)")
     outputs.add_argument("--boxes_output", metavar="NAME", help="boxes [N, A, 4]; goes with --scores_output (default: detected by shape)")
     outputs.add_argument("--scores_output", metavar="NAME", help="scores [N, A, C] or [N, C, A]; with --labels_output [N, A] (default: detected by shape)")
     outputs.add_argument("--labels_output", metavar="NAME", help="class ids [N, A] (default: none)")
     outputs.add_argument("--rows_output", metavar="NAME", help="one output with all of it, [N, A, columns] (default: detected by shape)")
-    outputs.add_argument("--columns", type=parse_columns, metavar="NAMES", help="of --rows_output, such as x1,y1,x2,y2,score,label or cx,cy,w,h,objectness,scores (default: read from the graph)")
+    outputs.add_argument("--columns", type=parse_columns, metavar="NAMES", help="the columns of --rows_output, such as x1,y1,x2,y2,score,label or cx,cy,w,h,objectness,scores (default: read from the graph)")
     outputs.add_argument("--box_format", choices=["xyxy", "yxyx", "xywh", "cxcywh"], help="corners, corner and size, or centre and size (default: measured)")
     outputs.add_argument("--box_units", choices=["pixels", "unit"], help="pixels of the network input, or 0 to 1 (default: measured)")
-    outputs.add_argument("--score_activation", choices=["none", "sigmoid", "softmax"], help="what makes probabilities of the scores (default: none, where they are)")
-    outputs.add_argument("--background", choices=["first", "last", "none"], help="the score that is for no object (default: none, unless the scores add up to 1: then it is asked for)")
+    outputs.add_argument("--score_activation", choices=["none", "sigmoid", "softmax"], help="what turns the scores into probabilities (default: none if they are probabilities)")
+    outputs.add_argument("--background", choices=["first", "last", "none"], help="which score means no object (default: none, unless the scores add up to 1: then you must give it)")
     outputs.add_argument("--scores_layout", choices=["NAC", "NCA"], help="boxes before classes, or after (default: by the number of boxes)")
     outputs.add_argument("--label_base", type=non_negative_int, choices=[0, 1], help="number of the first class (default: 0)")
-    outputs.add_argument("--num_classes", type=positive_int, metavar="N", help="of a model that gives class ids alone; --labels says it too (default: read from the graph)")
-    outputs.add_argument("--selected", nargs="?", const="yes", choices=["yes", "no"], help="the detections need no NMS; no: they do (default: measured)")
-    outputs.add_argument("--assume", action="store_true", help="take the usual choice for what nothing says, with a warning for each")
+    outputs.add_argument("--num_classes", type=positive_int, metavar="N", help="number of classes, of a model that outputs only class ids; --labels gives it too (default: read from the graph)")
+    outputs.add_argument("--selected", nargs="?", const="yes", choices=["yes", "no"], help="yes: the detections need no NMS; no: they do (default: measured)")
+    outputs.add_argument("--assume", action="store_true", help="take the usual choice where the file does not say, with a warning for each")
     # fmt: on
 
 

@@ -190,6 +190,10 @@ def check(args: argparse.Namespace) -> None:
     from trtdet.deploy import deepstream_check, triton, triton_check
 
     folder: Path = args.output
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"--output: expected the folder that deploy.py wrote, found {files.found_at(folder)} at {folder}"
+        )
     if any(folder.glob("config_infer*")):
         problems = deepstream_check.check_folder(folder)
         if (folder / "triton").is_dir():
@@ -206,10 +210,10 @@ def pad_color(args: argparse.Namespace) -> None:
     from trtdet.deploy.model import describe_onnx
     from trtdet.deploy.pad_color import insert_pad_color
     from trtdet.onnx_files import read_onnx
-    from trtdet.runtimes.kinds import check_model
+    from trtdet.runtimes.kinds import ONNX, check_model
 
     files.check_outputs([args.output], [args.model])
-    check_model(args.model)
+    check_model(args.model, what=ONNX)
     model = read_onnx(args.model, option="--model")
     describe_onnx(model, args.model)  # refuses what is not of create_onnx.py
     insert_pad_color(model)

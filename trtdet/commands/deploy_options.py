@@ -113,7 +113,7 @@ def add_deepstream_options(to: ArgumentParser) -> None:
         "--engine",
         "--onnx",
         required=True,
-        note="of an ONNX file nvinfer builds the engine when it first starts",
+        note="from an ONNX file, nvinfer builds the engine when it first starts",
     )
     add(to, "--output", "-o", required=True)
     add(to, "--name", type=parse_name, default="detector")
@@ -152,7 +152,7 @@ def add_trtexec_options(to: ArgumentParser) -> None:
         to,
         "--output file",
         "-o",
-        note="the engine that trtexec builds of an ONNX file; it has no .json",
+        note="the engine that trtexec builds from an ONNX file; it has no .json",
     )
     # fmt: off
     to.add_argument("--times", type=Path, metavar="FILE", help="write the time of every batch to this file (default: none)")

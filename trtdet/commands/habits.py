@@ -3,8 +3,17 @@
 NVIDIA's sample, and common slips.
 """
 
+#: How a stage gets its model.
+_MODEL = "--model FILE | --candidate MODEL | --detections DIR, the TSVs of infer.py: no model is needed | not needed: this reads no model"
+_RUN_SCORE = "--score_threshold SCORE | --draw_threshold SCORE | --min_score SCORE | infer.py --score_threshold SCORE"
+_NMS_IOU = "--iou_threshold IOU | --min_iou IOU | create_onnx.py --iou_threshold IOU"
+_ANNOTATIONS = "--annotations FILE | eval_coco.py --annotations FILE"
+_INPUT = "--input PATH | --source_onnx FILE, or --saved_model DIR | --calib_input DIR for images, and --model FILE for the model | --model FILE | infer.py --input PATH"
+_INT8 = "--precision int8 --calib_input DIR | build_engine.py --precision int8 --calib_input DIR"
+
 #: Name without dashes, underscores and capitals -> ways to say it here, divided by " | ": the first
-#: that the script has, else the first that names another script, or a sentence.
+#: that the script has, else the first that names another script, or a sentence. A misspelt name is
+#: never taken for one that leads to a sentence.
 HABITS = {
     # trtexec
     "best": "--precision int8 | build_engine.py --precision int8",
@@ -17,8 +26,8 @@ HABITS = {
     "fp32": "--precision fp32 | build_engine.py --precision fp32",
     "fp8": "--precision fp8 | build_engine.py --precision fp8",
     "hardwarecompatibilitylevel": "--hardware_compatible | build_engine.py --hardware_compatible",
-    "int8": "--precision int8 --calib_input DIR | build_engine.py --precision int8 --calib_input DIR",
-    "loadengine": "--model FILE | --candidate MODEL",
+    "int8": _INT8,
+    "loadengine": _MODEL,
     "maxbatch": "--batch_size N",
     "maxshapes": "--batch_size MIN:OPT:MAX, and --size MIN:OPT:MAX | build_engine.py --batch_size MIN:OPT:MAX",
     "mempoolsize": "--workspace GIB | build_engine.py --workspace GIB",
@@ -40,7 +49,10 @@ HABITS = {
     "batch": "--batch_size N | --input_shape N,H,W,3",
     "batchsize": "--batch_size N | --input_shape N,H,W,3",
     "classes": "--classes NAME,... | infer.py --classes NAME,...",
-    "conf": "--score_threshold SCORE | --min_score SCORE | infer.py --score_threshold SCORE",
+    "conf": _RUN_SCORE,
+    "confidence": _RUN_SCORE,
+    "confthres": _RUN_SCORE,
+    "confthreshold": _RUN_SCORE,
     "data": "--annotations FILE | --calib_input DIR | eval_coco.py --annotations FILE",
     "dynamic": "not needed: the batch is dynamic, and build_engine.py --batch_size MIN:OPT:MAX bounds it; size: create_onnx.py --input_shape N,-1,-1,3",
     "fraction": "--calib_fraction F | build_engine.py --calib_fraction F",
@@ -48,48 +60,61 @@ HABITS = {
     "img": "--size H,W",
     "imgsize": "--size H,W",
     "imgsz": "--size H,W",
-    "iou": "--iou_threshold IOU | --min_iou IOU | create_onnx.py --iou_threshold IOU",
+    "iou": _NMS_IOU,
+    "iouthres": _NMS_IOU,
+    "iouthreshold": _NMS_IOU,
     "maxdet": "--max_detections N | create_onnx.py --max_detections N",
     "names": "--labels FILE | create_onnx.py --labels FILE",
     "project": "--output DIR",
+    "quantize": _INT8,
     "savedir": "--output DIR",
     "savejson": "not needed: detections.json is always written",
     "savetxt": "not needed: a TSV per image is always written",
     "simplify": "not needed: the graph is always simplified",
-    "source": "--input PATH",
-    "weights": "--model FILE | --candidate MODEL",
+    "source": _INPUT,
+    "video": "infer.py --input clip.mp4",
+    "weights": _MODEL,
     # NVIDIA's sample, in stages that do not have them
     "calibbatchsize": "build_engine.py --calib_batch_size N",
     "calibpreprocessor": "not needed: calibration prepares images as the model says; create_onnx.py --preprocessor overrides that",
     "dynamicbatchsize": "--batch_size MIN:OPT:MAX | build_engine.py --batch_size MIN:OPT:MAX",
-    "engine": "--model FILE | --candidate MODEL",
+    "engine": _MODEL,
     "inputshape": "--size H,W",
     "inputsize": "--size H,W",
     "nmsdetections": "--max_detections N | create_onnx.py --max_detections N",
     "nmsthreshold": "--score_threshold SCORE | --min_score SCORE | create_onnx.py --score_threshold SCORE",
-    "onnx": "--model FILE | --candidate MODEL",
+    "onnx": _MODEL,
     "preprocessor": "create_onnx.py --preprocessor",
     "savedmodel": "--reference DIR | create_onnx.py --saved_model DIR",
     # slips
+    "annotation": _ANNOTATIONS,
+    "fp": "--precision fp16 or fp32 | build_engine.py --precision fp16 or fp32",
+    "groundtruth": _ANNOTATIONS,
+    "gt": _ANNOTATIONS,
+    "input": _INPUT,
+    "model": _MODEL,
     "benchmarkjson": "--json FILE",
     "calibprovider": "--provider NAME",
     "b": "--batch_size N",
-    "e": "--model FILE | --candidate MODEL",
+    "e": _MODEL,
     "format": "not needed: build_engine.py writes a TensorRT engine, create_onnx.py an ONNX file",
     "gpu": "--devices N | infer.py --devices N",
-    "i": "--input PATH",
-    "m": "--model FILE | --candidate MODEL",
+    "i": _INPUT,
+    "m": _MODEL,
     "n": "--num_images N | --name NAME",
     "o": "--json FILE",
     "output": "--json FILE, and the page is --report FILE.html",
     "p": "--precision {fp32,fp16,int8} | build_engine.py --precision",
     "r": "--recursive",
-    "t": "--score_threshold SCORE | --draw_threshold SCORE | --min_score SCORE",
+    "t": _RUN_SCORE,
     "gpus": "--devices N,... | infer.py --devices N,...",
-    "images": "--input PATH",
+    "images": _INPUT,
     "maxdrop": "--max_ap_drop DROP | tune_precision.py --max_ap_drop DROP",
-    "path": "--input PATH",
+    "path": _INPUT,
     "repository": "--output DIR",
-    "threshold": "--score_threshold SCORE | --draw_threshold SCORE | --min_score SCORE",
+    "minscore": _RUN_SCORE,
+    "scorethreshold": _RUN_SCORE,
+    "thres": _RUN_SCORE,
+    "threshold": _RUN_SCORE,
     "triton": "--model URL | infer.py --model URL",
 }

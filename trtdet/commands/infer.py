@@ -22,9 +22,9 @@ For photos/a.jpg, the output folder gets:
     manifest.json    the files of this run, and what they were made with
 
 Files of an earlier run that this one does not write are named and kept; --clean removes what that
-run's manifest lists, and nothing else. --resume goes on with a run that was broken off, with the
-same model and options: images that are done are not run again, and the results are the same as of
-one run.
+run's manifest lists, and nothing else. --resume continues an interrupted run with the same model
+and options: images that are done are not run again, and the results are the same as those of one
+run.
 
 A video file, a camera or a stream becomes one annotated video (H.264 if PyAV has it, without
 sound), one TSV with two more columns in front, the number of the frame and its time in seconds,
@@ -139,7 +139,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     folder.add_argument(
         "--resume",
         action="store_true",
-        help="go on with a run into this folder that was broken off",
+        help="continue an interrupted run into this folder",
     )
     folder.add_argument(
         "--clean",
@@ -176,9 +176,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_video_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("for a video")
     # fmt: off
-    group.add_argument("--every", type=positive_int, metavar="N", help="look at one of N frames (default: 1)")
+    group.add_argument("--every", type=positive_int, metavar="N", help="process every Nth frame (default: 1)")
     group.add_argument("--start", type=seconds, metavar="SECONDS", help="begin at this time (default: 0)")
-    group.add_argument("--duration", type=positive_float, metavar="SECONDS", help="look at so much of it (default: to the end)")
+    group.add_argument("--duration", type=positive_float, metavar="SECONDS", help="process this many seconds (default: to the end)")
     # fmt: on
 
 
@@ -191,7 +191,9 @@ def check_video_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if not videos:
         given = [f"--{name}" for name in VIDEO_OPTIONS if getattr(args, name) is not None]
         if given and args.input:
-            parser.error(f"{', '.join(given)}: for a video; {args.input[0]} is none")
+            parser.error(
+                f"{' and '.join(given)} {'needs' if len(given) == 1 else 'need'} a video; {args.input[0]} is not one"
+            )
         return
     if len(args.input) > 1:
         parser.error("--input: expected one video, or images; run it once for each")

@@ -8,26 +8,13 @@ trtdet infer --model d0.engine --input photos --output found
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from trtdet.commands import cli
-
-#: Stage -> what it does. Each is a module of this package, imported when it is called.
-STAGES = {
-    "create_onnx": "convert a trained model to an ONNX file that ends in NMS",
-    "build_engine": "build a TensorRT engine from that ONNX file",
-    "infer": "find objects in images: pictures and TSV files",
-    "eval_coco": "measure mAP on images with COCO annotations",
-    "compare": "compare two forms of a model, such as FP32 and INT8",
-    "tune_precision": "find the convolutions that must stay in FP16 with INT8",
-    "deploy": "write files for Triton or DeepStream, or the trtexec command",
-    "image_batcher": "show images as the network gets them",
-    "visualize": "draw existing TSV files into pictures",
-    "doctor": "check what works on this machine, and what is missing",
-}
+from trtdet.commands.advice import nearest
+from trtdet.commands.stages import STAGES
 
 
 def parser() -> cli.ArgumentParser:
@@ -43,10 +30,12 @@ def parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     entry = parser()
+    if words and words[0].startswith("-") and words[0] not in entry._option_string_actions:
+        entry.error(f"give a stage before {words[0]}: {', '.join(STAGES)}")
     stage = entry.parse_args(words[:1]).stage
     if stage not in STAGES:
-        near = difflib.get_close_matches(stage, STAGES, 1)
-        advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(STAGES)}"
+        near = nearest(stage, STAGES)
+        advice = f"did you mean {near}?" if near else f"expected one of {', '.join(STAGES)}"
         entry.error(f"unknown stage {stage}: {advice}")
     sys.argv = [f"trtdet {stage}", *words[1:]]  # argparse takes the name for usage from here
     status: int = import_module(f"trtdet.commands.{stage}").main(words[1:])

@@ -256,7 +256,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_several(onnx, "--provider", "--threads")
     server = parser.add_argument_group("for a model on a Triton server")
     # fmt: off
-    server.add_argument("--spec", type=Path, metavar="FILE", help="the engine's .json or the ONNX file, where the server's config.pbtxt is not of deploy.py (default: what the server says)")
+    server.add_argument("--spec", type=Path, metavar="FILE", help="the engine's .json or the ONNX file, if the server's config.pbtxt was not written by deploy.py (default: what the server says)")
     server.add_argument("--requests", type=thread_count, metavar="N", help="batches in flight (default: 4)")
     server.add_argument("--timeout", type=positive_float, metavar="SECONDS", help="what one request may take (default: 60)")
     server.add_argument("--no_shared_memory", dest="shared_memory", action="store_const", const=False, help="send the images in the requests, even to a server on this machine")

@@ -83,11 +83,11 @@ def run(
     from trtdet.results.categories import match_categories
     from trtdet.run.evaluate import annotated_images
     from trtdet.run.tune import Tuner, context_of
-    from trtdet.runtimes.kinds import check_model
+    from trtdet.runtimes.kinds import ONNX, check_model
 
     journal_path = output.with_name(output.name + ".journal")
     files.check_outputs([output, journal_path, table, plot], [onnx_path, annotations_path, int8.cache])  # fmt: skip
-    check_model(onnx_path)
+    check_model(onnx_path, what=ONNX)
     body = Body(*load_model(onnx_path))
     annotations = coco.read_annotations(annotations_path)
     spec = body.spec

@@ -411,6 +411,10 @@ def open_sides(
     return sides[0], sides[1]
 
 
+#: What compare.py takes.
+COMPARABLE = "a SavedModel, an ONNX file or an engine"
+
+
 def read_graph(path: Path, option: str) -> onnx.ModelProto | None:
     """What stands in an ONNX file, external data left in its files.
 
@@ -422,10 +426,10 @@ def read_graph(path: Path, option: str) -> onnx.ModelProto | None:
     if path.is_dir():
         find_saved_model(path, option)
         return None
-    files.check_input(path, option, "a SavedModel, an ONNX file or an engine")
+    files.check_input(path, option, COMPARABLE)
     if path.suffix.lower() == ".onnx":
         return read_onnx(path, remedy=EXPORT_AGAIN, weights=False)
-    check_engine(path)
+    check_engine(path, option, COMPARABLE)
     return None
 
 

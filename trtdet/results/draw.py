@@ -170,7 +170,7 @@ def check_font(path: Path) -> None:
     try:
         _font(_MIN_FONT, path).getlength("A")
     except Exception as error:  # FreeType's errors reach Python as OSError, SyntaxError, ...
-        raise ValueError(f"--font: expected a TrueType font, {path} is none ({error}); name another") from error  # fmt: skip
+        raise ValueError(f"--font: expected a TrueType font, {path} is not one ({error}); name another") from error  # fmt: skip
 
 
 def _shorten(text: str, font: AnyFont, width: float) -> str:

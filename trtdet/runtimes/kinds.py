@@ -17,8 +17,16 @@ AS_TRAINED = {
 }  # fmt: skip
 
 
-def check_model(path: Path, option: str = "--model") -> None:
+#: What a stage takes, in words.
+ONNX = "an ONNX file"
+RUNNABLE = "an engine or an ONNX file"
+
+
+def check_model(path: Path, option: str = "--model", what: str = RUNNABLE) -> None:
     """Tell an engine or an ONNX file from what is given in its place.
+
+    Args:
+        what: the stage takes, in words.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -28,23 +36,24 @@ def check_model(path: Path, option: str = "--model") -> None:
     if path.is_dir():
         if (path / "saved_model.pb").is_file():
             raise GraphError(
-                f"{option}: expected an engine or an ONNX file, {path} is a SavedModel; convert it: "
+                f"{option}: expected {what}, {path} is a SavedModel; convert it: "
                 f"create_onnx.py --saved_model {path} --onnx {path.name}.onnx"
             )
-        raise GraphError(f"{option}: expected an engine or an ONNX file, found a folder at {path}")
-    files.check_input(path, option, "an engine or an ONNX file")
+        raise GraphError(f"{option}: expected {what}, found a folder at {path}")
+    files.check_input(path, option, what)
     suffix = path.suffix.lower()
     if suffix in AS_TRAINED:
-        raise GraphError(
-            f"{option}: expected an engine or an ONNX file, {path} is {AS_TRAINED[suffix]}"
-        )
+        raise GraphError(f"{option}: expected {what}, {path} is {AS_TRAINED[suffix]}")
     if suffix != ".onnx":
-        check_engine(path)
+        check_engine(path, option, what)
 
 
-def check_engine(path: Path) -> None:
+def check_engine(path: Path, option: str, what: str) -> None:
     """Tell an engine from other files by how they begin, before a GPU is looked for; one with its
     .json is taken for what that says.
+
+    Args:
+        what: the stage takes, in words.
 
     Raises:
         EngineError, ValueError: its .json cannot be read.
@@ -54,8 +63,6 @@ def check_engine(path: Path) -> None:
         read_info(sidecar)
         return
     with open(path, "rb") as file:
-        what = files.kind_of(file.read(512))
-    if what:
-        raise GraphError(
-            f"{path}: expected a SavedModel (a folder), an ONNX file (.onnx) or an engine of build_engine.py, found {what}"
-        )
+        found = files.kind_of(file.read(512))
+    if found:
+        raise GraphError(f"{option}: expected {what}, {path} is {found}")

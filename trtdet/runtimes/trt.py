@@ -55,7 +55,7 @@ class TensorRTRuntime(Runtime):
         plugins: libraries of plugins that the engine needs; its sidecar names them, but is not
             trusted to load them.
         allow_host_code: load an engine that holds code for the CPU (version-compatible ones do).
-            Only for files you trust: it runs with your rights.
+            Only for files you trust: it runs with your permissions.
 
     Raises:
         EngineError: the engine does not fit this TensorRT or GPU; says what to rebuild.

@@ -137,7 +137,7 @@ def run_video(
                     raise
                 logger.info("interrupted; what there is so far is kept")
             if not writer.frames:
-                raise ValueError(f"--input: no frame of {video} could be read; {source.ended or '--start lies behind its end'}")  # fmt: skip
+                raise ValueError(f"--input: no frame of {video} could be read; {source.ended or '--start is after its end'}")  # fmt: skip
             writer.finish()
     seconds = time.perf_counter() - start
     if targets.labels:
