@@ -293,9 +293,6 @@ def kind_of(start: bytes) -> str:
     for magic, kind in OTHER_FILES.items():
         if start.startswith(magic):
             return kind
-    # Protobuf: field 1, the version of ONNX's format, and then a field of text or messages.
-    if re.match(rb"\x08[\x01-\x1f][\x12\x1a2:B]", start):
-        return "an ONNX file (name it .onnx)"
     return "a text file" if all(byte in TEXT_BYTES for byte in start) else ""
 
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from trtdet import files
@@ -39,12 +39,16 @@ def load_family(path: Path) -> Family:
         raise ValueError(
             f"--family {path}: expected one of {', '.join(FAMILIES)} or a Python file, found {files.found_at(path)} there"
         )
-    spec = spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--family {path}: expected a Python file (.py)")
-    module = module_from_spec(spec)
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
+        code = compile(path.read_bytes(), str(path), "exec")
+    except (SyntaxError, ValueError) as error:  # ValueError: of a NUL
+        raise ValueError(
+            f"--family {path}: expected Python source, {type(error).__name__}: {error}"
+        ) from error
+    try:
+        exec(code, module.__dict__)  # not by the import system, which would leave a __pycache__
     except Exception as error:  # whatever a user's file raises
         raise ValueError(f"--family {path}: {type(error).__name__}: {error}") from error
     missing = [name for name in ("NAME", "matches", "read") if not hasattr(module, name)]

@@ -80,10 +80,11 @@ class TensorDifference:
 def in_order_of(
     references: Sequence[NDArray[Any]], candidates: Sequence[NDArray[Any]]
 ) -> list[NDArray[Any]]:
-    """The candidates' rows [Q, values], paired one to one with those of the references: the pair
-    that is nearest in all tensors together first.
+    """The candidates' rows [Q, values], each the nearest to a row of the references in all tensors
+    together.
 
-    As they are where they do not have Q rows each.
+    Rows that are not finite are near to nothing: they take the places of those that are farthest
+    off, so that they are counted. As they are where they do not have Q rows each.
     """
     shapes = [(left.shape, right.shape) for left, right in zip(references, candidates, strict=True)]
     counts = {left[0] for left, _ in shapes if left}
@@ -97,18 +98,11 @@ def in_order_of(
             total += np.abs(wide[:, column, None] - right[None, :, column]) / (
                 wide.shape[1] * max(float(np.ptp(wide)), 1e-12)
             )
-    total[~np.isfinite(total)] = np.inf  # taken last, but taken: so it is counted
-    order = np.full(count, -1)
-    taken = np.zeros(count, bool)
-    left_over = count
-    for pair in np.argsort(total, axis=None, kind="stable"):
-        row, candidate = divmod(int(pair), count)
-        if order[row] < 0 and not taken[candidate]:
-            order[row], taken[candidate] = candidate, True
-            left_over -= 1
-            if not left_over:
-                break
-    return [right[order] for right in candidates]
+    total[~np.isfinite(total)] = np.inf
+    nearest = total.argmin(axis=1)
+    lost = np.flatnonzero(~np.isfinite(total).any(axis=0))
+    nearest[np.argsort(-total.min(axis=1), kind="stable")[: len(lost)]] = lost
+    return [right[nearest] for right in candidates]
 
 
 class TensorStatistics:

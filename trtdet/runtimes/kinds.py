@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a file is that is named as a model, before anything is loaded."""
 
+import re
 from pathlib import Path
 
 from trtdet import files
@@ -20,6 +21,9 @@ AS_TRAINED = {
 #: What a stage takes, in words.
 ONNX = "an ONNX file"
 RUNNABLE = "an engine or an ONNX file"
+#: How an ONNX file begins: protobuf's field 1, the version of its format, and a field of text or
+#: messages.
+LIKE_ONNX = re.compile(rb"\x08[\x01-\x1f][\x12\x1a2:B]")
 
 
 def check_model(path: Path, option: str = "--model", what: str = RUNNABLE) -> None:
@@ -63,6 +67,7 @@ def check_engine(path: Path, option: str, what: str) -> None:
         read_info(sidecar)
         return
     with open(path, "rb") as file:
-        found = files.kind_of(file.read(512))
+        start = file.read(512)
+    found = "an ONNX file (name it .onnx)" if LIKE_ONNX.match(start) else files.kind_of(start)
     if found:
         raise GraphError(f"{option}: expected {what}, {path} is {found}")
