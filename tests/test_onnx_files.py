@@ -146,3 +146,14 @@ def test_a_graph_that_cannot_be_run_is_said_before_anything_is_done(
     with pytest.raises(GraphError) as caught:
         read_onnx(tmp_path / "a.onnx", remedy=EXPORT_AGAIN)
     assert str(caught.value) == f"{tmp_path / 'a.onnx'}: expected a graph that can be run, {fault}; export the model again"  # fmt: skip
+
+
+def test_names_that_are_no_text_are_said(tmp_path: Path) -> None:
+    """protobuf reads them without a word, as bytes."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[1] x) => (float[1] y) { ["first"] y = Relu(x) }'
+    )
+    path = tmp_path / "a.onnx"
+    path.write_bytes(model.SerializeToString().replace(b"first", b"\xfffirs"))
+    with pytest.raises(GraphError, match=r"a\.onnx: expected a graph that can be run, a name of node 0 is not UTF-8"):  # fmt: skip
+        read_onnx(path)

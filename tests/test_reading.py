@@ -345,6 +345,11 @@ def test_a_log_is_read_or_refused_with_one_line(old: str, new: str) -> None:
     value_or_one_line(lambda path: measurement_of_log(LOG.replace(old, new), 1), ROOT)
 
 
+def test_a_log_of_no_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="Total Host Walltime: expected more than 0 s, found 0"):
+        measurement_of_log(LOG.replace("3 s", "0 s"), 1)
+
+
 def test_preprocessing_and_nms_have_bounds_wherever_they_are_made() -> None:
     with pytest.raises(ValueError, match=r"size_hw: expected a whole number from 1 to 32768, found 0"):  # fmt: skip
         Preprocessing((0, 8))

@@ -136,6 +136,9 @@ def wiring_fault(graph: onnx.GraphProto) -> str:
     """
     makers: dict[str, int] = {}
     for index, node in enumerate(graph.node):
+        names = (node.name, node.op_type, node.domain, *node.input, *node.output)
+        if not all(isinstance(name, str) for name in names):  # protobuf gives bytes
+            return f"a name of node {index} is not UTF-8"
         for tensor in filter(None, node.output):
             if tensor in makers:
                 return f"two nodes make the tensor '{tensor}', the second is {node.op_type} '{node.name}'"

@@ -319,6 +319,8 @@ def measurement_of_log(text: str, batch_size: int) -> Measurement:
             "expected a log of trtexec with its performance summary, found none; it ends in one when the inference was not skipped"
         )
     walltime_s = _logged("Total Host Walltime", walltime[1], LONGEST_MS / 1000)
+    if walltime_s <= 0:
+        raise ValueError(f"Total Host Walltime: expected more than 0 s, found {walltime[1]}")
     batches = round(_logged("Throughput", throughput[1], 1e9) * walltime_s)
     return Measurement(batch_size, batches, 0, walltime_s, summaries)
 

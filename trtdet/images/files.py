@@ -264,7 +264,10 @@ def _to_rgb(image: Image.Image) -> ImageArray:
         )
     if upright.mode == "P":
         upright = upright.convert("RGBA")  # straight to RGB, Pillow warns about transparency
-    return np.asarray(upright.convert("RGB"))
+    pixels = np.asarray(upright.convert("RGB"))
+    if pixels.ndim != 3:  # where Pillow fails, NumPy makes an array of one object
+        raise ValueError("damaged")
+    return pixels
 
 
 def image_size(path: Path) -> tuple[int, int] | None:
