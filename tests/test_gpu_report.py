@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,6 @@ def test_a_report_names_no_folder_of_this_machine(folder: Path) -> None:
         lines = json.loads((folder / "gpu_report.json").read_text())["lines"] if name.endswith("json") else []  # fmt: skip
         assert str(folder) not in text
         assert all(str(ROOT) not in line["command"] + line["log"] for line in lines)
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
-    executable = chromium.find()
-    if executable is None:
-        pytest.skip("needs a Chromium: apt-get install chromium-headless-shell")
-    with chromium.open_page(executable, tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("width", [390, 1440])

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome")
 TIMEOUT_S = 60
 
@@ -156,3 +158,13 @@ def _end(pid: int) -> None:
             time.sleep(0.05)
         os.kill(pid, after)
     os.waitpid(pid, 0)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A tab for the tests of a module; skips where there is no Chromium."""
+    executable = find()
+    if executable is None:
+        pytest.skip("needs a Chromium: apt-get install chromium-headless-shell")
+    with open_page(executable, tmp_path_factory.mktemp("profile")) as opened:
+        yield opened

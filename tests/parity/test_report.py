@@ -5,7 +5,6 @@ and on a desk.
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +49,6 @@ def report(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def summary(report: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((report.parent / "summary.json").read_text())
     return data
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
-    executable = chromium.find()
-    if executable is None:
-        pytest.skip("needs a Chromium: apt-get install chromium-headless-shell")
-    with chromium.open_page(executable, tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 def look_up(summary: dict[str, Any], metric: str) -> float | None:

@@ -6,7 +6,6 @@ on a desk.
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ def detections(*rows: tuple[float, float, float, float, float, int], angle: floa
     boxes = np.array([row[:4] for row in rows], np.float32).reshape(-1, 4)
     angles = None if angle is None else np.full(len(rows), angle, np.float32)
     return Detections(boxes, np.array([row[4] for row in rows], np.float32), np.array([row[5] for row in rows], np.int32), angles)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
-    executable = chromium.find()
-    if executable is None:
-        pytest.skip("needs a Chromium: apt-get install chromium-headless-shell")
-    with chromium.open_page(executable, tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+
 from trtdet import files
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.images.files import Sources, find_images, root_of
@@ -36,6 +38,7 @@ from trtdet.run.detect import (
 )
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Runtime
+from trtdet.runtimes.kinds import check_model
 from trtdet.runtimes.options import TritonUrl
 
 logger = logging.getLogger(__name__)
@@ -116,14 +119,19 @@ def run(
             [report], [engine if isinstance(engine, Path) else None, *taken, *results]
         )
     image_ids = pick_image_ids(paths, root_of(source), annotations)
-    with open_model(engine, options) as runtime:
+    graph = None
+    if isinstance(engine, Path):
+        check_model(engine)
+        if engine.suffix.lower() == ".onnx":  # read once: to run it, and to know it again
+            graph = read_onnx(engine, weights=False)
+    with open_model(engine, options, model=graph) as runtime:
         threshold = check_score_threshold(options.score_threshold, runtime.spec)
         texts = pick_labels(labels, runtime.spec)
         wanted = None if classes is None else find_classes(classes, texts, runtime.spec.num_classes)
         outputs = Outputs(
             output, names, image_ids, texts, pictures, draw_threshold, image_format, tsv_header
         )
-        folder = open_folder(engine, options, wanted, outputs, report)
+        folder = open_folder(engine, graph, options, wanted, outputs, report)
         say_stale(folder, output, names.values(), clean=clean)
         if folder.broken_off and not (resume or clean):
             logger.warning("%s has a run that was broken off; this one begins anew (--resume goes on with it)", output)  # fmt: skip
@@ -148,6 +156,7 @@ def run(
 
 def open_folder(
     engine: Path | TritonUrl,
+    graph: onnx.ModelProto | None,
     options: RunOptions,
     classes: Sequence[int] | None,
     outputs: Outputs,
@@ -155,7 +164,7 @@ def open_folder(
 ) -> RunFolder:
     """The output folder, and what its files are made with."""
     made_with = run_identity(
-        model_identity(engine) if isinstance(engine, Path) else str(engine),
+        model_identity(engine, graph) if isinstance(engine, Path) else str(engine),
         options,
         classes,
         labels=outputs.labels,
@@ -170,16 +179,18 @@ def open_folder(
     return RunFolder(outputs.folder, planned, outputs.suffixes, made_with)
 
 
-def model_identity(path: Path) -> str:
+def model_identity(path: Path, graph: onnx.ModelProto | None) -> str:
     """A hash of a model's file and of those beside it that belong to it: an engine's sidecar, an
     ONNX file's external data.
+
+    Args:
+        graph: what stands in an ONNX file; None for an engine.
     """
     parts = [path]
     if files.is_beside(sidecar_path(path)):
         parts.append(sidecar_path(path))
-    if path.suffix.lower() == ".onnx":
-        graph = read_onnx(path, weights=False).graph
-        parts += sorted(path.parent / name for name in set(external_files(graph)))
+    if graph is not None:
+        parts += sorted(path.parent / name for name in set(external_files(graph.graph)))
     hashes = [files.sha256(part) for part in parts]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
