@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,12 @@ print("after")
         found = subprocess.run(command, capture_output=True, cwd=ROOT, check=True, text=True).stdout
     assert found == "before\ncontent\nafter\n"
     assert list(tmp_path.iterdir()) == ([log] if redirected else [])
+
+
+def test_threads_may_write_into_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    """Whichever makes it, all of them write."""
+    for turn in range(300):
+        with ThreadPoolExecutor(4) as pool:
+            paths = [tmp_path / str(turn) / f"{number}.txt" for number in range(4)]
+            list(pool.map(files.write_text, paths, "abcd"))
+        assert [path.read_text() for path in paths] == list("abcd")

@@ -111,6 +111,7 @@ def _temporary_beside(target: Path) -> Path:
     """An empty file of a name of its own; those of processes that are gone are removed."""
     _remove_left_over(target.parent)
     stem = os.fsencode(target.stem)[:_STEM_BYTES].decode(errors="ignore")
+    is_made = False
     while True:
         name = f".{stem}.{_host()}-{os.getpid()}-{next(_numbers)}{target.suffix}"
         temporary = target.with_name(name)
@@ -120,9 +121,10 @@ def _temporary_beside(target: Path) -> Path:
         except FileExistsError:  # of a process that had the same number
             continue
         except FileNotFoundError as error:
-            if target.parent.is_dir():  # /proc: nothing can be made in it
+            if is_made and target.parent.is_dir():  # /proc: nothing can be made in it
                 raise FileNotFoundError(error.errno, error.strerror, str(target)) from error
             target.parent.mkdir(parents=True, exist_ok=True)
+            is_made = True  # by this thread, or by another one meanwhile
             continue
         return temporary
 
