@@ -215,7 +215,7 @@ def test_garbage_found_during_a_capture_does_not_break_it(cudart: StandinCudart)
         def enqueue() -> None:
             kept = [[] for _ in range(2000)]
             assert len(kept) == 2000
-            stream.clear(buffer)
+            stream.clear(buffer.handle, buffer.nbytes)
 
         try:
             gc.set_threshold(100)
@@ -245,7 +245,7 @@ def test_failed_capture_leaves_the_stream_usable(cudart: StandinCudart) -> None:
         cudart.heal()
         cudart._streams[stream.handle].capture = None
         assert cudart.last_error() == 0
-        stream.clear(buffer)
+        stream.clear(buffer.handle, buffer.nbytes)
         stream.synchronize()
 
 

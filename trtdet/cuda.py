@@ -291,9 +291,14 @@ class Stream(_Resource):
         """Let the host wait until the queue is empty."""
         call("cudaStreamSynchronize", self.handle)
 
-    def clear(self, buffer: "DeviceBuffer") -> None:
-        """Queue zeros over all of `buffer`."""
-        call("cudaMemsetAsync", buffer.handle, 0, buffer.nbytes, self.handle)
+    def clear(self, target: int, nbytes: int) -> None:
+        """Queue zeros over the bytes at the device address `target`."""
+        call("cudaMemsetAsync", target, 0, nbytes, self.handle)
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Queue a copy between device addresses, which may be on different GPUs."""
+        kind = cudart().cudaMemcpyKind.cudaMemcpyDefault
+        call("cudaMemcpyAsync", target, source, nbytes, kind, self.handle)
 
     def copy_in(self, target: int, source: NDArray[Any]) -> None:
         """Queue a copy of `source` (pinned, contiguous) to the device address `target`.

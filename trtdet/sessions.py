@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from trtdet.errors import EngineError
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
     from numpy.typing import NDArray
 
@@ -107,6 +108,30 @@ class Session:
             for output in outputs:
                 binding.bind_output(output)
         return Bound(self, binding, buffer)
+
+    def run_at(
+        self,
+        address: int,
+        shape: Sequence[int],
+        dtype: np.dtype[Any],
+        device: int,
+        name: str,
+        outputs: Sequence[str],
+    ) -> list[NDArray[Any]]:
+        """The named outputs for an input that lies in the memory of a GPU, which the CUDA provider
+        reads in place.
+
+        Raises:
+            SessionError: ONNX Runtime failed.
+        """
+        with self._failing():
+            binding = self._session.io_binding()
+            binding.bind_input(name, "cuda", device, dtype.type, list(shape), address)
+            for output in outputs:
+                binding.bind_output(output)
+            self._session.run_with_iobinding(binding)
+            values: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return values
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

@@ -178,6 +178,9 @@ class StandinCudart(Simulator):
 
     @api
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: Any) -> Any:
+        if kind == cudaMemcpyKind.cudaMemcpyDefault:
+            self._enqueue(self.stream(stream), lambda: self._copy_on(dst, src, count))
+            return OK
         inward = kind == cudaMemcpyKind.cudaMemcpyHostToDevice
         host, device_address = (src, dst) if inward else (dst, src)
         target = self.stream(stream)
@@ -198,6 +201,13 @@ class StandinCudart(Simulator):
             raise Violation("a copy from or to pageable or freed host memory")
         self._enqueue(target, copy)
         return OK
+
+    def _copy_on(self, dst: int, src: int, count: int) -> None:
+        """Between device addresses, of any GPU."""
+        target, source = self._find(dst, count), self._find(src, count)
+        if target is None or source is None or target.pinned or source.pinned:
+            raise Violation("a copy from or to what is no device memory")
+        target.data[dst - target.address :][:count] = source.data[src - source.address :][:count]
 
     @api
     def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: Any) -> Any:

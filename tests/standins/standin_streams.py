@@ -43,6 +43,7 @@ class cudaError_t(IntEnum):
 class cudaMemcpyKind(IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDefault = 4
 
 
 class cudaStreamCaptureMode(IntEnum):
@@ -234,6 +235,15 @@ class Simulator:
                 kernel()
 
             self._enqueue(self.stream(handle), run)
+
+    def free_in_order(self, address: int, handle: Any) -> None:
+        """What cudaFreeAsync does: the memory goes when the stream is there."""
+        with self._lock:
+
+            def free() -> None:
+                self._allocations.pop(address).data[:] = POISON
+
+            self._enqueue(self.stream(handle), free)
 
     def last_error(self) -> cudaError_t:
         """What cudaPeekAtLastError would say."""

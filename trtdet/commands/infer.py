@@ -198,6 +198,7 @@ def check_video_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if len(args.input) > 1:
         parser.error("--input: expected one video, or images; run it once for each")
     given = [option for name, option in NOT_FOR_VIDEO.items() if getattr(args, name)]
+    given += ["--decode gpu"] if args.decode == "gpu" else []
     if given:
         parser.error(f"{', '.join(given)}: not for a video; leave it out")
     if args.output:

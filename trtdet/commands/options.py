@@ -27,7 +27,7 @@ from trtdet.commands.values import (
     unit_interval,
 )
 from trtdet.engine.options import parse_batch, parse_sizes, parse_version
-from trtdet.images.options import DEFAULT_MAX_SIZE, Resample, parse_size
+from trtdet.images.options import DEFAULT_MAX_SIZE, Decode, Resample, parse_size
 from trtdet.labels import COCO_LABELS
 from trtdet.precision import options
 from trtdet.precision.options import CALIBRATION_BATCH, FP8_METHOD, METHODS, Int8Options
@@ -92,6 +92,7 @@ SHARED = {
     "--max_ap_drop": _row("--max_ap_drop", "DROP", "how far AP, 0 to 1, may fall", str(MAX_AP_DROP), type=unit_interval, default=MAX_AP_DROP),
     "--recursive": _row("--recursive", None, "search the folders below --input too", **SWITCH),
     "--num_images": _row("--num_images", "N", "use at most N of the images, evenly spread", "all", type=positive_int),
+    "--decode": _row("--decode", None, "what decodes JPEGs and scales images, on the GPU that runs the model: gpu needs nvImageCodec (requirements-gpu.txt); other images are decoded on the CPU", "auto: gpu where it is there, for many JPEGs", choices=get_args(Decode), default="auto"),
     "--workers": _row("--workers", "N", "threads that decode and resize images", "one per core", type=thread_count),
     "--devices": _row("--devices", "N,...", "GPUs, as in 0,1, or 'all'", "0", type=parse_devices),
     "--provider": _row("--provider", None, "what ONNX Runtime runs on", "auto, the first of the others that is there", choices=PROVIDERS),
@@ -249,7 +250,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "-t",
         note="what the model itself leaves out stays out",
     )
-    add_several(images, "--batch_size", "--size", "--resize", "--max_size", "--resample", "--workers", "--recursive", "--num_images")  # fmt: skip
+    add_several(images, "--batch_size", "--size", "--resize", "--max_size", "--resample", "--decode", "--workers", "--recursive", "--num_images")  # fmt: skip
     engine = parser.add_argument_group("for an engine")
     add_several(engine, "--devices", "--contexts", "--no_cuda_graph", "--plugins", "--allow_host_code")  # fmt: skip
     onnx = parser.add_argument_group("for an ONNX file")

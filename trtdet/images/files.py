@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import struct
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -245,10 +246,14 @@ def _plain_jpeg(data: bytes | memoryview) -> bool:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
             bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
-            limit = 2 * (Image.MAX_IMAGE_PIXELS or height * width)
-            return bits == 8 and channels in (1, 3) and height * width <= limit
+            return bits == 8 and channels in (1, 3) and height * width <= most_pixels()
         at += 2 + length
     return False
+
+
+def most_pixels() -> int:
+    """Pixels of the largest image that is decoded: Pillow's limit."""
+    return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else sys.maxsize
 
 
 def _to_rgb(image: Image.Image) -> ImageArray:

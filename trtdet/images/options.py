@@ -9,6 +9,8 @@ from trtdet.spec import LARGEST_SIDE
 #: Pixels of the longer side with --resize, as ODTK has it.
 DEFAULT_MAX_SIZE = 1333
 Resample = Literal["bilinear", "antialias"]
+#: What decodes images.
+Decode = Literal["auto", "cpu", "gpu"]
 
 SIZE_FORM = "H,W or HxW, height first, or one number for a square"
 

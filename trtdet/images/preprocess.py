@@ -302,7 +302,7 @@ def _resize_corner(image: ImageArray, target: NDArray[Any]) -> None:
         position = np.arange(count, dtype=np.float32) * (np.float32(source) / np.float32(count))
         lower = position.astype(np.intp)
         upper = np.minimum(lower + 1, source - 1)
-        weight = np.expand_dims(position - lower, (1, 2) if axis == 0 else (0, 2))
+        weight = np.expand_dims(position - np.floor(position), (1, 2) if axis == 0 else (0, 2))
         first = pixels.take(lower, axis).astype(np.float32)
         pixels = first + (pixels.take(upper, axis) - first) * weight
     target[:] = np.rint(pixels) if target.dtype == np.uint8 else pixels
@@ -337,10 +337,9 @@ def _scratch(use: str, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 def _resize_float_in_bands(image: ImageArray, target: NDArray[np.float32]) -> None:
     """The same: NumPy mixes the rows, in bands that stay in the cache, then OpenCV the columns."""
     source_h, (height, width) = image.shape[0], target.shape[:2]
-    step = np.float32(source_h) / np.float32(height)
-    y = (np.arange(height, dtype=np.float32) + np.float32(0.5)) * step - np.float32(0.5)
+    y = (np.arange(height) + 0.5) * (source_h / height) - 0.5
     upper = np.floor(y)
-    weight = (y - upper)[:, None, None]
+    weight = (y - upper).astype(np.float32)[:, None, None]
     first = np.maximum(upper, 0).astype(np.intp)
     second = np.minimum(upper + 1, source_h - 1).astype(np.intp)
     band = max(1, _BAND_ELEMENTS // (image.shape[1] * 3))

@@ -7,17 +7,17 @@ Source of names and of the percentile rule: NVIDIA/TensorRT samples/common/sampl
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import cycle, islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import files
-from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import Sources, find_images
+from trtdet.images.options import Decode
 from trtdet.images.preprocess import choose_input
 from trtdet.machine import describe_machine
 from trtdet.results.writer import ImageResult
@@ -29,9 +29,12 @@ from trtdet.run.detect import (
     pick_batch_size,
 )
 from trtdet.run.options import RunOptions
-from trtdet.runtimes.base import BatchTimes, ImageBatch, Runtime
+from trtdet.runtimes.base import BatchTimes, ImageBatch, Runtime, as_array
 from trtdet.runtimes.options import TritonUrl
 from trtdet.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from trtdet.run.detect import AnyBatcher
 
 #: As `trtexec --percentile=90,95,99` prints by default.
 PERCENTILES = (90, 95, 99)
@@ -238,10 +241,10 @@ def run_benchmark(
             },
         }
 
-        def batches_of(count: int) -> ImageBatcher:
+        def batches_of(count: int, decode: Decode) -> AnyBatcher:
             """`count` batches of the images, over and over."""
             again = list(islice(cycle(paths), count * batch_size))
-            return open_batcher(runtime, again, options)
+            return open_batcher(runtime, again, replace(options, decode=decode))
 
         if source is None:
             preprocessing, _ = choose_input(runtime.spec.preprocessing, size=options.size)
@@ -249,15 +252,15 @@ def run_benchmark(
             sample = noise(spec, batch_size, runtime.allocate)
         else:
             paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
-            with batches_of(1) as batcher:
-                first = next(iter(batcher), None)
-                check_read(batcher, len(first or ()))
-                sample = Sample(first.images if first else np.empty(0))
+            with batches_of(1, "cpu") as batcher:
+                one: Iterator[ImageBatch] = iter(batcher)
+                sample = Sample(next((as_array(batch.images) for batch in one), np.empty(0)))
+                check_read(batcher, len(sample.images))
         measured = measure(runtime, sample, iterations=iterations, warmup=WARMUP)
         lines = [f"Batch size: {batch_size}", *measured.lines()]
         report |= measured.to_dict()
         if source is not None:
-            with batches_of(WARMUP + iterations) as batcher:
+            with batches_of(WARMUP + iterations, options.decode) as batcher:
                 rate = images_per_second(detect(runtime, batcher), skip=WARMUP * batch_size)
             share = rate / measured.images_per_second
             lines.append(f"End to end from files: {rate:.6g} images/s, {share:.1%} of the above")

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet.detections import Detections, decode
+from trtdet.errors import EngineError
 from trtdet.images.batcher import Allocate, Batch, ImageBatcher, worth_processes
 from trtdet.images.files import ImageArray
+from trtdet.images.options import Decode
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import names_of, read_labels
 from trtdet.results.writer import ImageResult, ImageResults
@@ -28,6 +30,10 @@ from trtdet.terminal import no_bar
 
 if TYPE_CHECKING:
     import onnx
+
+    from trtdet.runtimes.gpu_images import DeviceBatch, GpuImageBatcher
+
+    AnyBatcher: TypeAlias = ImageBatcher | GpuImageBatcher
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +57,10 @@ def open_model(
     return runtime
 
 
+#: Images from which on a GPU is worth its start, where nobody says what decodes.
+MANY_IMAGES = 500
+
+
 def open_batcher(
     runtime: Runtime,
     paths: Sequence[Path],
@@ -60,15 +70,17 @@ def open_batcher(
     allocate: Allocate | None = None,
     load: Callable[[Path], ImageArray] | None = None,
     size: Callable[[Path], tuple[int, int] | None] | None = None,
-) -> ImageBatcher:
-    """An `ImageBatcher` that makes what `runtime` takes.
+) -> AnyBatcher:
+    """An `ImageBatcher` that makes what `runtime` takes, or one that does it on a GPU.
 
     Args:
         allocate: makes the batch buffers; None: the runtime does.
         load, size: what makes an image of a path, and its size before; None: paths are files.
 
     Raises:
-        ValueError: the model does not take batches of `options.batch_size`.
+        ValueError: the model does not take batches of `options.batch_size`, or nothing that is on a
+            GPU.
+        EngineError: images cannot be decoded on the GPU that was asked for.
     """
     batch_size = pick_batch_size(runtime, options)
     smallest = runtime.batch_range[0]
@@ -80,6 +92,21 @@ def open_batcher(
         resize=options.resize,
         max_size=options.max_size,
     )
+    pad_to_batch = smallest > 1 or runtime.one_size  # the last batch may be short
+    if not (load or size or allocate) and decodes_on_gpu(runtime, paths, options.decode):
+        from trtdet.runtimes.gpu_images import GpuImageBatcher
+
+        return GpuImageBatcher(
+            paths,
+            preprocessing,
+            batch_size,
+            device=runtime.images_on or 0,
+            resample=options.resample,
+            resize=resize,
+            workers=options.workers,
+            keep_sources=keep_sources,
+            pad_to_batch=pad_to_batch,
+        )
     # A CPU that runs the model too has nothing left for processes that decode; one batch after the
     # other needs none.
     processes = (
@@ -95,12 +122,38 @@ def open_batcher(
         resize=resize,
         workers=options.workers,
         keep_sources=keep_sources,
-        pad_to_batch=smallest > 1 or runtime.one_size,  # the last batch may be short
+        pad_to_batch=pad_to_batch,
         allocate=np.empty if processes else allocate or runtime.allocate,
         processes=processes,
         load=load,
         size=size,
     )
+
+
+def decodes_on_gpu(runtime: Runtime, paths: Sequence[Path], decode: Decode) -> bool:
+    """Whether a GPU decodes the images: where it is asked to, or where that is worth it.
+
+    Raises:
+        ValueError, EngineError: it was asked to and cannot; says why.
+    """
+    if decode == "cpu":
+        return False
+    if runtime.images_on is None:
+        if decode == "gpu":
+            raise ValueError(f"--decode gpu: expected a model on a GPU, found {runtime.description}; leave it out")  # fmt: skip
+        return False
+    if decode == "auto":
+        jpegs = sum(path.suffix.lower() in (".jpg", ".jpeg") for path in paths)
+        if len(paths) < MANY_IMAGES or 2 * jpegs < len(paths):
+            return False
+    from trtdet.runtimes.gpu_images import missing
+
+    why = missing(runtime.images_on)
+    if why and decode == "gpu":
+        raise EngineError(f"--decode gpu: {why}")
+    if why:
+        logger.info("images are decoded on the CPU: %s", why)
+    return not why
 
 
 def pick_batch_size(runtime: Runtime, options: RunOptions) -> int:
@@ -121,7 +174,7 @@ def pick_batch_size(runtime: Runtime, options: RunOptions) -> int:
 
 def detect(
     runtime: Runtime,
-    batcher: ImageBatcher,
+    batcher: AnyBatcher,
     *,
     score_threshold: float = 0.0,
     classes: Sequence[int] | None = None,
@@ -141,13 +194,14 @@ def detect(
 
 
 def decoded(
-    runtime: Runtime, batcher: ImageBatcher
-) -> Generator[tuple[Batch, Sequence[Detections]], None, None]:
+    runtime: Runtime, batcher: AnyBatcher
+) -> Generator[tuple[Batch | DeviceBatch, Sequence[Detections]], None, None]:
     """Run every batch of `batcher`: the batch, and what is in each of its images.
 
     A batch is released when the next one is asked for.
     """
-    for batch, outputs in runtime.map(batcher):
+    batches: Iterable[Batch | DeviceBatch] = batcher
+    for batch, outputs in runtime.map(batches):
         size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
         yield batch, decode(outputs, runtime.spec, batch.transforms, size_hw=size_hw)
         batch.release()
@@ -162,7 +216,16 @@ def run_identity(
         model: the file's SHA-256, or the URL.
         more: what only some runs have.
     """
-    kept = ("score_threshold", "batch_size", "resample", "size", "resize", "max_size", "provider")
+    kept = (
+        "score_threshold",
+        "batch_size",
+        "resample",
+        "decode",
+        "size",
+        "resize",
+        "max_size",
+        "provider",
+    )
     own = {"model": model, "classes": None if classes is None else list(classes)}
     return {**own, **{name: getattr(options, name) for name in kept}, **more}
 
@@ -191,7 +254,7 @@ def progress(results: ImageResults, total: int) -> ImageResults:
             bar.update()
 
 
-def check_read(batcher: ImageBatcher, count: int) -> None:
+def check_read(batcher: AnyBatcher, count: int) -> None:
     """Raise ValueError where not one image could be read. (The batcher logs each one it skips.)"""
     if not count:
         raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from trtdet.images.options import Resample
+from trtdet.images.options import Decode, Resample
 from trtdet.precision.options import DEFAULT_SHARE
 from trtdet.runtimes.options import TritonUrl
 
@@ -55,6 +55,7 @@ class RunOptions:
     resize: int | None = None
     max_size: int | None = None
     resample: Resample | None = None
+    decode: Decode = "cpu"
     workers: int | None = None
     provider: str | None = None
     threads: int | None = None

@@ -35,7 +35,7 @@ from trtdet.precision.sensitivity import Journal, LayerNoise
 from trtdet.results import coco
 from trtdet.run.detect import detect
 from trtdet.run.options import FEW_IMAGES, METRICS, VIEWS_OF_FEW, TuneOptions
-from trtdet.runtimes.base import Outputs, default_batch_size
+from trtdet.runtimes.base import Images, Outputs, as_array, default_batch_size
 from trtdet.runtimes.ort import OnnxRuntime
 from trtdet.spec import ModelSpec, Preprocessing
 from trtdet.terminal import no_bar
@@ -85,8 +85,8 @@ class ViewingRuntime(OnnxRuntime):
 
     view = View()
 
-    def infer(self, images: NDArray[Any]) -> Outputs:
-        found = super().infer(self.view.show(images, self.spec.preprocessing))
+    def infer(self, images: Images) -> Outputs:
+        found = super().infer(self.view.show(as_array(images), self.spec.preprocessing))
         boxes = self.view.undo(found["detection_boxes"], self.spec)
         return {**found, "detection_boxes": boxes}
 

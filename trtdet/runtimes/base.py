@@ -5,12 +5,13 @@ Every backend honours one contract, `Runtime`; `open_runtime` picks it by the fi
 the URL.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -41,6 +42,32 @@ class BatchTimes:
         return self.h2d_ms + self.compute_ms + self.d2h_ms
 
 
+@dataclass(frozen=True, eq=False)
+class DeviceImages:
+    """A batch that lies in the memory of a GPU, complete.
+
+    Attributes:
+        address: of the first image; the others follow it.
+        shape: (n, *image_shape).
+        device: the GPU.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    device: int
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+#: A batch as a runtime takes it; one on a GPU only where `Runtime.images_on` says so.
+Images: TypeAlias = NDArray[Any] | DeviceImages
 #: Output name -> array, `trtdet.spec.OUTPUT_NAMES`. Row i of every array belongs to image i.
 Outputs = dict[str, NDArray[Any]]
 
@@ -49,7 +76,7 @@ class ImageBatch(Protocol):
     """What a runtime needs of a batch: the images, and their files for its messages."""
 
     @property
-    def images(self) -> NDArray[Any]: ...
+    def images(self) -> Images: ...
 
     @property
     def paths(self) -> Sequence[Path]: ...
@@ -75,6 +102,8 @@ class Runtime(Closing):
             then is not that of a batch.
         one_size: whether a batch of another size takes long the first time, so that all should have
             one.
+        images_on: the GPU whose memory batches may lie in, as `DeviceImages`; None: arrays alone are
+            taken.
         needs_own_memory: whether batches in other memory than that of `allocate` take longer than
             it takes to prepare them.
         without_value: the weights that are NaN, with which the model finds nothing; "": none is, as
@@ -87,12 +116,13 @@ class Runtime(Closing):
     description: str
     overlaps: bool = False
     one_size: bool = False
+    images_on: int | None = None
     needs_own_memory: bool = False
     timed_on: str = ""
     without_value: str = ""
 
     @abstractmethod
-    def infer(self, images: NDArray[Any]) -> Outputs:
+    def infer(self, images: Images) -> Outputs:
         """Run one batch.
 
         Args:
@@ -126,7 +156,7 @@ class Runtime(Closing):
         """Memory for batches that the backend can read without a copy. Default: ordinary memory."""
         return np.empty(shape, dtype)
 
-    def infer_timed(self, images: NDArray[Any]) -> BatchTimes | None:
+    def infer_timed(self, images: Images) -> BatchTimes | None:
         """Run one batch; how long its parts took on the device's own clock.
 
         Default: None, there is no such clock, and nothing is run.
@@ -158,6 +188,17 @@ def naming_batch(
         raise kind(f"{which}: {error} (images: {names})") from error
 
 
+def as_array(images: Images) -> NDArray[Any]:
+    """Images of a runtime that takes arrays alone.
+
+    Raises:
+        ValueError: they lie on a GPU.
+    """
+    if isinstance(images, DeviceImages):
+        raise ValueError(f"input: expected an array, got images on GPU {images.device}")
+    return images
+
+
 def default_batch_size(runtime: Runtime) -> int:
     """The batch size where nobody names one: what the runtime prefers, within what the model
     takes.
@@ -167,7 +208,7 @@ def default_batch_size(runtime: Runtime) -> int:
     return max(smallest, min(preferred, largest or preferred))
 
 
-def check_batch(images: NDArray[Any], spec: ModelSpec, batch_range: tuple[int, int | None]) -> None:
+def check_batch(images: Images, spec: ModelSpec, batch_range: tuple[int, int | None]) -> None:
     """Check one batch at the border of a runtime.
 
     Raises:

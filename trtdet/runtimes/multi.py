@@ -25,7 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from trtdet import cuda
 from trtdet.errors import EngineError
-from trtdet.runtimes.base import AnyBatch, BatchTimes, Outputs, Runtime, naming_batch
+from trtdet.runtimes.base import AnyBatch, BatchTimes, Images, Outputs, Runtime, naming_batch
 from trtdet.runtimes.trt import TensorRTRuntime
 from trtdet.runtimes.trt_load import flavor_of, read_engine
 
@@ -71,6 +71,7 @@ class MultiRuntime(Runtime):
         first = self._runtimes[0]
         self.spec = first.spec
         self.batch_range = first.batch_range
+        self.images_on = first.images_on  # CUDA copies from there to the others
         self.timed_on = first.description
         self.description = f"{len(self._runtimes)} GPUs: " + "; ".join(
             runtime.description for runtime in self._runtimes
@@ -85,11 +86,11 @@ class MultiRuntime(Runtime):
         """See `TensorRTRuntime.allocate`; every GPU can read it."""
         return self._runtimes[0].allocate(shape, dtype)
 
-    def infer(self, images: NDArray[Any]) -> Outputs:
+    def infer(self, images: Images) -> Outputs:
         """Run one batch, on the first GPU."""
         return self._runtimes[0].infer(images)
 
-    def infer_timed(self, images: NDArray[Any]) -> BatchTimes:
+    def infer_timed(self, images: Images) -> BatchTimes:
         """Run one batch, on the first GPU; how long its parts took.
 
         `timed_on` says so in reports.

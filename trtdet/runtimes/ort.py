@@ -21,7 +21,15 @@ from trtdet.errors import EngineError, GraphError
 from trtdet.machine import available_cores
 from trtdet.nms import lowering
 from trtdet.onnx_files import check_external_data, image_input, naming, read_onnx, without_value
-from trtdet.runtimes.base import AnyBatch, Outputs, Runtime, check_batch, naming_batch
+from trtdet.runtimes.base import (
+    AnyBatch,
+    DeviceImages,
+    Images,
+    Outputs,
+    Runtime,
+    check_batch,
+    naming_batch,
+)
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -108,6 +116,7 @@ class OnnxRuntime(Runtime):
         _check_provider(self.provider, wanted[0], provider)
         self._device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
         self.overlaps = self.one_size = self._device != "cpu"
+        self.images_on = 0 if self.provider == PROVIDERS["cuda"] else None
         # By shape, the one used last at the end.
         self._bound: OrderedDict[tuple[int, ...], sessions.Bound] = OrderedDict()
         where = f"{threads} threads" if self._device == "cpu" else "GPU 0"
@@ -140,10 +149,13 @@ class OnnxRuntime(Runtime):
             while running:
                 yield _fetch(*running.popleft())
 
-    def infer(self, images: NDArray[Any]) -> Outputs:
+    def infer(self, images: Images) -> Outputs:
         """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
         check_batch(images, self.spec, self.batch_range)
-        if self._device == "cpu":  # reads the array in place: nothing to bind
+        if isinstance(images, DeviceImages):
+            place = images.address, images.shape, images.dtype, images.device
+            values = self._open.run_at(*place, self._input, OUTPUT_NAMES)
+        elif self._device == "cpu":  # reads the array in place: nothing to bind
             values = self._open.run(OUTPUT_NAMES, {self._input: images})
         else:
             values = self._run_bound(images)

@@ -32,7 +32,15 @@ from numpy.typing import DTypeLike, NDArray
 
 from trtdet.engine.sidecar import read_spec
 from trtdet.errors import EngineError, GraphError
-from trtdet.runtimes.base import AnyBatch, Outputs, Runtime, check_batch, naming_batch
+from trtdet.runtimes.base import (
+    AnyBatch,
+    Images,
+    Outputs,
+    Runtime,
+    as_array,
+    check_batch,
+    naming_batch,
+)
 from trtdet.runtimes.options import TritonUrl
 from trtdet.spec import METADATA_KEY, OUTPUT_NAMES, ModelSpec
 
@@ -111,9 +119,9 @@ class TritonRuntime(Runtime):
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def infer(self, images: NDArray[Any]) -> Outputs:
+    def infer(self, images: Images) -> Outputs:
         """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
-        return self._submit(images).result()
+        return self._submit(as_array(images)).result()
 
     def map(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Outputs]]:
         """Run batches, several requests in flight: each with its outputs, in order.
@@ -128,7 +136,7 @@ class TritonRuntime(Runtime):
                 while waiting and (len(waiting) >= self._requests or waiting[0][2].done()):
                     yield _finish(*waiting.popleft())
                 with naming_batch(index, batch):
-                    waiting.append((index, batch, self._submit(batch.images)))
+                    waiting.append((index, batch, self._submit(as_array(batch.images))))
             while waiting:
                 yield _finish(*waiting.popleft())
         finally:

@@ -31,7 +31,15 @@ from numpy.typing import DTypeLike, NDArray
 
 from trtdet import cuda
 from trtdet.errors import EngineError
-from trtdet.runtimes.base import AnyBatch, BatchTimes, Outputs, Runtime, check_batch, naming_batch
+from trtdet.runtimes.base import (
+    AnyBatch,
+    BatchTimes,
+    Images,
+    Outputs,
+    Runtime,
+    check_batch,
+    naming_batch,
+)
 from trtdet.runtimes.trt_lane import Lane, Slot
 from trtdet.runtimes.trt_load import EngineFile, load_engine, pick_profile, read_engine
 
@@ -80,7 +88,7 @@ class TensorRTRuntime(Runtime):
             raise ValueError(f"contexts: expected 1 to depth ({depth}), got {contexts}")
         info = cuda.device_info(device)
         cuda.warn_of_old_bindings()
-        self._device = device
+        self._device = self.images_on = device
         self._running: deque[Slot] = deque()
         self._free: deque[Slot] = deque()
         self._last: Slot | None = None
@@ -125,14 +133,14 @@ class TensorRTRuntime(Runtime):
 
     # --- one batch at a time ----------------------------------------------------------------------
 
-    def infer(self, images: NDArray[Any]) -> Outputs:
+    def infer(self, images: Images) -> Outputs:
         """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
         if self._running:
             raise EngineError("infer: batches of map or submit are in flight; fetch them first")
         self.submit(images)
         return self.fetch()
 
-    def infer_timed(self, images: NDArray[Any]) -> BatchTimes:
+    def infer_timed(self, images: Images) -> BatchTimes:
         """Run one batch; how long its parts took."""
         self.infer(images)
         return self.last_times()
@@ -144,11 +152,12 @@ class TensorRTRuntime(Runtime):
         """How many batches can be in flight."""
         return len(self._running) + len(self._free)
 
-    def submit(self, images: NDArray[Any]) -> None:
+    def submit(self, images: Images) -> None:
         """Queue one batch on the GPU and return at once. At most `depth` may be in flight.
 
         Args:
-            images: see `infer`. May be changed after the call unless it is memory of `allocate`.
+            images: see `infer`. May be changed after the call unless it is memory of `allocate`, or
+                on a GPU.
         """
         check_batch(images, self.spec, self.batch_range)
         if not self._free:
@@ -258,15 +267,15 @@ class TensorRTRuntime(Runtime):
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _enqueue(self, slot: Slot, images: NDArray[Any]) -> None:
+    def _enqueue(self, slot: Slot, images: Images) -> None:
         slot.count = len(images)
         profile, slot.batch = pick_profile(self._engine.profiles, images.shape)
         lane = slot.lane
         lane.set_shape(profile, (slot.batch, *images.shape[1:]))
 
-        source = slot.stage(images)
+        slot.stage(images)
         slot.in_start.record(self._copies_in)
-        self._copies_in.copy_in(slot.device_in.handle, source)
+        slot.copy_in(self._copies_in)
         slot.in_end.record(self._copies_in)
 
         lane.stream.wait(slot.in_end)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import cuda
 from trtdet.errors import EngineError
+from trtdet.runtimes.base import DeviceImages, Images
 from trtdet.runtimes.trt_load import LoadedEngine, engine_error
 
 if TYPE_CHECKING:
@@ -137,26 +138,34 @@ class Slot:
         self._host_in: NDArray[np.uint8] | None = None
         # Rows that fill up a batch hold zeros or an earlier image, never what lay in the memory
         # before.
-        copies_in.clear(self.device_in)
+        copies_in.clear(self.device_in.handle, self.device_in.nbytes)
         copies_in.synchronize()
         # Time stamps cost a microsecond each; trtexec sets the same six.
         self.in_start, self.in_end, self.run_start, self.run_end, self.out_start, self.out_end = (
             resources.enter_context(cuda.Event(timed=True)) for _ in range(6)
         )
-        self.images: NDArray[Any] | None = None  # kept alive while the GPU may read it
+        self.images: Images | None = None  # kept alive while the GPU may read it
         self.count = 0  # images in the batch
         self.batch = 0  # rows that run: more where the profile or the engine wants more
         self.enqueue_ms = 0.0
 
-    def stage(self, images: NDArray[Any]) -> NDArray[Any]:
-        """`images` where the GPU can read them: where they are, or copied into the slot's own
+    def stage(self, images: Images) -> None:
+        """Keep `images` where the GPU can read them: where they are, or copied into the slot's own
         pinned memory.
         """
-        if not (cuda.is_pinned(images) and images.flags.c_contiguous):
+        if isinstance(images, np.ndarray) and not (
+            cuda.is_pinned(images) and images.flags.c_contiguous
+        ):
             if self._host_in is None:
                 self._host_in = cuda.pinned_empty((self.device_in.nbytes,), np.uint8)
             staged = self._host_in[: images.nbytes].view(images.dtype).reshape(images.shape)
             np.copyto(staged, images)
             images = staged
         self.images = images
-        return images
+
+    def copy_in(self, stream: cuda.Stream) -> None:
+        """Queue the copy of what was staged to the network's input."""
+        if isinstance(self.images, DeviceImages):
+            stream.copy(self.device_in.handle, self.images.address, self.images.nbytes)
+        elif self.images is not None:
+            stream.copy_in(self.device_in.handle, self.images)

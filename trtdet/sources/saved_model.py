@@ -11,10 +11,7 @@ tf2onnx nothing but the part asked for: preprocessing, NMS and loops never reach
 import logging
 import os
 import re
-import sys
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from trtdet.sources.base import CANONICAL_OPS, Shape, SourceGraph, SourceNode
 from trtdet.sources.onnx_file import NEWEST_OPSET
 from trtdet.sources.saved_model_folder import GRAPH_FILE, find_saved_model, missing_variables
 from trtdet.spec import ModelSpec
+from trtdet.terminal import native_stderr_held
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +53,7 @@ class SavedModelSource(Closing):
         path = find_saved_model(path)
         self.path = path
         self.spec: ModelSpec | None = None
-        with _native_stderr_held():
+        with native_stderr_held():
             self._tf = _import_tensorflow()
             try:
                 frozen = _load_frozen(self._tf, path, signature)
@@ -129,31 +127,6 @@ class SavedModelSource(Closing):
                 copy.attr.pop("_output_shapes", None)
         _multiply_instead_of_dividing(self._tf, cut)
         return cut
-
-
-@contextmanager
-def _native_stderr_held() -> Iterator[None]:
-    """Hold back what native code writes to stderr; it comes out if the block fails, or with debug
-    logging.
-
-    TensorFlow's C++ greets with lines on absent GPUs before any log level of its own is read.
-    """
-    if logger.isEnabledFor(logging.DEBUG):
-        yield
-        return
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(kept, held.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def _import_tensorflow() -> Any:
