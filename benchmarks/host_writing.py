@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from trtdet.closing import Closing
 from trtdet.results import coco, naming
+from trtdet.results.manifest import RunFolder
 from trtdet.results.options import ImageFormat
 from trtdet.results.writer import result_writer
 from trtdet.run.detect import detect, open_batcher, open_model
+from trtdet.run.infer import writes_in_processes
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Outputs, Runtime
 from trtdet.spec import ModelSpec, Nms, Preprocessing
@@ -52,21 +54,30 @@ class StandInEngine(Runtime, Closing):
 
 
 def detect_files(
-    runtime: Runtime, paths: Sequence[Path], output: Path, image_format: ImageFormat | None, options: RunOptions
-) -> None:  # fmt: skip
+    runtime: Runtime,
+    paths: Sequence[Path],
+    output: Path,
+    image_format: ImageFormat | None,
+    options: RunOptions,
+) -> None:
     """What infer.py does once the model is open."""
     root = paths[0].parent
     names = dict(zip(paths, naming.output_names(paths, root), strict=True))
+    folder = RunFolder(output, [], (".tsv",), {})
     with (
+        folder,
         open_batcher(runtime, paths, options, keep_sources=image_format is not None) as batcher,
         result_writer(
             output,
             runtime.spec,
             names=names,
             image_ids=coco.name_images(paths, root),
+            folder=folder,
             image_format=image_format or "png",
+            processes=image_format is None and writes_in_processes(runtime, len(paths)),
         ) as writer,
     ):
+        folder.start()
         for result in detect(runtime, batcher):
             writer.write(result)
 

@@ -91,43 +91,46 @@ def decode(
         transforms: one per real image.
         size_hw: height and width of the network input; None: that of the spec.
     """
-    counts = outputs["num_detections"].reshape(-1)
-    height, width = size_hw or spec.preprocessing.size_hw
+    images = len(transforms)
+    counts = outputs["num_detections"].reshape(-1)[:images].tolist()
+    all_scores = outputs["detection_scores"][:images].astype(np.float32)
+    all_classes = outputs["detection_classes"][:images].astype(np.int32)
+    rows = outputs["detection_boxes"][:images].astype(np.float32)
+    boxes = rows[..., :4]
+    if spec.box_order == "yxyx":
+        boxes = yxyx_to_xyxy(boxes)
+    if spec.boxes_normalized:
+        height, width = size_hw or spec.preprocessing.size_hw
+        boxes = boxes * np.array([width, height, width, height], np.float32)
+    is_rotated = rows.shape[-1] > 4
+    boxes = _to_source(boxes, transforms, spec, rotated=is_rotated)
+    # The plugin fills free slots with scores of 0 where its threshold is below 0.007:
+    # trtdet.nms.reference.
+    is_found = all_scores > 0
     results = []
-    for row, transform in enumerate(transforms):
-        # The plugin fills free slots with scores of 0 where its threshold is below 0.007:
-        # trtdet.nms.reference.
-        keep = np.flatnonzero(outputs["detection_scores"][row, : int(counts[row])] > 0)
-        rows = outputs["detection_boxes"][row, keep].astype(np.float32)
-        boxes, angles = rows[:, :4], rows[:, 4] if rows.shape[1] > 4 else None
-        if spec.box_order == "yxyx":
-            boxes = yxyx_to_xyxy(boxes)
-        if spec.boxes_normalized:
-            boxes = boxes * np.array([width, height, width, height], np.float32)
-        results.append(
-            Detections(
-                _to_source(boxes, transform, spec, rotated=angles is not None),
-                outputs["detection_scores"][row, keep].astype(np.float32),
-                outputs["detection_classes"][row, keep].astype(np.int32),
-                angles,
-            )
-        )
+    for row, count in enumerate(counts):
+        keep: slice | NDArray[np.intp] = slice(count)
+        if not is_found[row, :count].all():
+            keep = np.flatnonzero(is_found[row, :count])
+        angles = rows[row, keep, 4] if is_rotated else None
+        results.append(Detections(boxes[row, keep], all_scores[row, keep], all_classes[row, keep], angles))  # fmt: skip
     return results
 
 
 def _to_source(
-    boxes: FloatArray, transform: ResizeTransform, spec: ModelSpec, *, rotated: bool
+    boxes: FloatArray, transforms: Sequence[ResizeTransform], spec: ModelSpec, *, rotated: bool
 ) -> FloatArray:
-    """Boxes in pixels of the source image.
+    """Boxes of a batch, (n, k, 4), in pixels of their source images: `ResizeTransform.to_source`.
 
     Rotated ones are not clipped: that would move their centres.
     """
-    if rotated:
-        return transform.to_source(boxes, clip=False)
-    if not spec.inclusive_corners:
-        return transform.to_source(boxes)
-    last_pixel = np.array([0, 0, 1, 1], np.float32)
-    return transform.clip(transform.to_source(boxes - last_pixel, clip=False) + last_pixel)
+    scale, offset, limit = (
+        np.array([[*pair, *pair] for pair in pairs], np.float32)[:, None]
+        for pairs in zip(*((t.scale_xy, t.offset_xy, t.source_wh) for t in transforms), strict=True)
+    )
+    last_pixel = np.array([0, 0, 1, 1], np.float32) * (spec.inclusive_corners and not rotated)
+    found = ((boxes - last_pixel - offset) / scale).astype(np.float32) + last_pixel
+    return found if rotated else np.clip(found, 0, limit)
 
 
 def write_tsv(

@@ -27,6 +27,7 @@ from trtdet.commands import infer, visualize
 from trtdet.detections import Detections
 from trtdet.errors import EngineError
 from trtdet.images import batcher
+from trtdet.results import image_files
 from trtdet.results import writer as results_writer
 from trtdet.run import benchmark, detect
 from trtdet.runtimes.ort import OnnxRuntime
@@ -430,13 +431,13 @@ def test_a_slow_disk_holds_the_runtime_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    write_tsv = results_writer.write_tsv
+    write_tsv = image_files.write_tsv
 
     def wait_then_write(*args: Any, **options: Any) -> None:
         go.wait(30)
         write_tsv(*args, **options)
 
-    monkeypatch.setattr(results_writer, "write_tsv", wait_then_write)
+    monkeypatch.setattr(image_files, "write_tsv", wait_then_write)
     taken: list[int] = []
     with writer(tmp_path / "out", 100) as results:
 

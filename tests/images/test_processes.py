@@ -23,12 +23,13 @@ from trtdet.images.batcher import ImageBatcher, worth_processes
 from trtdet.images.prepare import Preparer
 from trtdet.images.preprocess import ShorterSide
 from trtdet.images.processes import SharedMemory, Worker
+from trtdet.processes import available
 from trtdet.run.detect import open_batcher
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Outputs, Runtime
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
-pytestmark = pytest.mark.skipif(not processes.available(), reason="this system has no memfd_create")
+pytestmark = pytest.mark.skipif(not available(), reason="this system has no memfd_create")
 SMALL = Preprocessing((16, 24), dtype="uint8", pad_rgb=(1, 2, 3))
 
 
@@ -64,7 +65,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     ready = Worker.ready
 
     def wait(worker: Worker) -> bool:
-        while not ready(worker) and worker._pipe is not None:
+        while not ready(worker) and not worker._process.is_gone:
             time.sleep(0.005)
         return ready(worker)
 
@@ -243,7 +244,7 @@ from trtdet.images.processes import SharedMemory, Worker
 from trtdet.spec import Preprocessing
 with Worker(Preparer(Preprocessing((16, 24))), SharedMemory()) as worker:
     print("started", flush=True)
-    while not worker.ready() and worker._pipe is not None:
+    while not worker.ready() and not worker._process.is_gone:
         time.sleep(0.01)
     print("ready" if worker.ready() else "lost", flush=True)
 signal.signal(signal.SIGINT, signal.SIG_IGN)

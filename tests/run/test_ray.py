@@ -216,7 +216,7 @@ def test_two_workers_write_what_one_process_writes(toy, photos, alone, tmp_path,
 def test_a_run_that_was_broken_off_goes_on(toy, photos, alone, tmp_path, capsys):
     cli.setup_logging()
     output = tmp_path / "found"
-    options = RunOptions(score_threshold=0.0)
+    options = RunOptions(score_threshold=0.0, decode="auto")
     half = sorted(photos.iterdir())[: IMAGES // 2]
     detector = ray.PathDetector(toy, RunOptions())
     with Results(output / ray.PARTIAL, run_identity(files.sha256(toy), options)) as results:

@@ -421,7 +421,7 @@ def test_all_kinds_of_images_on_a_real_gpu(real: Callable[..., Any], images: lis
         assert failed == failures
         assert [b[1] for b in found] == [b[1] for b in wanted]
         for (a, *_, sources), (b, *_, theirs) in zip(found, wanted, strict=True):
-            assert np.abs(a.astype(np.float64) - b).max() <= 2
+            assert np.abs(a.astype(np.float64) - b).max() <= 4  # colours that no photograph has
             for one, other in zip(sources or (), theirs or (), strict=True):
                 assert np.abs(np.asarray(one, np.int16) - other).max() <= 1
 

@@ -25,8 +25,9 @@ from trtdet.images.files import ImageArray, image_size, load_image
 from trtdet.images.options import Resample
 from trtdet.images.prepare import Preparer, Result
 from trtdet.images.preprocess import ShorterSide
-from trtdet.images.processes import SharedMemory, Worker, available
+from trtdet.images.processes import SharedMemory, Worker
 from trtdet.machine import available_cores
+from trtdet.processes import available
 from trtdet.spec import Preprocessing
 
 logger = logging.getLogger(__name__)

@@ -70,6 +70,12 @@ class Done:
     text: str
 
 
+def journal_line(path: Path, name: Path, image_id: int | str | None, text: str) -> str:
+    """The line of an image whose files are written; see `Done`."""
+    done = Done(name.as_posix(), image_id, fingerprint(path), text)
+    return json.dumps(dataclasses.asdict(done)) + "\n"
+
+
 def fingerprint(path: Path) -> str:
     """What tells an image from another of the same name: its path, size and time, as a hash."""
     try:
@@ -214,14 +220,12 @@ class RunFolder(Closing):
                 _cut_last_line(path)
             self._partial = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
-    def add(self, path: Path, name: Path, image_id: int | str | None, text: str) -> None:
-        """An image whose files are written."""
+    def add(self, line: str) -> None:
+        """An image whose files are written: its `journal_line`, or those of several."""
         if self._partial is None:
             return
-        done = Done(name.as_posix(), image_id, fingerprint(path), text)
-        line = json.dumps(dataclasses.asdict(done))
         with self._lock:
-            self._partial.write(line + "\n")
+            self._partial.write(line)
             self._partial.flush()
 
     def finish(self, not_read: Iterable[Path] = ()) -> None:

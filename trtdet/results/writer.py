@@ -15,15 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import files
-from trtdet.detections import Detections, coco_text, write_tsv
+from trtdet.detections import Detections
 from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
-from trtdet.results import coco, draw, naming
+from trtdet.processes import Process
+from trtdet.results import coco
+from trtdet.results.image_files import ImageFiles, Task, Written
 from trtdet.results.manifest import RunFolder
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
+
+
+#: Results that a process gets at a time.
+SHARE = 8
+#: Processes that write: more do not bring more.
+MOST_PROCESSES = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,9 @@ ImageResults = Generator[ImageResult, None, None]
 class ResultWriter:
     """Writes TSVs and, of results that have their `source`, pictures on a thread pool, and
     detections.json in the order of the images. Made by `result_writer`.
+
+    With `share` above 1, each thread has a process that does it, and gets so many results at a
+    time.
     """
 
     #: Results per thread that may wait: `write` blocks when the disk is slower than the runtime, so
@@ -58,31 +69,29 @@ class ResultWriter:
         json_file: TextIO,
         *,
         limit: int,
-        spec: ModelSpec,
+        share: int,
+        image_files: ImageFiles,
         names: Mapping[Path, Path],
         image_ids: Mapping[Path, int | str],
-        labels: Sequence[str],
-        tsv_header: bool,
-        draw_threshold: float,
         folder: RunFolder | None,
-        image_format: ImageFormat,
+        resources: ExitStack,
     ) -> None:
         self._output = output
         self._folder = folder
         self._pool = pool
         self._json = json_file
         self._limit = limit
-        self._spec = spec
+        self._share = share
+        self._files = image_files
         self._names = names
         self._image_ids = image_ids
-        self._labels = labels
-        self._tsv_header = tsv_header
-        self._draw_threshold = draw_threshold
-        self._image_format = image_format
+        self._resources = resources
         self._lock = threading.Lock()
+        self._thread = threading.local()
         #: Detections that pictures do not show.
         self.undrawn = 0
-        self._pending: deque[Future[str]] = deque()  # in the order of the images
+        self._waiting: list[Task] = []  # for a share to be full
+        self._pending: deque[Future[list[str]]] = deque()  # in the order of the images
         self._separator = "["
 
     def write(self, result: ImageResult) -> None:
@@ -91,14 +100,18 @@ class ResultWriter:
         Raises:
             OSError: an earlier result could not be written.
         """
-        while self._pending and (self._pending[0].done() or len(self._pending) >= self._limit):
-            self._collect()
-        self._pending.append(self._pool.submit(self._write_one, result))
+        output = self._names[result.path]
+        image_id = self._image_ids.get(result.path)
+        task = Task(result.path, self._output / output, output, image_id, result.detections, result.source)  # fmt: skip
+        self._waiting.append(task)
+        if len(self._waiting) >= self._share:
+            self._submit()
 
     def keep(self, text: str) -> None:
         """Queue what an earlier run has for detections.json."""
-        one: Future[str] = Future()
-        one.set_result(text)
+        self._submit()
+        one: Future[list[str]] = Future()
+        one.set_result([text])
         self._pending.append(one)
 
     def finish(self) -> None:
@@ -107,6 +120,7 @@ class ResultWriter:
         Raises:
             OSError: a result could not be written.
         """
+        self._submit()
         while self._pending:
             self._collect()
         with naming_json(self._output):
@@ -122,59 +136,58 @@ class ResultWriter:
                 f"--output: {self._output} has disappeared during the run; its results are lost, run again"
             )
 
+    def _submit(self) -> None:
+        """Hand the results that wait to a thread."""
+        if not self._waiting:
+            return
+        while self._pending and (self._pending[0].done() or len(self._pending) >= self._limit):
+            self._collect()
+        tasks, self._waiting = self._waiting, []
+        self._pending.append(self._pool.submit(self._write_all, tasks))
+
     def _collect(self) -> None:
-        """Wait for the oldest result and append it to detections.json."""
-        text = self._pending.popleft().result()
-        if text:
+        """Wait for the oldest results and append them to detections.json."""
+        for text in filter(None, self._pending.popleft().result()):
             with naming_json(self._output):
                 self._json.write(f"{self._separator}\n{text}")
             self._separator = ","
 
-    def _write_one(self, result: ImageResult) -> str:
-        """Write one image's files; returns its part of detections.json. Runs on the pool."""
+    def _write_all(self, tasks: Sequence[Task]) -> list[str]:
+        """Write images' files; returns their parts of detections.json. Runs on the pool."""
         self.check_output()
-        name = self._output / self._names[result.path]
-        try:
-            write_tsv(
-                naming.with_suffix_added(name, ".tsv"),
-                result.detections,
-                labels=self._labels if self._tsv_header else (),
-                header=self._tsv_header,
-            )
-            if result.source is not None:
-                picture = draw.draw(
-                    result.source,
-                    result.detections,
-                    self._labels,
-                    score_threshold=self._draw_threshold,
-                )
-                shown = len(result.detections.above(self._draw_threshold))
-                with self._lock:
-                    self.undrawn += len(result.detections) - shown
-                naming.write_picture(
-                    naming.with_suffix_added(name, f".{self._image_format}"), picture
-                )
-        except OSError as error:
-            self.check_output()  # says it better, where that is the reason
-            raise OSError(
-                f"--output: cannot write the results of {result.path}: {error}"
-            ) from error
-        text = self._json_text(result)
-        if self._folder is not None:
-            image_id = self._image_ids.get(result.path)
-            self._folder.add(result.path, self._names[result.path], image_id, text)
-        return text
+        process = self._process() if self._share > 1 else None
+        done: list[Written | OSError] | None = None
+        if process is not None and process.ready():
+            done = process.ask(tasks)
+        if done is None:
+            done = self._files.write_all(tasks)
+        written = [one for one in done if isinstance(one, Written)]
+        undrawn = sum(one.undrawn for one in written)
+        if undrawn:
+            with self._lock:
+                self.undrawn += undrawn
+        if self._folder is not None and written:
+            self._folder.add("".join(one.line for one in written))
+        for task, one in zip(tasks, done, strict=False):
+            if isinstance(one, OSError):
+                self.check_output()  # says it better, where that is the reason
+                raise OSError(f"--output: cannot write the results of {task.path}: {one}") from one
+        return [one.text for one in written]
 
-    def _json_text(self, result: ImageResult) -> str:
-        """One image's part of detections.json."""
-        if result.path not in self._image_ids:
-            return ""
-        return coco_text(
-            result.detections,
-            self._image_ids[result.path],
-            self._spec.category_ids,
-            inclusive_corners=self._spec.inclusive_corners,
-        )
+    def _process(self) -> Process | None:
+        """The process of this thread; None where there is none to be had."""
+        if not hasattr(self._thread, "process"):
+            self._thread.process = None
+            try:
+                process = Process("trtdet.results.image_files", "writes results", self._files)
+            except OSError as error:  # the thread does it
+                logger.warning("a process that writes results does not start: %s", error)
+            else:
+                with self._lock:
+                    self._resources.push(process)
+                self._thread.process = process
+        found: Process | None = self._thread.process
+        return found
 
 
 @contextmanager
@@ -218,6 +231,7 @@ def result_writer(
     draw_threshold: float = DRAW_THRESHOLD,
     folder: RunFolder | None = None,
     image_format: ImageFormat = "png",
+    processes: bool = False,
 ) -> Iterator[ResultWriter]:
     """A `ResultWriter`; leaving it waits for every file. detections.json appears only where nothing
     failed.
@@ -232,27 +246,36 @@ def result_writer(
         draw_threshold: pictures show detections from this score on.
         folder: told of every image that is written.
         image_format: what pictures are written as.
+        processes: let processes do it, for very many results a second without pictures.
     """
-    threads = available_cores()
+    threads = min(available_cores(), MOST_PROCESSES) if processes else available_cores()
+    image_files = ImageFiles(
+        labels=labels,
+        tsv_header=tsv_header,
+        draw_threshold=draw_threshold,
+        image_format=image_format,
+        category_ids=spec.category_ids,
+        inclusive_corners=spec.inclusive_corners,
+        journal=folder is not None,
+    )
     with ExitStack() as resources:
         with naming_json(output):
             temporary = resources.enter_context(files.atomic_path(output / "detections.json"))
             json_file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
         resources.push(lambda *raised: _close(json_file, quietly=raised[0] is not None))
+        processes_end = resources.enter_context(ExitStack())
         pool = resources.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="write"))
         writer = ResultWriter(
             output,
             pool,
             json_file,
             limit=threads * ResultWriter.PENDING_PER_THREAD,
-            spec=spec,
+            share=SHARE if processes else 1,
+            image_files=image_files,
             names=names,
             image_ids=image_ids,
-            labels=labels,
-            tsv_header=tsv_header,
-            draw_threshold=draw_threshold,
             folder=folder,
-            image_format=image_format,
+            resources=processes_end,
         )
         try:
             yield writer

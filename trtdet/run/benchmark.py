@@ -4,6 +4,8 @@
 Source of names and of the percentile rule: NVIDIA/TensorRT samples/common/sampleReporting.cpp.
 """
 
+from __future__ import annotations
+
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +53,7 @@ class Summary:
     percentiles: dict[int, float]  # percent -> ms
 
     @classmethod
-    def of(cls, times_ms: Sequence[float]) -> "Summary":
+    def of(cls, times_ms: Sequence[float]) -> Summary:
         """Sum up at least one time."""
         if not times_ms:
             raise ValueError("benchmark: expected at least one time, got none")

@@ -17,7 +17,9 @@ from trtdet import files
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.images.files import Sources, find_images, root_of
 from trtdet.labels import find_classes, read_labels
+from trtdet.machine import available_cores
 from trtdet.onnx_files import external_files, read_onnx
+from trtdet.processes import available
 from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
 from trtdet.results.gallery import Page, write_gallery
@@ -42,6 +44,9 @@ from trtdet.runtimes.kinds import check_model
 from trtdet.runtimes.options import TritonUrl
 
 logger = logging.getLogger(__name__)
+
+#: From so many images and cores on, writing results is worth processes of its own.
+MANY_RESULTS, MANY_CORES = 2000, 8
 
 
 @dataclass(frozen=True)
@@ -228,6 +233,7 @@ def detect_and_write(
             draw_threshold=outputs.draw_threshold,
             folder=folder,
             image_format=outputs.image_format,
+            processes=not outputs.pictures and writes_in_processes(runtime, len(todo)),
         ) as writer,
         closing(detect(runtime, batcher, score_threshold=threshold, classes=classes)) as found,
         closing(progress(found, len(todo))) as results,
@@ -252,6 +258,11 @@ def detect_and_write(
     if kept:
         logger.info(f"{len(kept)} of these images were done before; their detections are not counted")  # fmt: skip
     return {path for path, _ in batcher.failures}
+
+
+def writes_in_processes(runtime: Runtime, images: int) -> bool:
+    """Whether results come so fast that threads would wait for each other."""
+    return runtime.overlaps and images >= MANY_RESULTS and available_cores() >= MANY_CORES and available()  # fmt: skip
 
 
 class Speed:

@@ -31,16 +31,25 @@ class Decoder:
     def __init__(self, device: int) -> None:
         self._codec = _import_nvimgcodec()
         cuda.use_device(device)
-        kinds = self._codec.BackendKind
-        # Not the CPU: what the GPU cannot decode goes the way of all other images.
-        backends = [self._codec.Backend(kind) for kind in (kinds.HW_GPU_ONLY, kinds.GPU_ONLY, kinds.HYBRID_CPU_GPU)]  # fmt: skip
         self._parameters = self._codec.DecodeParams(apply_exif_orientation=False)
         self._lock = threading.Lock()
+        kinds = self._codec.BackendKind
+        # The decoding unit that some GPUs have is the fastest, and slower where it shares with the
+        # other kinds. The CPU is none of them: what is left goes the way of all other images.
+        units = self._open(device, kinds.HW_GPU_ONLY)
+        others = self._open(device, kinds.GPU_ONLY, kinds.HYBRID_CPU_GPU)
+        self._decoders = [decoder for decoder in (units, others) if not isinstance(decoder, str)]
+        if not self._decoders:
+            raise EngineError(f"nvImageCodec does not start ({others})")
+
+    def _open(self, device: int, *kinds: Any) -> Any:
+        """A decoder of these kinds; the reason where it does not start."""
+        backends = [self._codec.Backend(kind) for kind in kinds]
         try:
             with native_stderr_held():
-                self._decoder = self._codec.Decoder(device_id=device, backends=backends, options=OPTIONS)  # fmt: skip
+                return self._codec.Decoder(device_id=device, backends=backends, options=OPTIONS)
         except RuntimeError as error:
-            raise EngineError(f"nvImageCodec does not start ({error})") from error
+            return str(error)
 
     def stream_of(self, data: bytes) -> Any:
         """An encoded image for `decode`. Any thread may call this.
@@ -53,13 +62,32 @@ class Decoder:
         except RuntimeError as error:
             raise ValueError(str(error)) from error
 
-    def decode(self, encoded: Sequence[Any], stream: cuda.Stream) -> list[Any]:
+    def decode(
+        self, encoded: Sequence[Any], stream: cuda.Stream, reuse: Sequence[Any] = ()
+    ) -> list[Any]:
         """Queue the decoding of encoded images: each as an image on the GPU, (h, w, 3) uint8 RGB,
         complete once `stream` is at this point; None where it cannot be decoded.
+
+        Args:
+            reuse: as many earlier images, whose memory is filled again; fewer are left alone.
         """
+        found: list[Any] = [None] * len(encoded)
+        left = list(range(len(encoded)))
         with self._lock:
-            found = self._decoder.decode(list(encoded), params=self._parameters, cuda_stream=int(stream.handle))  # fmt: skip
-        return list(found)
+            for decoder in self._decoders:
+                again = {"images": list(reuse)} if len(reuse) == len(left) else {}
+                images = decoder.decode(
+                    [encoded[row] for row in left],
+                    params=self._parameters,
+                    cuda_stream=int(stream.handle),
+                    **again,
+                )
+                for row, image in zip(left, images, strict=True):
+                    found[row] = image
+                left = [row for row in left if found[row] is None]
+                if not left:
+                    break
+        return found
 
 
 def _import_nvimgcodec() -> Any:

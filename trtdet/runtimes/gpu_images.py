@@ -57,10 +57,12 @@ CHUNK = 64
 MOST_PIXEL_BYTES = 1 << 30
 #: Images that a thread reads at a time.
 SHARE = 8
-#: Threads that read where nobody says otherwise: more than these wait for Python's lock.
-READERS = 4
+#: Threads that read, where nobody says otherwise: with more, the decoder waits for Python's lock.
+READERS = 1
 #: Chunks that are decoded ahead of the one that is handed out.
 AHEAD = 2
+#: Sizes of images whose place is kept.
+KEPT_PLACES = 4096
 #: Files that are longer are left to the CPU.
 LONGEST_FILE = 1 << 28
 
@@ -179,6 +181,7 @@ class _Open:
 
     buffer: cuda.DeviceBuffer
     preprocessing: Preprocessing
+    image_bytes: int
     images: list[tuple[_Source, ResizeTransform]] = field(default_factory=list)
 
 
@@ -186,7 +189,7 @@ class _Slot:
     """What one chunk needs beside its batches.
 
     Attributes:
-        keep: what the GPU still reads.
+        images: decoded ones, whose memory is filled again.
         done: batches that are complete once `end` has passed.
         failed: in their order.
     """
@@ -195,7 +198,7 @@ class _Slot:
         self.end = resources.enter_context(cuda.Event())
         self.rows = cuda.pinned_empty((rows,), place.ROW)
         self.table = resources.enter_context(cuda.DeviceBuffer(rows * place.ROW.itemsize))
-        self.keep: list[Any] = []
+        self.images: list[Any] = []
         self.done: list[DeviceBatch] = []
         self.failed: list[_Failed] = []
         self._staged = cuda.pinned_empty((0,), np.uint8)
@@ -285,6 +288,9 @@ class GpuImageBatcher(Closing):
         for iteration in list(self._running):
             iteration.close()
         if self._free:
+            self._wait()
+            for slot in self._free:
+                slot.images.clear()
             self._wait()  # decoded images go in the stream's order
             self._free.clear()
         self._resources.close()
@@ -354,8 +360,10 @@ class GpuImageBatcher(Closing):
         yield from done
 
     def _take_back(self, slot: _Slot) -> None:
-        for kept in (slot.keep, slot.done, slot.failed):
-            kept.clear()
+        slot.done.clear()
+        slot.failed.clear()
+        if sum(image.capacity for image in slot.images) > MOST_PIXEL_BYTES:
+            slot.images.clear()
         self._free.append(slot)
 
     def _read(self, paths: Sequence[Path]) -> list[_Item]:
@@ -379,6 +387,7 @@ class _Filling:
     def __init__(self, batcher: GpuImageBatcher) -> None:
         self._batcher = batcher
         self._open: _Open | None = None
+        self._places: dict[tuple[Any, ...], tuple[tuple[int, ...], ResizeTransform]] = {}
 
     def add(self, parts: Sequence[Future[list[_Item]]]) -> _Slot:
         """Queue one chunk on the GPU."""
@@ -388,7 +397,7 @@ class _Filling:
             self._add(items, slot)
         except BaseException as error:
             self._batcher._wait()
-            slot.keep.clear()
+            slot.images.clear()
             traceback.clear_frames(error.__traceback__)  # they hold images on the GPU too
             self._batcher._free.append(slot)
             raise
@@ -397,18 +406,20 @@ class _Filling:
     def _add(self, items: Sequence[_Item], slot: _Slot) -> None:
         batcher = self._batcher
         sources = self._on_device(items, slot)
-        row = 0
+        first = 0
         for canvas, group in self._groups(items, sources):
-            first = row
+            rows = []
             for source in group:
                 batch = self._batch(canvas)
-                slot.rows[row] = self._place(source, batch)
-                row += 1
+                rows.append(self._place(source, batch))
                 if len(batch.images) == batcher.batch_size:
                     slot.done.append(self._complete(batch))
             if batcher._resize and self._open is not None:
                 slot.done.append(self._complete(self._open))
-            self._launch(slot, canvas, first, row)
+            end = first + len(rows)
+            slot.rows[first:end] = rows
+            self._launch(slot, canvas, first, end)
+            first = end
         slot.end.record(batcher._stream)
 
     def rest(self) -> Iterator[DeviceBatch]:
@@ -425,9 +436,12 @@ class _Filling:
         found: list[_Source | None] = [None] * len(items)
         left = list(items)
         encoded = [(row, item) for row, item in enumerate(items) if isinstance(item, _Encoded)]
+        earlier, slot.images = slot.images, []
         for some in in_bounds(encoded):
-            images = batcher._decoder.decode([item.stream for _, item in some], batcher._stream)
-            slot.keep += images
+            reuse, earlier = earlier[: len(some)], earlier[len(some) :]
+            streams = [item.stream for _, item in some]
+            images = batcher._decoder.decode(streams, batcher._stream, reuse)
+            slot.images += [image for image in images if image is not None]
             for (row, item), image in zip(some, images, strict=True):
                 if image is None:
                     left[row] = decode_on_cpu(item.path)
@@ -475,25 +489,32 @@ class _Filling:
 
     def _batch(self, canvas: Preprocessing) -> _Open:
         if self._open is None:
-            self._open = _Open(self._batcher._pool.take(), canvas)
+            self._open = _Open(self._batcher._pool.take(), canvas, image_bytes(canvas))
         return self._open
 
     def _place(self, source: _Source, batch: _Open) -> tuple[int, ...]:
         """Give one image the next place of a batch: its row of the kernel's table."""
-        scale = self._batcher._resize.scale(source.size_hw) if self._batcher._resize else None
-        placed_hw, transform = placement_of(source.size_hw, batch.preprocessing, scale)
-        left, top = (int(offset) for offset in transform.offset_xy)
-        target = batch.buffer.handle + len(batch.images) * image_bytes(batch.preprocessing)
-        first = place.height_first(source.size_hw, placed_hw)
-        batch.images.append((source, transform))
-        return (source.address, target, *source.size_hw, source.pitch, top, left, *placed_hw, first)
+        key = (source.size_hw, batch.preprocessing.size_hw)
+        known = self._places.get(key)
+        if known is None:
+            resize = self._batcher._resize
+            scale = resize.scale(source.size_hw) if resize else None
+            placed_hw, transform = placement_of(source.size_hw, batch.preprocessing, scale)
+            left, top = (int(offset) for offset in transform.offset_xy)
+            first = place.height_first(source.size_hw, placed_hw)
+            known = (top, left, *placed_hw, first), transform
+            if len(self._places) < KEPT_PLACES:
+                self._places[key] = known
+        target = batch.buffer.handle + len(batch.images) * batch.image_bytes
+        batch.images.append((source, known[1]))
+        return (source.address, target, *source.size_hw, source.pitch, *known[0])
 
     def _complete(self, batch: _Open) -> DeviceBatch:
         self._open = None
         batcher, count = self._batcher, len(batch.images)
         rows = batcher.batch_size if batcher._pad_to_batch else count
-        one = image_bytes(batch.preprocessing)
         if rows > count:
+            one = batch.image_bytes
             batcher._stream.clear(batch.buffer.handle + count * one, (rows - count) * one)
         shape = (rows, *batch.preprocessing.image_shape)
         dtype = np.dtype(batch.preprocessing.dtype)
