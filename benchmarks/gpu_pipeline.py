@@ -236,7 +236,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=parse_size, default=(512, 512), metavar="H,W", help="network input (default: 512,512)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32, 64, 128], metavar="N", help="of part 1 (default: 8 32 64 128)")
     parser.add_argument("--images", type=positive_int, default=6400, help="images per run of part 1 (default: %(default)s)")
-    parser.add_argument("--written", type=positive_int, default=4000, help="images per run of part 2 (default: %(default)s)")
+    parser.add_argument("--written", type=positive_int, default=16000, help="images per run of part 2 (default: %(default)s)")
     parser.add_argument("--ms", type=float, default=2.0, metavar="MS", help="device time of a batch of the stand-in engine (default: 2)")
     parser.add_argument("--devices", type=parse_devices, default=(0,), metavar="all|0,1,...", help="GPUs of part 2 (default: 0)")
     parser.add_argument("--workers", type=positive_int, help="threads that read and decode (default: what the batchers choose)")

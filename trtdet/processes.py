@@ -82,6 +82,12 @@ class Process(Closing):
                 self._lost()
         return self._is_ready
 
+    def wait_until_ready(self) -> None:
+        """Return once it has started, or is gone."""
+        while not self.is_gone and not self.ready():
+            if self._pipe is not None:
+                self._pipe.poll(None)
+
     def ask(self, message: object, *, file: int | None = None) -> Any:
         """The answer to a message; None where the process is gone.
 

@@ -423,7 +423,7 @@ def test_all_kinds_of_images_on_a_real_gpu(real: Callable[..., Any], images: lis
         for (a, *_, sources), (b, *_, theirs) in zip(found, wanted, strict=True):
             assert np.abs(a.astype(np.float64) - b).max() <= 4  # colours that no photograph has
             for one, other in zip(sources or (), theirs or (), strict=True):
-                assert np.abs(np.asarray(one, np.int16) - other).max() <= 1
+                assert np.abs(np.asarray(one, np.int16) - other).max() <= 4
 
 
 @pytest.mark.gpu

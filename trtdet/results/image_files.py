@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from trtdet.detections import Detections, coco_text, write_tsv
 from trtdet.processes import answer_all
 from trtdet.results import draw, naming
-from trtdet.results.manifest import journal_line
+from trtdet.results.manifest import PARTIAL, journal_line
 from trtdet.results.options import ImageFormat
 
 
@@ -23,14 +24,12 @@ class Task:
     """One image and what was found in it.
 
     Attributes:
-        name: of its files, without suffix.
-        output: the same, relative to the output folder.
+        output: the name of its files, relative to the output folder, without suffix.
         image_id: in detections.json; None: it is left out there.
         source: (h, w, 3) uint8 RGB, to draw on; None: no picture.
     """
 
     path: Path
-    name: Path
     output: Path
     image_id: int | str | None
     detections: Detections
@@ -57,6 +56,7 @@ class ImageFiles:
     """Writes the files of one image after the other.
 
     Attributes:
+        folder: the output folder.
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
         draw_threshold: pictures show detections from this score on.
@@ -65,6 +65,7 @@ class ImageFiles:
         journal: whether there are lines to make.
     """
 
+    folder: Path
     labels: Sequence[str]
     tsv_header: bool
     draw_threshold: float
@@ -79,8 +80,9 @@ class ImageFiles:
         Raises:
             OSError: one cannot be written.
         """
+        name = self.folder / task.output
         write_tsv(
-            naming.with_suffix_added(task.name, ".tsv"),
+            naming.with_suffix_added(name, ".tsv"),
             task.detections,
             labels=self.labels if self.tsv_header else (),
             header=self.tsv_header,
@@ -90,7 +92,7 @@ class ImageFiles:
             threshold = self.draw_threshold
             picture = draw.draw(task.source, task.detections, self.labels, score_threshold=threshold)  # fmt: skip
             undrawn = len(task.detections) - len(task.detections.above(threshold))
-            naming.write_picture(naming.with_suffix_added(task.name, f".{self.image_format}"), picture)  # fmt: skip
+            naming.write_picture(naming.with_suffix_added(name, f".{self.image_format}"), picture)  # fmt: skip
         text = ""
         if task.image_id is not None:
             text = coco_text(
@@ -102,7 +104,7 @@ class ImageFiles:
         line = journal_line(task.path, task.output, task.image_id, text) if self.journal else ""
         return Written(text, line, undrawn)
 
-    def write_all(self, tasks: Sequence[Task], pipe: Connection | None = None) -> list[Written | OSError]:  # fmt: skip
+    def write_all(self, tasks: Sequence[Task]) -> list[Written | OSError]:
         """Write images' files: for each, what came of it. Not one after an error."""
         done: list[Written | OSError] = []
         for task in tasks:
@@ -114,6 +116,60 @@ class ImageFiles:
         return done
 
 
+def pack(tasks: Sequence[Task]) -> tuple[Any, ...]:
+    """Tasks without pictures as a message: a few large parts cost less than many small ones."""
+    found = [task.detections for task in tasks]
+    angles = [one.angles for one in found if one.angles is not None]
+    return (
+        [(str(task.path), str(task.output), task.image_id, len(task.detections)) for task in tasks],
+        np.concatenate([one.boxes_xyxy for one in found]),
+        np.concatenate([one.scores for one in found]),
+        np.concatenate([one.class_ids for one in found]),
+        np.concatenate(angles) if angles else None,
+    )
+
+
+def unpack(message: tuple[Any, ...]) -> list[Task]:
+    """The tasks of a message."""
+    named, boxes, scores, class_ids, angles = message
+    tasks = []
+    start = 0
+    for path, output, image_id, count in named:
+        part = slice(start, start + count)
+        start += count
+        turned = None if angles is None else angles[part]
+        found = Detections(boxes[part], scores[part], class_ids[part], turned)
+        tasks.append(Task(Path(path), Path(output), image_id, found))
+    return tasks
+
+
+class _Answers:
+    """What a process writes, and says of it."""
+
+    def __init__(self, image_files: ImageFiles) -> None:
+        self._files = image_files
+        self._journal: BinaryIO | None = None
+
+    def __call__(
+        self, message: tuple[Any, ...], pipe: Connection
+    ) -> tuple[list[str], int, OSError | None]:
+        """Write images' files and their lines of the journal.
+
+        Returns:
+            Their parts of detections.json, the detections that are not shown, and the error that
+            ended it.
+        """
+        done = self._files.write_all(unpack(message))
+        written = [one for one in done if isinstance(one, Written)]
+        lines = "".join(one.line for one in written)
+        if lines:
+            if self._journal is None:
+                self._journal = open(self._files.folder / PARTIAL, "ab", buffering=0)  # noqa: SIM115
+            self._journal.write(lines.encode())  # at the end of the file, in one piece
+        error = done[-1] if done and isinstance(done[-1], OSError) else None
+        return [one.text for one in written], sum(one.undrawn for one in written), error
+
+
 def serve(pipe_file: int) -> None:
     """What a process does."""
-    answer_all(pipe_file, lambda files: files.write_all)
+    answer_all(pipe_file, _Answers)

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TextIO
 
 import numpy as np
@@ -20,7 +21,7 @@ from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
 from trtdet.processes import Process
 from trtdet.results import coco
-from trtdet.results.image_files import ImageFiles, Task, Written
+from trtdet.results.image_files import ImageFiles, Task, Written, pack
 from trtdet.results.manifest import RunFolder
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.spec import ModelSpec
@@ -74,7 +75,7 @@ class ResultWriter:
         names: Mapping[Path, Path],
         image_ids: Mapping[Path, int | str],
         folder: RunFolder | None,
-        resources: ExitStack,
+        processes: Sequence[Process],
     ) -> None:
         self._output = output
         self._folder = folder
@@ -85,7 +86,9 @@ class ResultWriter:
         self._files = image_files
         self._names = names
         self._image_ids = image_ids
-        self._resources = resources
+        self._processes: SimpleQueue[Process] = SimpleQueue()
+        for process in processes:
+            self._processes.put(process)
         self._lock = threading.Lock()
         self._thread = threading.local()
         #: Detections that pictures do not show.
@@ -102,8 +105,7 @@ class ResultWriter:
         """
         output = self._names[result.path]
         image_id = self._image_ids.get(result.path)
-        task = Task(result.path, self._output / output, output, image_id, result.detections, result.source)  # fmt: skip
-        self._waiting.append(task)
+        self._waiting.append(Task(result.path, output, image_id, result.detections, result.source))
         if len(self._waiting) >= self._share:
             self._submit()
 
@@ -156,37 +158,31 @@ class ResultWriter:
         """Write images' files; returns their parts of detections.json. Runs on the pool."""
         self.check_output()
         process = self._process() if self._share > 1 else None
-        done: list[Written | OSError] | None = None
-        if process is not None and process.ready():
-            done = process.ask(tasks)
-        if done is None:
+        answer = None if process is None else process.ask(pack(tasks))
+        if answer is None:
             done = self._files.write_all(tasks)
-        written = [one for one in done if isinstance(one, Written)]
-        undrawn = sum(one.undrawn for one in written)
+            written = [one for one in done if isinstance(one, Written)]
+            if self._folder is not None:
+                self._folder.add("".join(one.line for one in written))
+            texts, undrawn = [one.text for one in written], sum(one.undrawn for one in written)
+            error = done[-1] if isinstance(done[-1], OSError) else None
+        else:
+            texts, undrawn, error = answer
         if undrawn:
             with self._lock:
                 self.undrawn += undrawn
-        if self._folder is not None and written:
-            self._folder.add("".join(one.line for one in written))
-        for task, one in zip(tasks, done, strict=False):
-            if isinstance(one, OSError):
-                self.check_output()  # says it better, where that is the reason
-                raise OSError(f"--output: cannot write the results of {task.path}: {one}") from one
-        return [one.text for one in written]
+        if error is not None:
+            self.check_output()  # says it better, where that is the reason
+            path = tasks[len(texts)].path
+            raise OSError(f"--output: cannot write the results of {path}: {error}") from error
+        return texts
 
     def _process(self) -> Process | None:
-        """The process of this thread; None where there is none to be had."""
+        """A process for this thread; None where there is none left."""
         if not hasattr(self._thread, "process"):
-            self._thread.process = None
-            try:
-                process = Process("trtdet.results.image_files", "writes results", self._files)
-            except OSError as error:  # the thread does it
-                logger.warning("a process that writes results does not start: %s", error)
-            else:
-                with self._lock:
-                    self._resources.push(process)
-                self._thread.process = process
-        found: Process | None = self._thread.process
+            with suppress(Empty):
+                self._thread.process = self._processes.get_nowait()
+        found: Process | None = getattr(self._thread, "process", None)
         return found
 
 
@@ -217,6 +213,22 @@ def _close(file: TextIO, *, quietly: bool) -> None:
     """
     with suppress(OSError) if quietly else nullcontext():
         file.close()
+
+
+def start_processes(image_files: ImageFiles, count: int, resources: ExitStack) -> list[Process]:
+    """Processes that write, until `resources` are closed; fewer where there are no more to be
+    had.
+    """
+    started = []
+    try:
+        for _ in range(count):
+            process = Process("trtdet.results.image_files", "writes results", image_files)
+            started.append(resources.enter_context(process))
+    except OSError as error:
+        logger.warning("a process that writes results does not start: %s", error)
+    for process in started:
+        process.wait_until_ready()
+    return started
 
 
 @contextmanager
@@ -250,6 +262,7 @@ def result_writer(
     """
     threads = min(available_cores(), MOST_PROCESSES) if processes else available_cores()
     image_files = ImageFiles(
+        folder=output.absolute(),
         labels=labels,
         tsv_header=tsv_header,
         draw_threshold=draw_threshold,
@@ -263,7 +276,7 @@ def result_writer(
             temporary = resources.enter_context(files.atomic_path(output / "detections.json"))
             json_file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
         resources.push(lambda *raised: _close(json_file, quietly=raised[0] is not None))
-        processes_end = resources.enter_context(ExitStack())
+        started = start_processes(image_files, threads, resources) if processes else ()
         pool = resources.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="write"))
         writer = ResultWriter(
             output,
@@ -275,7 +288,7 @@ def result_writer(
             names=names,
             image_ids=image_ids,
             folder=folder,
-            resources=processes_end,
+            processes=started,
         )
         try:
             yield writer

@@ -187,7 +187,7 @@ def detect(
     for batch, images in decoded(runtime, batcher):
         sources = batch.sources or (None,) * len(batch)
         for path, detections, source in zip(batch.paths, images, sources, strict=True):
-            kept = detections.above(score_threshold)
+            kept = detections.above(score_threshold) if score_threshold > 0 else detections
             if classes is not None:
                 kept = kept.of_classes(classes)
             yield ImageResult(path, kept, source)
