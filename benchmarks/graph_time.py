@@ -15,6 +15,7 @@ a GPU.
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections import Counter
@@ -38,6 +39,8 @@ from trtdet.onnx_files import image_input, read_onnx
 from trtdet.precision.body import cut_to_body
 from trtdet.precision.floats import to_fp16
 from trtdet.runtimes.ort import PROVIDERS
+
+logger = logging.getLogger("trtdet.benchmarks")
 
 #: What --check asks for: of the sample's time, and of NMS in the time of the whole.
 WANTED_OF_SAMPLE, WANTED_OF_NMS = 1.02, 0.10
@@ -115,12 +118,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             ours, theirs = (Timed(made[name], name, args.provider, batch) for name in made)
             found = pairs(ours, theirs, args.rounds, args.runs)
             report["times"][f"{precision}, batch {batch}"] = found
+            logger.info("%s, batch %d: %.3f ms, sample %.3f ms, ratio %.3f", precision, batch, *found)  # fmt: skip
     lowered = lowering.lower(whole, form="onnx")
     for batch in BATCHES:
         ends = Timed(lowered, "with NMS", args.provider, batch)
         network = Timed(networks["ours"], "network", args.provider, batch)
         with_nms, without, ratio = pairs(ends, network, args.rounds, args.runs)
         report["nms"][f"batch {batch}"] = (with_nms, without, 1 - 1 / ratio)
+        logger.info("batch %d: %.3f ms with NMS, %.3f ms without", batch, with_nms, without)
     return report
 
 
