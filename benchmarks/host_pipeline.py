@@ -8,10 +8,10 @@ in one run.
 Without --input, photographs are made up (smooth noise, JPEG quality 90). The parts:
 
 1. ImageBatcher, against OpenCV alone: bytes in memory to pixels (and resized), in a pool of as many
-   threads, the pixels thrown away. "processes" gives each worker a process; "N apart" is what as
-   many workers do in N processes that share nothing. Every figure is the best of --rounds, the
-   candidates taken in turn within a round, so that a busy machine slows them all. --check asks for
-   0.75 of decoding and, with --nvidia_batcher, for twice NVIDIA's, from uint8 NHWC.
+   threads, the pixels thrown away. "N apart" is what as many workers do in N processes that share
+   nothing. Every figure is the best of --rounds, the candidates taken in turn within a round, so
+   that a busy machine slows them all. --check asks for 0.75 of decoding and, with
+   --nvidia_batcher, for twice NVIDIA's, from uint8 NHWC.
 2. With --against, ImageBatcher of another checkout and of this one in turn: the median ratio.
 3. Where the time of a worker goes.
 4. infer.py without and with pictures, around a stand-in for the engine that takes no time, and
@@ -163,12 +163,6 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         batcher = ImageBatcher(paths, preprocessing, args.batch_size, workers=args.workers)
         candidates[f"{dtype} {layout}"] = partial(batch_all, batcher)
     counts = dict.fromkeys(candidates, len(paths))
-    for dtype in dtypes if args.processes else ():
-        # More of them, so that starting the processes counts as little as in a run that has them.
-        name, many = f"{dtype} NHWC, processes", paths * 4
-        preprocessing = preprocessing_of(args, dtype, "NHWC")
-        batcher = ImageBatcher(many, preprocessing, args.batch_size, workers=args.workers, processes=True)  # fmt: skip
-        candidates[name], counts[name] = partial(batch_all, batcher), len(many)
     if args.nvidia_batcher:
         candidates[NVIDIA] = nvidia_batches(args.nvidia_batcher, folder, args.batch_size, args.size)
         counts[NVIDIA] = len(files)
@@ -266,7 +260,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=positive_int, default=160, help="images per run (default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=5, help="(default: %(default)s)")
     parser.add_argument("--source_size", type=parse_size, default=(960, 1280), metavar="H,W", help="of made-up photographs (default: 960,1280)")
-    parser.add_argument("--processes", type=int, default=4 if available_cores() >= 8 else 0, help="measure worker processes too, and as many ImageBatchers side by side; 0: not (default: %(default)s here)")
+    parser.add_argument("--processes", type=int, default=4 if available_cores() >= 8 else 0, help="measure so many ImageBatchers side by side too; 0: not (default: %(default)s here)")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, to compare with in turn")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="a model for part 4")
     parser.add_argument("--written", type=positive_int, default=200, help="images per run of part 4 (default: %(default)s)")

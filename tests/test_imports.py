@@ -16,7 +16,7 @@ from conftest import ROOT
 
 #: From the ground up: a room imports only from rooms before it.
 ORDER = (
-    "about", "errors", "files", "checks", "reading", "closing", "machine", "terminal", "processes", "start", "doctor", "sessions", "onnx_files", "cuda", "spec", "labels", "geometry",
+    "about", "errors", "files", "checks", "reading", "closing", "machine", "terminal", "processes", "start", "doctor", "sessions", "onnx_files", "cuda", "cuda_kernel", "spec", "labels", "geometry",
     "sources", "detections", "graph", "nms", "images", "precision", "engine", "runtimes", "results", "run", "video", "deploy",
     "families", "conversion", "parity", "api", "commands",
 )  # fmt: skip
@@ -31,7 +31,8 @@ HOMES = {
     "tf2onnx": ("trtdet.sources.saved_model",),
     "tensorrt": ("trtdet.engine", "trtdet.runtimes"),
     "tensorrt_rtx": ("trtdet.engine", "trtdet.runtimes"),
-    "cuda": ("trtdet.cuda", "trtdet.runtimes"),
+    "cuda": ("trtdet.cuda", "trtdet.cuda_kernel", "trtdet.runtimes"),
+    "nvidia": ("trtdet.runtimes.gpu_decoder",),
     "cv2": ("trtdet.images", "trtdet.results"),
     "isal": ("trtdet.results.naming",),
     "msgspec": ("trtdet.reading",),
@@ -49,6 +50,7 @@ AT_THE_POINT_OF_USE = HOMES.keys() - {"cv2"}
 #: or a package that doctor looks for.
 BY_NAME = (
     "trtdet.start",
+    "trtdet.cuda_kernel",
     "trtdet.commands.main",
     "trtdet.commands.stages",
     "trtdet.engine.flavor",

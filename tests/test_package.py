@@ -25,6 +25,7 @@ EXTRAS = {
     "requirements-tensorrt.txt": "tensorrt",
     "requirements-rtx.txt": "rtx",
     "requirements-cuda.txt": "cuda",
+    "requirements-gpu.txt": "gpu",
     "requirements-triton.txt": "triton",
     "requirements-ray.txt": "ray",
     "requirements-video.txt": "video",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from multiprocessing import Pipe, reduction
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,7 +27,7 @@ _CODE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve(i
 
 def available() -> bool:
     """Whether this system and this Python can have such processes."""
-    return bool(sys.executable) and hasattr(os, "memfd_create") and hasattr(reduction, "send_handle")  # fmt: skip
+    return bool(sys.executable) and os.name == "posix"
 
 
 class Process(Closing):
@@ -35,7 +35,7 @@ class Process(Closing):
 
     Args:
         module: whose `serve(pipe_file)` the process runs; `answer_all` is the loop for it.
-        work: what it does, for messages: "decodes images".
+        work: what it does, for messages: "writes results".
         first: the first message.
 
     Raises:
@@ -88,18 +88,12 @@ class Process(Closing):
             if self._pipe is not None:
                 self._pipe.poll(None)
 
-    def ask(self, message: object, *, file: int | None = None) -> Any:
-        """The answer to a message; None where the process is gone.
-
-        Args:
-            file: one that is handed over with it.
-        """
+    def ask(self, message: object) -> Any:
+        """The answer to a message; None where the process is gone."""
         if self._pipe is None:
             return None
         try:
             self._pipe.send(message)
-            if file is not None:
-                reduction.send_handle(self._pipe, file, self._process.pid)
             return self._pipe.recv()
         except (OSError, EOFError):
             self._lost()
@@ -125,20 +119,17 @@ class Process(Closing):
         self._process.wait()
 
 
-def answer_all(
-    pipe_file: int, prepare: Callable[[Any], Callable[[Any, Connection], object]]
-) -> None:
+def answer_all(pipe_file: int, prepare: Callable[[Any], Callable[[Any], object]]) -> None:
     """What the process does until the other end of the pipe is closed.
 
     Args:
-        prepare: makes, of the first message, what makes an answer of each message after it; that
-            gets the pipe too, for files that are handed over.
+        prepare: makes, of the first message, what makes an answer of each message after it.
     """
     with Connection(pipe_file) as pipe:
         try:
             answer = prepare(pipe.recv())
             pipe.send(True)
             while True:
-                pipe.send(answer(pipe.recv(), pipe))
+                pipe.send(answer(pipe.recv()))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return

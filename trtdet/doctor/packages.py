@@ -12,6 +12,7 @@ REQUIREMENTS = {
     "cuda": "requirements-tensorrt.txt",
     "tensorrt": "requirements-tensorrt.txt",
     "tensorrt_rtx": "requirements-rtx.txt",
+    "nvidia.nvimgcodec": "requirements-gpu.txt",
     "tritonclient": "requirements-triton.txt",
     "ray": "requirements-ray.txt",
     "av": "requirements-video.txt",

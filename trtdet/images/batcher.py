@@ -7,8 +7,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -19,15 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet.closing import Closing
-from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform
 from trtdet.images.files import ImageArray, image_size, load_image
 from trtdet.images.options import Resample
 from trtdet.images.prepare import Preparer, Result
 from trtdet.images.preprocess import ShorterSide
-from trtdet.images.processes import SharedMemory, Worker
 from trtdet.machine import available_cores
-from trtdet.processes import available
 from trtdet.spec import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -35,22 +32,6 @@ logger = logging.getLogger(__name__)
 #: (shape, dtype) -> array: where batches are written. A runtime hands in one that returns pinned
 #: memory.
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
-
-
-#: Images that a process of a worker is given at a time.
-_SHARE = 4
-#: From so many workers on, threads wait for Python's lock longer than they work.
-_MANY_WORKERS = 8
-#: Images per worker that its process, which takes a third of a second to start, is worth.
-_MANY_IMAGES = 128
-
-
-def worth_processes(workers: int | None, images: int) -> bool:
-    """Whether workers with processes of their own prepare so many images sooner than threads."""
-    cores = available_cores()
-    workers = workers or cores
-    many = min(workers, cores) >= _MANY_WORKERS and images >= workers * _MANY_IMAGES
-    return many and available()
 
 
 # ---- batches
@@ -178,7 +159,7 @@ class _Filling:
 
 #: An image that is in a batch: its file, the way back, the source where it is kept.
 _Done = tuple[Path, ResizeTransform, ImageArray | None]
-_Todo: TypeAlias = "SimpleQueue[tuple[_Filling, range] | None]"  # rows of a batch
+_Todo: TypeAlias = "SimpleQueue[tuple[_Filling, int] | None]"  # a row of a batch
 
 
 class ImageBatcher(Closing):
@@ -194,8 +175,8 @@ class ImageBatcher(Closing):
     their batch). Memory is bounded, whatever the number of images: by `prefetch` batches ahead, or
     as many as hold two images per worker; with `keep_sources` by their decoded images too. Threads
     scale with the cores, as OpenCV and Pillow release the GIL while they decode and resize. Leaving
-    a loop early, by break, an exception or Ctrl-C, ends the threads within the time of one image,
-    with `processes` of four. One thread at a time may ask for the next batch.
+    a loop early, by break, an exception or Ctrl-C, ends the threads within the time of one image.
+    One thread at a time may ask for the next batch.
 
     Attributes:
         failures: (path, message) of the images left out in the latest iteration.
@@ -214,7 +195,6 @@ class ImageBatcher(Closing):
         keep_sources: bool = False,
         pad_to_batch: bool = False,
         allocate: Allocate = np.empty,
-        processes: bool = False,
         load: Callable[[Path], ImageArray] | None = None,
         size: Callable[[Path], tuple[int, int] | None] | None = None,
     ) -> None:
@@ -232,8 +212,6 @@ class ImageBatcher(Closing):
                 pinned memory, into which the workers then write directly. Where the consumer calls
                 `Batch.release`, as many are made as hold the images ahead and the batches in use.
                 Their memory must outlive the batches.
-            processes: give each worker a process of its own, for many workers and many images:
-                `worth_processes`. The buffers are in memory that they share.
             load: what makes an image of a path; None: `load_image`.
             size: its height and width before it is loaded, for `resize`; None: `image_size`, from
                 the file's header.
@@ -250,15 +228,8 @@ class ImageBatcher(Closing):
         self.failures: list[tuple[Path, str]] = []
         self._resample = resample
         self._workers = workers or available_cores()
-        self._shared: SharedMemory | None = None
-        self._share = 1
-        if processes:
-            if keep_sources or load or allocate is not np.empty:
-                raise ValueError("processes: expected no keep_sources, load and allocate with it")
-            self._shared, self._share = SharedMemory(), min(batch_size, _SHARE)
-            allocate = self._shared.allocate
-        # Every worker needs its share in hand and one to go on with, even where batches are small.
-        self._ahead = max(prefetch, -(-2 * self._share * self._workers // batch_size))
+        # Every worker needs an image in hand and one to go on with, even where batches are small.
+        self._ahead = max(prefetch, -(-2 * self._workers // batch_size))
         self._keep_sources = keep_sources
         self._pad_to_batch = pad_to_batch
         self._resize = resize
@@ -316,33 +287,9 @@ class ImageBatcher(Closing):
 
     def _work(self, todo: _Todo, preparer: Preparer) -> None:
         """What each worker does until it meets None."""
-        with ExitStack() as stack:
-            process = self._process_of(preparer, stack) if self._shared else None
-            while (task := todo.get()) is not None:
-                filling, rows = task
-                paths = filling.paths[rows.start : rows.stop]
-                results: list[Result] | None = None
-                if process is not None and process.ready():
-                    try:
-                        results = process.prepare(paths, filling.buffer, filling.memory, rows.start)
-                    except Exception as error:  # as one of the preparer: the consumer raises it
-                        results = [error] * len(rows)
-                if results is None:
-                    results = [preparer.prepare(path, filling.buffer[row]) for path, row in zip(paths, rows, strict=True)]  # fmt: skip
-                for row, result in zip(rows, results, strict=True):
-                    filling.finish(row, result)
-
-    def _process_of(self, preparer: Preparer, stack: ExitStack) -> Worker | None:
-        """A process for a worker, which ends with the block of `stack`.
-
-        None where there is none to be had.
-        """
-        assert self._shared is not None
-        try:
-            return stack.enter_context(Worker(replace(preparer, load=None), self._shared))
-        except Exception as error:  # the thread does it
-            logger.warning("a process that decodes images does not start: %s", message_of(error))
-            return None
+        while (task := todo.get()) is not None:
+            filling, row = task
+            filling.finish(row, preparer.prepare(filling.paths[row], filling.buffer[row]))
 
     def _in_order(self, todo: _Todo) -> Iterator[_Filling]:
         """Hand out the images to the workers, `_ahead` batches at a time, and yield the finished
@@ -354,9 +301,8 @@ class ImageBatcher(Closing):
         def hand_out(number: int) -> None:
             for filling in islice(fillings, number):
                 waiting.append(filling)
-                rows = range(len(filling.paths))
-                for start in rows[:: self._share]:
-                    todo.put((filling, rows[start : start + self._share]))
+                for row in range(len(filling.paths)):
+                    todo.put((filling, row))
 
         hand_out(self._ahead)
         while waiting:

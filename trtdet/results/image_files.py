@@ -5,7 +5,6 @@ processes, which is why nothing here refers to the run.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -150,9 +149,7 @@ class _Answers:
         self._files = image_files
         self._journal: BinaryIO | None = None
 
-    def __call__(
-        self, message: tuple[Any, ...], pipe: Connection
-    ) -> tuple[list[str], int, OSError | None]:
+    def __call__(self, message: tuple[Any, ...]) -> tuple[list[str], int, OSError | None]:
         """Write images' files and their lines of the journal.
 
         Returns:

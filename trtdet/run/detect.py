@@ -8,13 +8,12 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet.detections import Detections, decode
 from trtdet.errors import EngineError
-from trtdet.images.batcher import Allocate, Batch, ImageBatcher, worth_processes
+from trtdet.images.batcher import Allocate, Batch, ImageBatcher
 from trtdet.images.files import ImageArray
 from trtdet.images.options import Decode
 from trtdet.images.preprocess import choose_input
@@ -107,13 +106,6 @@ def open_batcher(
             keep_sources=keep_sources,
             pad_to_batch=pad_to_batch,
         )
-    # A CPU that runs the model too has nothing left for processes that decode; one batch after the
-    # other needs none.
-    processes = (
-        runtime.overlaps
-        and not (runtime.needs_own_memory or keep_sources or load or allocate)
-        and worth_processes(options.workers, len(paths))
-    )
     return ImageBatcher(
         paths,
         preprocessing,
@@ -123,8 +115,7 @@ def open_batcher(
         workers=options.workers,
         keep_sources=keep_sources,
         pad_to_batch=pad_to_batch,
-        allocate=np.empty if processes else allocate or runtime.allocate,
-        processes=processes,
+        allocate=allocate or runtime.allocate,
         load=load,
         size=size,
     )

@@ -102,10 +102,8 @@ class Runtime(Closing):
             then is not that of a batch.
         one_size: whether a batch of another size takes long the first time, so that all should have
             one.
-        images_on: the GPU whose memory batches may lie in, as `DeviceImages`; None: arrays alone are
-            taken.
-        needs_own_memory: whether batches in other memory than that of `allocate` take longer than
-            it takes to prepare them.
+        images_on: the GPU whose memory batches may lie in, as `DeviceImages`; None: arrays alone
+            are taken.
         without_value: the weights that are NaN, with which the model finds nothing; "": none is, as
             far as that is known.
         timed_on: of several devices, the one that `infer_timed` runs on; "": there is one.
@@ -117,7 +115,6 @@ class Runtime(Closing):
     overlaps: bool = False
     one_size: bool = False
     images_on: int | None = None
-    needs_own_memory: bool = False
     timed_on: str = ""
     without_value: str = ""
 

@@ -106,7 +106,6 @@ class TritonRuntime(Runtime):
         except BaseException:
             self.close()
             raise
-        self.needs_own_memory = self._share
         preferred = config.get("dynamic_batching", {}).get("preferred_batch_size", [])
         self._preferred: int | None = min(map(int, preferred), default=None)
         way = "in shared memory" if self._share else "in the requests"

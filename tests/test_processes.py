@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trtdet.processes`: a child process ends with its parent, and with it alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from trtdet.processes import Process, available
+
+pytestmark = pytest.mark.skipif(not available(), reason="this system has no such processes")
+
+START = """
+import os, signal, sys, time
+from pathlib import Path
+from trtdet.processes import Process
+from trtdet.results.image_files import ImageFiles
+files = ImageFiles(Path(sys.argv[1]), (), False, 0.3, "png", (1,), False, False)
+process = Process("trtdet.results.image_files", "writes results", files)
+"""
+
+
+def is_alive(pid: str) -> bool:
+    """Whether a process runs: one that has ended and was not waited for does not."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_it_ends_with_its_parent(tmp_path: Path) -> None:
+    code = f"{START}\nprocess.wait_until_ready()\nprint(process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == -9, done.stderr
+    pid = done.stdout.strip()
+    deadline = time.monotonic() + 20
+    while is_alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_does_not_reach_one_that_starts(tmp_path: Path) -> None:
+    """Ctrl-C goes to all processes of a terminal; the parent alone is to answer."""
+    code = f"""
+{START}
+signal.signal(signal.SIGINT, lambda *_: None)
+print("started", flush=True)
+process.wait_until_ready()
+print("lost" if process.is_gone else "ready", flush=True)
+process.close()
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{code}", str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None and parent.stdout.readline() == "started\n"
+        while parent.poll() is None:
+            os.killpg(parent.pid, signal.SIGINT)
+            time.sleep(0.02)
+        output, errors = parent.communicate()
+    assert (output, errors, parent.returncode) == ("ready\n", "", 0)
+
+
+def test_one_that_does_not_start_is_gone(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Process("trtdet.no_such_module", "writes results", None) as process:
+        process.wait_until_ready()
+        assert process.is_gone
+        assert not process.ready()
+        assert process.ask("anything") is None
+    assert "a process that writes results has ended (exit status 1); the run goes on without it" in caplog.text  # fmt: skip
