@@ -52,7 +52,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place if the block succeeds, else delete
     it.
 
-    Parent folders are made. The temporary name keeps the suffix, for writers that look at it, and
+    Parent folders are made, and removed again if the block fails. The temporary name keeps the suffix, for writers that look at it, and
     holds host and process, so that what a killed process left is found and removed by the next one
     that writes the same file. A symbolic link is followed: the file that it names is replaced, the
     link stays. A device or a FIFO is never replaced: it is written into when the block has
@@ -71,17 +71,43 @@ def atomic_path(path: Path) -> Iterator[Path]:
                     shutil.copyfileobj(source, special)
             return
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
-        temporary = _temporary_beside(target)
+        new_folders = missing_folders(target)
         try:
-            yield temporary
-            _move(temporary, target)
+            temporary = _temporary_beside(target)
+            try:
+                yield temporary
+                _move(temporary, target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            remove_empty(new_folders)
             raise
     except OSError as error:
         if error.errno in _NO_ROOM and not error.filename:
             raise OSError(error.errno, f"{error.strerror}; make room, or choose another folder", str(path)) from error  # fmt: skip
         raise
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """The folders above a path that are not there, the lowest first."""
+    missing = []
+    for folder in path.parents:
+        if os.path.lexists(folder):
+            break
+        missing.append(folder)
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that a run has made for what it could not write; the lowest first, and none
+    that somebody else has put a file into.
+    """
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _move(temporary: Path, target: Path) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,6 +254,19 @@ def external_files(graph: onnx.GraphProto) -> Iterator[str]:
     for tensor in tensors:
         if tensor.data_location == tensor.EXTERNAL:
             yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+
+
+def check_apart(outputs: Iterable[Path | None], path: Path) -> None:
+    """Find out whether an output would replace weights of the ONNX file at `path` that lie in files
+    of their own.
+
+    Raises:
+        ValueError: names the output.
+    """
+    there = [output for output in outputs if output is not None and output.is_file()]
+    if there:
+        graph = read_onnx(path, weights=False).graph
+        files.check_outputs(there, [path.parent / name for name in external_files(graph)])
 
 
 def _check_there(path: Path, option: str) -> None:

@@ -81,6 +81,7 @@ def run(
     embed: bool = False,
 ) -> int:
     """Evaluate; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
+    from trtdet.images.files import check_no_image
     from trtdet.results import coco
     from trtdet.results.coco import ANNOTATIONS
     from trtdet.run.evaluate import (
@@ -102,6 +103,7 @@ def run(
         files.check_outputs([output, plot, report_path, detections], [annotations_path, model])
     else:
         files.check_outputs([output, plot, report_path], [annotations_path, detections])
+    check_no_image([output, plot, report_path], source)
     files.check_input(annotations_path, *ANNOTATIONS)
     if detections is not None and not engine:
         files.check_input(detections, "--detections", "detections in COCO's results format, such as infer.py's detections.json")  # fmt: skip

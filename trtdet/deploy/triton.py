@@ -11,6 +11,7 @@ tensorrt_backend/src/{model_state,instance_state}.cc
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -515,6 +516,8 @@ def _add_version(folder: Path, model: _Planned) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     version = folder / str(next_version(folder))
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"--output: {folder} takes no files from you; choose another folder")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new.") as temporary:
         unfinished = Path(temporary, "version")
         unfinished.mkdir()

@@ -86,15 +86,20 @@ def check_apart(
     Raises:
         ValueError: names the folder, and another.
     """
-    read = {path.parent.resolve() for path in names}
-    searched = {path.resolve() for path in expand(sources) if recursive and path.is_dir()}
+    read = {_real(path.parent) for path in names}
+    searched = {_real(path) for path in expand(sources) if recursive and path.is_dir()}
     for folder in {(output / name).parent for name in names.values()}:
-        target = folder.resolve()
+        target = _real(folder)
         if target in read or searched.intersection((target, *target.parents)):
             raise ValueError(
                 f"--output: {folder} is also a folder that images are read from, and the next run would read its own drawings; "
                 f"choose another, such as --output {_apart(target, searched or read)}"
             )
+
+
+def _real(path: Path) -> Path:
+    """Without links; `Path.resolve` fails where they lead to themselves."""
+    return Path(os.path.realpath(path))
 
 
 def planned_files(

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -86,7 +87,7 @@ def plan_targets(output: Path, video: Video, *, pictures: bool) -> Targets:
         name = video.stem if isinstance(video, Path) else video.name
         drawn = output / f"{name}.mp4" if pictures else None
         targets = Targets(output / f"{name}.tsv", output / "detections.json", drawn, output)
-    if isinstance(video, Path) and targets.video and targets.video.resolve() == video.resolve():
+    if isinstance(video, Path) and targets.video and os.path.realpath(targets.video) == os.path.realpath(video):  # fmt: skip
         raise ValueError(f"--output: {targets.video} is the video that is read; choose another folder or name")  # fmt: skip
     return targets
 
@@ -114,6 +115,11 @@ def run_video(
     """
     targets = plan_targets(output, video, pictures=drawing.pictures)
     files.check_folder(targets.tsv.parent)
+    inputs = (engine, labels, video)
+    files.check_outputs(
+        [targets.tsv, targets.json, targets.video],
+        [path for path in inputs if isinstance(path, Path)],
+    )
     load_av()
     if labels is not None:
         read_labels(labels)  # before the model is loaded, which says how many it needs
