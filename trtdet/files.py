@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -85,7 +86,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
     except OSError as error:
         if error.errno in _NO_ROOM and not error.filename:
-            raise OSError(error.errno, f"{error.strerror}; make room, or choose another folder", str(path)) from error  # fmt: skip
+            raise _no_room(error, path) from error
+        raise
+
+
+def _no_room(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, f"{error.strerror}; make room, or choose another folder", str(path))
+
+
+@contextmanager
+def naming_output(path: Path) -> Iterator[None]:
+    """Let a full disk name what is written, not what it is copied from, nor a temporary name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise _no_room(error, path) from error
         raise
 
 
@@ -136,7 +152,7 @@ def _is_special(path: Path) -> bool:
 def _temporary_beside(target: Path) -> Path:
     """An empty file of a name of its own; those of processes that are gone are removed."""
     _remove_left_over(target.parent)
-    stem = os.fsencode(target.stem)[:_STEM_BYTES].decode(errors="ignore")
+    stem = os.fsencode(target.stem)[:_STEM_BYTES].decode(sys.getfilesystemencoding(), "ignore")
     is_made = False
     while True:
         name = f".{stem}.{_host()}-{os.getpid()}-{next(_numbers)}{target.suffix}"
@@ -231,6 +247,8 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         reason = error.strerror[0].lower() + error.strerror[1:]
         text = f"{error.filename}: {reason}" if error.filename else reason
+        if error.errno in _NO_ROOM and not error.filename:  # of no file that anybody has named
+            text += "; make room, also where temporary files are (TMPDIR, else /tmp)"
     text = re.sub(r"\[Errno -?\d+\] ", "", text)
     return shortened(printable(" ".join(text.split()))) or type(error).__name__
 

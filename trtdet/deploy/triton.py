@@ -522,11 +522,12 @@ def _add_version(folder: Path, model: _Planned) -> Path:
         unfinished = Path(temporary, "version")
         unfinished.mkdir()
         for name, content in model.contents.items():
-            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, unfinished / name)
-            else:
-                (unfinished / name).write_bytes(content)
+            with files.naming_output(version / name):
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, Path):
+                    shutil.copyfile(content, unfinished / name)
+                else:
+                    (unfinished / name).write_bytes(content)
         if (folder / "config.pbtxt").is_file():
             _say_what_is_kept(folder, model)
         else:

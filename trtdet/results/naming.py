@@ -4,6 +4,7 @@
 import hashlib
 import os
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -62,7 +63,7 @@ def _fitting(name: Path) -> Path:
         return name
     digest = hashlib.sha256(encoded).hexdigest()[:8]
     start = encoded[: MAX_NAME_BYTES - 9].decode(
-        "utf-8", "ignore"
+        sys.getfilesystemencoding(), "ignore"
     )  # not in the middle of a character
     return name.with_name(f"{start}~{digest}")
 

@@ -174,7 +174,7 @@ class ResultWriter:
         if error is not None:
             self.check_output()  # says it better, where that is the reason
             path = tasks[len(texts)].path
-            raise OSError(f"--output: cannot write the results of {path}: {error}") from error
+            raise OSError(f"--output: cannot write the results of {path}: {files.message_of(error)}") from error  # fmt: skip
         return texts
 
     def _process(self) -> Process | None:
