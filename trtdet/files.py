@@ -119,11 +119,23 @@ def remove_empty(folders: Iterable[Path]) -> None:
     """Remove folders that a run has made for what it could not write; the lowest first, and none
     that somebody else has put a file into.
     """
-    for folder in folders:
+    for folder in filter(os.path.isdir, folders):
         try:
             folder.rmdir()
         except OSError:
             return
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, with those above it; what is still empty goes again if the block fails."""
+    missing = missing_folders(folder / "x")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        remove_empty(missing)
+        raise
 
 
 def _move(temporary: Path, target: Path) -> None:
@@ -168,6 +180,8 @@ def _temporary_beside(target: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             is_made = True  # by this thread, or by another one meanwhile
             continue
+        except OSError as error:  # names the file that is written, not the temporary one
+            raise type(error)(error.errno, error.strerror, str(target)) from error
         return temporary
 
 
@@ -291,13 +305,17 @@ _KINDS = {
 }  # fmt: skip
 
 
+#: Of a symbolic link.
+LOOP = "a link that leads to itself"
+
+
 def found_at(path: Path) -> str:
     """What is at a path, in words."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
         if error.errno == errno.ELOOP:
-            return "a link that leads to itself"
+            return LOOP
         if isinstance(error, PermissionError):
             return "a path you may not read"
         return "a link to nothing" if os.path.islink(path) else "nothing"
@@ -349,9 +367,9 @@ def check_writable(path: Path) -> None:
         ValueError: the path is a folder, or the folder it shall be in cannot be made or written to.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: expected the name of a file to write, found a folder")
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or (os.path.islink(path) and found_at(path) == LOOP):
+        raise ValueError(f"{path}: expected the name of a file to write, found {found_at(path)}")
+    existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(
             f"{path}: cannot be written, {existing} is not a folder that takes files; choose another"
@@ -364,9 +382,9 @@ def check_folder(folder: Path, option: str = "--output") -> None:
     Raises:
         OSError: it is a file, or lies below one, or takes no files.
     """
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not existing.is_dir():
-        raise OSError(f"{option}: expected a folder, {existing} is a file; choose another name")
+        raise OSError(f"{option}: expected a folder, {existing} is {found_at(existing)}; choose another name")  # fmt: skip
     if not os.access(existing, os.W_OK):
         raise OSError(f"{option}: {existing} takes no files from you; choose another folder")
 

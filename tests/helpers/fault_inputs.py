@@ -86,6 +86,7 @@ def split_weights(source: Path, target: Path, changes: Sequence[float] = ()) -> 
         changes: put in place of the first of them.
     """
     model = onnx.load(source)
+    target.with_name(f"{target.name}.data").unlink(missing_ok=True)  # it would be appended to
     onnx.save(model, target, save_as_external_data=True, location=f"{target.name}.data", size_threshold=0)  # fmt: skip
     if changes:
         data = target.with_name(f"{target.name}.data")

@@ -257,6 +257,9 @@ class ArgumentParser(argparse.ArgumentParser):
         unknown = [word for word in self._own_words(words) if not self._is_known(word)]
         if unknown:
             self._refuse_unknown(list(dict.fromkeys(word.partition("=")[0] for word in unknown)))
+        if "" in words:
+            before = next((word for word in words[: words.index("")][-1:]), "")
+            self.error(f"{f'argument {before}: ' if before else ''}expected a value, found nothing between the quotes; is a variable of your shell empty?")  # fmt: skip
         self._check_command(words)
         self._check_names(words)
         for word in self._own_words(words):

@@ -11,7 +11,6 @@ tensorrt_backend/src/{model_state,instance_state}.cc
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -514,10 +513,16 @@ def _add_version(folder: Path, model: _Planned) -> Path:
     """Configuration and labels, where they are not there, then the folder of the next version,
     whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    files.check_folder(folder)
+    for name in (LABELS_FILE, "config.pbtxt"):
+        files.check_writable(folder / name)
+    with files.new_folder(folder):
+        return _write_version(folder, model)
+
+
+def _write_version(folder: Path, model: _Planned) -> Path:
+    """The folder of the next version, in a folder that is there."""
     version = folder / str(next_version(folder))
-    if not os.access(folder, os.W_OK):
-        raise OSError(f"--output: {folder} takes no files from you; choose another folder")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new.") as temporary:
         unfinished = Path(temporary, "version")
         unfinished.mkdir()

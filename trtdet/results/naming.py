@@ -117,11 +117,13 @@ def planned_files(
 
 
 def left_over(output: Path, names: Iterable[Path]) -> int:
-    """How many TSVs in `output` are of other images than `names`: of an earlier run."""
-    if not output.is_dir():
-        return 0
+    """How many TSVs, in `output` and the folders in it that `names` lie in, are of other images: of
+    an earlier run.
+    """
     written = {with_suffix_added(output / name, ".tsv") for name in names}
-    return sum(path not in written for path in output.rglob("*.tsv"))
+    folders = {output, *(path.parent for path in written)}
+    there = (path for folder in folders if folder.is_dir() for path in folder.glob("*.tsv"))
+    return sum(path not in written for path in there)
 
 
 def _apart(folder: Path, read: Iterable[Path]) -> Path:

@@ -191,13 +191,10 @@ def naming_json(output: Path) -> Iterator[None]:
     """Let an error of the block say which file could not be written: a full disk names none."""
     try:
         yield
-    except (FileExistsError, NotADirectoryError) as error:
-        file = next(p for p in (output, *output.parents) if p.exists())
-        raise OSError(f"--output: expected a folder, {file} is a file; choose another name") from error  # fmt: skip
     except OSError as error:
-        raise OSError(
-            f"--output: cannot write {output / 'detections.json'}: {error.strerror or error}; make room, or choose another folder"
-        ) from error
+        files.check_folder(output)  # says it better, where that is the reason
+        reason = files.message_of(OSError(error.errno, error.strerror or str(error)))
+        raise OSError(f"--output: cannot write {output / 'detections.json'}: {reason}") from error
 
 
 def write_labels(output: Path, labels: Sequence[str]) -> None:

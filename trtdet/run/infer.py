@@ -16,7 +16,7 @@ import onnx
 from trtdet import files
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.images.files import Sources, find_images, root_of
-from trtdet.labels import find_classes, read_labels
+from trtdet.labels import LABELS_FILE, find_classes, read_labels
 from trtdet.machine import available_cores
 from trtdet.onnx_files import external_files, read_onnx
 from trtdet.processes import available
@@ -24,7 +24,7 @@ from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
 from trtdet.results.gallery import Page, write_gallery
 from trtdet.results.gallery_items import items_of_run
-from trtdet.results.manifest import MANIFEST, RunFolder, fingerprint
+from trtdet.results.manifest import MANIFEST, PARTIAL, RunFolder, fingerprint
 from trtdet.results.naming import planned_files
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
@@ -113,6 +113,8 @@ def run(
         read_labels(labels)  # before the model is loaded, which says how many it needs
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
     files.check_folder(output)
+    for name in ("detections.json", LABELS_FILE, PARTIAL):
+        files.check_writable(output / name)
     names = name_outputs(paths, source, output, options, pictures=pictures)
     if report:
         taken = [

@@ -28,7 +28,7 @@ STABLE_S = 10.0
 #: Seconds that a stream may be silent.
 TIMEOUT_S = 10.0
 #: What a file may be, by FFmpeg's names.
-DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mjpeg,h264,hevc,m4v"  # fmt: skip
+DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mjpeg,h264,hevc"  # fmt: skip
 INSTALL = "pip install -r requirements-video.txt"
 
 
