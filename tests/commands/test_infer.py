@@ -712,6 +712,32 @@ def test_results_of_an_earlier_run_are_named(toy: Path, tmp_path: Path, capsys: 
     assert "has results of 1 other images, which no manifest lists; they are kept" in capsys.readouterr().err  # fmt: skip
 
 
+def test_old_results_of_images_that_cannot_be_read_now_are_named(toy: Path, tmp_path: Path, capsys: Any) -> None:  # fmt: skip
+    """They are of another picture of that name; nobody removes them."""
+    for name in ("a.png", "b.png"):
+        image(tmp_path / "in" / name, red=204, green=2, blue=1)
+    assert run(toy, tmp_path / "in", tmp_path / "out") == 0
+    old = (tmp_path / "out" / "a.tsv").read_bytes()
+    (tmp_path / "in" / "a.png").write_bytes(b"no image")
+    assert run(toy, tmp_path / "in", tmp_path / "out") == 3
+    assert f"{tmp_path / 'out'} has results of an earlier run of images that could not be read now, such as a.tsv" in capsys.readouterr().err  # fmt: skip
+    assert (tmp_path / "out" / "a.tsv").read_bytes() == old
+    assert "a.tsv" in json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--clean") == 3
+    assert "could not be read now" not in capsys.readouterr().err
+    assert names(tmp_path / "out") == ["b.png", "b.tsv", "detections.json", "labels.txt", "manifest.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["out/a.tsv", "out/a.png", "out/detections.json", "out/labels.txt", "out/manifest.json", "out/detections.partial.jsonl", "in/a.png", "toy.onnx"])  # fmt: skip
+def test_a_report_replaces_nothing_that_is_read_or_written(name: str, toy: Path, tmp_path: Path, capsys: Any) -> None:  # fmt: skip
+    """By a link, as its own name ends in .html."""
+    image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
+    (tmp_path / "page.html").symlink_to(name)
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--report", str(tmp_path / "page.html")) == 1
+    assert "page.html: is an input, or written twice" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())  # fmt: skip
 

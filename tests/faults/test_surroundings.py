@@ -108,6 +108,8 @@ CASES: dict[str, tuple[Prepare, str, str]] = {
     "figures over the model": (nothing, "infer --model model.onnx --benchmark 1 --json model.onnx", AGAIN),
     "figures over an image": (nothing, "infer --model model.onnx --benchmark 1 --input photos --json photos/1.png", AN_IMAGE),
     "metrics over an image": (nothing, f"{EVAL_MODEL} --json photos/1.png", AN_IMAGE),
+    "metrics over their page": (nothing, f"{EVAL_MODEL} --json p.html --report p.html", AGAIN),
+    "comparison over its page": (nothing, f"{COMPARE} --json p.html --report p.html", AGAIN),
     "plot over an image": (nothing, f"{EVAL_MODEL} --plot photos/2.png", AN_IMAGE),
     "comparison over an image": (nothing, f"{COMPARE} --json photos/1.png", AN_IMAGE),
     "comparison over an image by a link": (link("link.png", "photos/1.png"), f"{COMPARE} --json link.png", AN_IMAGE),

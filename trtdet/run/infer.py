@@ -117,14 +117,11 @@ def run(
         files.check_writable(output / name)
     names = name_outputs(paths, source, output, options, pictures=pictures)
     if report:
-        taken = [
-            *paths,
-            *(naming.with_suffix_added(output / name, ".tsv") for name in names.values()),
-        ]
-        results = [output / "detections.json", output / MANIFEST]
-        files.check_outputs(
-            [report], [engine if isinstance(engine, Path) else None, *taken, *results]
-        )
+        suffixes = (".tsv", f".{image_format}") if pictures else (".tsv",)
+        written = planned_files(names.values(), ("any",), suffixes)
+        inputs = [engine if isinstance(engine, Path) else None, annotations, *paths]
+        own = [output / name for name in [*written, Path(MANIFEST), Path(PARTIAL)]]
+        files.check_outputs([report], [*inputs, *own])
     image_ids = pick_image_ids(paths, root_of(source), annotations)
     graph = None
     if isinstance(engine, Path):
