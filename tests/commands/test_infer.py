@@ -759,6 +759,18 @@ def test_clean_removes_what_the_manifest_lists(toy: Path, tmp_path: Path, capsys
     assert json.loads((out / "manifest.json").read_text())["files"] == ["b.tsv", "detections.json", "labels.txt"]  # fmt: skip
 
 
+def test_a_page_is_a_file_of_the_run(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    """It is listed, named when it is stale, and cleaned."""
+    image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
+    out = tmp_path / "out"
+    assert run(toy, tmp_path / "in", out, "--report", str(out / "index.html")) == 0
+    assert "index.html" in json.loads((out / "manifest.json").read_text())["files"]
+    assert run(toy, tmp_path / "in", out) == 0
+    assert "has 1 files of an earlier run that this one does not write, such as index.html" in capsys.readouterr().err  # fmt: skip
+    assert run(toy, tmp_path / "in", out, "--clean") == 0
+    assert names(out) == ["a.png", "a.tsv", "detections.json", "labels.txt", "manifest.json"]
+
+
 def test_a_run_that_fails_cleans_nothing(toy: Path, tmp_path: Path) -> None:
     image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
     assert run(toy, tmp_path / "in", tmp_path / "out") == 0

@@ -244,6 +244,10 @@ class RunFolder(Closing):
         self._write_manifest(complete=True)
         (self._output / PARTIAL).unlink(missing_ok=True)
 
+    def list_again(self) -> None:
+        """The page of the run is written, too."""
+        self._write_manifest(complete=True)
+
     def close(self) -> None:
         if self._partial is not None:
             self._partial.close()

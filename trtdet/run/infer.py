@@ -155,6 +155,7 @@ def run(
     if report:
         shown = {path: name for path, name in names.items() if path not in failures}
         write_report(report, engine.name, shown, source, output, texts, embed=embed)
+        folder.list_again()
     return len(failures)
 
 

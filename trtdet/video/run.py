@@ -154,6 +154,8 @@ def run_video(
 
 def _report(writer: "_Writer", batcher: FrameBatcher, source: Source, targets: Targets, seconds: float) -> None:  # fmt: skip
     logger.info(f"{writer.frames} frames, {writer.boxes} detections; {seconds:.1f} s, {writer.frames / seconds:.1f} frames/s")  # fmt: skip
+    if writer.undrawn:
+        logger.info(f"the video shows detections from a score of {writer.threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
     if batcher.dropped:
         logger.warning("%d frames were dropped, because they came faster than they were looked at", batcher.dropped)  # fmt: skip
     if source.ended:
@@ -202,7 +204,7 @@ class _Writer:
         self._sink = stack.enter_context(VideoSink(targets.video, source.info.rate)) if targets.video else None  # fmt: skip
         self._separator = "["
         self._has_header = not drawing.tsv_header
-        self.frames = self.boxes = 0
+        self.frames = self.boxes = self.undrawn = 0
 
     @staticmethod
     def _open(stack: ExitStack, path: Path) -> TextIO:
@@ -219,6 +221,7 @@ class _Writer:
             self._separator = ","
         if self._sink is not None and result.source is not None:
             picture = draw.draw(result.source, result.detections, self._labels, score_threshold=self._drawing.threshold)  # fmt: skip
+            self.undrawn += len(result.detections) - len(result.detections.above(self._drawing.threshold))  # fmt: skip
             self._sink.write(picture, seconds)
         self.frames += 1
         self.boxes += len(result.detections)
@@ -233,6 +236,11 @@ class _Writer:
         labels = self._labels if self._drawing.tsv_header else ()
         lines = tsv_text(detections, labels=labels).splitlines()
         return head + "".join(f"{number}\t{seconds:.3f}\t{line}\n" for line in lines)
+
+    @property
+    def threshold(self) -> float:
+        """Score from which the video shows detections."""
+        return self._drawing.threshold
 
     def finish(self) -> None:
         self._json.write("\n]\n" if self._separator == "," else "[]\n")
