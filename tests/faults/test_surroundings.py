@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -307,6 +308,22 @@ def test_a_package_that_cannot_be_loaded_is_one_line(raised: str, line: str, tex
     """
     file("other/cv2.py", raised.encode())(desk)
     assert text in error_of(process(desk, line, PYTHONPATH=str(desk / "other")))
+
+
+@posix
+def test_warnings_of_packages_stay_away(desk: Path) -> None:
+    """Pillow's for a tag that is longer than its file: the picture is read all the same."""
+    image = Image.new("RGB", (48, 32), (200, 2, 0))
+    image.save(desk / "photos" / "3.tif", description="of a photograph that is held upright")
+    data = bytearray((desk / "photos" / "3.tif").read_bytes())
+    place = data.index(struct.pack("<HH", 270, 2))  # the tag, and its type
+    struct.pack_into("<I", data, place + 4, 10**6)
+    (desk / "photos" / "3.tif").write_bytes(data)
+    result = process(desk, f"{INFER} --quiet")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (desk / "out" / "3.png").is_file()
+    result = process(desk, f"{INFER} --verbose")
+    assert "Tag data larger than file" in result.stderr
 
 
 @posix
