@@ -128,7 +128,7 @@ def _missing(error: ImportError | AttributeError) -> str | None:
         return None
     if isinstance(error, AttributeError):
         where = getattr(error.obj, "__file__", None) or "no file"
-        return f"expected the Python package {package}, found another one of that name ({where}: {error}); take it off PYTHONPATH, or rename it"
+        return f"the Python package {package} is not the one that is needed ({where}: {error}); pip install -r {requirement_file(package)} brings it, unless another file of its name is on PYTHONPATH"
     if not isinstance(error, ModuleNotFoundError):
         return f"the Python package {package} cannot be loaded ({error}); install what it misses, or it again: pip install --force-reinstall -r {requirement_file(package)}; {DOCTOR}"
     return (
