@@ -41,7 +41,7 @@ TEXT_BYTES = frozenset((*range(0x20, 0x7F), *b"\t\n\r"))
 
 
 #: What writing ends with where there is no room, or a limit, or a fault of the disk.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 #: Letters that are shown of a word of twice as many.
@@ -85,7 +85,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             remove_empty(new_folders)
             raise
     except OSError as error:
-        if error.errno in _NO_ROOM and not error.filename:
+        if error.errno in NO_ROOM and not error.filename:
             raise _no_room(error, path) from error
         raise
 
@@ -100,7 +100,7 @@ def naming_output(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise _no_room(error, path) from error
         raise
 
@@ -261,7 +261,7 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         reason = error.strerror[0].lower() + error.strerror[1:]
         text = f"{error.filename}: {reason}" if error.filename else reason
-        if error.errno in _NO_ROOM and not error.filename:  # of no file that anybody has named
+        if error.errno in NO_ROOM and not error.filename:  # of no file that anybody has named
             text += "; make room, also where temporary files are (TMPDIR, else /tmp)"
     text = re.sub(r"\[Errno -?\d+\] ", "", text)
     return shortened(printable(" ".join(text.split()))) or type(error).__name__

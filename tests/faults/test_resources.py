@@ -165,6 +165,7 @@ def test_a_signal_while_images_are_read(number: int, status: int, word: str, des
     _, said = process.communicate(timeout=60)
     assert process.returncode == status, said
     assert "Traceback" not in said and said.rstrip().endswith(word), said
+    assert "I out keeps what is done; --resume goes on with it" in said
     assert not [name for name in fault_desk.everything(desk) if Path(name).name.startswith(".")]
     assert not (desk / "out" / "detections.json").exists()
 

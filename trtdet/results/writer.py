@@ -193,8 +193,8 @@ def naming_json(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         files.check_folder(output)  # says it better, where that is the reason
-        reason = files.message_of(OSError(error.errno, error.strerror or str(error)))
-        raise OSError(f"--output: cannot write {output / 'detections.json'}: {reason}") from error
+        advice = "; make room, or choose another folder" if error.errno in files.NO_ROOM else ""
+        raise OSError(f"--output: cannot write {output / 'detections.json'}: {error.strerror or error}{advice}") from error  # fmt: skip
 
 
 def write_labels(output: Path, labels: Sequence[str]) -> None:
