@@ -292,7 +292,10 @@ PAST = sorted(path for path in CORPUS.glob("*/*") if path.is_file())
 
 @pytest.mark.parametrize("path", PAST, ids=[f"{p.parent.name}-{p.name}" for p in PAST])
 def test_what_failed_once_fails_no_more(path: Path, workbench: Workbench) -> None:
-    name = next(known for known in TARGETS if known.replace(" ", "_") == path.parent.name)
+    names = [known for known in TARGETS if known.replace(" ", "_") == path.parent.name]
+    if not names and path.parent.name.startswith("video"):
+        pytest.skip("needs requirements-video.txt")
+    (name,) = names
     assert workbench.run(name, path.read_bytes()) == ""
 
 
