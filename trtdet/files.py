@@ -53,11 +53,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place if the block succeeds, else delete
     it.
 
-    Parent folders are made, and removed again if the block fails. The temporary name keeps the suffix, for writers that look at it, and
-    holds host and process, so that what a killed process left is found and removed by the next one
-    that writes the same file. A symbolic link is followed: the file that it names is replaced, the
-    link stays. A device or a FIFO is never replaced: it is written into when the block has
-    succeeded.
+    Parent folders are made, and removed again if the block fails. The temporary name keeps the
+    suffix, for writers that look at it, and holds host and process, so that what a killed process
+    left is found and removed by the next one that writes the same file. A symbolic link is
+    followed: the file that it names is replaced, the link stays. A device or a FIFO is never
+    replaced: it is written into when the block has succeeded.
 
     Raises:
         OSError: the file cannot be written; names it, also where the disk is full.

@@ -60,8 +60,8 @@ def setup_logging(verbose: bool = False, quiet: bool = False) -> None:
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     logging.getLogger(PROJECT).setLevel(logging.WARNING if quiet else logging.NOTSET)
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # Third-party chatter is of interest only with -v; Python's warnings are among it, of which Pillow
-    # has two lines for every odd tag of an image, without its name.
+    # Third-party chatter is of interest only with -v; Python's warnings are among it, of which
+    # Pillow has two lines for every odd tag of an image, without its name.
     logging.captureWarnings(True)
     for name in ("tf2onnx", "tensorflow", "absl", "PIL", "matplotlib", "py.warnings"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)

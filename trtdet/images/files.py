@@ -29,8 +29,8 @@ Item = TypeVar("Item")
 
 GLOB = re.compile(r"[*?\[]")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-#: What Pillow decodes of them, whatever they are called. Not EPS, for which it runs Ghostscript, nor
-#: the many kinds that nobody photographs in.
+#: What Pillow decodes of them, whatever they are called. Not EPS, for which it runs Ghostscript,
+#: nor the many kinds that nobody photographs in.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 #: Files shorter than this are read into memory that each thread keeps.
 _KEPT_BYTES = 1 << 20
