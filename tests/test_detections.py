@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,3 +121,65 @@ def test_text_of_none() -> None:
     none = detections(None).above(2)
     assert (tsv_text(none), coco_text(none, 1, (1, 5))) == ("", "")
     assert tsv_text(none, header=True) == "xmin\tymin\txmax\tymax\tscore\tclass\n"
+
+
+# ---- outputs that are none of a detector's
+
+
+def outputs_of(**changes: Any) -> dict[str, Any]:
+    """Two detections of one image, with some outputs replaced."""
+    sound = {
+        "num_detections": np.array([[2]], np.int32),
+        "detection_boxes": np.array([[[0, 0, 4, 4], [1, 1, 9, 9]]], np.float32),
+        "detection_scores": np.array([[0.9, 0.8]], np.float32),
+        "detection_classes": np.array([[0, 2]], np.int32),
+    }
+    return {**sound, **changes}
+
+
+SPEC = ModelSpec("toy", Preprocessing((16, 16)), Nms(), (5, 6, 7), box_order="xyxy")
+HERE = [ResizeTransform((16, 16), (1.0, 1.0))]
+
+
+@pytest.mark.parametrize("classes", [[0, 3], [-1, 0], [0, 2**31 - 1]])
+def test_a_class_that_the_model_does_not_have_is_an_error(classes: list[int]) -> None:
+    outputs = outputs_of(detection_classes=np.array([classes], np.int32))
+    wrong = next(c for c in classes if not 0 <= c < 3)
+    with pytest.raises(ValueError, match=rf"^detection_classes: expected 0 to 2, found {wrong}; convert"):  # fmt: skip
+        decode(outputs, SPEC, HERE)
+    outputs["num_detections"][0] = classes.index(wrong)  # behind those that count
+    assert len(decode(outputs, SPEC, HERE)[0]) == classes.index(wrong)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", ["detection_boxes", "detection_scores"])
+def test_what_is_not_finite_is_left_out_and_said(place: str, value: float, caplog: Any) -> None:
+    outputs = outputs_of()
+    outputs[place] = outputs[place].copy()
+    outputs[place].flat[0] = value
+    (found,) = decode(outputs, SPEC, HERE)
+    assert found.boxes_xyxy.tolist() == [[1, 1, 9, 9]] and found.class_ids.tolist() == [2]
+    json.loads(f"[{coco_text(found, 1, SPEC.category_ids)}]", parse_constant=pytest.fail)
+    silent = place == "detection_scores" and not value > 0  # as a free slot
+    said = "1 of 2 detections of an image are left out: their boxes or scores are not finite"
+    assert [said in text for text in caplog.messages] == ([] if silent else [True])
+
+
+@pytest.mark.parametrize(("count", "found"), [(-1, 0), (-(2**31), 0), (2**31 - 1, 2), (0, 0), (1, 1)])  # fmt: skip
+def test_a_count_is_never_more_than_there_is(count: int, found: int) -> None:
+    outputs = outputs_of(num_detections=np.array([[count]], np.int32))
+    assert len(decode(outputs, SPEC, HERE)[0]) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("detection_boxes", (1, 2, 3)), ("detection_boxes", (1, 1, 4)), ("detection_boxes", (2, 4)), ("detection_scores", (1, 3)), ("detection_scores", (2,)),
+        ("detection_scores", ()), ("detection_classes", (1, 1)), ("num_detections", (2, 1)), ("num_detections", ()),
+    ],
+)  # fmt: skip
+def test_outputs_that_do_not_fit_each_other_are_an_error(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^outputs: expected detections of 1 images"):
+        decode(outputs_of(**{name: np.zeros(shape, np.float32)}), SPEC, HERE)
+    with pytest.raises(ValueError, match=r"^outputs: expected detections of 2 images"):
+        decode(outputs_of(), SPEC, HERE * 2)

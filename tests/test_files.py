@@ -159,3 +159,19 @@ def test_threads_may_write_into_a_folder_that_is_not_there_yet(tmp_path: Path) -
             paths = [tmp_path / str(turn) / f"{number}.txt" for number in range(4)]
             list(pool.map(files.write_text, paths, "abcd"))
         assert [path.read_text() for path in paths] == list("abcd")
+
+
+def test_folders_that_were_made_in_vain_are_removed(tmp_path: Path) -> None:
+    """But not those that were there, nor those that somebody else uses meanwhile."""
+    (tmp_path / "there").mkdir()
+    for place in ("a/b/c.txt", "there/d/e.txt"):
+        with pytest.raises(ValueError, match="no"), files.atomic_path(tmp_path / place):
+            raise ValueError("no")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    with pytest.raises(ValueError, match="no"), files.atomic_path(tmp_path / "a/b/c.txt"):
+        (tmp_path / "a" / "other").touch()
+        raise ValueError("no")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["a", "a/other", "there"]  # fmt: skip
+    with pytest.raises(ValueError, match="no"), files.new_folder(tmp_path / "f" / "g"):
+        raise ValueError("no")
+    assert not (tmp_path / "f").exists()

@@ -89,7 +89,7 @@ def test_the_command_hands_on(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"trtdet {__version__}\n"
     for words, error in (
-        ([], "missing STAGE"),
+        ([], f"give a stage: {', '.join(STAGES)}"),
         (["infre"], "unknown stage infre: did you mean infer?"),
         (["--model", "a"], f"give a stage before --model: {', '.join(STAGES)}"),
     ):

@@ -371,7 +371,7 @@ def test_a_journal_of_another_schema_is_refused(tmp_path: Path) -> None:
 def test_what_is_written_has_a_schema_number(tmp_path: Path) -> None:
     PrecisionFile("a", "int8", {}).write(tmp_path / "p.json")
     journal = Journal(tmp_path / "j", {})
-    journal.measure("ap", ["x"], lambda: {"AP": 0.5})
+    journal.measure("ap", ["x"], ["AP"], lambda: {"AP": 0.5})
     write_cache(tmp_path / "c")
     texts = [(tmp_path / name).read_text() for name in ("p.json", "j", "c.json")]
     assert [json.loads(text)["schema"] for text in texts] == [1, 1, 1]

@@ -2,6 +2,7 @@
 """Detections of one image, how they come out of a model, and the files they are kept in."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,9 +16,13 @@ from trtdet import checks, files
 from trtdet.geometry import FloatArray, ResizeTransform, rotated_corners, xyxy_to_xywh, yxyx_to_xyxy
 from trtdet.spec import ModelSpec
 
+logger = logging.getLogger(__name__)
+
 TSV_COLUMNS = ("xmin", "ymin", "xmax", "ymax", "score", "class")
 #: The column behind them where boxes are rotated.
 TSV_ANGLE = "angle"
+#: What to do with a model whose outputs are not those of stage 1.
+WRITE_AGAIN = "convert the model again with create_onnx.py"
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,24 @@ def decode(
         spec: says the axis order of the boxes and whether they are normalised.
         transforms: one per real image.
         size_hw: height and width of the network input; None: that of the spec.
+
+    Detections of which a number is not finite are left out, with a warning: FP16 that overflows
+    makes some.
+
+    Raises:
+        ValueError: outputs of other shapes, or a class that the model does not have.
     """
     images = len(transforms)
-    counts = outputs["num_detections"].reshape(-1)[:images].tolist()
+    _check_shapes(outputs, images)
+    counts = np.maximum(outputs["num_detections"].reshape(-1)[:images], 0)
     all_scores = outputs["detection_scores"][:images].astype(np.float32)
     all_classes = outputs["detection_classes"][:images].astype(np.int32)
     rows = outputs["detection_boxes"][:images].astype(np.float32)
+    # The plugin fills free slots with scores of 0 where its threshold is below 0.007:
+    # trtdet.nms.reference.
+    is_found = (all_scores > 0) & (np.arange(all_scores.shape[1]) < counts[:, None])
+    is_found = _without_infinite(is_found, all_scores, rows)
+    _check_classes(all_classes[is_found], spec)
     boxes = rows[..., :4]
     if spec.box_order == "yxyx":
         boxes = yxyx_to_xyxy(boxes)
@@ -104,17 +121,50 @@ def decode(
         boxes = boxes * np.array([width, height, width, height], np.float32)
     is_rotated = rows.shape[-1] > 4
     boxes = _to_source(boxes, transforms, spec, rotated=is_rotated)
-    # The plugin fills free slots with scores of 0 where its threshold is below 0.007:
-    # trtdet.nms.reference.
-    is_found = all_scores > 0
     results = []
-    for row, count in enumerate(counts):
+    for row, count in enumerate(counts.tolist()):
         keep: slice | NDArray[np.intp] = slice(count)
         if not is_found[row, :count].all():
-            keep = np.flatnonzero(is_found[row, :count])
+            keep = np.flatnonzero(is_found[row])
         angles = rows[row, keep, 4] if is_rotated else None
         results.append(Detections(boxes[row, keep], all_scores[row, keep], all_classes[row, keep], angles))  # fmt: skip
     return results
+
+
+def _check_shapes(outputs: Mapping[str, NDArray[Any]], images: int) -> None:
+    """Find out whether the outputs of a batch have a row for each image, and fit each other."""
+    shapes = {name: values.shape for name, values in outputs.items()}
+    rows, slots = (*shapes["detection_scores"], 0, 0)[:2]
+    known = [
+        {"num_detections": count, "detection_boxes": (rows, slots, box), "detection_scores": (rows, slots), "detection_classes": (rows, slots)}
+        for count in ((rows,), (rows, 1))
+        for box in (4, 5)
+    ]  # fmt: skip
+    if rows < images or {name: shapes[name] for name in known[0]} not in known:
+        raise ValueError(f"outputs: expected detections of {images} images, [{images}, K] scores and what belongs to them, found {shapes}; {WRITE_AGAIN}")  # fmt: skip
+
+
+def _check_classes(found: NDArray[np.int32], spec: ModelSpec) -> None:
+    """Find out whether the model has all these classes."""
+    wrong = found[(found < 0) | (found >= spec.num_classes)]
+    if wrong.size:
+        raise ValueError(f"detection_classes: expected 0 to {spec.num_classes - 1}, found {wrong[0]}; {WRITE_AGAIN}")  # fmt: skip
+
+
+def _without_infinite(
+    is_found: NDArray[np.bool_], scores: FloatArray, rows: FloatArray
+) -> NDArray[np.bool_]:
+    """Those of the detections of a batch that have finite numbers alone; the others are set to 0
+    and said.
+    """
+    finite = np.isfinite(scores) & np.isfinite(rows).all(axis=-1)
+    if finite.all():
+        return is_found
+    rows[~finite] = 0
+    for found, kept in zip(is_found.sum(axis=1), (is_found & finite).sum(axis=1), strict=True):
+        if kept < found:
+            logger.warning("%d of %d detections of an image are left out: their boxes or scores are not finite, as of an FP16 model that overflows", found - kept, found)  # fmt: skip
+    return is_found & finite
 
 
 def _to_source(

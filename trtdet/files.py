@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,7 @@ TEXT_BYTES = frozenset((*range(0x20, 0x7F), *b"\t\n\r"))
 
 
 #: What writing ends with where there is no room, or a limit, or a fault of the disk.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 #: Letters that are shown of a word of twice as many.
@@ -52,11 +53,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place if the block succeeds, else delete
     it.
 
-    Parent folders are made. The temporary name keeps the suffix, for writers that look at it, and
-    holds host and process, so that what a killed process left is found and removed by the next one
-    that writes the same file. A symbolic link is followed: the file that it names is replaced, the
-    link stays. A device or a FIFO is never replaced: it is written into when the block has
-    succeeded.
+    Parent folders are made, and removed again if the block fails. The temporary name keeps the
+    suffix, for writers that look at it, and holds host and process, so that what a killed process
+    left is found and removed by the next one that writes the same file. A symbolic link is
+    followed: the file that it names is replaced, the link stays. A device or a FIFO is never
+    replaced: it is written into when the block has succeeded.
 
     Raises:
         OSError: the file cannot be written; names it, also where the disk is full.
@@ -71,16 +72,69 @@ def atomic_path(path: Path) -> Iterator[Path]:
                     shutil.copyfileobj(source, special)
             return
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
-        temporary = _temporary_beside(target)
+        new_folders = missing_folders(target)
         try:
-            yield temporary
-            _move(temporary, target)
+            temporary = _temporary_beside(target)
+            try:
+                yield temporary
+                _move(temporary, target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            remove_empty(new_folders)
             raise
     except OSError as error:
-        if error.errno in _NO_ROOM and not error.filename:
-            raise OSError(error.errno, f"{error.strerror}; make room, or choose another folder", str(path)) from error  # fmt: skip
+        if error.errno in NO_ROOM and not error.filename:
+            raise _no_room(error, path) from error
+        raise
+
+
+def _no_room(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, f"{error.strerror}; make room, or choose another folder", str(path))
+
+
+@contextmanager
+def naming_output(path: Path) -> Iterator[None]:
+    """Let a full disk name what is written, not what it is copied from, nor a temporary name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise _no_room(error, path) from error
+        raise
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """The folders above a path that are not there, the lowest first."""
+    missing = []
+    for folder in path.parents:
+        if os.path.lexists(folder):
+            break
+        missing.append(folder)
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that a run has made for what it could not write; the lowest first, and none
+    that somebody else has put a file into.
+    """
+    for folder in filter(os.path.isdir, folders):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, with those above it; what is still empty goes again if the block fails."""
+    missing = missing_folders(folder / "x")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        remove_empty(missing)
         raise
 
 
@@ -110,7 +164,7 @@ def _is_special(path: Path) -> bool:
 def _temporary_beside(target: Path) -> Path:
     """An empty file of a name of its own; those of processes that are gone are removed."""
     _remove_left_over(target.parent)
-    stem = os.fsencode(target.stem)[:_STEM_BYTES].decode(errors="ignore")
+    stem = os.fsencode(target.stem)[:_STEM_BYTES].decode(sys.getfilesystemencoding(), "ignore")
     is_made = False
     while True:
         name = f".{stem}.{_host()}-{os.getpid()}-{next(_numbers)}{target.suffix}"
@@ -126,6 +180,8 @@ def _temporary_beside(target: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             is_made = True  # by this thread, or by another one meanwhile
             continue
+        except OSError as error:  # names the file that is written, not the temporary one
+            raise type(error)(error.errno, error.strerror, str(target)) from error
         return temporary
 
 
@@ -205,6 +261,8 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         reason = error.strerror[0].lower() + error.strerror[1:]
         text = f"{error.filename}: {reason}" if error.filename else reason
+        if error.errno in NO_ROOM and not error.filename:  # of no file that anybody has named
+            text += "; make room, also where temporary files are (TMPDIR, else /tmp)"
     text = re.sub(r"\[Errno -?\d+\] ", "", text)
     return shortened(printable(" ".join(text.split()))) or type(error).__name__
 
@@ -247,13 +305,17 @@ _KINDS = {
 }  # fmt: skip
 
 
+#: Of a symbolic link.
+LOOP = "a link that leads to itself"
+
+
 def found_at(path: Path) -> str:
     """What is at a path, in words."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
         if error.errno == errno.ELOOP:
-            return "a link that leads to itself"
+            return LOOP
         if isinstance(error, PermissionError):
             return "a path you may not read"
         return "a link to nothing" if os.path.islink(path) else "nothing"
@@ -305,9 +367,9 @@ def check_writable(path: Path) -> None:
         ValueError: the path is a folder, or the folder it shall be in cannot be made or written to.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: expected the name of a file to write, found a folder")
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or (os.path.islink(path) and found_at(path) == LOOP):
+        raise ValueError(f"{path}: expected the name of a file to write, found {found_at(path)}")
+    existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(
             f"{path}: cannot be written, {existing} is not a folder that takes files; choose another"
@@ -320,9 +382,9 @@ def check_folder(folder: Path, option: str = "--output") -> None:
     Raises:
         OSError: it is a file, or lies below one, or takes no files.
     """
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not existing.is_dir():
-        raise OSError(f"{option}: expected a folder, {existing} is a file; choose another name")
+        raise OSError(f"{option}: expected a folder, {existing} is {found_at(existing)}; choose another name")  # fmt: skip
     if not os.access(existing, os.W_OK):
         raise OSError(f"{option}: {existing} takes no files from you; choose another folder")
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from trtdet import files
@@ -54,9 +56,18 @@ def read_onnx(
         raise GraphError(f"{path}: expected an ONNX model, found {what}; {remedy}")
     if fault := wiring_fault(model.graph) or weights_fault(model.graph):
         raise GraphError(f"{path}: expected a graph that can be run, {fault}; {remedy}")
+    for location in set(external_files(model.graph)):
+        if not _is_beside(location):
+            raise GraphError(f"{path}: expected its weights in a file beside it (external data), found the place {location!r}; {remedy}")  # fmt: skip
     if weights:
         _read_external_data(model, path, remedy)
     return model
+
+
+def _is_beside(location: str) -> bool:
+    """Whether a place of external data is a path within the folder of the ONNX file."""
+    path = PurePath(location)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and "\0" not in location  # fmt: skip
 
 
 def fixed_batch(model: onnx.ModelProto) -> int | None:
@@ -174,21 +185,22 @@ def wiring_fault(graph: onnx.GraphProto) -> str:
     return ""
 
 
-def without_value(graph: onnx.GraphProto) -> str:
+def without_value(graph: onnx.GraphProto, folder: Path) -> str:
     """Name of the first weights that hold NaN; "" where none do.
 
-    Those in files of their own are not looked at.
+    Args:
+        folder: of the ONNX file, and of the files with its weights.
     """
     import numpy as np
     from onnx import numpy_helper
 
     for tensor in graph.initializer:
         floats = (tensor.FLOAT, tensor.FLOAT16, tensor.BFLOAT16, tensor.DOUBLE)
-        if tensor.data_type not in floats or tensor.data_location == tensor.EXTERNAL:
+        if tensor.data_type not in floats:
             continue
         try:
-            values = numpy_helper.to_array(tensor)
-        except ValueError:  # of another length than its shape: ONNX Runtime says so
+            values = numpy_helper.to_array(tensor, str(folder))
+        except Exception:  # of another length than its shape, ...: ONNX Runtime says so
             continue
         if np.isnan(values).any():
             return str(tensor.name)
@@ -226,23 +238,43 @@ def _read_external_data(model: onnx.ModelProto, path: Path, remedy: str) -> None
 
 
 def check_external_data(model: onnx.ModelProto, path: Path) -> None:
-    """Find out whether the files that hold the weights of `model`, read from `path`, are there.
+    """Find out whether the files that hold the weights of `model`, read from `path`, are there, and
+    have the bytes that it reads.
 
     Raises:
-        GraphError: one is not.
+        GraphError: one is not, is a link that leads elsewhere, or is too short.
     """
     folder = path.resolve().parent
+    sizes: dict[str, int] = {}
     for location in sorted(set(external_files(model.graph))):
-        if not (folder / location).is_file():
+        place = folder / location
+        if not os.path.isfile(place):
+            found = "none" if not os.path.lexists(place) else files.found_at(place)
             raise GraphError(
-                f"{path}: expected its weights in the file {location} beside it (external data), found none; copy that file there too"
+                f"{path}: expected its weights in the file {location} beside it (external data), found {found}; copy that file there too"
             )
+        if not Path(os.path.realpath(place)).is_relative_to(folder):
+            raise GraphError(f"{path}: expected its weights in the file {location} beside it (external data), found a link that leads elsewhere; copy the file there")  # fmt: skip
+        sizes[location] = place.stat().st_size
+    for tensor in external_tensors(model.graph):
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        bounds = [entries.get("offset", "0"), entries.get("length", "0")]
+        whole = all(re.fullmatch("[0-9]{1,18}", text) for text in bounds)
+        size = sizes.get(entries.get("location", ""), 0)
+        if not whole or sum(map(int, bounds)) > size:
+            raise GraphError(f"{path}: expected the weights '{tensor.name}' in its external data, which has {size} bytes, found offset {bounds[0]}, length {bounds[1]}; copy that file again, or export the model again")  # fmt: skip
 
 
 def external_files(graph: onnx.GraphProto) -> Iterator[str]:
     """The files that hold weights of a graph, and of the graphs inside its nodes, relative to
     the ONNX file.
     """
+    for tensor in external_tensors(graph):
+        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+
+
+def external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Weights that lie in files of their own; of the graphs inside its nodes, too."""
     tensors = list(graph.initializer)
     for sparse in graph.sparse_initializer:
         tensors += [sparse.values, sparse.indices]
@@ -250,10 +282,21 @@ def external_files(graph: onnx.GraphProto) -> Iterator[str]:
         for attribute in node.attribute:
             tensors += [attribute.t, *attribute.tensors]
             for inner in (attribute.g, *attribute.graphs):
-                yield from external_files(inner)
-    for tensor in tensors:
-        if tensor.data_location == tensor.EXTERNAL:
-            yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+                yield from external_tensors(inner)
+    yield from (tensor for tensor in tensors if tensor.data_location == tensor.EXTERNAL)
+
+
+def check_apart(outputs: Iterable[Path | None], path: Path) -> None:
+    """Find out whether an output would replace weights of the ONNX file at `path` that lie in files
+    of their own.
+
+    Raises:
+        ValueError: names the output.
+    """
+    there = [output for output in outputs if output is not None and output.is_file()]
+    if there:
+        graph = read_onnx(path, weights=False).graph
+        files.check_outputs(there, [path.parent / name for name in external_files(graph)])
 
 
 def _check_there(path: Path, option: str) -> None:

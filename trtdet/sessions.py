@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtdet.closing import without_interrupt
 from trtdet.errors import EngineError
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def load_onnxruntime() -> Any:
     """
     os.environ.setdefault(TELEMETRY_SWITCH, "1")
     try:
-        import onnxruntime
+        with without_interrupt():
+            import onnxruntime
     except ModuleNotFoundError as error:
         raise EngineError(f"ONNX Runtime is not installed: {INSTALL}") from error
     except ImportError as error:  # a library that it needs is missing

@@ -6,6 +6,8 @@ ends it with a word, not a traceback.
 import sys
 from importlib import import_module
 
+from trtdet.streams import flush_output, open_streams
+
 
 def run_stage(stage: str) -> int:
     """Import a module of `trtdet.commands` and run its `main`.
@@ -14,7 +16,15 @@ def run_stage(stage: str) -> int:
         Its exit status; 130 for Ctrl-C before or behind the stage itself, which catches its own.
     """
     try:
+        open_streams()
         status: int = import_module(f"trtdet.commands.{stage}").main()
+    except SystemExit:  # --help, --version, wrong usage
+        try:
+            flush_output()
+        except OSError as error:
+            sys.stderr.write(f"error: {error.filename}: {str(error.strerror).lower()}\n")
+            return 1
+        raise
     except KeyboardInterrupt:
         if sys.stderr is not None:
             sys.stderr.write("interrupted\n")

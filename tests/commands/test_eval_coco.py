@@ -324,6 +324,11 @@ def test_detections_of_a_part_or_of_high_scores_are_warned_of(
     images = len(json.loads(Path(annotations).read_text())["images"])
     assert "has no detection below a score of 0.9, so AP comes out too low" in log
     assert f"has no detections for {images - 1} of {images} images" in log
+    # As many as count: that there is none below says nothing of a threshold.
+    for number, warned in ((99, True), (100, False)):
+        kept.write_text(json.dumps([{**best, "score": 0.9}] * number))
+        assert eval_coco.main(["--detections", str(kept), "--annotations", annotations]) == 0
+        assert ("no detection below a score" in capsys.readouterr().err) == warned
 
 
 def test_detections_of_strange_images_are_left_out(

@@ -301,7 +301,7 @@ def test_no_readable_image_is_an_error(toy: Path, tmp_path: Path, capsys: Any) -
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
     assert run(toy, tmp_path / "in", tmp_path / "out") == 1
     assert "none of 1 images could be read" in capsys.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_engine_is_an_error(tmp_path: Path, capsys: Any) -> None:
@@ -712,6 +712,32 @@ def test_results_of_an_earlier_run_are_named(toy: Path, tmp_path: Path, capsys: 
     assert "has results of 1 other images, which no manifest lists; they are kept" in capsys.readouterr().err  # fmt: skip
 
 
+def test_old_results_of_images_that_cannot_be_read_now_are_named(toy: Path, tmp_path: Path, capsys: Any) -> None:  # fmt: skip
+    """They are of another picture of that name; nobody removes them."""
+    for name in ("a.png", "b.png"):
+        image(tmp_path / "in" / name, red=204, green=2, blue=1)
+    assert run(toy, tmp_path / "in", tmp_path / "out") == 0
+    old = (tmp_path / "out" / "a.tsv").read_bytes()
+    (tmp_path / "in" / "a.png").write_bytes(b"no image")
+    assert run(toy, tmp_path / "in", tmp_path / "out") == 3
+    assert f"{tmp_path / 'out'} has results of an earlier run of images that could not be read now, such as a.tsv" in capsys.readouterr().err  # fmt: skip
+    assert (tmp_path / "out" / "a.tsv").read_bytes() == old
+    assert "a.tsv" in json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--clean") == 3
+    assert "could not be read now" not in capsys.readouterr().err
+    assert names(tmp_path / "out") == ["b.png", "b.tsv", "detections.json", "labels.txt", "manifest.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["out/a.tsv", "out/a.png", "out/detections.json", "out/labels.txt", "out/manifest.json", "out/detections.partial.jsonl", "in/a.png", "toy.onnx"])  # fmt: skip
+def test_a_report_replaces_nothing_that_is_read_or_written(name: str, toy: Path, tmp_path: Path, capsys: Any) -> None:  # fmt: skip
+    """By a link, as its own name ends in .html."""
+    image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
+    (tmp_path / "page.html").symlink_to(name)
+    assert run(toy, tmp_path / "in", tmp_path / "out", "--report", str(tmp_path / "page.html")) == 1
+    assert "page.html: is an input, or written twice" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())  # fmt: skip
 
@@ -731,6 +757,18 @@ def test_clean_removes_what_the_manifest_lists(toy: Path, tmp_path: Path, capsys
     assert "--clean: removed 7 files of an earlier run" in capsys.readouterr().err
     assert names(out) == ["b.tsv", "detections.json", "labels.txt", "manifest.json", "notes.tsv", "street/mine.txt"]  # fmt: skip
     assert json.loads((out / "manifest.json").read_text())["files"] == ["b.tsv", "detections.json", "labels.txt"]  # fmt: skip
+
+
+def test_a_page_is_a_file_of_the_run(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    """It is listed, named when it is stale, and cleaned."""
+    image(tmp_path / "in" / "a.png", red=204, green=2, blue=1)
+    out = tmp_path / "out"
+    assert run(toy, tmp_path / "in", out, "--report", str(out / "index.html")) == 0
+    assert "index.html" in json.loads((out / "manifest.json").read_text())["files"]
+    assert run(toy, tmp_path / "in", out) == 0
+    assert "has 1 files of an earlier run that this one does not write, such as index.html" in capsys.readouterr().err  # fmt: skip
+    assert run(toy, tmp_path / "in", out, "--clean") == 0
+    assert names(out) == ["a.png", "a.tsv", "detections.json", "labels.txt", "manifest.json"]
 
 
 def test_a_run_that_fails_cleans_nothing(toy: Path, tmp_path: Path) -> None:

@@ -330,11 +330,15 @@ def test_views_are_undone() -> None:
 
 def test_the_journal_knows_its_context(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    assert Journal(path, {"model": 1}).measure("ap", ["b", "a"], lambda: {"AP": 0.5}) == {"AP": 0.5}
+    assert Journal(path, {"model": 1}).measure("ap", ["b", "a"], ["AP"], lambda: {"AP": 0.5}) == {
+        "AP": 0.5
+    }
     again = Journal(path, {"model": 1})
-    assert again.measure("ap", ["a", "b"], dict) == {"AP": 0.5}  # in any order
-    assert again.measure("ap", ["a"], lambda: {"AP": 0.6}) == {"AP": 0.6}
-    assert Journal(path, {"model": 2}).measure("ap", ["a", "b"], lambda: {"AP": 0.7}) == {"AP": 0.7}
+    assert again.measure("ap", ["a", "b"], ["AP"], dict) == {"AP": 0.5}  # in any order
+    assert again.measure("ap", ["a"], ["AP"], lambda: {"AP": 0.6}) == {"AP": 0.6}
+    assert Journal(path, {"model": 2}).measure("ap", ["a", "b"], ["AP"], lambda: {"AP": 0.7}) == {
+        "AP": 0.7
+    }
     assert len(path.read_text().splitlines()) == 3
 
 

@@ -66,6 +66,6 @@ def test_a_journal_that_was_cut_off_goes_on_with_a_new_line(tmp_path: Path, capl
     path = tmp_path / "p.json.journal"
     path.write_text(f"{SOUND}\n{SOUND[:30]}")
     journal = Journal(path, {"model": "m"})
-    journal.measure("ap", ["a"], lambda: {"AP": 0.25})
+    journal.measure("ap", ["a"], ["AP"], lambda: {"AP": 0.25})
     assert len(Journal(path, {"model": "m"})) == 2
     assert path.read_text().count("\n") == 3

@@ -102,6 +102,7 @@ def test_a_file_that_gets_too_large_is_named_and_not_left(
     """As a quota ends it: nothing of what could not be finished stays."""
     for name in ("1.png", "2.png"):  # larger than the limit as they are drawn
         noise = np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8)
+        noise[:8, :8] = (200, 2, 0)  # what the detector reads
         Image.fromarray(noise).save(desk / "photos" / name)
     before = fault_desk.everything(desk)
     result = limited(desk, "FSIZE", 100, line)
@@ -164,6 +165,7 @@ def test_a_signal_while_images_are_read(number: int, status: int, word: str, des
     _, said = process.communicate(timeout=60)
     assert process.returncode == status, said
     assert "Traceback" not in said and said.rstrip().endswith(word), said
+    assert "I out keeps what is done; --resume goes on with it" in said
     assert not [name for name in fault_desk.everything(desk) if Path(name).name.startswith(".")]
     assert not (desk / "out" / "detections.json").exists()
 

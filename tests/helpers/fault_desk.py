@@ -135,14 +135,9 @@ def make_served(folder: Path) -> None:
 
 def make_broken_off(folder: Path) -> None:
     """What a run of infer.py leaves that was ended after the first image."""
-    there = os.getcwd()
-    os.chdir(folder)
-    try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            line = "--model model.onnx --input photos --output found"
-            assert infer.main(line.split()) == 0
-    finally:
-        os.chdir(there)
+    with inside(folder), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        line = "--model model.onnx --input photos --output found"
+        assert infer.main(line.split()) == 0
     found = json.loads((folder / "found" / "detections.json").read_text())
     text = ",\n".join(json.dumps(entry) for entry in found if entry["image_id"] == 1)
     line = json.dumps({"name": "1", "id": 1, "image": "0" * 16, "text": text})
@@ -183,6 +178,17 @@ def copy(sound: Path, folder: Path, *, served: bool = False) -> Path:
 
 
 @contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """With this as the current folder."""
+    there = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(there)
+
+
+@contextmanager
 def bounded(seconds: float = BOUND_S) -> Iterator[None]:
     """Raise `TookTooLongError` where a block takes longer; in the main thread."""
 
@@ -203,16 +209,12 @@ def run(folder: Path, line: str | Sequence[str], capsys: pytest.CaptureFixture[s
     words = line.split() if isinstance(line, str) else list(line)
     command = importlib.import_module(f"trtdet.commands.{words[0]}")
     before = everything(folder)
-    there = os.getcwd()
-    os.chdir(folder)
     capsys.readouterr()
     try:
-        with bounded():
+        with inside(folder), bounded():
             status = command.main(words[1:])
     except SystemExit as end:
         status = int(end.code or 0) if not isinstance(end.code, str) else 1
-    finally:
-        os.chdir(there)
     said = capsys.readouterr()
     errors = tuple(text for text in said.err.splitlines() if re.search(r"(^|: )error: ", text))
     left = tuple(sorted(everything(folder) - before))

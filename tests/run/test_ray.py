@@ -204,6 +204,43 @@ def test_an_engine_is_hashed_once(tmp_path, monkeypatch):
     assert hashed == [engine, engine]
 
 
+def detect_here(engine, paths, output, options, address, workers, identity):
+    """A stand-in for the cluster: this process does its work."""
+    detector = ray.PathDetector(engine, options)
+    with Results(output / ray.PARTIAL, identity) as results:
+        results.add(ray_cluster.to_table(detector(paths)))
+
+
+def test_what_an_earlier_run_left_is_named_and_cleaned(toy, tmp_path, monkeypatch, capsys):
+    """As without --ray."""
+    monkeypatch.setattr(ray, "detect_on_ray", detect_here)
+    for name in ("one/a.png", "one/b.png", "two/b.png"):
+        toy_detector.image(tmp_path / name, red=204, green=2, blue=1)
+    out = tmp_path / "out"
+
+    def run(source, *options):
+        arguments = ["--engine", toy, "--input", tmp_path / source, "--output", out]
+        status = infer.main([str(word) for word in (*arguments, *options)])
+        return status, capsys.readouterr().err, sorted(path.name for path in out.iterdir())
+
+    always = ["b.tsv", "detections.json", "detections.parquet", "labels.txt", "manifest.json"]
+    assert run("one")[0] == 0  # with pictures, on this machine
+    (out / "mine.txt").write_text("mine")
+    status, said, names = run("two", "--ray", "local")
+    assert status == 0
+    assert "has 3 files of an earlier run that this one does not write, such as a.png" in said
+    assert names == sorted([*always, "a.png", "a.tsv", "b.png", "mine.txt"])
+    status, said, names = run("two", "--ray", "local", "--clean")
+    assert status == 0 and "--clean: removed 8 files of an earlier run" in said
+    assert names == sorted([*always, "mine.txt"])
+    (tmp_path / "two" / "c.png").write_bytes(b"no image")
+    (tmp_path / "two" / "b.png").rename(tmp_path / "two" / "d.png")
+    (tmp_path / "two" / "b.png").write_bytes(b"no image")
+    status, said, names = run("two", "--ray", "local")
+    assert status == 3
+    assert "has results of an earlier run of images that could not be read now, such as b.tsv" in said  # fmt: skip
+
+
 # ---- on a cluster
 
 

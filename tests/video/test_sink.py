@@ -64,7 +64,7 @@ def test_without_an_encoder_of_h264(suffix: str, tmp_path: Path, monkeypatch: py
 
 
 def test_nothing_is_left_where_a_file_cannot_be_opened(tmp_path: Path) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError("no muxer")
 
     video = VideoSink(tmp_path / "out.mp4", RATE)

@@ -2,18 +2,19 @@
 """What the commands share at the border: the parser of the command line, logging, exit codes."""
 
 import argparse
-import io
 import logging
-import os
 import re
 import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import FrameType
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from trtdet import about
@@ -22,6 +23,7 @@ from trtdet.commands.stages import hand_over
 from trtdet.doctor.packages import requirement_file
 from trtdet.errors import DOCTOR, EngineError, GraphError
 from trtdet.files import message_of, printable, shortened
+from trtdet.streams import flush_output, open_streams
 from trtdet.terminal import PROJECT
 
 logger = logging.getLogger(__name__)
@@ -52,14 +54,16 @@ def setup_logging(verbose: bool = False, quiet: bool = False) -> None:
     Args:
         quiet: warnings and errors alone, and no progress bars.
     """
-    _open_closed_streams()
+    open_streams()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PrintableFormatter("%(levelname).1s %(message)s"))
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     logging.getLogger(PROJECT).setLevel(logging.WARNING if quiet else logging.NOTSET)
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # Third-party chatter is of interest only with -v.
-    for name in ("tf2onnx", "tensorflow", "absl", "PIL", "matplotlib"):
+    # Third-party chatter is of interest only with -v; Python's warnings are among it, of which
+    # Pillow has two lines for every odd tag of an image, without its name.
+    logging.captureWarnings(True)
+    for name in ("tf2onnx", "tensorflow", "absl", "PIL", "matplotlib", "py.warnings"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
 
 
@@ -72,8 +76,10 @@ def run_main(run: Callable[[], int | None]) -> int:
     """
     with _terminate_as_interrupt() as terminated:
         try:
-            return run() or 0
-        except ModuleNotFoundError as error:
+            status = run() or 0
+            flush_output()
+            return status
+        except (ImportError, AttributeError) as error:
             message = _missing(error)
             if message is None:
                 raise
@@ -109,35 +115,48 @@ def _needs_less() -> str:
     return f"; a smaller {smaller} needs less" if smaller else ""
 
 
-def _open_closed_streams() -> None:
-    """Open what the caller closed, `2>&-`, onto nothing: else the next file that is opened gets
-    its number, and messages with it.
+def _missing(error: ImportError | AttributeError) -> str | None:
+    """What to do about a package that is not there, cannot be loaded, or is another one of its
+    name.
+
+    None for what is a fault of ours.
     """
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a name that the terminal's alphabet does not have is no reason to end
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _missing(error: ModuleNotFoundError) -> str | None:
-    """What to install for a package that is not there.
-
-    None for one of our own modules, whose absence is a fault of ours.
-    """
-    package = (error.name or "").partition(".")[0]
-    if not package or package == "trtdet":
+    if isinstance(error, AttributeError) and not isinstance(error.obj, ModuleType):
         return None
+    package = _package_of(error).partition(".")[0]
+    if package in ("", "trtdet"):
+        return None
+    if isinstance(error, AttributeError):
+        where = getattr(error.obj, "__file__", None) or "no file"
+        return f"the Python package {package} is not the one that is needed ({where}: {error}); pip install -r {requirement_file(package)} brings it, unless another file of its name is on PYTHONPATH"
+    if not isinstance(error, ModuleNotFoundError):
+        return f"the Python package {package} cannot be loaded ({error}); install what it misses, or it again: pip install --force-reinstall -r {requirement_file(package)}; {DOCTOR}"
     return (
         f"the Python package {package} is not installed here; activate the environment that has it (. .venv/bin/activate), "
         f"or pip install -r {requirement_file(package)}; {DOCTOR}"
     )
+
+
+def _package_of(error: ImportError | AttributeError) -> str:
+    """The module that is not as it should be: the one that is named, or in whose code it shows."""
+    if isinstance(error, AttributeError):
+        return str(getattr(error.obj, "__name__", ""))
+    if error.name:
+        return error.name
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    foreign = (name for name in names if name.partition(".")[0] not in ("trtdet", "importlib"))
+    return next(foreign, "")
+
+
+def check_plot(plot: Path | None) -> None:
+    """Find out before long work whether --plot can draw.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    if plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("--plot: needs matplotlib; pip install matplotlib")
 
 
 @contextmanager
@@ -240,6 +259,9 @@ class ArgumentParser(argparse.ArgumentParser):
         unknown = [word for word in self._own_words(words) if not self._is_known(word)]
         if unknown:
             self._refuse_unknown(list(dict.fromkeys(word.partition("=")[0] for word in unknown)))
+        if "" in words:
+            before = next((word for word in words[: words.index("")][-1:]), "")
+            self.error(f"{f'argument {before}: ' if before else ''}expected a value, found nothing between the quotes; is a variable of your shell empty?")  # fmt: skip
         self._check_command(words)
         self._check_names(words)
         for word in self._own_words(words):

@@ -79,7 +79,7 @@ def run(
     worst: int = WORST_IMAGES,
 ) -> int:
     """Compare, print, write; see the module's docstring. Returns the exit status."""
-    from trtdet.images.files import load_image
+    from trtdet.images.files import check_no_image, load_image
     from trtdet.parity import report
     from trtdet.parity.compare import category_labels, compare, lines
     from trtdet.parity.sides import open_sides
@@ -87,6 +87,7 @@ def run(
 
     inputs = [p for p in (reference_path, candidate_path, annotations_path) if p and p.is_file()]
     files.check_outputs([output, report_path], inputs)
+    check_no_image([output], source)
     annotations = coco.read_annotations(annotations_path) if annotations_path else None
     with ExitStack() as stack:
         paths = (reference_path, candidate_path)

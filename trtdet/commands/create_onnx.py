@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trtdet import files
 from trtdet.commands import cli
 from trtdet.commands.cli import ArgumentParser
 from trtdet.commands.declaring import add_declaring_options, check_declaring, declaration_from
@@ -183,6 +184,7 @@ def options_from(args: argparse.Namespace) -> Options:
     if args.input_shape:
         batch, named, layout = args.input_shape
         size_hw = named or size_hw
+    files.check_outputs([args.onnx, args.tf2onnx], [args.labels])
     labels = tuple(read_labels(args.labels)) if args.labels else ()
     return Options(
         family=args.family,

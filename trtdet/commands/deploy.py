@@ -209,11 +209,12 @@ def check(args: argparse.Namespace) -> None:
 def pad_color(args: argparse.Namespace) -> None:
     from trtdet.deploy.model import describe_onnx
     from trtdet.deploy.pad_color import insert_pad_color
-    from trtdet.onnx_files import read_onnx
+    from trtdet.onnx_files import check_apart, read_onnx
     from trtdet.runtimes.kinds import ONNX, check_model
 
     files.check_outputs([args.output], [args.model])
     check_model(args.model, what=ONNX)
+    check_apart([args.output], args.model)
     model = read_onnx(args.model, option="--model")
     describe_onnx(model, args.model)  # refuses what is not of create_onnx.py
     insert_pad_color(model)

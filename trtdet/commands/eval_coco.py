@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtdet import files
-from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
+from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, check_plot, run_main, setup_logging
 from trtdet.commands.options import add, add_model_option, add_run_options, parse_run_args
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import TritonUrl
@@ -102,6 +102,11 @@ def run(
         files.check_outputs([output, plot, report_path, detections], [annotations_path, model])
     else:
         files.check_outputs([output, plot, report_path], [annotations_path, detections])
+    if source is not None:
+        from trtdet.images.files import check_no_image
+
+        check_no_image([output, plot, report_path], source)
+    check_plot(plot)
     files.check_input(annotations_path, *ANNOTATIONS)
     if detections is not None and not engine:
         files.check_input(detections, "--detections", "detections in COCO's results format, such as infer.py's detections.json")  # fmt: skip

@@ -30,6 +30,8 @@ def parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     entry = parser()
+    if not words:
+        entry.error(f"give a stage: {', '.join(STAGES)}")
     if words and words[0].startswith("-") and words[0] not in entry._option_string_actions:
         entry.error(f"give a stage before {words[0]}: {', '.join(STAGES)}")
     stage = entry.parse_args(words[:1]).stage

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from trtdet import files
 from trtdet.commands import cli
-from trtdet.commands.cli import ArgumentParser
+from trtdet.commands.cli import ArgumentParser, check_plot
 from trtdet.commands.options import (
     add,
     add_calibration_options,
@@ -75,6 +75,7 @@ def run(
         ValueError: a cache, images or annotations that do not fit; or no set of convolutions is
             good enough.
     """
+    from trtdet.images.files import check_no_image
     from trtdet.precision import sensitivity
     from trtdet.precision.body import Body
     from trtdet.precision.prepare import load_model, scales_of
@@ -87,6 +88,8 @@ def run(
 
     journal_path = output.with_name(output.name + ".journal")
     files.check_outputs([output, journal_path, table, plot], [onnx_path, annotations_path, int8.cache])  # fmt: skip
+    check_no_image([output, table, plot], source)
+    check_plot(plot)
     check_model(onnx_path, what=ONNX)
     body = Body(*load_model(onnx_path))
     annotations = coco.read_annotations(annotations_path)

@@ -6,6 +6,7 @@ The recipe of stage 1.
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -424,7 +425,7 @@ def provenance(source_path: Path) -> dict[str, str]:
     else:
         parts = [source_path]
     return {
-        "name": source_path.resolve().name,
+        "name": Path(os.path.realpath(source_path)).name,
         "sha256": files.sha256(*parts),
         "trtdet": about.__version__,
     }

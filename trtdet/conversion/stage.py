@@ -10,6 +10,7 @@ from trtdet.conversion.comparison import compare_to_the_end
 from trtdet.conversion.convert import Options, convert, open_source, provenance, size_text
 from trtdet.conversion.verification import Difference, verify
 from trtdet.families.evidence import table
+from trtdet.onnx_files import check_apart
 from trtdet.sources.saved_model_folder import find_saved_model
 from trtdet.spec import ModelSpec
 
@@ -43,7 +44,10 @@ def convert_file(
             differs from it.
         OSError, ValueError: a file that cannot be read or written.
     """
-    files.check_outputs([onnx_path, options.raw_path], [source_path] if is_onnx else [])
+    outputs = [onnx_path, options.raw_path]
+    files.check_outputs(outputs, [source_path] if is_onnx else [])
+    if is_onnx and source_path.suffix.lower() == ".onnx":
+        check_apart(outputs, source_path)
     if not is_onnx:
         source_path = find_saved_model(source_path)
     with open_source(

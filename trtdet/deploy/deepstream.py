@@ -26,7 +26,7 @@ from trtdet import files
 from trtdet.deploy import text_format, triton
 from trtdet.deploy.model import Deployable, check_servable, label_lines
 from trtdet.deploy.text_format import Word
-from trtdet.onnx_files import external_files, read_onnx
+from trtdet.onnx_files import check_external_data, external_files, read_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,9 @@ def write_folder(
             f"--class_threshold: expected class ids of 0 to {model.spec.num_classes - 1}, found {unknown}"
         )
     for_nvinfer, for_server = usable(model)
+    own = [NVINFER_FILE, NVINFER_YAML, SERVER_FILE, APP_FILE]
+    for file in (*own, *(f"parser/{target}" for target in PARSER_FILES)):
+        files.check_writable(output / file)
     if model.engine is None:
         engine, labels = write_onnx(output, name, model, options, batch)
     else:
@@ -122,12 +125,14 @@ def write_onnx(
     """
     folder = output / MODEL_FOLDER
     target = folder / f"{name}.onnx"
-    locations = set(external_files(read_onnx(model.path, weights=False).graph))
+    graph = read_onnx(model.path, weights=False)
+    check_external_data(graph, model.path)
+    locations = set(external_files(graph.graph))
     for source, copy in [
         (model.path, target),
-        *((model.path.parent / f, folder / f) for f in locations),
+        *((model.path.resolve().parent / f, folder / f) for f in locations),
     ]:
-        with files.atomic_path(copy) as temporary:
+        with files.atomic_path(copy) as temporary, files.naming_output(copy):
             shutil.copyfile(source, temporary)
     labels = folder / triton.LABELS_FILE
     files.write_text(labels, "".join(f"{line}\n" for line in label_lines(model.spec)))

@@ -513,17 +513,26 @@ def _add_version(folder: Path, model: _Planned) -> Path:
     """Configuration and labels, where they are not there, then the folder of the next version,
     whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    files.check_folder(folder)
+    for name in (LABELS_FILE, "config.pbtxt"):
+        files.check_writable(folder / name)
+    with files.new_folder(folder):
+        return _write_version(folder, model)
+
+
+def _write_version(folder: Path, model: _Planned) -> Path:
+    """The folder of the next version, in a folder that is there."""
     version = folder / str(next_version(folder))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new.") as temporary:
         unfinished = Path(temporary, "version")
         unfinished.mkdir()
         for name, content in model.contents.items():
-            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, unfinished / name)
-            else:
-                (unfinished / name).write_bytes(content)
+            with files.naming_output(version / name):
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, Path):
+                    shutil.copyfile(content, unfinished / name)
+                else:
+                    (unfinished / name).write_bytes(content)
         if (folder / "config.pbtxt").is_file():
             _say_what_is_kept(folder, model)
         else:

@@ -14,6 +14,7 @@ from trtdet.engine.build import Built
 from trtdet.engine.flavor import Flavor, find_flavor
 from trtdet.engine.options import BuildOptions
 from trtdet.engine.sidecar import EngineInfo, sidecar_path, write_engine
+from trtdet.onnx_files import check_apart
 from trtdet.precision.options import Int8Options
 from trtdet.precision.prepare import load_model, prepare
 
@@ -69,6 +70,7 @@ def prepare_file(
         ValueError: a calibration cache of something else, or images that cannot be read.
     """
     files.check_outputs([save_onnx], [onnx_path])
+    check_apart([save_onnx], onnx_path)
     model, spec = load_model(onnx_path)
     prepared = prepare(
         model, spec, options.precision, int8, rest=options.rest, check_input=check_input
@@ -100,7 +102,9 @@ def build_file(
         ValueError: a calibration cache of something else, or images that cannot be read.
     """
     start = time.monotonic()
-    files.check_outputs([engine_path, sidecar_path(engine_path), save_onnx], [onnx_path])
+    outputs = [engine_path, sidecar_path(engine_path), save_onnx]
+    files.check_outputs(outputs, [onnx_path])
+    check_apart(outputs, onnx_path)
     if options.timing_cache:
         files.check_writable(options.timing_cache)
     flavor = find_flavor(flavor_name)

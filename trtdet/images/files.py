@@ -11,7 +11,8 @@ import struct
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -28,6 +29,9 @@ Item = TypeVar("Item")
 
 GLOB = re.compile(r"[*?\[]")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+#: What Pillow decodes of them, whatever they are called. Not EPS, for which it runs Ghostscript,
+#: nor the many kinds that nobody photographs in.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 #: Files shorter than this are read into memory that each thread keeps.
 _KEPT_BYTES = 1 << 20
 _thread = threading.local()
@@ -86,6 +90,21 @@ def find_images(
     return spread(list(dict.fromkeys(found)), num_images)
 
 
+def check_no_image(outputs: Iterable[Path | None], sources: Sources | None) -> None:
+    """Find out before long work whether an output would replace one of the images.
+
+    Raises:
+        ValueError: names it.
+    """
+    read = [os.path.realpath(path) for path in expand(sources)] if sources is not None else []
+    for output in outputs:
+        if output is None or output.suffix.lower() not in SUFFIXES or not output.is_file():
+            continue
+        target = os.path.realpath(output)
+        if any(target == path or target.startswith(f"{path}{os.sep}") for path in read):
+            raise ValueError(f"{output}: is one of the images; give the output another name")
+
+
 def root_of(sources: Sources) -> Path:
     """What names of results are relative to: a folder given alone, or the folder that all of
     several sources are in.
@@ -131,7 +150,7 @@ def expand(sources: Sources, option: str = "--input") -> list[Path]:
 
 def _images_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
     others: Counter[str] = Counter()
-    for inner, subfolders, names in os.walk(folder):
+    for inner, subfolders, names in os.walk(folder, onerror=_raise):
         subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
@@ -144,6 +163,11 @@ def _images_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4))
         logger.info("%s: %d other files are not read (%s)", folder, others.total(), kinds)
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be read is said, not passed over."""
+    raise error
 
 
 def load_image(path: Path) -> ImageArray:
@@ -211,13 +235,20 @@ def decode_image(data: bytes, name: str) -> ImageArray:
         pixels = _decode_jpeg(data)
         if pixels is not None:
             return pixels
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             return _to_rgb(image)
     except Exception as error:  # on a damaged file Pillow's readers raise errors of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not an image, or of an unknown kind (first bytes: {data[:8]!r})"
         raise ValueError(f"{name}: cannot be decoded: {reason}") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _decode_jpeg(data: bytes | memoryview) -> ImageArray | None:
@@ -283,7 +314,7 @@ def image_size(path: Path) -> tuple[int, int] | None:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return None
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
             width, height = image.size
             sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     except Exception:  # Pillow's readers raise errors of many kinds; decoding will say which

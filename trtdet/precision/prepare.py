@@ -305,6 +305,7 @@ def scales_of(
         )
     if options.cache is not None and not cached:
         files.check_writable(options.cache)
+        files.check_writable(calibration_cache.sidecar_path(options.cache))
     paths = None
     if options.images:
         paths = calibration.choose_images(

@@ -171,22 +171,37 @@ class Journal:
     def __len__(self) -> int:
         return len(self._known)
 
-    def known(self, kind: str, layers: Iterable[str]) -> dict[str, float] | None:
-        """What was measured of this configuration; None: nothing yet."""
-        return self._known.get(fingerprint(self._context, kind, sorted(layers)))
+    def known(
+        self, kind: str, layers: Iterable[str], names: Collection[str]
+    ) -> dict[str, float] | None:
+        """What was measured of this configuration; None: nothing yet, or no values of these
+        names.
+        """
+        values = self._known.get(fingerprint(self._context, kind, sorted(layers)))
+        if values is not None and set(values) != set(names):
+            logger.warning("%s: measured again, as a line has other values than %s", self.path, ", ".join(names))  # fmt: skip
+            return None
+        return values
 
     def measure(
-        self, kind: str, layers: Iterable[str], measure: Callable[[], Mapping[str, float]]
+        self,
+        kind: str,
+        layers: Collection[str],
+        names: Collection[str],
+        measure: Callable[[], Mapping[str, float]],
     ) -> dict[str, float]:
         """What is known of this configuration, or else what `measure` returns, which is written
         down.
+
+        Args:
+            names: of the values.
         """
-        names = sorted(layers)
-        key = fingerprint(self._context, kind, names)
-        if key in self._known:
-            return self._known[key]
+        known = self.known(kind, layers, names)
+        if known is not None:
+            return known
+        key = fingerprint(self._context, kind, sorted(layers))
         values = dict(measure())
-        line = json.dumps({"schema": JournalLine.SCHEMA, "key": key, "kind": kind, "layers": names, "values": values})  # fmt: skip
+        line = json.dumps({"schema": JournalLine.SCHEMA, "key": key, "kind": kind, "layers": sorted(layers), "values": values})  # fmt: skip
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()

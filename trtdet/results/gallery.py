@@ -149,9 +149,13 @@ def _link(path: Path, report: Path) -> str:
     common (drives of Windows).
     """
     try:
-        return quote(Path(os.path.relpath(path.resolve(), report.resolve().parent)).as_posix())
+        return quote(
+            Path(
+                os.path.relpath(os.path.realpath(path), Path(os.path.realpath(report)).parent)
+            ).as_posix()
+        )
     except ValueError:
-        return path.resolve().as_uri()
+        return Path(os.path.realpath(path)).as_uri()
 
 
 # ---- boxes

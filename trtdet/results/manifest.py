@@ -123,26 +123,28 @@ class RunFolder(Closing):
         """What an earlier run left, and this one does not write."""
         listed = [*self.before.files, *self._written_by_unfinished()] if self.before else []
         return [
-            name for name in listed if name not in self._planned and (self._output / name).is_file()
+            name
+            for name in listed
+            if name not in self._planned and os.path.isfile(self._output / name)
         ]
 
     def clean(self) -> int:
         """Remove what an earlier run wrote, nothing else; returns how many files that were."""
         if self.before is None:
             return 0
-        root = self._output.resolve()
+        root = os.path.realpath(self._output)
         removed = 0
         written = [*self.before.files, *self._written_by_unfinished()]
         for name in [*written, MANIFEST, PARTIAL]:
             path = self._output / name
-            if path.parent.resolve().is_relative_to(root) and (path.is_file() or path.is_symlink()):
+            if _lies_in(path.parent, root) and (os.path.isfile(path) or os.path.islink(path)):
                 path.unlink()
                 removed += 1
         folders = {parent for name in written for parent in PurePosixPath(name).parents}
         for folder in sorted(folders - {PurePosixPath(".")}, key=lambda f: -len(f.parts)):
             path = self._output / folder
-            if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
-                path.rmdir()
+            if _lies_in(path, root) and not os.path.islink(path) and os.path.isdir(path):
+                files.remove_empty([path])
         self.before = None
         return removed
 
@@ -191,9 +193,8 @@ class RunFolder(Closing):
         except (OSError, ValueError) as error:  # of no use, and no reason to stop
             logger.debug("%s", error)
             return []
-        return [
-            name + suffix for name in names for suffix in self.before.suffixes if _is_within(name)
-        ]
+        written = [name + suffix for name in names for suffix in self.before.suffixes]
+        return [name for name in written if _is_within(name)]
 
     def start(self, *, clean: bool = False, resumed: bool = False, partial: bool = True) -> None:
         """The first result is there: remove what an earlier run wrote, if that is asked for, and
@@ -238,10 +239,14 @@ class RunFolder(Closing):
         if self.before and LABELS_FILE in self.before.files and LABELS_FILE not in self._planned:
             (self._output / LABELS_FILE).unlink(missing_ok=True)  # of other classes
         names = [name.as_posix() + suffix for name in not_read for suffix in self._suffixes]
-        if old := [name for name in names if (self._output / name).is_file()]:
+        if old := [name for name in names if os.path.isfile(self._output / name)]:
             logger.warning("%s has results of an earlier run of images that could not be read now, such as %s", self._output, old[0])  # fmt: skip
         self._write_manifest(complete=True)
         (self._output / PARTIAL).unlink(missing_ok=True)
+
+    def list_again(self) -> None:
+        """The page of the run is written, too."""
+        self._write_manifest(complete=True)
 
     def close(self) -> None:
         if self._partial is not None:
@@ -258,9 +263,14 @@ class RunFolder(Closing):
             "complete": complete,
             "run": self._run,
             "suffixes": self._suffixes,
-            "files": sorted(name for name in names if (self._output / name).is_file()),
+            "files": sorted(name for name in names if os.path.isfile(self._output / name)),
         }
         files.write_text(self._output / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def _lies_in(path: Path, root: str) -> bool:
+    """Whether a path leads into a folder, links followed."""
+    return Path(os.path.realpath(path)).is_relative_to(root)
 
 
 def _is_within(name: str) -> bool:

@@ -4,6 +4,7 @@
 import hashlib
 import os
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -62,7 +63,7 @@ def _fitting(name: Path) -> Path:
         return name
     digest = hashlib.sha256(encoded).hexdigest()[:8]
     start = encoded[: MAX_NAME_BYTES - 9].decode(
-        "utf-8", "ignore"
+        sys.getfilesystemencoding(), "ignore"
     )  # not in the middle of a character
     return name.with_name(f"{start}~{digest}")
 
@@ -86,15 +87,20 @@ def check_apart(
     Raises:
         ValueError: names the folder, and another.
     """
-    read = {path.parent.resolve() for path in names}
-    searched = {path.resolve() for path in expand(sources) if recursive and path.is_dir()}
+    read = {_real(path.parent) for path in names}
+    searched = {_real(path) for path in expand(sources) if recursive and path.is_dir()}
     for folder in {(output / name).parent for name in names.values()}:
-        target = folder.resolve()
+        target = _real(folder)
         if target in read or searched.intersection((target, *target.parents)):
             raise ValueError(
                 f"--output: {folder} is also a folder that images are read from, and the next run would read its own drawings; "
                 f"choose another, such as --output {_apart(target, searched or read)}"
             )
+
+
+def _real(path: Path) -> Path:
+    """Without links; `Path.resolve` fails where they lead to themselves."""
+    return Path(os.path.realpath(path))
 
 
 def planned_files(
@@ -111,11 +117,13 @@ def planned_files(
 
 
 def left_over(output: Path, names: Iterable[Path]) -> int:
-    """How many TSVs in `output` are of other images than `names`: of an earlier run."""
-    if not output.is_dir():
-        return 0
+    """How many TSVs, in `output` and the folders in it that `names` lie in, are of other images: of
+    an earlier run.
+    """
     written = {with_suffix_added(output / name, ".tsv") for name in names}
-    return sum(path not in written for path in output.rglob("*.tsv"))
+    folders = {output, *(path.parent for path in written)}
+    there = (path for folder in folders if folder.is_dir() for path in folder.glob("*.tsv"))
+    return sum(path not in written for path in there)
 
 
 def _apart(folder: Path, read: Iterable[Path]) -> Path:

@@ -174,7 +174,7 @@ class ResultWriter:
         if error is not None:
             self.check_output()  # says it better, where that is the reason
             path = tasks[len(texts)].path
-            raise OSError(f"--output: cannot write the results of {path}: {error}") from error
+            raise OSError(f"--output: cannot write the results of {path}: {files.message_of(error)}") from error  # fmt: skip
         return texts
 
     def _process(self) -> Process | None:
@@ -191,13 +191,10 @@ def naming_json(output: Path) -> Iterator[None]:
     """Let an error of the block say which file could not be written: a full disk names none."""
     try:
         yield
-    except (FileExistsError, NotADirectoryError) as error:
-        file = next(p for p in (output, *output.parents) if p.exists())
-        raise OSError(f"--output: expected a folder, {file} is a file; choose another name") from error  # fmt: skip
     except OSError as error:
-        raise OSError(
-            f"--output: cannot write {output / 'detections.json'}: {error.strerror or error}; make room, or choose another folder"
-        ) from error
+        files.check_folder(output)  # says it better, where that is the reason
+        advice = "; make room, or choose another folder" if error.errno in files.NO_ROOM else ""
+        raise OSError(f"--output: cannot write {output / 'detections.json'}: {error.strerror or error}{advice}") from error  # fmt: skip
 
 
 def write_labels(output: Path, labels: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import files
-from trtdet.images.files import Sources, find_images
+from trtdet.images.files import Sources, check_no_image, find_images
 from trtdet.images.options import Decode
 from trtdet.images.preprocess import choose_input
 from trtdet.machine import describe_machine
@@ -227,7 +227,8 @@ def run_benchmark(
 ) -> None:
     """Measure the runtime alone and, with images, the whole way from their files to detections."""
     if json_path:
-        files.check_writable(json_path)
+        files.check_outputs([json_path], [engine if isinstance(engine, Path) else None])
+        check_no_image([json_path], source)
     with open_model(engine, options) as runtime:
         batch_size = pick_batch_size(runtime, options)
         report: dict[str, Any] = {

@@ -5,6 +5,7 @@ import importlib
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: Above this, a model leaves out detections that the metric would have counted.
 HIGH_SCORE_THRESHOLD = 0.01
+#: Detections of an image that COCO's metric counts.
+COUNTED = 100
 
 #: Of metrics.json.
 SCHEMA = 1
@@ -137,7 +140,10 @@ def read_detections(
             len(strangers),
             some(strangers),
         )
-    lowest = min((result["score"] for result in kept), default=0.0)
+    # An image with as many as COCO counts says nothing of those that a threshold has left out.
+    counts = Counter(result["image_id"] for result in kept)
+    open_ended = (r["score"] for r in kept if counts[r["image_id"]] < COUNTED)
+    lowest = min(open_ended, default=0.0)
     if lowest > HIGH_SCORE_THRESHOLD:
         logger.warning(
             "%s has no detection below a score of %g, so AP comes out too low; detect without --score_threshold, with a model converted with "

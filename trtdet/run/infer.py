@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import onnx
 from trtdet import files
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.images.files import Sources, find_images, root_of
-from trtdet.labels import find_classes, read_labels
+from trtdet.labels import LABELS_FILE, find_classes, read_labels
 from trtdet.machine import available_cores
 from trtdet.onnx_files import external_files, read_onnx
 from trtdet.processes import available
@@ -24,7 +24,7 @@ from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
 from trtdet.results.gallery import Page, write_gallery
 from trtdet.results.gallery_items import items_of_run
-from trtdet.results.manifest import MANIFEST, RunFolder, fingerprint
+from trtdet.results.manifest import MANIFEST, PARTIAL, RunFolder, fingerprint
 from trtdet.results.naming import planned_files
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
@@ -112,17 +112,10 @@ def run(
     if labels is not None:
         read_labels(labels)  # before the model is loaded, which says how many it needs
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
-    files.check_folder(output)
     names = name_outputs(paths, source, output, options, pictures=pictures)
-    if report:
-        taken = [
-            *paths,
-            *(naming.with_suffix_added(output / name, ".tsv") for name in names.values()),
-        ]
-        results = [output / "detections.json", output / MANIFEST]
-        files.check_outputs(
-            [report], [engine if isinstance(engine, Path) else None, *taken, *results]
-        )
+    suffixes = (".tsv", f".{image_format}") if pictures else (".tsv",)
+    inputs = [engine if isinstance(engine, Path) else None, annotations, *paths]
+    check_targets(output, planned_files(names.values(), ("any",), suffixes), report, inputs)
     image_ids = pick_image_ids(paths, root_of(source), annotations)
     graph = None
     if isinstance(engine, Path):
@@ -141,22 +134,54 @@ def run(
         if folder.broken_off and not (resume or clean):
             logger.warning("%s has a run that was broken off; this one begins anew (--resume goes on with it)", output)  # fmt: skip
         kept = find_kept(folder, output, names, image_ids, outputs.suffixes) if resume else {}
-        failures = detect_and_write(
-            runtime,
-            paths,
-            options,
-            outputs,
-            folder,
-            kept,
-            threshold=threshold,
-            classes=wanted,
-            clean=clean,
-        )
+        with saying_what_is_kept(output, resumable=isinstance(engine, Path)):
+            failures = detect_and_write(
+                runtime,
+                paths,
+                options,
+                outputs,
+                folder,
+                kept,
+                threshold=threshold,
+                classes=wanted,
+                clean=clean,
+            )
     print(output / "detections.json")
     if report:
         shown = {path: name for path, name in names.items() if path not in failures}
         write_report(report, engine.name, shown, source, output, texts, embed=embed)
+        folder.list_again()
     return len(failures)
+
+
+def check_targets(
+    output: Path, planned: Sequence[Path], report: Path | None, inputs: Sequence[Path | None]
+) -> None:
+    """Find out before the model is loaded whether the files of a run can be written, and that its
+    page replaces none of them, and nothing that is read.
+
+    Args:
+        planned: files of the run, relative to `output`.
+
+    Raises:
+        OSError, ValueError: names what is in the way.
+    """
+    files.check_folder(output)
+    for name in ("detections.json", LABELS_FILE, PARTIAL):
+        files.check_writable(output / name)
+    own = [output / name for name in [*planned, Path(MANIFEST), Path(PARTIAL)]]
+    files.check_outputs([report], [*inputs, *own] if report else [])
+
+
+@contextmanager
+def saying_what_is_kept(output: Path, *, resumable: bool) -> Iterator[None]:
+    """Let Ctrl-C say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if resumable and (output / PARTIAL).is_file():
+            logger.info("%s keeps what is done; --resume goes on with it", output)
+        raise
 
 
 def open_folder(

@@ -29,6 +29,7 @@ from trtdet.run.detect import (
     pick_labels,
     run_identity,
 )
+from trtdet.run.infer import say_stale
 from trtdet.run.options import RunOptions
 from trtdet.spec import ModelSpec
 from trtdet.terminal import no_bar
@@ -87,6 +88,7 @@ def run_on_ray(
     ray_cluster.check_installed()
     if annotations:
         files.check_input(annotations, *ANNOTATIONS)
+    files.check_folder(output)
     spec, digest = read_spec_and_hash(engine)
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
     root = root_of(source)
@@ -100,8 +102,10 @@ def run_on_ray(
     names = dict(zip(paths, naming.output_names(paths, root), strict=True))
     planned = naming.planned_files(names.values(), texts, (".tsv",))
     folder = RunFolder(output, [*planned, Path("detections.parquet")], (".tsv",), identity)
+    say_stale(folder, output, names.values(), clean=clean)
     detect_on_ray(engine.absolute(), list(by_absolute), output, options, address, workers, identity)
-    count = boxes = skipped = 0
+    count = boxes = 0
+    skipped: list[Path] = []
     with (
         ray_cluster.Results(output / PARTIAL, identity) as done,
         result_writer(
@@ -116,7 +120,7 @@ def run_on_ray(
         for path, found in done.write_in_order(list(by_absolute), output / "detections.parquet", spec):  # fmt: skip
             if isinstance(found, str):
                 logger.warning("skipped: %s", found)
-                skipped += 1
+                skipped.append(names[by_absolute[path]])
                 continue
             if not count:
                 folder.start(clean=clean, partial=False)
@@ -124,13 +128,15 @@ def run_on_ray(
             count += 1
             boxes += len(found)
         if not count:
-            raise ValueError(f"--input: none of {skipped} images could be read")
+            raise ValueError(f"--input: none of {len(skipped)} images could be read")
     done.remove()
-    folder.finish()
+    folder.finish(skipped)
     seconds = time.perf_counter() - start
-    logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {seconds:.1f} s")
+    logger.info(
+        f"{count} images, {boxes} detections, {len(skipped)} images skipped; {seconds:.1f} s"
+    )
     print(output / "detections.json")
-    return skipped
+    return len(skipped)
 
 
 def read_spec_and_hash(engine: Path) -> tuple[ModelSpec, str]:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ from trtdet.spec import ModelSpec, Preprocessing
 from trtdet.terminal import no_bar
 
 logger = logging.getLogger(__name__)
+
+#: What a line of the journal has of one convolution.
+DAMAGE = tuple(field.name for field in fields(Damage))
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,8 @@ class Tuner:
         float32.
         """
         kind = f"{'float32' if kept is None else 'int8'}, {self.views} views"
-        values = self.journal.measure(kind, kept or (), lambda: self._evaluate(kept))
+        names = [f"{name}/{view}" for name in METRICS for view in range(self.views)]
+        values = self.journal.measure(kind, kept or (), names, lambda: self._evaluate(kept))
         metric = metric or self.options.metric
         return np.array([values[f"{metric}/{view}"] for view in range(self.views)])
 
@@ -245,13 +249,13 @@ class Tuner:
         kind = f"alone on {calibration_cache.image_hash(paths)}"
         known = {}
         for layer in self.layers:
-            values = self.journal.known(kind, [layer.name])
+            values = self.journal.known(kind, [layer.name], DAMAGE)
             if values is not None:
                 known[layer.name] = Damage(**values)
 
         def keep(costs: Mapping[str, Damage]) -> None:
             for name, damage in costs.items():
-                self.journal.measure(kind, [name], partial(asdict, damage))
+                self.journal.measure(kind, [name], DAMAGE, partial(asdict, damage))
 
         if len(known) < len(self.layers):
             feeds = [self._feed(path) for path in paths]

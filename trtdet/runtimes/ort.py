@@ -93,7 +93,7 @@ class OnnxRuntime(Runtime):
         check_external_data(model, path)
         self.spec = ModelSpec.from_onnx(model, path)
         self._input, self.batch_range = _check_interface(model, self.spec, path)
-        if tensor := without_value(model.graph):
+        if tensor := without_value(model.graph, path.resolve().parent):
             self.without_value = tensor
             logger.warning("%s: the weights '%s' hold NaN, so it finds nothing, or nonsense; train or export the model again", path, tensor)  # fmt: skip
         threads = threads or available_cores()

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -86,7 +87,7 @@ def plan_targets(output: Path, video: Video, *, pictures: bool) -> Targets:
         name = video.stem if isinstance(video, Path) else video.name
         drawn = output / f"{name}.mp4" if pictures else None
         targets = Targets(output / f"{name}.tsv", output / "detections.json", drawn, output)
-    if isinstance(video, Path) and targets.video and targets.video.resolve() == video.resolve():
+    if isinstance(video, Path) and targets.video and os.path.realpath(targets.video) == os.path.realpath(video):  # fmt: skip
         raise ValueError(f"--output: {targets.video} is the video that is read; choose another folder or name")  # fmt: skip
     return targets
 
@@ -114,6 +115,11 @@ def run_video(
     """
     targets = plan_targets(output, video, pictures=drawing.pictures)
     files.check_folder(targets.tsv.parent)
+    inputs = (engine, labels, video)
+    files.check_outputs(
+        [targets.tsv, targets.json, targets.video],
+        [path for path in inputs if isinstance(path, Path)],
+    )
     load_av()
     if labels is not None:
         read_labels(labels)  # before the model is loaded, which says how many it needs
@@ -148,6 +154,8 @@ def run_video(
 
 def _report(writer: "_Writer", batcher: FrameBatcher, source: Source, targets: Targets, seconds: float) -> None:  # fmt: skip
     logger.info(f"{writer.frames} frames, {writer.boxes} detections; {seconds:.1f} s, {writer.frames / seconds:.1f} frames/s")  # fmt: skip
+    if writer.undrawn:
+        logger.info(f"the video shows detections from a score of {writer.threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
     if batcher.dropped:
         logger.warning("%d frames were dropped, because they came faster than they were looked at", batcher.dropped)  # fmt: skip
     if source.ended:
@@ -196,7 +204,7 @@ class _Writer:
         self._sink = stack.enter_context(VideoSink(targets.video, source.info.rate)) if targets.video else None  # fmt: skip
         self._separator = "["
         self._has_header = not drawing.tsv_header
-        self.frames = self.boxes = 0
+        self.frames = self.boxes = self.undrawn = 0
 
     @staticmethod
     def _open(stack: ExitStack, path: Path) -> TextIO:
@@ -213,6 +221,7 @@ class _Writer:
             self._separator = ","
         if self._sink is not None and result.source is not None:
             picture = draw.draw(result.source, result.detections, self._labels, score_threshold=self._drawing.threshold)  # fmt: skip
+            self.undrawn += len(result.detections) - len(result.detections.above(self._drawing.threshold))  # fmt: skip
             self._sink.write(picture, seconds)
         self.frames += 1
         self.boxes += len(result.detections)
@@ -227,6 +236,11 @@ class _Writer:
         labels = self._labels if self._drawing.tsv_header else ()
         lines = tsv_text(detections, labels=labels).splitlines()
         return head + "".join(f"{number}\t{seconds:.3f}\t{line}\n" for line in lines)
+
+    @property
+    def threshold(self) -> float:
+        """Score from which the video shows detections."""
+        return self._drawing.threshold
 
     def finish(self) -> None:
         self._json.write("\n]\n" if self._separator == "," else "[]\n")

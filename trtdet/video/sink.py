@@ -25,6 +25,8 @@ ENCODER_OPTIONS = {
     "libx264": {"crf": "20", "preset": "veryfast"},
     "mpeg4": {"flags": "+qscale", "global_quality": str(4 * 118)},
 }
+#: Suffix -> FFmpeg's name of the container.
+CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 #: Container -> encoders, the first that is there is taken.
 ENCODERS = {".webm": ("libvpx-vp9", "libvpx")}
 USUAL_ENCODERS = ("libx264", "libopenh264", "mpeg4")
@@ -50,7 +52,8 @@ class VideoSink:
     def __enter__(self) -> "VideoSink":
         with ExitStack() as unless_it_opens:
             temporary = unless_it_opens.enter_context(files.atomic_path(self._path))
-            self._container = unless_it_opens.enter_context(self._av.open(str(temporary), "w"))
+            kind = CONTAINERS[self._path.suffix.lower()]  # a link may lead to another suffix
+            self._container = unless_it_opens.enter_context(self._av.open(str(temporary), "w", format=kind))  # fmt: skip
             self._resources = unless_it_opens.pop_all()
         return self
 

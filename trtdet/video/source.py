@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from trtdet import files
 from trtdet.errors import EngineError
 from trtdet.images.files import ImageArray
 from trtdet.video.options import Live, Video, VideoOptions
@@ -26,6 +27,8 @@ FIRST_PAUSE_S = 1.0
 STABLE_S = 10.0
 #: Seconds that a stream may be silent.
 TIMEOUT_S = 10.0
+#: What a file may be, by FFmpeg's names.
+DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mjpeg,h264,hevc"  # fmt: skip
 INSTALL = "pip install -r requirements-video.txt"
 
 
@@ -91,11 +94,13 @@ def open_av(video: Video) -> Opened:
         BrokenVideo: there is no video in it, or nothing there.
     """
     av = load_av()
-    if isinstance(video, Path) and not video.is_file():
-        raise FileNotFoundError(f"--input: expected a video, found nothing at {video}")
+    if isinstance(video, Path):
+        files.check_input(video, "--input", "a video")
     address = video.address if isinstance(video, Live) else str(video)
     camera = address.startswith("/dev/")
     options = {"rtsp_transport": "tcp"} if address.startswith("rtsp") else {}
+    if isinstance(video, Path):  # not a playlist, which names other files and addresses
+        options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
     try:
         container = av.open(
             address,
