@@ -173,7 +173,7 @@ class Reader(Finder):
                 ev.SELECTION, "--selected (detections that need no NMS), or --selected no", "NMS"
             )
             return plan
-        nms = "NMS per class" + (", boxes clipped to the input" if self.known.clipped else "")
+        nms = "NMS per class" + (", boxes clipped to the picture" if self.known.clipped else "")
         self.evidence.add(ev.SELECTION, "the model's own" if selected else nms, origin)
         return dataclasses.replace(plan, selected=selected)
 
