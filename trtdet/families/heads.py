@@ -146,10 +146,11 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         network_layout=pixels.layout,
         image_layout=pixels.layout,
         heads=plan.tensors,
-        assemble=partial(assemble, plan=plan, best_class=known.best_class, clips=clips),
+        assemble=partial(assemble, plan=plan, known=known, clips=clips),
         batch=batch,
         rewrite=partial(_declare, shapes={k: seen[v][0].shape for k, v in plan.tensors.items()}),
         facts=evidence.settle(),
+        notes=known.notes,
         takes=IMAGE_HINTS | {"declared", "num_classes"},
         size_multiple=levels.strides[-1] if levels and not _has_size(source) else None,
     )
@@ -220,7 +221,7 @@ def _preprocessing(
         evidence.add(ev.RESIZE, "stretch", origin)
     return Preprocessing(
         size_hw,
-        dtype="uint8",
+        dtype="uint8" if known.rounds else "float32",
         mean=normal.mean,
         std=normal.std,
         bgr=normal.bgr,
@@ -266,7 +267,7 @@ def _spec(
             iou_threshold=1.0 if plan.selected else known.iou_threshold or IOU_THRESHOLD,
             max_output_boxes=kept,
             score_activation=plan.activation == "sigmoid",
-            class_agnostic=plan.selected and one_class_each,
+            class_agnostic=known.agnostic or (plan.selected and one_class_each),
             box_coding=1 if plan.box_format == "cxcywh" else 0,
         ),
         category_ids=ids,
@@ -302,7 +303,7 @@ def assemble(
     spec: ModelSpec,
     *,
     plan: Plan,
-    best_class: bool = False,
+    known: Framework,
     clips: bool = False,
 ) -> Heads:
     """boxes [N, A, 4] and scores [N, A, C] of the outputs, as the plan says.
@@ -339,7 +340,9 @@ def assemble(
         scores = build.slice_last("foreground", scores, first, first + spec.num_classes)
     if plan.labels or plan.label_column is not None:
         scores = _one_hot(build, spec, plan, scores)
-    if best_class:
+    if known.linear:
+        scores = build.node("Clip", "scores_of_0_to_1", scores, np.float32(0), np.float32(1))
+    if known.best_class or (known.agnostic and not plan.selected):
         scores = best_class_only(build, scores)
     if clips:
         limits = picture.limits(
