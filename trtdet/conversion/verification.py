@@ -195,7 +195,7 @@ def relaxed_limit(
             f"verification failed: the model is numerically unstable; a change of its input in float32's last digit moves logits by "
             f"{floor:.3g} of {largest:.3g}. Are these trained weights? --no_verify writes the file all the same"
         )
-    limit = ROUNDING_MARGIN * floor
+    limit = max(HEAD_TOLERANCE, ROUNDING_MARGIN * floor)
     logger.warning(
         "a change of the input in float32's last digit moves this model's logits by %.3g, so no two frameworks agree on it to %g; "
         "the limit is raised to %.3g",

@@ -179,8 +179,22 @@ def starting_line(
         )
     else:
         rows = next((n for n in names if ranks[n] == 3), names[0])
-        line = f"--rows_output {rows} --columns x1,y1,x2,y2,score,label"
+        width = _width(source, seen, rows)
+        columns = "score,label" if width in (None, 6) else "scores"
+        line = f"--rows_output {rows} --columns x1,y1,x2,y2,{columns}"
     return line + " --box_format xyxy --preprocessor unit --resize_mode stretch"
+
+
+def _width(
+    source: OnnxSource, seen: Mapping[str, Sequence[NDArray[Any]]] | None, rows: str
+) -> int | None:
+    """How many columns an output has, in the axis that is the shorter one."""
+    info = next(i for i in source.model.graph.output if i.name == rows)
+    dims: Sequence[int] = [d.dim_value for d in info.type.tensor_type.shape.dim]
+    if seen and rows in seen:
+        dims = seen[rows][0].shape
+    known = [d for d in dims[1:] if d > 0]
+    return min(known) if known else None
 
 
 def _dims(info: Any) -> str:

@@ -99,6 +99,18 @@ DENSE: Mapping[str, Framework] = {
 }  # fmt: skip
 
 
+_OWN_SIZE = "it takes every picture at a size of its own, the shorter side as long as `imgsz`; a letterbox of one size gives other detections"
+_ANY_NUMBER = "the number of its detections differs from picture to picture, which no engine of stage 2 can hold"
+#: Families that are not converted, and why.
+REFUSED: Mapping[str, str] = {
+    "fcos": _OWN_SIZE,
+    "retinanet": _OWN_SIZE,
+    "faster_rcnn": _ANY_NUMBER,
+    "mask_rcnn": _ANY_NUMBER,
+    "centernet": "its pictures are warped, not resized, by an affine matrix",
+}
+
+
 def matches(source: Source) -> bool:
     """Whether the metadata is LibreYOLO's, of a detector."""
     return {"libreyolo_version", "model_family"} <= metadata_of(source).keys()
@@ -144,9 +156,11 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
         )  # fmt: skip
     if family in DENSE:
         return heads.read(source, hints, framework_of(found, labels))
+    why = REFUSED.get(family, "this one is not known")
+    line = heads.starting_line(source) if isinstance(source, OnnxSource) else ""
     raise GraphError(
-        f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}'; declare its outputs: "
-        + (heads.starting_line(source) if isinstance(source, OnnxSource) else "")
+        f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}': {why}; "
+        f"to convert it all the same, add --family heads and declare its outputs: {line}"
     )
 
 
