@@ -241,7 +241,9 @@ def _measured(
     order = [2, 1, 0] if reversed_ else [0, 1, 2]
     scale, offset = scale[order], offset[order]
     if (np.abs(scale - 1) < 1e-6).all() and not offset.any() and level == 1.0 and not reversed_:
-        return plain
+        if layout == plain.layout or _read_elsewhere(source.model, plain.image, tensor):
+            return plain
+        return dataclasses.replace(plain, tensor=tensor, layout=layout)  # a transpose alone
     unit = _unit(scale, level)
     inside = _normal(source, offset, scale, unit, bgr=reversed_)
     if _read_elsewhere(source.model, plain.image, tensor):
