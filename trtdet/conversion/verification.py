@@ -131,8 +131,8 @@ def rows_in_any_order(
     score swap where scores are nearly equal.
 
     Returns:
-        Of the `MATCHED_ROWS` that lie nearest to a counterpart; empty where the heads have no rows in
-        common.
+        Of the `MATCHED_ROWS` that lie nearest to a counterpart; empty where the heads have no rows
+        in common.
     """
     if any(e.ndim != 3 or e.shape[1] != expected[0].shape[1] for e in expected):
         return []
