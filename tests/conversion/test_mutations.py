@@ -178,6 +178,34 @@ def after(position: int, op: str, value: float | None = None, **attributes: obje
     return edit
 
 
+def corners(model: onnx.ModelProto) -> None:
+    """The boxes as corners, under the same name."""
+    rename(pred_boxes="was")(model)
+    next(o for o in model.graph.output if o.name == "was").name = "pred_boxes"
+    parts = {"num_outputs": 2} if model.opset_import[0].version >= 18 else {}
+    split = helper.make_node("Split", ["was"], ["centre", "size"], axis=2, **parts)
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "a_half"))
+    model.graph.node.extend(
+        [
+            split,
+            helper.make_node("Mul", ["size", "a_half"], ["reach"]),
+            helper.make_node("Sub", ["centre", "reach"], ["first"]),
+            helper.make_node("Add", ["centre", "reach"], ["last"]),
+            helper.make_node("Concat", ["first", "last"], ["pred_boxes"], axis=2),
+        ]
+    )
+
+
+def one_image_only(model: onnx.ModelProto) -> None:
+    """An output that holds one image, whatever the input says."""
+    dims = [d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
+    name = model.graph.output[0].name
+    after(0, "Reshape")(model)
+    shape = numpy_helper.from_array(np.array([1, *dims[1:]], np.int64), f"shape_of_{name}")
+    model.graph.initializer.append(shape)
+    model.graph.node[-1].input.append(shape.name)
+
+
 def dynamic_as_minus_one(model: onnx.ModelProto) -> None:
     for info in [*model.graph.input, *model.graph.output]:
         info.type.tensor_type.shape.dim[0].dim_value = -1
@@ -236,7 +264,11 @@ MUTATIONS = [
     Mutation("pair", extra("map"), True, "a map more"),
     Mutation("detr", rename(logits="a", pred_boxes="b"), True, "renamed"),
     Mutation("detr", reorder, True, "reordered"),
+    Mutation("pair", one_image_only, True, "one image only"),
     Mutation("detr", extra("map"), True, "a map more"),
+    Mutation("detr", corners, True, "corners"),
+    Mutation("detr", before("nhwc"), True, "channels last"),
+    Mutation("deformable", corners, True, "corners"),
     Mutation("deformable", rename(logits="labels", pred_boxes="dets"), True, "renamed"),
     Mutation("deformable", reorder, True, "reordered"),
     # what changes it

@@ -15,6 +15,7 @@ environment has torch and libreyolo 1.6.0, which brings another OpenCV: an envir
 import json
 import lzma
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -47,11 +48,20 @@ SMALL = {
 ALL = (
     "LibreYOLO9:t:288",
     "LibreYOLO9E2E:t:288",
+    "LibreYOLO9P2:t:320",
+    "LibreYOLO1:t:448",
+    "LibreYOLO2:t:416",
+    "LibreYOLO3:t:320",
+    "LibreYOLO4:t:416",
+    "LibreYOLO7:b:320",
+    "LibreSSD:300:300",
+    "LibreEfficientDet:d0:512",
     "LibreYOLOX:t:288",
     "LibreYOLONAS:s:256",
     "LibrePICODET:m:320",
     "LibrePPYOLOE:s:288",
     "LibreRTMDet:t:288",
+    "LibreRTDETRv2:r18:320",
     "LibreRTDETRv4:s:320",
     "LibreDFINE:n:320",
     "LibreDEIM:n:320",
@@ -141,8 +151,8 @@ def test_every_family(wanted: str, tmp_path: Path) -> None:
     assert made.returncode == 0, made.stdout[-2000:]
     folder = tmp_path / "_".join(wanted.split(":")[:2])
     reference = json.loads((folder / "reference.json").read_text())
-    suppresses = "E2E" not in wanted and wanted.split(":")[0] in {
-        "LibreYOLO9", "LibreYOLOX", "LibreYOLONAS", "LibrePICODET", "LibrePPYOLOE", "LibreRTMDet"
-    }  # fmt: skip
-    convert(folder / "model.onnx", tmp_path / "out.onnx", reference, suppresses=suppresses)
+    suppresses = re.match("Libre(YOLO(?!9E2E)|PICODET|PPYOLOE|RTMDet|SSD|EfficientDet)", wanted)
+    convert(
+        folder / "model.onnx", tmp_path / "out.onnx", reference, suppresses=suppresses is not None
+    )
     assert share_found(tmp_path / "out.onnx", reference, photographs) >= LEAST

@@ -38,7 +38,11 @@ from torch import nn
 #: Layers that give class scores, and those that give boxes, of the families that have both as
 #: convolutions.
 SCORES = re.compile(r"(pred_cls|gfl_cls|rtm_cls|cls_pred|cls_preds|obj_preds|cv3)(\.\d+)*$")
-BOXES = re.compile(r"(pred_reg|gfl_reg|rtm_reg|reg_pred|reg_preds|cv2)(\.\d+)*$")
+BOXES = re.compile(
+    r"(pred_reg|gfl_reg|rtm_reg|reg_pred|reg_preds|cv2|box_net\.predict\.conv_pw)(\.\d+)*$"
+)
+#: Layers that give scores alone, of several boxes.
+SCORES_ALONE = re.compile(r"class_net\.predict\.conv_pw$")
 #: Mean and largest value of their outputs; of scores the largest differs from class to class by
 #: about 1.
 SCORE_SPREAD, BOX_SPREAD = (-6.0, 0.0), (0.8, 2.0)
@@ -78,7 +82,9 @@ def shake(detector: Any, pixels: int, photos: list[Path], seed: int, small: bool
                     fill(weight, (gain / fan) ** 0.5, small)
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1)
-    batch = torch.cat([detector._preprocess(str(p), input_size=pixels)[0] for p in photos])
+    images = [detector._preprocess(str(p), input_size=pixels)[0] for p in photos]
+    if len({image.shape for image in images}) == 1:
+        images = [torch.cat(images)]
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     net.eval()
     for norm in norms:
@@ -86,10 +92,11 @@ def shake(detector: Any, pixels: int, photos: list[Path], seed: int, small: bool
         norm.momentum = None
         norm.reset_running_stats()
     with torch.no_grad():
-        net(batch)
+        for batch in images:
+            net(batch)
         net.eval()
         with spread_outputs(net):
-            net(batch)
+            net(images[0])
 
 
 def settle(module: nn.Conv2d, out: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
@@ -105,6 +112,17 @@ def settle(module: nn.Conv2d, out: torch.Tensor, to: torch.Tensor) -> torch.Tens
     return (out - mean[:, None, None]) * factor[:, None, None] + to[:, 0, None, None]
 
 
+def settle_once(to: torch.Tensor) -> Any:
+    """A forward hook: `settle` at the first of several levels that share a layer."""
+    calls: list[nn.Conv2d] = []
+
+    def hook(module: nn.Conv2d, _: Any, out: torch.Tensor) -> torch.Tensor:
+        calls.append(module)
+        return settle(module, out, to) if len(calls) == 1 else out
+
+    return hook
+
+
 @contextmanager
 def spread_outputs(net: nn.Module) -> Iterator[None]:
     """While it is open, the layers of `SCORES` and `BOXES` are settled as they run."""
@@ -114,7 +132,10 @@ def spread_outputs(net: nn.Module) -> Iterator[None]:
             continue
         n = module.out_channels
         to = torch.tensor(BOX_SPREAD).repeat(n, 1)
-        if SCORES.search(name) and n >= NUM_CLASSES:
+        if SCORES_ALONE.search(name):
+            to[:] = torch.tensor(SCORE_SPREAD)
+            to[:, 1] += torch.randn(n)
+        elif SCORES.search(name) and n >= NUM_CLASSES:
             to[:NUM_CLASSES] = torch.tensor(SCORE_SPREAD)
             to[:NUM_CLASSES, 1] += torch.randn(NUM_CLASSES)
         elif SCORES.search(name) and n == 1:
@@ -125,7 +146,7 @@ def spread_outputs(net: nn.Module) -> Iterator[None]:
         if BOXES.search(name) or values < n:
             bins = values // 4
             to[n - values :] -= FALL * torch.arange(bins).repeat(4)[:, None]
-        handles.append(module.register_forward_hook(lambda m, _, out, to=to: settle(m, out, to)))
+        handles.append(module.register_forward_hook(settle_once(to)))
     try:
         yield
     finally:

@@ -39,7 +39,7 @@ from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.nms import lowering, plugin
 from trtdet.nms.rotated import insert_rotated_nms
 from trtdet.nms.topk import insert_topk
-from trtdet.sources.base import Source, run_onnx
+from trtdet.sources.base import Source, cut_onnx, run_onnx
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import PREPROCESSORS, Fact, InputDtype, Layout, ModelSpec
 
@@ -174,7 +174,7 @@ def takes_two(converted: Converted) -> bool:
     try:
         run_onnx(lowered, list(converted.reading.heads), {tidy.INPUT: images})
     except GraphError:
-        return bool(custom_ops(lowered))
+        return bool(custom_ops(cut_onnx(lowered, [tidy.INPUT], converted.reading.heads)))
     return True
 
 

@@ -38,6 +38,8 @@ ROUNDING_MARGIN = 10
 MAX_ROUNDING_SHARE = 1e-2
 #: The share of rows that must have a counterpart, where rows may come in another order.
 MATCHED_ROWS = 0.98
+#: More rows are of a grid, whose order is fixed.
+MOST_ROWS = 6000
 #: Pixels of the network input, for boxes up to its size.
 DECODE_TOLERANCE = 0.05
 #: A public-domain photograph (NASA, Eileen Collins) that the result is verified on.
@@ -103,18 +105,14 @@ def verify_at(
             )
         differences.append(Difference.of(name, want, got[: len(want)]))
     if not max(d.maximum for d in differences) <= limit:  # also where it is NaN
-        ordered = converted.spec.selection != "topk" or not rows_in_any_order(
-            reading, expected, actual
-        )
-        limit = relaxed_limit(source, reading, preprocessing, image) if ordered else limit
+        reordered = rows_in_any_order(reading, expected, actual)
+        if reordered and max(d.maximum for d in reordered) <= limit:
+            differences = reordered
+        else:
+            limit, any_order = relaxed_limit(source, reading, preprocessing, image)
+            differences = reordered if any_order else differences
     if reading.decoded_boxes:
         differences.append(compare_decoding(source, converted, image))
-    if (
-        converted.spec.selection == "topk"
-        and not max(d.maximum for d in differences[: len(expected)]) <= HEAD_TOLERANCE
-    ):
-        rows = rows_in_any_order(reading, expected, actual)
-        differences = rows or differences
     allowances = [*[limit] * len(reading.heads), DECODE_TOLERANCE]
     for difference, allowed in zip(differences, allowances, strict=False):
         if not difference.maximum <= allowed:
@@ -133,10 +131,12 @@ def rows_in_any_order(
     score swap where scores are nearly equal.
 
     Returns:
-        Of `MATCHED_ROWS` of the rows; empty where fewer have a counterpart, or the heads have no
-        rows in common.
+        Of the `MATCHED_ROWS` that lie nearest to a counterpart; empty where the heads have no rows
+        in common.
     """
     if any(e.ndim != 3 or e.shape[1] != expected[0].shape[1] for e in expected):
+        return []
+    if expected[0].shape[1] > MOST_ROWS:
         return []
     gaps: list[list[float]] = [[] for _ in expected]
     for i in range(len(expected[0])):
@@ -151,8 +151,6 @@ def rows_in_any_order(
         ]
         for part, want, got in zip(gaps, expected, actual, strict=True):
             part.append(float(np.abs(want[i, near] - got[i, nearest[near]]).max()))
-    if not max(max(part) for part in gaps) <= HEAD_TOLERANCE:
-        return []
     return [
         Difference(f"{name} (rows in any order)", max(part), float(np.mean(part)))
         for name, part in zip(reading.heads, gaps, strict=True)
@@ -178,35 +176,39 @@ def compare_decoding(source: Source, converted: Converted, image: NDArray[np.uin
 
 def relaxed_limit(
     source: Source, reading: Reading, preprocessing: Preprocessing, image: NDArray[np.uint8]
-) -> float:
+) -> tuple[float, bool]:
     """The limit for heads of a model that is itself less stable than HEAD_TOLERANCE; that limit for
-    any other.
+    any other. And whether it holds for rows in any order: where the model sorts them itself, and
+    rounding is enough to change the order.
 
     Raises:
         GraphError: so unstable that nothing could be told.
     """
-    floor, largest = rounding_floor(source, reading, preprocessing, image)
+    floor, floor_any, largest = rounding_floor(source, reading, preprocessing, image)
     if floor <= HEAD_TOLERANCE / ROUNDING_MARGIN:
-        return HEAD_TOLERANCE
+        return HEAD_TOLERANCE, False
+    any_order = floor_any * ROUNDING_MARGIN <= floor
+    if any_order:
+        floor = floor_any
     if floor > MAX_ROUNDING_SHARE * largest:
         raise GraphError(
             f"verification failed: the model is numerically unstable; a change of its input in float32's last digit moves logits by "
             f"{floor:.3g} of {largest:.3g}. Are these trained weights? --no_verify writes the file all the same"
         )
-    limit = ROUNDING_MARGIN * floor
+    limit = max(HEAD_TOLERANCE, ROUNDING_MARGIN * floor)
     logger.warning(
         "a change of the input in float32's last digit moves this model's logits by %.3g, so no two frameworks agree on it to %g; "
         "the limit is raised to %.3g",
         floor, HEAD_TOLERANCE, limit,
     )  # fmt: skip
-    return limit
+    return limit, any_order
 
 
 def rounding_floor(
     source: Source, reading: Reading, preprocessing: Preprocessing, image: NDArray[np.uint8]
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
     """How far the source's own heads move when the normalised pixels change by float32's
-    resolution, about 1e-6; and the largest value.
+    resolution, about 1e-6; the same with rows in any order; and the largest value.
 
     A trained network damps rounding (EfficientDet-D0: 1e-5 in the logits); one with unsuitable
     weights amplifies it.
@@ -218,7 +220,9 @@ def rounding_floor(
         {reading.network_input: pixels + noise, **_other_feeds(reading, len(pixels))},
     )
     answer = max(float(np.abs(m[0] - h).max()) for m, h in zip(moved, heads, strict=True))
-    return answer, max(float(np.abs(h).max()) for h in heads)
+    matched = rows_in_any_order(reading, [h[None] for h in heads], [m[:1] for m in moved])
+    answer_any = max((d.maximum for d in matched), default=answer)
+    return answer, answer_any, max(float(np.abs(h).max()) for h in heads)
 
 
 def check(model: onnx.ModelProto) -> None:

@@ -245,9 +245,10 @@ def best_class_only(build: Builder, scores: str, *, lowest: float = 0.0) -> str:
 class Family(Protocol):
     """One kind of detector.
 
-    A module may have two names more: `IS_GENERAL`, true for a family that is asked only where no
-    other matches, and `why_not(source) -> str`, the fact that keeps a source near to it from being
-    one of it; "" where it is far from it.
+    A module may have three names more: `IS_GENERAL`, true for a family that is asked only where no
+    other matches; `IS_NAMED`, true for one whose metadata in the file counts for more than what any
+    other recognises; and `why_not(source) -> str`, the fact that keeps a source near to it from
+    being one of it; "" where it is far from it.
     """
 
     NAME: str
@@ -274,6 +275,8 @@ def pick_family(source: Source, families: Sequence[Family], name: str = "auto") 
     if name != "auto":
         return next(family for family in families if name == family.NAME)
     hits = [family for family in families if family.matches(source)]
+    if named := [family for family in hits if getattr(family, "IS_NAMED", False)]:
+        hits = named
     if known := [family for family in hits if not getattr(family, "IS_GENERAL", False)]:
         hits = known
     names = [family.NAME for family in families]

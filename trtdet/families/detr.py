@@ -136,7 +136,7 @@ def read(
             score_activation=False,
             class_agnostic=True,
             box_coding=1,
-        )
+        ),
     )
     heads = {"logits": export.logits, "pred_boxes": export.boxes}
     made = partial(assemble, activated=export.outputs.activated)
@@ -162,12 +162,15 @@ def read_sigmoid(
     how: str,
     labels: tuple[str, ...] = (),
     antialias: bool = True,
+    rounds: bool = False,
     unused: Sequence[int] = (),
 ) -> Reading:
     """A set prediction with a sigmoid over every class: the best of all query and class pairs, no
     NMS.
 
     Args:
+        rounds: a picture resized without antialiasing has whole levels too, 0 to 255, as OpenCV's
+            of 8 bits; with it (Pillow's) it always has.
         unused: classes that no image was trained for, and that are never chosen; those beyond the
             last are left aside.
     """
@@ -192,13 +195,17 @@ def read_sigmoid(
         source, export, hints, evidence, family=family, num_classes=export.num_logits,
         convention=convention, kept=kept, deformable_attention=attention, labels=labels, antialias=antialias,
     )  # fmt: skip
+    preprocessing = reading.spec.preprocessing
     spec = reading.spec.replace(
+        preprocessing=dataclasses.replace(preprocessing, dtype="uint8")
+        if rounds
+        else preprocessing,
         nms=Nms(
             score_threshold=0.0,
             max_output_boxes=kept,
             score_activation=not export.outputs.activated,
             box_coding=1,
-        )
+        ),
     )
     if len(unused) and export.num_logits > max(unused) and not export.outputs.activated:
         heads = {"pred_boxes": export.boxes, "logits": export.logits}

@@ -24,6 +24,7 @@ from onnx import TensorProto
 
 from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
+from trtdet.families import picture
 from trtdet.families.base import (
     IMAGE_HINTS,
     NO_HINTS,
@@ -145,12 +146,11 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         network_layout=pixels.layout,
         image_layout=pixels.layout,
         heads=plan.tensors,
-        assemble=partial(
-            assemble, plan=plan, best_class=known.best_class, clip_hw=size_hw if clips else None
-        ),
+        assemble=partial(assemble, plan=plan, known=known, clips=clips),
         batch=batch,
         rewrite=partial(_declare, shapes={k: seen[v][0].shape for k, v in plan.tensors.items()}),
         facts=evidence.settle(),
+        notes=known.notes,
         takes=IMAGE_HINTS | {"declared", "num_classes"},
         size_multiple=levels.strides[-1] if levels and not _has_size(source) else None,
     )
@@ -221,7 +221,7 @@ def _preprocessing(
         evidence.add(ev.RESIZE, "stretch", origin)
     return Preprocessing(
         size_hw,
-        dtype="uint8",
+        dtype="uint8" if known.rounds else "float32",
         mean=normal.mean,
         std=normal.std,
         bgr=normal.bgr,
@@ -267,7 +267,7 @@ def _spec(
             iou_threshold=1.0 if plan.selected else known.iou_threshold or IOU_THRESHOLD,
             max_output_boxes=kept,
             score_activation=plan.activation == "sigmoid",
-            class_agnostic=plan.selected and one_class_each,
+            class_agnostic=known.agnostic or (plan.selected and one_class_each),
             box_coding=1 if plan.box_format == "cxcywh" else 0,
         ),
         category_ids=ids,
@@ -303,13 +303,13 @@ def assemble(
     spec: ModelSpec,
     *,
     plan: Plan,
-    best_class: bool = False,
-    clip_hw: tuple[int, int] | None = None,
+    known: Framework,
+    clips: bool = False,
 ) -> Heads:
     """boxes [N, A, 4] and scores [N, A, C] of the outputs, as the plan says.
 
     Args:
-        clip_hw: size of the input that boxes are clipped to; they become corners.
+        clips: boxes are clipped to the picture; they become corners.
     """
     if plan.rows:
         rows = build.node("Transpose", "rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
@@ -340,38 +340,17 @@ def assemble(
         scores = build.slice_last("foreground", scores, first, first + spec.num_classes)
     if plan.labels or plan.label_column is not None:
         scores = _one_hot(build, spec, plan, scores)
-    if best_class:
+    if known.linear:
+        scores = build.node("Clip", "scores_of_0_to_1", scores, np.float32(0), np.float32(1))
+    if known.best_class or (known.agnostic and not plan.selected):
         scores = best_class_only(build, scores)
-    if clip_hw:
-        return _clipped(build, plan, boxes, scores, clip_hw)
-    return Heads(boxes, scores)
-
-
-def _clipped(
-    build: Builder, plan: Plan, boxes: str, scores: str, size_hw: tuple[int, int]
-) -> Heads:
-    """Corners within the input; the scores of boxes of which nothing is left become 0."""
-    limit = np.array(size_hw if plan.box_format == "yxyx" else size_hw[::-1], np.float32)
-    if plan.is_unit:
-        limit = np.ones(2, np.float32)
-    first, second = build.slice_last("first", boxes, 0, 2), build.slice_last("second", boxes, 2, 4)
-    if plan.box_format == "cxcywh":
-        half = build.node("Mul", "half_size", second, np.float32(0.5))
-        first, second = (
-            build.node("Sub", "first_corner", first, half),
-            build.node("Add", "second_corner", first, half),
+    if clips:
+        limits = picture.limits(
+            build, spec.preprocessing, plan.box_format == "yxyx", is_unit=plan.is_unit
         )
-    least, most = (
-        build.node("Max", f"{name}_within", build.node("Min", f"{name}_below", x, limit), np.float32(0))
-        for name, x in (("first", first), ("second", second))
-    )  # fmt: skip
-    sides = build.node("Sub", "sides", most, least)
-    shortest = build.reduce("ReduceMin", "shortest_side", sides, 2, keepdims=True)
-    is_left = build.node("Greater", "is_left", shortest, np.float32(0))
-    return Heads(
-        build.node("Concat", "clipped_boxes", least, most, axis=-1),
-        build.node("Where", "scores_of_boxes", is_left, scores, np.float32(0)),
-    )
+        centred = plan.box_format == "cxcywh"
+        return Heads(*picture.clip(build, limits, boxes, scores, centred=centred))
+    return Heads(boxes, scores)
 
 
 def _one_hot(build: Builder, spec: ModelSpec, plan: Plan, score: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtdet.families.base import Declaration
+from trtdet.families.base import Declaration, Note
 from trtdet.families.pixels import (
     Normal,
 )
@@ -32,6 +32,7 @@ class Framework:
 
     Attributes:
         normal, resize, placement, pad_rgb, rounding, antialias: how it prepares images.
+        rounds: a resized picture has whole levels, 0 to 255.
         declared: what it says of its outputs.
         labels: class names. kept: how many detections it keeps. iou_threshold: of its NMS.
         size_hw: of an input of any size.
@@ -39,8 +40,11 @@ class Framework:
             input's.
         columns: of the only output. selected: it needs no NMS. best_class: a box counts for its
             best class alone.
+        agnostic: boxes of different classes suppress each other.
+        linear: scores are meant to be probabilities, but nothing holds them to 0..1.
         clipped: boxes are clipped to the picture before the NMS, and those of which nothing is left
             are dropped.
+        notes: what its users should know.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Framework:
     pad_rgb: tuple[float, float, float] = (114.0, 114.0, 114.0)
     rounding: Any = "round"
     antialias: bool = False
+    rounds: bool = True
     declared: Declaration = field(default_factory=Declaration)
     labels: tuple[str, ...] = ()
     kept: int | None = None
@@ -59,7 +64,10 @@ class Framework:
     columns: tuple[str, ...] = ()
     selected: bool | None = None
     best_class: bool = False
+    agnostic: bool = False
+    linear: bool = False
     clipped: bool = False
+    notes: tuple[Note, ...] = ()
 
     def with_changes(self, **changes: Any) -> "Framework":
         return dataclasses.replace(self, **changes)
@@ -171,8 +179,22 @@ def starting_line(
         )
     else:
         rows = next((n for n in names if ranks[n] == 3), names[0])
-        line = f"--rows_output {rows} --columns x1,y1,x2,y2,score,label"
+        width = _width(source, seen, rows)
+        columns = "score,label" if width in (None, 6) else "scores"
+        line = f"--rows_output {rows} --columns x1,y1,x2,y2,{columns}"
     return line + " --box_format xyxy --preprocessor unit --resize_mode stretch"
+
+
+def _width(
+    source: OnnxSource, seen: Mapping[str, Sequence[NDArray[Any]]] | None, rows: str
+) -> int | None:
+    """How many columns an output has, in the axis that is the shorter one."""
+    info = next(i for i in source.model.graph.output if i.name == rows)
+    dims: Sequence[int] = [d.dim_value for d in info.type.tensor_type.shape.dim]
+    if seen and rows in seen:
+        dims = seen[rows][0].shape
+    known = [d for d in dims[1:] if d > 0]
+    return min(known) if known else None
 
 
 def _dims(info: Any) -> str:

@@ -173,7 +173,8 @@ class Reader(Finder):
                 ev.SELECTION, "--selected (detections that need no NMS), or --selected no", "NMS"
             )
             return plan
-        nms = "NMS per class" + (", boxes clipped to the input" if self.known.clipped else "")
+        nms = "NMS " + ("over all classes" if self.known.agnostic else "per class")
+        nms += ", boxes clipped to the picture" if self.known.clipped else ""
         self.evidence.add(ev.SELECTION, "the model's own" if selected else nms, origin)
         return dataclasses.replace(plan, selected=selected)
 
@@ -184,7 +185,7 @@ class Reader(Finder):
         padded = plan.selected and low >= -1 and high <= 1 + 1e-6
         sums = np.concatenate([v.sum(axis=1) for v in values])
         is_softmax = probabilities and plan.num_scores > 1 and bool(np.abs(sums - 1).max() < 1e-3)
-        if d.activation == "none" and not (probabilities or padded):
+        if d.activation == "none" and not (probabilities or padded or self.known.linear):
             raise GraphError(
                 f"{self.source.path}: {self._said('activation')}: the scores in '{plan.scores}' are {low:.3g} to {high:.3g}, no probabilities"
             )

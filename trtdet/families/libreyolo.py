@@ -15,7 +15,7 @@ from typing import Any
 
 from trtdet.errors import GraphError
 from trtdet.families import detr, heads
-from trtdet.families.base import NO_HINTS, Declaration, Hints, Reading
+from trtdet.families.base import NO_HINTS, Declaration, Hints, Note, Reading
 from trtdet.families.heads import Framework
 from trtdet.families.pixels import Convention, Normal
 from trtdet.labels import COCO_80_IDS
@@ -23,6 +23,8 @@ from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource
 
 NAME = "libreyolo"
+#: Its metadata names the family: no structure says otherwise.
+IS_NAMED = True
 
 UNIT = Normal((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
 RAW_BGR = Normal((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), bgr=True)
@@ -31,20 +33,25 @@ IMAGENET = detr.IMAGENET
 MMDET_BGR = Normal(detr.IMAGENET_MEAN, detr.IMAGENET_STD, bgr=True)
 
 
+#: SSD300's: the mean alone.
+SSD = Normal((0.48235 * 255, 0.45882 * 255, 0.40784 * 255), (1.0, 1.0, 1.0))
+
+
 @dataclass(frozen=True)
 class SetFamily:
-    """A set prediction: how images come in, with antialiasing (Pillow) or without (OpenCV), and
-    what is kept.
+    """A set prediction: how images come in, with antialiasing (Pillow) or without (OpenCV, on
+    pixels of 8 bits or on floats), and what is kept.
     """
 
     normal: Normal
     antialias: bool = True
+    rounds: bool = False
     kept: int = 300
 
 
 SETS: Mapping[str, SetFamily] = {
-    "rtdetr": SetFamily(UNIT, antialias=False),
-    "rtdetrv2": SetFamily(UNIT, antialias=False),
+    "rtdetr": SetFamily(UNIT, antialias=False, rounds=True),
+    "rtdetrv2": SetFamily(UNIT, antialias=False, rounds=True),
     "rtdetrv4": SetFamily(UNIT),
     "dfine": SetFamily(UNIT),
     "deim": SetFamily(UNIT),
@@ -67,16 +74,41 @@ def _dense(name: str, normal: Normal, **others: Any) -> Framework:
     return Framework(name, normal, iou_threshold=0.45, clipped=True, **others)
 
 
+def _darknet(name: str) -> Framework:
+    return _dense(
+        name, UNIT, agnostic=True, resize="letterbox", rounding="floor64", antialias=True, pad_rgb=(128.0, 128.0, 128.0), declared=_PIXELS, columns=_ROWS,
+    )  # fmt: skip
+
+
 DENSE: Mapping[str, Framework] = {
     "yolo9": _dense("YOLOv9", UNIT, resize="letterbox", rounding="floor64", declared=_PIXELS, columns=_ROWS),
-    "yolo9_p2": _dense("YOLOv9-P2", UNIT, resize="letterbox", rounding="floor64", declared=_PIXELS, columns=_ROWS),
+    "yolo9_p2": _dense("YOLOv9-P2", UNIT, agnostic=True, resize="letterbox", rounding="floor64", declared=_PIXELS, columns=_ROWS),
     "yolo9_e2e": _dense("YOLOv9-E2E", UNIT, resize="letterbox", rounding="floor64", declared=_PIXELS, columns=_ROWS, selected=True, kept=300),
     "yolox": _dense("YOLOX", RAW_BGR, resize="letterbox", rounding="floor64", antialias=True, best_class=True, columns=("cx", "cy", "w", "h", "objectness", "scores")),
     "yolonas": _dense("YOLO-NAS", UNIT, resize="letterbox", placement="center", antialias=True, longest=636, declared=_PIXELS, best_class=True),
+    "yolo1": _dense("YOLOv1", UNIT, agnostic=True, resize="stretch", antialias=True, linear=True, selected=False, declared=_PIXELS, columns=_ROWS),
+    "yolo2": _darknet("YOLOv2"),
+    "yolo3": _darknet("YOLOv3"),
+    "yolo4": _darknet("YOLOv4"),
+    "yolo7": _dense("YOLOv7", UNIT, agnostic=True, resize="letterbox", rounding="floor64", antialias=True, declared=_PIXELS, columns=_ROWS),
+    "ssd": _dense("SSD", SSD, resize="stretch", rounds=False, selected=False, declared=_PIXELS, columns=_ROWS),
+    "efficientdet": _dense("EfficientDet", IMAGENET, resize="letterbox", rounding="floor64", antialias=True, pad_rgb=(124.0, 116.0, 104.0), declared=_PIXELS, columns=("x1", "y1", "x2", "y2", "score", "label"), selected=False),
     "picodet": _dense("PicoDet", IMAGENET, resize="stretch", declared=_PIXELS, columns=_ROWS),
     "ppyoloe": _dense("PP-YOLOE", IMAGENET, resize="stretch", declared=_PIXELS),
     "rtmdet": _dense("RTMDet", MMDET_BGR, resize="letterbox", rounding="floor64", antialias=True, declared=_PIXELS, columns=_ROWS),
 }  # fmt: skip
+
+
+_OWN_SIZE = "it takes every picture at a size of its own, the shorter side as long as `imgsz`; a letterbox of one size gives other detections"
+_ANY_NUMBER = "the number of its detections differs from picture to picture, which no engine of stage 2 can hold"
+#: Families that are not converted, and why.
+REFUSED: Mapping[str, str] = {
+    "fcos": _OWN_SIZE,
+    "retinanet": _OWN_SIZE,
+    "faster_rcnn": _ANY_NUMBER,
+    "mask_rcnn": _ANY_NUMBER,
+    "centernet": "its pictures are warped, not resized, by an affine matrix",
+}
 
 
 def matches(source: Source) -> bool:
@@ -120,13 +152,15 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             kept = 100
         return detr.read_sigmoid(
             source, hints, family=_like(family), convention=Convention(f"LibreYOLO's {family}", normal), kept=kept,
-            how="read: metadata model_family", labels=labels, antialias=known.antialias, unused=unused_of(family, labels),
+            how="read: metadata model_family", labels=labels, antialias=known.antialias, rounds=known.rounds, unused=unused_of(family, labels),
         )  # fmt: skip
     if family in DENSE:
         return heads.read(source, hints, framework_of(found, labels))
+    why = REFUSED.get(family, "this one is not known")
+    line = heads.starting_line(source) if isinstance(source, OnnxSource) else ""
     raise GraphError(
-        f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}'; declare its outputs: "
-        + (heads.starting_line(source) if isinstance(source, OnnxSource) else "")
+        f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}': {why}; "
+        f"to convert it all the same, add --family heads and declare its outputs: {line}"
     )
 
 
@@ -135,6 +169,8 @@ def framework_of(found: Mapping[str, str], labels: tuple[str, ...]) -> Framework
     known = DENSE[found["model_family"]]
     size = tuple(int(found[key]) for key in ("imgsz_h", "imgsz_w") if found.get(key, "").isdigit())
     changes: dict[str, Any] = {"labels": labels, "name": f"LibreYOLO's {known.name}"}
+    if known.agnostic:
+        changes["notes"] = (Note(f"LibreYOLO runs exports of {known.name} with NMS over all classes, its PyTorch models with NMS per class; --nms_mode per_class takes the latter", "nms_mode"),)  # fmt: skip
     if len(size) == 2:
         changes["size_hw"] = size
     if found.get("letterbox_pad"):

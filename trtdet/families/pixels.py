@@ -156,14 +156,18 @@ def find_pixels(
 
 
 def first_convolution(source: OnnxSource, image: str) -> str | None:
-    """The tensor that enters the first convolution downstream of the image.
+    """The tensor that enters the first convolution downstream of the image; of one whose padding is
+    an operator of its own (TensorFlow's "same"), what enters that.
 
     None where there is none (a patch embedding by MatMul).
     """
     reached = {image}
+    padded: dict[str, str] = {}
     for node in source.model.graph.node:  # in topological order
         if node.op_type == "Conv" and node.input[0] in reached:
-            return node.input[0]
+            return padded.get(node.input[0], node.input[0])
+        if node.op_type == "Pad" and node.input[0] in reached:
+            padded[node.output[0]] = padded.get(node.input[0], node.input[0])
         if node.op_type not in ("Shape", "Size") and reached.intersection(node.input):
             reached.update(node.output)
     return None
@@ -237,7 +241,9 @@ def _measured(
     order = [2, 1, 0] if reversed_ else [0, 1, 2]
     scale, offset = scale[order], offset[order]
     if (np.abs(scale - 1) < 1e-6).all() and not offset.any() and level == 1.0 and not reversed_:
-        return plain
+        if layout == plain.layout or _read_elsewhere(source.model, plain.image, tensor):
+            return plain
+        return dataclasses.replace(plain, tensor=tensor, layout=layout)  # a transpose alone
     unit = _unit(scale, level)
     inside = _normal(source, offset, scale, unit, bgr=reversed_)
     if _read_elsewhere(source.model, plain.image, tensor):

@@ -24,6 +24,7 @@ from onnx import helper
 
 from trtdet.errors import GraphError
 from trtdet.families.base import Found, Hints
+from trtdet.families.box_corners import maybe_coded
 from trtdet.families.outputs import Nodes, attribute, photographs, unexplained
 from trtdet.families.pixels import declared_shapes, maybe_image
 from trtdet.geometry import in_layout
@@ -152,7 +153,10 @@ def maybe_outputs(source: Source, hints: Hints, *, trusted: bool = False) -> Set
         logits, box = pairs[0]
         if unexplained(source, [logits, box], {n: [v] for n, v in seen.items()}):
             return None
-        return SetOutputs(logits, box, activated=_is_activated(source, logits, seen[logits]))
+        coded = maybe_coded(source, box, seen[box], lambda: _near(source, hints, [box]))
+        if coded is None:
+            return None
+        return SetOutputs(logits, coded, activated=_is_activated(source, logits, seen[logits]))
     if not pairs:
         return _before_post_processing(source, hints, seen)
     return None
@@ -210,12 +214,9 @@ def _before_post_processing(
     outputs = (labels[0], boxes[0], scores[0])
     if unexplained(source, list(outputs), {n: [v] for n, v in seen.items()}):
         return None
-    image = maybe_image(source)
+    image, (_, (height, width)) = maybe_image(source), _layout_and_size(source, hints)
     assert image is not None
-    declared = declared_shapes(source)[image[0]]
-    dims = declared[2:] if image[1] == "NCHW" else declared[1:3]
-    height, width = (dims[0] or 0, dims[1] or 0) if all(dims) else hints.size_hw or (0, 0)
-    inner = _near_tensors(source, outputs, image[0], image[1], (height, width))
+    inner = _near(source, hints, outputs)
     extra = [n for n in source.graph.inputs if n != image[0]]
     explaining = [
         (name, found)
@@ -236,12 +237,19 @@ def _before_post_processing(
     return None
 
 
-def _near_tensors(
-    source: OnnxSource, outputs: Sequence[str], image: str, layout: Any, size_hw: tuple[int, int]
-) -> dict[str, NDArray[Any]]:
+def _layout_and_size(source: OnnxSource, hints: Hints) -> tuple[Any, tuple[int, int]]:
+    image = maybe_image(source)
+    assert image is not None
+    declared = declared_shapes(source)[image[0]]
+    dims = declared[2:] if image[1] == "NCHW" else declared[1:3]
+    return image[1], (dims[0] or 0, dims[1] or 0) if all(dims) else hints.size_hw or (0, 0)
+
+
+def _near(source: OnnxSource, hints: Hints, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Float tensors of three dimensions near the outputs, nearest first, for the photograph of
     `probe`.
     """
+    (image, _), (layout, size_hw) = maybe_image(source) or ("", ""), _layout_and_size(source, hints)
     nodes = Nodes(source.model)
     names: list[str] = []
     for number, node in enumerate(nodes.above(list(outputs))):

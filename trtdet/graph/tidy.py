@@ -131,6 +131,15 @@ def set_input(graph: gs.Graph, preprocessing: Preprocessing, batch: int | str) -
     graph.toposort()
 
 
+def network_input(preprocessing: Preprocessing) -> str:
+    """The tensor of normalised pixels [N, 3, H, W] that `set_input` makes: the input itself where
+    nothing has to be done to it.
+    """
+    as_it_is = preprocessing.dtype == "float32" and preprocessing.layout == "NCHW"
+    normal = not any(preprocessing.mean) and all(value == 1 for value in preprocessing.std)
+    return INPUT if as_it_is and normal and not preprocessing.bgr else NETWORK_INPUT
+
+
 def fold_constants(graph: gs.Graph) -> None:
     """Replace what follows from constants alone by its value, computed with ONNX Runtime in one
     call.
