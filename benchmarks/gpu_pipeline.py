@@ -10,8 +10,8 @@ Needs an NVIDIA GPU, nvImageCodec and NVRTC (requirements-gpu.txt). The parts:
    and decoded in one thread, and no more; and against ImageBatcher on the CPU, with a copy to the
    GPU. The best of --rounds; within a round, the candidates take turns.
 2. infer.py without pictures, with a TSV per image and detections.json, around the tests' stand-in
-   for an engine: a kernel that takes --ms for a batch of 8. The baseline is that engine alone, which
-   runs batch after batch on memory that is on the GPU already.
+   for an engine: a kernel that takes --ms for a batch of 8. The baseline is that engine alone,
+   which runs batch after batch on memory that is on the GPU already.
 3. With --onnx, a model on ONNX Runtime's CUDA provider: 200 photographs through infer.py, once it
    is loaded, against the model alone.
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Lint, types and tests, on any machine. Arguments go to pytest.
+# Lint, types and tests, on any machine. Arguments go to pytest; -n 0 runs the tests in one process.
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh" requirements.txt requirements-tensorflow.txt requirements-rtx.txt requirements-triton.txt requirements-ray.txt requirements-video.txt requirements-dev.txt
 # Type stubs of TensorRT 10. They require `tensorrt` itself, which does not install everywhere and is not needed to read them.
 python -c 'import importlib.metadata as m; m.version("tensorrt-stubs")' 2>/dev/null ||
@@ -16,4 +16,5 @@ ruff format --check .
 ruff check .
 python scripts/tensorrt_typings.py build/typings
 mypy
-python -m pytest "$@"
+# A file of tests is one worker's; each worker needs about 2 GB.
+python -m pytest -n "$(nproc | awk '{print $1 < 4 ? $1 : 4}')" --dist loadfile "$@"
