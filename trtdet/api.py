@@ -246,16 +246,17 @@ class Model(Closing):
             return []
         workers = min(self._options.workers or available_cores(), len(sources))
         options = dataclasses.replace(self._options, workers=workers)
+        paths = list(sources)
+        how: dict[str, Any] = {"allocate": self._buffers.take, "load": load, "size": size}
+        if options.decode != "cpu" and not any(isinstance(s, np.ndarray) for s in sources.values()):
+            paths, how, options = (
+                [Path(str(source)) for source in sources.values()],
+                {},
+                self._options,
+            )
         try:
             with (
-                open_batcher(
-                    self._runtime,
-                    list(sources),
-                    options,
-                    allocate=self._buffers.take,
-                    load=load,
-                    size=size,
-                ) as batcher,
+                open_batcher(self._runtime, paths, options, **how) as batcher,
                 closing(detect(self._runtime, batcher, score_threshold=threshold)) as images,
             ):
                 found = [_with_model(i.detections, self.spec, self.class_names) for i in images]
@@ -299,8 +300,8 @@ def load(
             server, grpc://HOST:8001/NAME.
         score_threshold: leave out detections below.
         labels: a file of class names, one a line, or "coco"; None: those in the model.
-        options: of `trtdet.run.options.RunOptions`: batch_size, size, resize, resample, workers,
-            provider, threads, devices, ...
+        options: of `trtdet.run.options.RunOptions`: batch_size, size, resize, resample, decode,
+            workers, provider, threads, devices, ...
 
     Raises:
         FileNotFoundError, GraphError, EngineError: the file is not what it should be; the message

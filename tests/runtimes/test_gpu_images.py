@@ -26,6 +26,7 @@ from standin_gpu_decoder import REFUSED, StandinDecoder
 from standin_network import write_network_engine
 from trt_rig import Rig
 
+import trtdet
 from trtdet import cuda, sessions
 from trtdet.commands import create_onnx, eval_coco, infer
 from trtdet.errors import EngineError
@@ -272,6 +273,24 @@ def test_files_are_those_of_the_cpu(
     assert sum(decoder[1].decoded) == COUNT
     assert sum(name.endswith(".png") for name in found) == COUNT  # pictures too
     assert found == wanted
+
+
+def test_the_python_api(
+    decoder: tuple[Rig, StandinDecoder], uint8_onnx: Path, photos: Path, tmp_path: Path
+) -> None:
+    engine = write_network_engine(tmp_path / "network.engine", uint8_onnx)
+    files = sorted(photos.iterdir())
+    with trtdet.load(engine) as model:
+        wanted = model(files)
+    assert decoder[1].decoded == []
+    with trtdet.load(engine, decode="gpu") as model:
+        found = model(files)
+        one = model(files[0])
+        array = model(load_image(files[0]))  # not a file: nothing to decode
+    assert sum(decoder[1].decoded) == COUNT + 1
+    for a, b in zip(wanted, found, strict=True):
+        np.testing.assert_array_equal(a.boxes_xyxy, b.boxes_xyxy)
+    np.testing.assert_array_equal(one.boxes_xyxy, array.boxes_xyxy)
 
 
 def test_a_model_of_dynamic_size(
