@@ -317,14 +317,22 @@ def test_batches_outlive_the_work_on_every_gpu(
         if self._device == 0:
             assert second_ran.wait(20)
             raise EngineError("a test made it fail")
+        assert first_has_one.wait(20)  # or this GPU would take them all
         second_ran.set()
         return original_fetch(self)
 
-    second_ran = threading.Event()
+    def submit(self: TensorRTRuntime, images: Any) -> None:
+        original_submit(self, images)
+        if self._device == 0:
+            first_has_one.set()
+
+    first_has_one, second_ran = threading.Event(), threading.Event()
     original, original_fetch = TensorRTRuntime.discard, TensorRTRuntime.fetch
+    original_submit = TensorRTRuntime.submit
     with open_devices(engine, "all", cuda_graph=False) as runtime, monkeypatch.context() as patch:
         patch.setattr(TensorRTRuntime, "discard", discard)
         patch.setattr(TensorRTRuntime, "fetch", fetch)
+        patch.setattr(TensorRTRuntime, "submit", submit)
         with pytest.raises(EngineError, match="a test made it fail"):
             list(runtime.map(source()))
     assert waits == [True]
