@@ -5,11 +5,15 @@ Source: ITU-T T.81, annex B (markers); Exif 2.3, section 4.6.2 (the orientation 
 segment); Adobe's technical note 5116 (the APP14 segment).
 """
 
+import re
 import struct
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 APP1, APP14 = 0xE1, 0xEE
+SOS = 0xDA
+#: The first marker behind the pixels of a scan, where 0xFF may be stuffed, filled or a restart.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 ORIENTATION = 0x0112
 #: Sampling of luma beside chroma of 1x1, horizontal in the upper four bits: 4:4:4, 4:2:2, 4:4:0 and
 #: 4:2:0.
@@ -31,10 +35,29 @@ def plain_size(data: bytes | memoryview) -> tuple[int, int] | None:
             return _frame(data, at)
         if marker == APP1 and not _is_upright(data[at + 4 : at + 2 + length]):
             return None
-        if marker == APP14 and bytes(data[at + 4 : at + 9]) == b"Adobe" and data[at + 15] != 1:
+        if (
+            marker == APP14
+            and bytes(data[at + 4 : at + 9]) == b"Adobe"
+            and data[at + 15 : at + 16] != b"\x01"
+        ):
             return None
         at += 2 + length
     return None
+
+
+def without_trailer(data: bytes) -> bytes:
+    """A JPEG up to its end: telephones append previews, depth maps and videos.
+
+    All of `data` where no end is found.
+    """
+    at = len(SOI)
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != EOI[1]:
+        is_scan = data[at + 1] == SOS
+        at += 2 + (data[at + 2] << 8) + data[at + 3]
+        if is_scan:
+            found = _MARKER.search(data, at)
+            at = found.start() if found else len(data)
+    return data[: at + 2] if data[at : at + 2] == EOI else data
 
 
 def _frame(data: bytes | memoryview, at: int) -> tuple[int, int] | None:
