@@ -44,7 +44,6 @@ class Process(Closing):
 
     def __init__(self, module: str, work: str, first: object) -> None:
         self._work = work
-        self._is_ready = False
         ours, theirs = Pipe()
         self._pipe: Connection | None = ours
         code = _CODE.format(path=sys.path, module=module)
@@ -71,22 +70,15 @@ class Process(Closing):
         """Whether it has ended, as far as that was noticed."""
         return self._pipe is None
 
-    def ready(self) -> bool:
-        """Whether it has started: that takes a third of a second, in which the caller can do the
-        work.
+    def wait_until_ready(self) -> None:
+        """Return once it has started, which takes a third of a second, or is gone. To be called
+        once, before `ask`.
         """
-        if not self._is_ready and self._pipe is not None:
+        if self._pipe is not None:
             try:
-                self._is_ready = self._pipe.poll() and bool(self._pipe.recv())
+                self._pipe.recv()
             except (OSError, EOFError):
                 self._lost()
-        return self._is_ready
-
-    def wait_until_ready(self) -> None:
-        """Return once it has started, or is gone."""
-        while not self.is_gone and not self.ready():
-            if self._pipe is not None:
-                self._pipe.poll(None)
 
     def ask(self, message: object) -> Any:
         """The answer to a message; None where the process is gone."""
@@ -101,7 +93,6 @@ class Process(Closing):
 
     def _lost(self) -> None:
         """Go on without it."""
-        self._is_ready = False
         self._pipe = None
         try:
             status = self._process.wait(1)

@@ -17,7 +17,7 @@ from trtdet.results.manifest import PARTIAL, RunFolder
 from trtdet.results.writer import ImageResult, result_writer
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
-pytestmark = pytest.mark.skipif(not available(), reason="this system has no memfd_create")
+pytestmark = pytest.mark.skipif(not available(), reason="this system has no such processes")
 
 SPEC = ModelSpec("automl", Preprocessing((64, 64)), Nms(), tuple(range(1, 91)))
 COUNT = 60

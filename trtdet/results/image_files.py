@@ -136,8 +136,8 @@ def unpack(message: tuple[Any, ...]) -> list[Task]:
     for path, output, image_id, count in named:
         part = slice(start, start + count)
         start += count
-        turned = None if angles is None else angles[part]
-        found = Detections(boxes[part], scores[part], class_ids[part], turned)
+        own_angles = None if angles is None else angles[part]
+        found = Detections(boxes[part], scores[part], class_ids[part], own_angles)
         tasks.append(Task(Path(path), Path(output), image_id, found))
     return tasks
 

@@ -6,11 +6,9 @@ Nothing here needs a GPU.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
-from numpy.typing import NDArray
 
 from trtdet.images.options import Resample
 from trtdet.machine import parse_version
@@ -73,8 +71,3 @@ def height_first(source_hw: tuple[int, int], placed_hw: tuple[int, int]) -> bool
     height, width = source_hw
     rows, columns = placed_hw
     return _PILLOW >= (13,) and height > rows and height - rows > 2 * (width - columns)
-
-
-def table(rows: int) -> NDArray[Any]:
-    """An empty table."""
-    return np.zeros(rows, ROW)
