@@ -239,7 +239,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--written", type=positive_int, default=16000, help="images per run of part 2 (default: %(default)s)")
     parser.add_argument("--ms", type=float, default=2.0, metavar="MS", help="device time of a batch of the stand-in engine (default: 2)")
     parser.add_argument("--devices", type=parse_devices, default=(0,), metavar="all|0,1,...", help="GPUs of part 2 (default: 0)")
-    parser.add_argument("--workers", type=positive_int, help="threads that read and decode (default: what the batchers choose)")
+    parser.add_argument("--workers", type=positive_int, help="threads that decode on the CPU (default: one per core)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, with the machine, as JSON")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a criterion is not met")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from chromium import page  # noqa: F401 (a fixture)
+from gpu_batches_rig import decoder  # noqa: F401 (a fixture)
 from trt_rig import engine, rig  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]

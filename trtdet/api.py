@@ -35,7 +35,14 @@ from trtdet.labels import label_of
 from trtdet.machine import available_cores
 from trtdet.precision.options import Int8Options
 from trtdet.results.draw import draw
-from trtdet.run.detect import check_score_threshold, detect, open_batcher, open_model, pick_labels
+from trtdet.run.detect import (
+    check_score_threshold,
+    decodes_on_gpu,
+    detect,
+    open_batcher,
+    open_model,
+    pick_labels,
+)
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import is_url, parse_url
 from trtdet.sources.saved_model_folder import GRAPH_FILE
@@ -248,12 +255,11 @@ class Model(Closing):
         options = dataclasses.replace(self._options, workers=workers)
         paths = list(sources)
         how: dict[str, Any] = {"allocate": self._buffers.take, "load": load, "size": size}
-        if options.decode != "cpu" and not any(isinstance(s, np.ndarray) for s in sources.values()):
-            paths, how, options = (
-                [Path(str(source)) for source in sources.values()],
-                {},
-                self._options,
-            )
+        if not any(isinstance(source, np.ndarray) for source in sources.values()):
+            files = [Path(str(source)) for source in sources.values()]
+            if decodes_on_gpu(self._runtime, files, options.decode):
+                paths, how = files, {}
+                options = dataclasses.replace(self._options, decode="gpu")
         try:
             with (
                 open_batcher(self._runtime, paths, options, **how) as batcher,

@@ -291,6 +291,15 @@ class Stream(_Resource):
         """Let the host wait until the queue is empty."""
         call("cudaStreamSynchronize", self.handle)
 
+    def wait_quietly(self) -> None:
+        """The same where an error matters more than those of earlier work, which are only
+        logged.
+        """
+        try:
+            self.synchronize()
+        except EngineError as error:
+            logger.debug("while waiting for the GPU: %s", error)
+
     def clear(self, target: int, nbytes: int) -> None:
         """Queue zeros over the bytes at the device address `target`."""
         call("cudaMemsetAsync", target, 0, nbytes, self.handle)

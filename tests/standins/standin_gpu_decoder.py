@@ -60,6 +60,8 @@ class StandinDecoder:
     def __init__(self, cudart: StandinCudart) -> None:
         self._cudart = cudart
         self.decoded: list[int] = []  # how many at a time
+        self.most_bytes = 0  # of images that were there at a time
+        self._images: weakref.WeakSet[_Image] = weakref.WeakSet()
 
     def _spoil(self, address: int, nbytes: int, device: int) -> None:
         self._cudart.memory(address, nbytes, device=device)[:] = POISON
@@ -75,12 +77,15 @@ class StandinDecoder:
             address = image.__cuda_array_interface__["data"][0]
             nbytes, device = image.capacity, self._cudart.current()
             self._cudart.launch(stream.handle, partial(self._spoil, address, nbytes, device))
-        return [
+        images = [
             None
             if data.endswith(REFUSED)
             else _Image(self._cudart, decode_image(data, "a JPEG"), stream.handle)
             for data in encoded
         ]
+        self._images.update(image for image in images if image is not None)
+        self.most_bytes = max(self.most_bytes, sum(image.capacity for image in self._images))
+        return images
 
 
 class StandinKernel:

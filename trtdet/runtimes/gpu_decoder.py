@@ -14,9 +14,12 @@ from typing import Any
 
 from trtdet import cuda
 from trtdet.errors import EngineError
+from trtdet.machine import parse_version
 from trtdet.terminal import native_stderr_held
 
-INSTALL = "pip install -r requirements-gpu.txt"
+INSTALL = "pip install -r requirements-gpu.txt (which says what CUDA 12 needs)"
+#: The first nvImageCodec that these calls were tried with.
+OLDEST = (0, 9)
 #: Chroma is interpolated, as libjpeg does by default.
 OPTIONS = ":fancy_upsampling=1"
 
@@ -25,11 +28,14 @@ class Decoder:
     """nvImageCodec on one GPU. `decoder_of` has it once each.
 
     Raises:
-        EngineError: nvImageCodec is not installed, or does not start.
+        EngineError: nvImageCodec is not installed, is too old, or does not start.
     """
 
     def __init__(self, device: int) -> None:
         self._codec = _import_nvimgcodec()
+        version = getattr(self._codec, "__version__", None)
+        if version is not None and parse_version(version) < OLDEST:
+            raise EngineError(f"nvImageCodec {version} is too old, expected 0.9 or later")
         cuda.use_device(device)
         self._parameters = self._codec.DecodeParams(apply_exif_orientation=False)
         self._lock = threading.Lock()
@@ -45,11 +51,11 @@ class Decoder:
     def _open(self, device: int, *kinds: Any) -> Any:
         """A decoder of these kinds; the reason where it does not start."""
         backends = [self._codec.Backend(kind) for kind in kinds]
-        try:
-            with native_stderr_held():
+        with native_stderr_held():
+            try:
                 return self._codec.Decoder(device_id=device, backends=backends, options=OPTIONS)
-        except RuntimeError as error:
-            return str(error)
+            except RuntimeError as error:  # inside: many GPUs have no such unit, and need none
+                return str(error)
 
     def stream_of(self, data: bytes) -> Any:
         """An encoded image for `decode`. Any thread may call this.
@@ -70,18 +76,24 @@ class Decoder:
 
         Args:
             reuse: as many earlier images, whose memory is filled again; fewer are left alone.
+
+        Raises:
+            EngineError: nvImageCodec failed.
         """
         found: list[Any] = [None] * len(encoded)
         left = list(range(len(encoded)))
         with self._lock:
             for decoder in self._decoders:
                 again = {"images": list(reuse)} if len(reuse) == len(left) else {}
-                images = decoder.decode(
-                    [encoded[row] for row in left],
-                    params=self._parameters,
-                    cuda_stream=int(stream.handle),
-                    **again,
-                )
+                try:
+                    images = decoder.decode(
+                        [encoded[row] for row in left],
+                        params=self._parameters,
+                        cuda_stream=int(stream.handle),
+                        **again,
+                    )
+                except RuntimeError as error:
+                    raise EngineError(f"nvImageCodec failed ({error}); --decode cpu does without it") from error  # fmt: skip
                 for row, image in zip(left, images, strict=True):
                     found[row] = image
                 left = [row for row in left if found[row] is None]
