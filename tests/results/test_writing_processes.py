@@ -13,6 +13,7 @@ import pytest
 from trtdet.detections import Detections
 from trtdet.processes import Process, available
 from trtdet.results import writer
+from trtdet.results.image_files import ImageFiles, Task, _Answers, pack
 from trtdet.results.manifest import PARTIAL, RunFolder
 from trtdet.results.writer import ImageResult, result_writer
 from trtdet.spec import ModelSpec, Nms, Preprocessing
@@ -85,7 +86,9 @@ def files_of(folder: Path) -> dict[str, object]:
         p.name: p.read_bytes() for p in folder.iterdir() if p.name != PARTIAL
     }
     lines = (folder / PARTIAL).read_text().splitlines() if (folder / PARTIAL).exists() else []
-    found["lines"] = sorted(lines)
+    found["lines"] = sorted(
+        set(lines)
+    )  # a process that is killed may have noted what is written again
     return found
 
 
@@ -101,6 +104,16 @@ def test_files_are_those_of_threads(images: list[Path], tmp_path: Path, kill: bo
     for process in found:
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
+
+
+def test_a_journal_that_cannot_be_written_is_an_answer(tmp_path: Path) -> None:
+    """Not a traceback of the process, behind which the run goes on without it."""
+    (tmp_path / PARTIAL).mkdir()
+    image_files = ImageFiles(tmp_path, (), False, 0.3, "png", tuple(range(90)), False, True)
+    answer = _Answers(image_files)
+    texts, undrawn, error = answer(pack([Task(tmp_path / "1.jpg", Path("1"), 1, detections(1))]))
+    assert (texts, undrawn) == ([], 0)
+    assert isinstance(error, IsADirectoryError)
 
 
 def test_an_error_of_a_process_is_raised_here(images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

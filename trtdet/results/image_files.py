@@ -159,12 +159,19 @@ class _Answers:
         done = self._files.write_all(unpack(message))
         written = [one for one in done if isinstance(one, Written)]
         lines = "".join(one.line for one in written)
-        if lines:
-            if self._journal is None:
-                self._journal = open(self._files.folder / PARTIAL, "ab", buffering=0)  # noqa: SIM115
-            self._journal.write(lines.encode())  # at the end of the file, in one piece
+        try:
+            self._note(lines)
+        except OSError as full:
+            return [], 0, full
         error = done[-1] if done and isinstance(done[-1], OSError) else None
         return [one.text for one in written], sum(one.undrawn for one in written), error
+
+    def _note(self, lines: str) -> None:
+        """Append to the journal, in one piece."""
+        if lines and self._journal is None:
+            self._journal = open(self._files.folder / PARTIAL, "ab", buffering=0)  # noqa: SIM115
+        if self._journal is not None:
+            self._journal.write(lines.encode())
 
 
 def serve(pipe_file: int) -> None:
