@@ -111,6 +111,73 @@ def test_rows_of_an_undeclared_detector_are_asked_for(
         np.testing.assert_allclose(a, b, atol=1e-3)
 
 
+def selecting(outputs: dict[str, list[int | str]], batch: int | str = 1) -> onnx.ModelProto:
+    """A convolution, and outputs of other shapes behind it, of values that do not matter."""
+    nodes = [helper.make_node("Conv", ["images", "weight"], ["features"])]
+    weights = [numpy_helper.from_array(np.ones((1, 3, 1, 1), np.float32), "weight")]
+    for name, dims in outputs.items():
+        shape = np.array([d if isinstance(d, int) else 1 for d in dims], np.int64)
+        weights.append(numpy_helper.from_array(shape, f"{name}_shape"))
+        nodes += [
+            helper.make_node("ReduceMax", ["features"], [f"{name}_top"], keepdims=0),
+            helper.make_node("Expand", [f"{name}_top", f"{name}_shape"], [name]),
+        ]
+    images = helper.make_tensor_value_info("images", 1, [batch, 3, 32, 32])
+    infos = [helper.make_tensor_value_info(n, 1, dims) for n, dims in outputs.items()]
+    graph = helper.make_graph(nodes, "selecting", [images], infos, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+NO_BATCH = "has no batch axis, so the options that declare outputs cannot read it: export the model with a batch axis"
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"boxes": ["n", 4], "scores": ["n"], "labels": ["n"]},  # torchvision's
+        {"out_7": ["n", 4], "out_8": ["n"], "out_9": ["n"]},
+        {"boxes": ["n", 4], "scores": ["n"], "labels": ["n"], "keypoints": ["n", 17, 3]},
+        {"out_7": ["n", 7]},
+    ],
+)
+def test_outputs_without_a_batch_axis_get_no_options_that_cannot_work(
+    outputs: dict[str, list[int | str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(selecting(outputs), tmp_path / "m.onnx")
+    assert convert(source)[0] == 1
+    message = error_of(capsys)
+    assert f"'{next(iter(outputs))}' {NO_BATCH}" in message
+    assert "or its raw heads, boxes [N, A, 4] and scores [N, A, classes]" in message
+    assert "--boxes_output" not in message and "--rows_output" not in message
+
+
+def test_declared_outputs_without_a_batch_axis_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(selecting({"boxes": ["n", 4], "scores": ["n"]}), tmp_path / "m.onnx")
+    declared = ("--boxes_output", "boxes", "--scores_output", "scores")
+    assert convert(source, *declared, *IMAGES)[0] == 1
+    message = error_of(capsys)
+    assert "expected boxes [N, A, 4] in 'boxes', found [1, 4]" in message and NO_BATCH in message
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"boxes": ["batch", 4], "scores": ["batch"]},
+        {"boxes": ["batch", 9, 4], "scores": ["batch", 9, 3], "rois": ["n", 4]},
+    ],
+)
+def test_outputs_with_a_batch_axis_are_not_said_to_have_none(
+    outputs: dict[str, list[int | str]], tmp_path: Path
+) -> None:
+    from trtdet.families.heads_plan import describe_outputs
+    from trtdet.sources.onnx_file import OnnxSource
+
+    source = OnnxSource(save(selecting(outputs, "batch"), tmp_path / "m.onnx"))
+    assert "Declare them: --boxes_output boxes --scores_output scores" in describe_outputs(source)
+
+
 def test_a_wrong_reading_of_columns_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -294,7 +294,7 @@ def pick_family(source: Source, families: Sequence[Family], name: str = "auto") 
         raise GraphError(
             f"{source.path}: expected a model of one of {names}, none matches its outputs {_named(source.graph.outputs)}; "
             + (f"nearest are {'; '.join(nearest)}; " if nearest else "")
-            + "name one with --family, declare the outputs, or add a family: --family FILE.py, docs/adding_a_family.md"
+            + "name one with --family, or add one: --family FILE.py, docs/adding_a_family.md"
         )
     return hits[0]
 

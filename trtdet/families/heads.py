@@ -44,6 +44,7 @@ from trtdet.families.heads_plan import (
     Plan,
     describe_outputs,
     starting_line,
+    unbatched,
 )
 from trtdet.families.heads_reader import Reader
 from trtdet.families.outputs import (
@@ -69,7 +70,7 @@ from trtdet.spec import (
     Preprocessing,
 )
 
-__all__ = ["NAME", "Framework", "matches", "read", "starting_line", "why_not"]
+__all__ = ["NAME", "Framework", "matches", "read", "starting_line", "unbatched", "why_not"]
 
 NAME = "heads"
 #: Tried only where no family that knows its network matches.

@@ -17,6 +17,7 @@ from trtdet.families.heads_plan import (
     describe_outputs,
     is_boxes,
     rows_in,
+    unbatched,
     zeros,
 )
 from trtdet.families.outputs import (
@@ -133,8 +134,10 @@ class Finder:
             )
         shape, other = self.seen[boxes][0].shape, self.seen[scores][0].shape
         if not is_boxes(shape):
+            why = unbatched(self.source)
             raise GraphError(
                 f"{self.source.path}: expected boxes [N, A, 4] in '{boxes}', found {list(shape)}"
+                + (f"; {why}" if why else "")
             )
         count = rows_in(shape)
         if labels:

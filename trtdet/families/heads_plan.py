@@ -138,7 +138,9 @@ def zeros(source: OnnxSource, image: str, size_hw: tuple[int, int]) -> NDArray[n
 def describe_outputs(
     source: OnnxSource, seen: Mapping[str, Sequence[NDArray[Any]]] | None = None
 ) -> str:
-    """Inputs and outputs with their shapes, and the command line to start from."""
+    """Inputs and outputs with their shapes, and the command line to start from, or why there is
+    none.
+    """
     inputs = ", ".join(
         f"{i.name} {_dims(i)}" for i in source.model.graph.input if i.name in source.graph.inputs
     )
@@ -147,9 +149,40 @@ def describe_outputs(
         shapes = {name: str(list(seen[name][0].shape)) for name in shapes if name in seen}
     outputs = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:8])
     outputs += f" and {len(shapes) - 8} more" if len(shapes) > 8 else ""
-    return (
-        f"its inputs: {inputs}; its outputs: {outputs}. Declare them: {starting_line(source, seen)}"
-    )
+    how = unbatched(source) or f"Declare them: {starting_line(source, seen)}"
+    return f"its inputs: {inputs}; its outputs: {outputs}. {how}"
+
+
+def unbatched(source: OnnxSource) -> str:
+    """Why no option can declare the outputs: boxes, or rows that begin with one, without a batch
+    axis. Empty: they have one, or the file does not declare their shapes.
+    """
+    outputs = list(source.model.graph.output)
+    ranks = [_rank(info) for info in outputs]
+    batches = {_dim(i, 0) for i in source.model.graph.input if i.name in source.graph.inputs}
+    for info in outputs:
+        if _rank(info) != 2 or _dim(info, 0) in batches:
+            continue
+        width, is_alone = _dim(info, 1), 3 not in ranks
+        is_named = "box" in info.name.lower()
+        if (width == 4 and (is_named or (is_alone and 1 in ranks))) or (
+            width in (5, 6, 7) and is_alone
+        ):
+            return (
+                f"'{info.name}' has no batch axis, so the options that declare outputs cannot read it: export the model with a batch "
+                "axis in its outputs, or its raw heads, boxes [N, A, 4] and scores [N, A, classes], from before it selects detections"
+            )
+    return ""
+
+
+def _rank(info: Any) -> int:
+    return len(info.type.tensor_type.shape.dim)
+
+
+def _dim(info: Any, axis: int) -> int | str:
+    """One dimension as the file declares it; empty: it does not say."""
+    dims = info.type.tensor_type.shape.dim
+    return dims[axis].dim_value or dims[axis].dim_param if axis < len(dims) else ""
 
 
 def starting_line(
@@ -157,7 +190,7 @@ def starting_line(
 ) -> str:
     """Options to declare the outputs, with the names of the file."""
     names = [info.name for info in source.model.graph.output]
-    ranks = {i.name: len(i.type.tensor_type.shape.dim) for i in source.model.graph.output}
+    ranks = {i.name: _rank(i) for i in source.model.graph.output}
     boxes = [
         n
         for n in names

@@ -157,10 +157,11 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
     if family in DENSE:
         return heads.read(source, hints, framework_of(found, labels))
     why = REFUSED.get(family, "this one is not known")
-    line = heads.starting_line(source) if isinstance(source, OnnxSource) else ""
+    how = heads.unbatched(source) if isinstance(source, OnnxSource) else ""
+    if isinstance(source, OnnxSource) and not how:
+        how = f"to convert it all the same, add --family heads and declare its outputs: {heads.starting_line(source)}"
     raise GraphError(
-        f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}': {why}; "
-        f"to convert it all the same, add --family heads and declare its outputs: {line}"
+        f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}': {why}; {how}"
     )
 
 
