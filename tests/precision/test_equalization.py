@@ -11,6 +11,7 @@ from trtdet.precision.body import ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.equalization import (
     HEADROOM,
+    WORTH_A_NODE,
     Equalization,
     Weights,
     apply_in,
@@ -102,6 +103,22 @@ def test_the_best_of_the_candidates() -> None:
     shifted, less = best_equalization(values, one_sided, 200 / 127, shift=True)
     assert shifted.shift.tolist() == pytest.approx([HEADROOM, 100 * HEADROOM])
     assert less == pytest.approx(noise) and less < best_equalization(values, one_sided, 200 / 127, shift=False)[1] / 3  # fmt: skip
+
+
+def test_a_shift_that_the_bias_makes_worth_it() -> None:
+    """What a shift to the middle of the range adds to the input is all mean: rounded weights make
+    an error of it that the bias takes up. Without that, it costs more than the finer step brings.
+    """
+    values = np.random.default_rng(3).normal(size=(64, 64, 1, 1))
+    low, high, mean, variance = (np.full(64, v, np.float32) for v in (-0.28, 20, 0.5, 0.5))
+    swish = ChannelStatistics(low, high, mean, variance + mean**2, noise=(20 / 127) ** 2 / 12)
+    before = predicted_noise(values, swish, None, 20 / 127)
+    corrected, after = best_equalization(values, swish, 20 / 127, shift=True)
+    assert corrected.shift == pytest.approx(HEADROOM * (20 - 0.28) / 2)
+    assert after == pytest.approx(before * (HEADROOM * 10.14 / 20) ** 2, rel=0.1)
+    assert after < WORTH_A_NODE * before
+    best, plain = best_equalization(values, swish, 20 / 127, shift=True, correct_bias=False)
+    assert not best.shift.any() and plain > 2 * after
 
 
 def test_where_equalizations_go() -> None:

@@ -234,7 +234,9 @@ def best_equalization(
             factors = reach ** (1 - exponent) / clip**exponent
             factors = factors * (INT8.amax(scale) / (factors * clip).max())
             candidate = Equalization(factors, offset)
-            noise = predicted_noise(weights, statistics, candidate, scale, correct_bias=correct_bias)
+            noise = predicted_noise(
+                weights, statistics, candidate, scale, correct_bias=correct_bias
+            )
             candidates.append((candidate, noise))
     return min(candidates, key=lambda found: found[1])
 
