@@ -10,6 +10,8 @@ from trtdet.precision import equalization
 from trtdet.precision.body import ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.equalization import (
+    HEADROOM,
+    WORTH_A_NODE,
     Equalization,
     Weights,
     apply_in,
@@ -44,24 +46,26 @@ def weights(values: NDArray[np.float64]) -> Weights:
 
 def test_depthwise_channels_get_the_full_range() -> None:
     found = depthwise_equalization(statistics([-1, -8, 0], [0.5, 2, 0]), amax=8.0)
-    # A channel of zeros counts as 1/1024 of the largest.
-    assert found.factors.tolist() == [8, 1, 1024] and not found.shift.any()
+    # A channel of zeros counts as 1/1024 of the largest. Each may reach 15 % further.
+    assert (found.factors * 1.15).tolist() == pytest.approx([8, 1, 1024]) and not found.shift.any()
 
 
 def test_predicted_noise_by_hand() -> None:
     one = np.full((1, 1, 1, 1), 2.0)
-    power = 12 / 12 + 4**2  # of -2 to 10, uniform
-    range_ = statistics([-2], [10], noise=0.01)
+    range_ = statistics([-2], [10], noise=0.01)  # variance 12, mean 4
     from_weights = (2 / 127) ** 2 / 12
-    assert predicted_noise(one, range_, None, 0.1) == pytest.approx(0.01 * 4 + from_weights * (144 / 12 + 16))  # fmt: skip
-    assert power == 17
     # A factor of 5 makes the step of the activation a fifth, and that of the weight, whose input is
     # larger by as much.
     scaled = Equalization(np.array([5.0]), np.zeros(1))
-    assert predicted_noise(one, range_, scaled, 0.1) == pytest.approx(0.1**2 / 12 / 25 * 4 + from_weights * 28)  # fmt: skip
-    # Shifted by its mean, 4, the power is the variance.
-    shifted = Equalization(np.array([5.0]), np.array([4.0]))
-    assert predicted_noise(one, range_, shifted, 0.1) == pytest.approx(0.1**2 / 12 / 25 * 4 + from_weights * 12)  # fmt: skip
+    shifted = Equalization(np.array([5.0]), np.array([3.0]))
+    # The bias takes up what rounded weights make of the mean: their share is that of the variance.
+    for used, activation in ((None, 0.01), (scaled, 0.1**2 / 12 / 25), (shifted, 0.1**2 / 12 / 25)):
+        found = predicted_noise(one, range_, used, 0.1)
+        assert found == pytest.approx(activation * 4 + from_weights * 12)
+    # Else it is that of the mean square: 12 + 4^2, and shifted 12 + 1^2.
+    for used, activation, power in ((None, 0.01, 28), (scaled, 0.1**2 / 12 / 25, 28), (shifted, 0.1**2 / 12 / 25, 13)):  # fmt: skip
+        found = predicted_noise(one, range_, used, 0.1, correct_bias=False)
+        assert found == pytest.approx(activation * 4 + from_weights * power)
 
 
 def test_predicted_noise_is_what_rounding_does() -> None:
@@ -90,14 +94,31 @@ def test_the_best_of_the_candidates() -> None:
     range_ = statistics([-1, -100], [1, 100], noise=(100 / 127) ** 2 / 12)
     best, noise = best_equalization(values, range_, 100 / 127, shift=False)
     assert best.factors[0] / best.factors[1] == pytest.approx(100)
-    assert (best.factors * np.array([1, 100])).max() == pytest.approx(100) and not best.shift.any()
-    # As if every channel had 127 levels: 2 outputs x 2 channels x 1/127^2 / 12, and the weights'
-    # share, a third of it.
-    assert noise == pytest.approx(4 / 127**2 / 12 * (1 + 1 / 3), rel=1e-6)
+    assert (best.factors * np.array([1, 100])).max() == pytest.approx(100 / HEADROOM)
+    assert not best.shift.any()
+    # As if every channel had 127 levels, less the headroom: 2 outputs x 2 channels x 1/127^2 / 12,
+    # and the weights' share, a third of it without the headroom.
+    assert noise == pytest.approx(4 / 127**2 / 12 * (HEADROOM**2 + 1 / 3), rel=1e-6)
     one_sided = statistics([0, 0], [2, 200], noise=(200 / 127) ** 2 / 12)
     shifted, less = best_equalization(values, one_sided, 200 / 127, shift=True)
-    assert shifted.shift.tolist() == [1, 100]
+    assert shifted.shift.tolist() == pytest.approx([HEADROOM, 100 * HEADROOM])
     assert less == pytest.approx(noise) and less < best_equalization(values, one_sided, 200 / 127, shift=False)[1] / 3  # fmt: skip
+
+
+def test_a_shift_that_the_bias_makes_worth_it() -> None:
+    """What a shift to the middle of the range adds to the input is all mean: rounded weights make
+    an error of it that the bias takes up. Without that, it costs more than the finer step brings.
+    """
+    values = np.random.default_rng(3).normal(size=(64, 64, 1, 1))
+    low, high, mean, variance = (np.full(64, v, np.float32) for v in (-0.28, 20, 0.5, 0.5))
+    swish = ChannelStatistics(low, high, mean, variance + mean**2, noise=(20 / 127) ** 2 / 12)
+    before = predicted_noise(values, swish, None, 20 / 127)
+    corrected, after = best_equalization(values, swish, 20 / 127, shift=True)
+    assert corrected.shift == pytest.approx(HEADROOM * (20 - 0.28) / 2)
+    assert after == pytest.approx(before * (HEADROOM * 10.14 / 20) ** 2, rel=0.1)
+    assert after < WORTH_A_NODE * before
+    best, plain = best_equalization(values, swish, 20 / 127, shift=True, correct_bias=False)
+    assert not best.shift.any() and plain > 2 * after
 
 
 def test_where_equalizations_go() -> None:
@@ -117,7 +138,7 @@ def test_where_equalizations_go() -> None:
         ("a", "", "own nodes, error x0.00"),
         ("d", "p", "in 'p', error x0.00"),
     ]
-    assert found["b"].equalization.factors.tolist() == pytest.approx([100, 1])
+    assert (found["b"].equalization.factors * HEADROOM).tolist() == pytest.approx([100, 1])
     assert set(choose_equalizations(layers, known, {}, cache, "depthwise", shift=True)) == {"b"}
     assert choose_equalizations(layers, known, {}, cache, "none", shift=True) == {}
     grouped = {**known, "a": weights(np.ones((2, 1, 1, 1)))}  # a factor per channel does not fit

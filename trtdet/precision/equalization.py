@@ -34,6 +34,9 @@ LARGEST_FACTOR_RATIO = 2.0**10
 #: Exponents of SmoothQuant that are tried: 0 spreads the error by the weights alone, 1 by the
 #: activations alone.
 EXPONENTS = tuple(i / 10 for i in range(11))
+#: Ranges per channel are taken so much wider than calibration saw them: of many channels, one or
+#: the other reaches further in the next image.
+HEADROOM = 1.15
 #: A Mul of its own before a pointwise convolution must cut the predicted error power to this share.
 WORTH_A_NODE = 0.5
 
@@ -126,6 +129,7 @@ def choose_equalizations(
     where: Equalize,
     *,
     shift: bool,
+    correct_bias: bool = True,
 ) -> dict[str, Placed]:
     """Convolution -> what is best for its input, depthwise ones first.
 
@@ -134,6 +138,7 @@ def choose_equalizations(
     Args:
         producers: of `only_producers`.
         shift: allow one, too.
+        correct_bias: the mean error of rounded weights will be taken off the bias.
     """
     found: dict[str, Placed] = {}
     if where == "none":
@@ -151,8 +156,10 @@ def choose_equalizations(
         values, scale = weights[layer.name].values, cache.scales[layer.input]
         # A shift turns padding with zeros into padding with something else.
         pointwise = values.shape[2:] == (1, 1) and not layer.padded
-        before = predicted_noise(values, statistics, None, scale)
-        best, after = best_equalization(values, statistics, scale, shift=pointwise and shift)
+        before = predicted_noise(values, statistics, None, scale, correct_bias=correct_bias)
+        best, after = best_equalization(
+            values, statistics, scale, shift=pointwise and shift, correct_bias=correct_bias
+        )
         producer = producers.get(layer.name, "")
         if after < before * (1 if producer else WORTH_A_NODE):
             place = f"in '{producer}'" if producer else "own nodes"
@@ -191,37 +198,46 @@ def only_producers(network: onnx.ModelProto, layers: Iterable[ConvLayer]) -> dic
 
 
 def depthwise_equalization(statistics: ChannelStatistics, amax: float) -> Equalization:
-    """Every channel gets the full range.
+    """Every channel gets the full range, less `HEADROOM`.
 
     No shift: padding with zeros would no longer be padding with zeros.
 
     Args:
         amax: of the whole tensor.
     """
-    factors = amax / _floored(statistics.largest)
+    factors = amax / _floored(statistics.largest * HEADROOM)
     return Equalization(factors, np.zeros_like(factors))
 
 
 def best_equalization(
-    weights: NDArray[np.float64], statistics: ChannelStatistics, scale: float, *, shift: bool
+    weights: NDArray[np.float64],
+    statistics: ChannelStatistics,
+    scale: float,
+    *,
+    shift: bool,
+    correct_bias: bool = True,
 ) -> tuple[Equalization, float]:
     """Of SmoothQuant's exponents, with and without a shift to the middle of the range, what
     predicts the least noise; and that noise.
     """
     reach = _floored(np.abs(weights).max((0, *range(2, weights.ndim))))
-    lowest, highest = statistics.lowest.astype(np.float64), statistics.highest.astype(np.float64)
+    lowest = statistics.lowest.astype(np.float64) * HEADROOM
+    highest = statistics.highest.astype(np.float64) * HEADROOM
     middle = (lowest + highest) / 2
     candidates = []
     for offset in (np.zeros_like(middle), middle)[: 1 + shift]:
         clip = _floored(np.maximum(highest - offset, offset - lowest))
         clip = np.maximum(
-            clip, statistics.largest.max() / LARGEST_FACTOR_RATIO
+            clip, HEADROOM * statistics.largest.max() / LARGEST_FACTOR_RATIO
         )  # images of one colour
         for exponent in EXPONENTS:
             factors = reach ** (1 - exponent) / clip**exponent
             factors = factors * (INT8.amax(scale) / (factors * clip).max())
             candidate = Equalization(factors, offset)
-            candidates.append((candidate, predicted_noise(weights, statistics, candidate, scale)))
+            noise = predicted_noise(
+                weights, statistics, candidate, scale, correct_bias=correct_bias
+            )
+            candidates.append((candidate, noise))
     return min(candidates, key=lambda found: found[1])
 
 
@@ -230,23 +246,27 @@ def predicted_noise(
     statistics: ChannelStatistics,
     equalization: Equalization | None,
     scale: float,
+    *,
+    correct_bias: bool = True,
 ) -> float:
     """Error power that INT8 puts on the outputs of a pointwise convolution, errors taken as
     independent.
 
     Activations: step^2 / 12 for every channel, weighted with the squared weights it meets; what the
     calibration measured where nothing is equalized. Weights: their step^2 / 12, weighted with the
-    mean square of the activation.
+    variance of the activation; with its mean square if the bias is not corrected for the mean.
     """
     rows = np.abs(weights).reshape(len(weights), weights.shape[1], -1)
-    power = statistics.power.astype(np.float64)
+    mean, power = (v.astype(np.float64) for v in (statistics.mean, statistics.power))
     if equalization is None:
         factors = np.ones(weights.shape[1])
         activation = np.full(len(factors), statistics.noise)
     else:
         factors, shift = equalization.factors, equalization.shift
         activation = scale**2 / 12 / factors**2
-        power = power - 2 * shift * statistics.mean + shift**2
+        mean, power = mean - shift, power - 2 * shift * mean + shift**2
+    if correct_bias:
+        power = np.maximum(power - mean**2, 0)
     steps = INT8.scale((rows / factors[None, :, None]).max((1, 2)))
     from_activations = float((activation * (rows**2).sum((0, 2))).sum())
     from_weights = float((steps**2).sum() / 12 * (power * factors**2).sum() * rows.shape[2])

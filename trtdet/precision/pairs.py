@@ -108,7 +108,7 @@ class _Writer:
         self.pairs, self.fp16_scales = pairs, fp16_scales
         self.nodes: list[onnx.NodeProto] = []
         self.amax: dict[str, float] = {}  # of what quantized convolutions read
-        self._taken = _names(graph)
+        self._taken = tensor_names(graph)
         self._equalized: dict[tuple[str, bytes, bytes], str] = {}
         self._dequantized: dict[str, str] = {}  # tensor -> what its DequantizeLinear makes
 
@@ -120,7 +120,7 @@ class _Writer:
             else:
                 self._conv(node, conv)
         replace_nodes(self.graph, self.nodes)
-        _drop_unread_weights(self.graph)
+        drop_unread_weights(self.graph)
 
     def _conv(self, node: onnx.NodeProto, conv: NewConv) -> None:
         """The node with new inputs, behind what makes these."""
@@ -212,17 +212,18 @@ class _Writer:
         return name
 
 
-def _names(graph: onnx.GraphProto) -> set[str]:
+def tensor_names(graph: onnx.GraphProto) -> set[str]:
     """Of all tensors, those within subgraphs among them."""
     names = {info.name for info in (*graph.input, *graph.initializer)}
     for node in graph.node:
         names.update(node.output)
         for inner in subgraphs(node):
-            names |= _names(inner)
+            names |= tensor_names(inner)
     return names
 
 
-def _drop_unread_weights(graph: onnx.GraphProto) -> None:
+def drop_unread_weights(graph: onnx.GraphProto) -> None:
+    """Remove the initializers that neither a node nor an output of the graph needs."""
     read = {name for node in graph.node for name in reads(node)}
     read |= {output.name for output in graph.output}
     kept = [w for w in graph.initializer if w.name in read]

@@ -29,6 +29,7 @@ from trtdet.precision.feeds import calibration_feeds, image_feeds
 from trtdet.precision.file import read_precision_file
 from trtdet.precision.float_report import PrecisionReport
 from trtdet.precision.graph_types import narrow_types
+from trtdet.precision.large_biases import add_large_biases
 from trtdet.precision.options import (
     DEFAULT_METHOD,
     FP8_METHOD,
@@ -226,12 +227,12 @@ def _prepare_quantized(
     for line in report.lines():
         logger.info(line)
     if rest == "fp32" or narrow:
-        return Prepared(quantized, quantized, None, report, scales)
+        return Prepared(quantized, add_large_biases(quantized), None, report, scales)
     wide = [pattern for pattern, kind in kept.items() if kind == "fp32"]
     ranges = measure_ranges(quantized, body.spec, check_input)
     typed, narrowed = floats.to_fp16(quantized, keep_fp32=wide, ranges=ranges)
     _log_report(narrowed)
-    return Prepared(quantized, typed, narrowed, report, scales)
+    return Prepared(quantized, add_large_biases(typed), narrowed, report, scales)
 
 
 def _left_out(

@@ -329,6 +329,7 @@ def plan_quantization(
         cache,
         options.equalize if options.to is INT8 else "none",
         shift=options.shift,
+        correct_bias=options.correct_bias,
     )
     return QuantizationPlan(body, cache, options, kept, weights, equalized)
 
