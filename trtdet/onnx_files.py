@@ -257,7 +257,7 @@ def check_external_data(model: onnx.ModelProto, path: Path) -> None:
             raise GraphError(f"{path}: expected its weights in the file {location} beside it (external data), found a link that leads elsewhere; copy the file there")  # fmt: skip
         sizes[location] = place.stat().st_size
     for tensor in external_tensors(model.graph):
-        entries = {entry.key: entry.value for entry in tensor.external_data}
+        entries = {_text(entry.key): _text(entry.value) for entry in tensor.external_data}
         bounds = [entries.get("offset", "0"), entries.get("length", "0")]
         whole = all(re.fullmatch("[0-9]{1,18}", text) for text in bounds)
         size = sizes.get(entries.get("location", ""), 0)
@@ -270,7 +270,12 @@ def external_files(graph: onnx.GraphProto) -> Iterator[str]:
     the ONNX file.
     """
     for tensor in external_tensors(graph):
-        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+        yield from (_text(entry.value) for entry in tensor.external_data if entry.key == "location")
+
+
+def _text(value: str | bytes) -> str:
+    """A text of an ONNX file: protobuf gives bytes where it is not UTF-8."""
+    return value if isinstance(value, str) else os.fsdecode(value)
 
 
 def external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

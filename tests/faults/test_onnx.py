@@ -149,6 +149,24 @@ def test_a_wrong_graph_is_one_line(
 
 
 @pytest.mark.parametrize("command", LINES)
+@pytest.mark.parametrize("text", [b"weights_XX.bin", b"location"])
+def test_texts_of_external_data_that_are_not_utf8(
+    text: bytes, command: str, sound: Path, tmp_path: Path, capsys: Any
+) -> None:
+    desk = fault_desk.copy(sound, tmp_path / "desk")
+    model = onnx.load(desk / "net.onnx")
+    weights(external("weights_XX.bin"))(model)
+    data = model.SerializeToString()
+    assert data.count(text) == 1
+    (desk / "net.onnx").write_bytes(data.replace(text, b"\xff\xfe" + text[2:]))
+    outcome = fault_desk.run(desk, LINES[command], capsys)
+    if outcome.status == 0 and command in PARTIAL:
+        return
+    fault_desk.check_one_line(outcome, 1, r"net\.onnx|net\.cache does not fit: model_sha256")
+    assert outcome.left == (), outcome.left
+
+
+@pytest.mark.parametrize("command", LINES)
 def test_the_graph_before_it_is_edited(command: str, sound: Path, tmp_path: Path, capsys: Any) -> None:  # fmt: skip
     desk = fault_desk.copy(sound, tmp_path / "desk")
     assert fault_desk.run(desk, LINES[command], capsys).status == 0
