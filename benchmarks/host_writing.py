@@ -80,6 +80,7 @@ def detect_files(
         folder.start()
         for result in detect(runtime, batcher):
             writer.write(result)
+    folder.finish()
 
 
 def candidates(

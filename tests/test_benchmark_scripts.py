@@ -64,7 +64,7 @@ def test_check_of_a_busy_onnx_runtime(
 ) -> None:
     model = toy_detector.save(tmp_path / "toy.onnx")
     for number in range(6):
-        toy_detector.image(tmp_path / "in" / f"{number}.png", red=10, green=20, blue=30)
+        toy_detector.image(tmp_path / "in" / f"{number}.png", red=10, green=20, blue=1)
     monkeypatch.setattr(onnx_runtime_busy, "WANTED", wanted)
     argv = ["--onnx", str(model), "--input", str(tmp_path / "in")]
     assert onnx_runtime_busy.main([*argv, "--check"]) == status
