@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import checks, files
-from trtdet.geometry import FloatArray, ResizeTransform, rotated_corners, xyxy_to_xywh, yxyx_to_xyxy
+from trtdet.geometry import (
+    FloatArray,
+    ResizeTransform,
+    clip_to_sources,
+    rotated_corners,
+    to_sources,
+    xyxy_to_xywh,
+    yxyx_to_xyxy,
+)
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -170,17 +178,14 @@ def _without_infinite(
 def _to_source(
     boxes: FloatArray, transforms: Sequence[ResizeTransform], spec: ModelSpec, *, rotated: bool
 ) -> FloatArray:
-    """Boxes of a batch, (n, k, 4), in pixels of their source images: `ResizeTransform.to_source`.
+    """Boxes of a batch, (n, k, 4), in pixels of their source images.
 
     Rotated ones are not clipped: that would move their centres.
     """
-    scale, offset, limit = (
-        np.array([[*pair, *pair] for pair in pairs], np.float32)[:, None]
-        for pairs in zip(*((t.scale_xy, t.offset_xy, t.source_wh) for t in transforms), strict=True)
-    )
-    last_pixel = np.array([0, 0, 1, 1], np.float32) * (spec.inclusive_corners and not rotated)
-    found = ((boxes - last_pixel - offset) / scale).astype(np.float32) + last_pixel
-    return found if rotated else np.clip(found, 0, limit)
+    if rotated:
+        return to_sources(boxes, transforms)
+    last_pixel = np.array([0, 0, 1, 1], np.float32) * spec.inclusive_corners
+    return clip_to_sources(to_sources(boxes - last_pixel, transforms) + last_pixel, transforms)
 
 
 def write_tsv(

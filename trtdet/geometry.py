@@ -4,6 +4,7 @@
 Pure NumPy; every function returns a new array.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,15 +87,25 @@ class ResizeTransform:
             (n, 4) float32, xyxy, pixels of the source image, within 0..width and 0..height if
             `clip`.
         """
-        scale = np.array([*self.scale_xy, *self.scale_xy], np.float32)
-        offset = np.array([*self.offset_xy, *self.offset_xy], np.float32)
-        boxes = ((boxes_xyxy - offset) / scale).astype(np.float32)
-        return self.clip(boxes) if clip else boxes
+        found = to_sources(boxes_xyxy[None], [self])
+        return (clip_to_sources(found, [self]) if clip else found)[0]
 
-    def clip(self, boxes_xyxy: FloatArray) -> FloatArray:
-        """Boxes in pixels of the source image, cut to it."""
-        limit = np.array([*self.source_wh, *self.source_wh], np.float32)
-        return np.clip(boxes_xyxy, 0, limit)
+
+def to_sources(boxes_xyxy: FloatArray, transforms: Sequence[ResizeTransform]) -> FloatArray:
+    """`ResizeTransform.to_source` for the boxes of a batch, (n, k, 4), not clipped."""
+    scale = _per_corner([transform.scale_xy for transform in transforms])
+    offset = _per_corner([transform.offset_xy for transform in transforms])
+    return ((boxes_xyxy - offset) / scale).astype(np.float32)
+
+
+def clip_to_sources(boxes_xyxy: FloatArray, transforms: Sequence[ResizeTransform]) -> FloatArray:
+    """Boxes of a batch, (n, k, 4), in pixels of their source images, cut to these."""
+    return np.clip(boxes_xyxy, 0, _per_corner([transform.source_wh for transform in transforms]))
+
+
+def _per_corner(pairs: Sequence[tuple[float, float]]) -> FloatArray:
+    """x and y of each image for both corners of its boxes, (n, 1, 4)."""
+    return np.array([[*pair, *pair] for pair in pairs], np.float32)[:, None]
 
 
 def in_layout(images: NDArray[Any], layout: Layout) -> NDArray[Any]:
