@@ -9,10 +9,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import cv2
 import numpy as np
@@ -32,28 +33,31 @@ logger = logging.getLogger(__name__)
 #: (shape, dtype) -> array: where batches are written. A runtime hands in one that returns pinned
 #: memory.
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+AnyImages = TypeVar("AnyImages")
+Buffer = TypeVar("Buffer")
 
 
 # ---- batches
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class Batch(Generic[AnyImages]):
     """Some images, ready for the network.
 
     Attributes:
-        images: (n, *image_shape) in the network's layout and dtype, C-contiguous. n = len(batch),
-            or the batch size with `pad_to_batch`: the rows beyond are zero.
+        images: (n, *image_shape) in the network's layout and dtype, C-contiguous: an array, or what
+            stands for one on a GPU. n = len(batch), or the batch size with `pad_to_batch`: the rows
+            beyond are zero.
         paths: one per real image.
         transforms: one per real image, the way back to source pixels.
         sources: the decoded images, where they were asked for.
     """
 
-    images: NDArray[Any]
+    images: AnyImages
     paths: tuple[Path, ...]
     transforms: tuple[ResizeTransform, ...]
     sources: tuple[ImageArray, ...] | None = None
-    lease: "_Lease | None" = field(default=None, repr=False)
+    lease: "Lease[Any] | None" = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """The number of real images."""
@@ -70,10 +74,10 @@ class Batch:
             self.lease.release()
 
 
-class _Lease:
+class Lease(Generic[Buffer]):
     """The right to give one buffer back to its pool, once."""
 
-    def __init__(self, pool: "_BufferPool", buffer: NDArray[Any]) -> None:
+    def __init__(self, pool: "BufferPool[Buffer]", buffer: Buffer) -> None:
         self._pool = pool
         self._buffers = [buffer]
 
@@ -82,24 +86,24 @@ class _Lease:
             self._pool.give(self._buffers.pop())
 
 
-class _BufferPool:
-    """Batch buffers: those given back first, new ones where there are none, so that taking never
-    waits.
+class BufferPool(Generic[Buffer]):
+    """Batch buffers: those given back first, new ones, which `make` makes, where there are none, so
+    that taking never waits.
 
     Threads may take and give at once (a deque's append and pop are atomic).
     """
 
-    def __init__(self, allocate: Allocate, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._allocate, self._shape, self._dtype = allocate, shape, dtype
-        self._free: deque[NDArray[Any]] = deque()
+    def __init__(self, make: Callable[[], Buffer]) -> None:
+        self._make = make
+        self._free: deque[Buffer] = deque()
 
-    def take(self) -> NDArray[Any]:
+    def take(self) -> Buffer:
         try:
             return self._free.pop()
         except IndexError:
-            return self._allocate(self._shape, self._dtype)
+            return self._make()
 
-    def give(self, buffer: NDArray[Any]) -> None:
+    def give(self, buffer: Buffer) -> None:
         self._free.append(buffer)
 
 
@@ -240,7 +244,7 @@ class ImageBatcher(Closing):
             shape = (batch_size, *largest.image_shape)
         else:
             shape = (batch_size, *preprocessing.image_shape)
-        self._pool = _BufferPool(allocate, shape, np.dtype(preprocessing.dtype))
+        self._pool = BufferPool(partial(allocate, shape, np.dtype(preprocessing.dtype)))
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
     def close(self) -> None:
@@ -367,4 +371,4 @@ class ImageBatcher(Closing):
             images = target.buffer
         paths, transforms, sources = zip(*done, strict=True)
         kept = sources if self._keep_sources else None
-        return Batch(images, paths, transforms, kept, _Lease(self._pool, target.memory))
+        return Batch(images, paths, transforms, kept, Lease(self._pool, target.memory))

@@ -5,66 +5,37 @@ them.
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import cuda
 from trtdet.closing import Closing
-from trtdet.geometry import ResizeTransform
+from trtdet.images.batcher import Batch, BufferPool
 from trtdet.images.files import ImageArray
 from trtdet.runtimes import place
 from trtdet.runtimes.base import DeviceImages
 from trtdet.spec import Preprocessing
 
-
-@dataclass(frozen=True, eq=False)
-class DeviceBatch:
-    """Some images, ready for the network, in the memory of a GPU: `trtdet.images.batcher.Batch`.
-
-    Valid until it is released, or its batcher is closed.
-    """
-
-    images: DeviceImages
-    paths: tuple[Path, ...]
-    transforms: tuple[ResizeTransform, ...]
-    sources: tuple[ImageArray, ...] | None
-    _pool: "Pool" = field(repr=False)
-    _buffers: list[cuda.DeviceBuffer] = field(repr=False)
-
-    def __len__(self) -> int:
-        """The number of real images."""
-        return len(self.paths)
-
-    def release(self) -> None:
-        """Give the memory back to be filled again; the images must not be read after this."""
-        while self._buffers:
-            self._pool.give(self._buffers.pop())
+#: A batch in the memory of a GPU: valid until it is released, or its batcher is closed.
+DeviceBatch: TypeAlias = Batch[DeviceImages]
 
 
-class Pool(Closing):
-    """Buffers of one size on the GPU: those given back first, new ones where there are none."""
+class Pool(BufferPool[cuda.DeviceBuffer], Closing):
+    """Buffers of one size on the GPU, freed together."""
 
     def __init__(self, nbytes: int) -> None:
+        super().__init__(self._make_one)
         self.nbytes = nbytes
-        self._free: deque[cuda.DeviceBuffer] = deque()
         self._all: list[cuda.DeviceBuffer] = []
 
-    def take(self) -> cuda.DeviceBuffer:
-        try:
-            return self._free.pop()
-        except IndexError:
-            self._all.append(cuda.DeviceBuffer(self.nbytes))
-            return self._all[-1]
-
-    def give(self, buffer: cuda.DeviceBuffer) -> None:
-        self._free.append(buffer)
+    def _make_one(self) -> cuda.DeviceBuffer:
+        self._all.append(cuda.DeviceBuffer(self.nbytes))
+        return self._all[-1]
 
     def close(self) -> None:
         self._free.clear()

@@ -18,6 +18,7 @@ from trtdet.cuda_kernel import ADDRESS, Kernel
 from trtdet.errors import EngineError
 from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform
+from trtdet.images.batcher import Lease
 from trtdet.images.files import ImageArray, image_size, load_image
 from trtdet.images.options import Resample
 from trtdet.images.preprocess import ShorterSide, placement_of
@@ -287,8 +288,7 @@ class Filling:
             tuple(source.path for source in sources),
             transforms,
             tuple(source.pixels for source in sources) if settings.keep_sources else None,
-            self._pool,
-            [batch.buffer],
+            Lease(self._pool, batch.buffer),
         )
 
     def _launch(self, slot: Slot, canvas: Preprocessing, first: int, end: int) -> None:
