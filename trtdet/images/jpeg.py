@@ -7,6 +7,7 @@ segment); Adobe's technical note 5116 (the APP14 segment).
 
 import re
 import struct
+from collections.abc import Iterator
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
@@ -26,23 +27,33 @@ def plain_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
     None for all others: grey and CMYK, RGB, rotated by EXIF, truncated, and what is no JPEG.
     """
-    if data[:2] != SOI or data[-2:] != EOI:
+    if data[-2:] != EOI:
         return None
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], (data[at + 2] << 8) + data[at + 3]
-        if BASELINE <= marker <= PROGRESSIVE:
+    for marker, at, end in segments(data):
+        if is_frame(marker):
             return _frame(data, at)
-        if marker == APP1 and not _is_upright(data[at + 4 : at + 2 + length]):
+        if marker == APP1 and not _is_upright(data[at + 4 : end]):
             return None
-        if (
-            marker == APP14
-            and bytes(data[at + 4 : at + 9]) == b"Adobe"
-            and data[at + 15 : at + 16] != b"\x01"
-        ):
+        is_adobe = marker == APP14 and bytes(data[at + 4 : at + 9]) == b"Adobe"
+        if is_adobe and data[at + 15 : at + 16] != b"\x01":
             return None
-        at += 2 + length
     return None
+
+
+def segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+    """The segments of a header one after the other: marker, where it begins, where it ends. None of
+    what is no JPEG.
+    """
+    at = len(SOI) if data[:2] == SOI else len(data)
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        end = at + 2 + (data[at + 2] << 8) + data[at + 3]
+        yield data[at + 1], at, end
+        at = end
+
+
+def is_frame(marker: int) -> bool:
+    """Whether a segment is the header of a frame that is coded in the usual ways."""
+    return BASELINE <= marker <= PROGRESSIVE
 
 
 def without_trailer(data: bytes) -> bytes:
