@@ -20,7 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from trtdet.precision.graph_types import replace_nodes
-from trtdet.precision.pairs import drop_unread_weights, tensor_names
+from trtdet.precision.pairs import drop_unread_weights, tensor_names, unused_name
 
 #: How many steps a bias may be large, by the type that divides: float32 holds more than INT32.
 MOST_STEPS_OF_FP16 = 65504.0
@@ -60,12 +60,12 @@ def _take_bias(
     result, bias = conv.output[0], conv.input[2]
     constant = TensorProto()
     constant.CopyFrom(next(w for w in graph.initializer if w.name == bias))
-    constant.name = _unused(f"{result}/bias/constant", taken)
+    constant.name = unused_name(f"{result}/bias/constant", taken)
     constant.dims[:] = [1, *constant.dims, *[1] * (rank - 2)]
     graph.initializer.append(constant)
-    conv.output[0] = _unused(f"{result}/without_bias", taken)
+    conv.output[0] = unused_name(f"{result}/without_bias", taken)
     del conv.input[2]
-    name = _unused(f"{result}/bias", taken)
+    name = unused_name(f"{result}/bias", taken)
     return helper.make_node("Add", [conv.output[0], constant.name], [result], name=name)
 
 
@@ -114,10 +114,3 @@ def _is_quantized(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]
     while len(found) == 1 and found[0].op_type in PASSED:
         found = readers.get(found[0].output[0], [])
     return len(found) == 1 and found[0].op_type == "QuantizeLinear"
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name

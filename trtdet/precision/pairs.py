@@ -206,10 +206,15 @@ class _Writer:
         return name
 
     def _unused(self, name: str) -> str:
-        while name in self._taken:
-            name += "_"
-        self._taken.add(name)
-        return name
+        return unused_name(name, self._taken)
+
+
+def unused_name(name: str, taken: set[str]) -> str:
+    """The name, or one like it that is in use for nothing; `taken` has it from then on."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
 
 
 def tensor_names(graph: onnx.GraphProto) -> set[str]:
