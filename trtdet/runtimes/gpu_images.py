@@ -9,8 +9,8 @@ A chunk is some batches. While the GPU works on one, the next is decoded and the
 read; what comes out is complete, so that whoever takes it has nothing to wait for.
 
 JPEGs that decoders show differently (`trtdet.images.jpeg`) and other kinds of images are decoded on
-the CPU, by threads for it, and placed by the same kernel. Its arithmetic is that
-of `trtdet.images.preprocess`; the pixels of decoded JPEGs differ by one level at most.
+the CPU, by threads for it, and placed by the same kernel. Its arithmetic is that of
+`trtdet.images.preprocess`; on photographs, network inputs were at most two levels apart.
 """
 
 import logging
@@ -19,11 +19,12 @@ import os
 import stat
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from trtdet import cuda
 from trtdet.closing import Closing
@@ -62,6 +63,7 @@ AHEAD = 2
 #: Bytes that are read at once, and of files that are left to the CPU.
 USUAL_FILE, LONGEST_FILE = 1 << 17, 1 << 28
 
+T = TypeVar("T")
 #: Images that a thread has read; those that the CPU decodes may not be there yet.
 _Part = list[Item | Future[Item]]
 
@@ -157,7 +159,6 @@ class GpuImageBatcher(Closing):
         return iteration
 
     def _iterate(self) -> Generator[DeviceBatch, None, None]:
-        reading: deque[list[Future[_Part]]] = deque()
         decoding: deque[Future[Slot]] = deque()
         device = (self._settings.device,)
         readers = ThreadPoolExecutor(READERS, "gpu-images-reader")
@@ -167,20 +168,10 @@ class GpuImageBatcher(Closing):
             self._settings, self._decoder, self._kernel, self._stream, self._pool, cpu
         )
         try:
-            for start in range(0, len(self.paths), self._chunk):
-                paths = self.paths[start : start + self._chunk]
-                parts = [paths[at : at + SHARE] for at in range(0, len(paths), SHARE)]
-                reading.append([readers.submit(self._read, part, cpu) for part in parts])
-                if len(reading) > AHEAD:
-                    decoding.append(decoder.submit(self._decode, filling, reading.popleft()))
-                if len(decoding) > AHEAD:
-                    yield from self._finished(decoding.popleft().result())
-            while reading:
-                decoding.append(decoder.submit(self._decode, filling, reading.popleft()))
-                if len(decoding) > AHEAD:
-                    yield from self._finished(decoding.popleft().result())
-            while decoding:
-                yield from self._finished(decoding.popleft().result())
+            read = ahead(self._chunks(readers, cpu), deque())
+            decoded = (decoder.submit(self._decode, filling, parts) for parts in read)
+            for slot in ahead(decoded, decoding):
+                yield from self._finished(slot.result())
             yield from filling.rest()
             if self.on_cpu:
                 logger.info("%d of %d images were decoded on the CPU", self.on_cpu, len(self.paths))
@@ -192,6 +183,13 @@ class GpuImageBatcher(Closing):
                 if not future.cancelled() and future.exception() is None:
                     self._take_back(future.result())
             filling.discard()
+
+    def _chunks(self, readers: Executor, cpu: Executor) -> Iterator[list[Future[_Part]]]:
+        """Start to read one chunk after the other, in parts."""
+        for start in range(0, len(self.paths), self._chunk):
+            paths = self.paths[start : start + self._chunk]
+            parts = [paths[at : at + SHARE] for at in range(0, len(paths), SHARE)]
+            yield [readers.submit(self._read, part, cpu) for part in parts]
 
     def _finished(self, slot: Slot) -> Iterator[DeviceBatch]:
         """The batches of a chunk, once they are complete."""
@@ -246,6 +244,16 @@ class GpuImageBatcher(Closing):
         except (OSError, ValueError):
             pass  # `load_image` says what it is
         return None
+
+
+def ahead(started: Iterable[T], waiting: deque[T]) -> Iterator[T]:
+    """What is started, in order, while `AHEAD` more of it are under way, in `waiting`."""
+    for one in started:
+        waiting.append(one)
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
 def read_whole(path: Path) -> bytes:
