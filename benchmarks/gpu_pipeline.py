@@ -17,7 +17,6 @@ Needs an NVIDIA GPU, nvImageCodec and NVRTC (requirements-gpu.txt). The parts:
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -33,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import host_writing
 import trt_runtime
+from criteria import conclude
 from host_pipeline import best_times
 
 from trtdet import cuda
 from trtdet.commands.cli import run_main, setup_logging
 from trtdet.commands.values import parse_devices, positive_int
-from trtdet.files import write_text
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import find_images
 from trtdet.images.options import Decode, parse_size
@@ -269,13 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.onnx:
             report["model"] = found = measure_model(args)
             show(args.onnx.name, found["images_per_second"], found["of_model"], "/ model alone")
-        report["criteria"] = criteria(report)
         print()
-        for text, met in report["criteria"].items():
-            print(f"{text}: {'yes' if met else 'NO'}")
-        if args.json:
-            write_text(args.json, json.dumps(report, indent=2) + "\n")
-        return 1 if args.check and not all(report["criteria"].values()) else 0
+        return conclude(report, criteria(report), args)
 
     return run_main(run)
 

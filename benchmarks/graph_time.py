@@ -14,7 +14,6 @@ a GPU.
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -29,10 +28,11 @@ import onnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from criteria import conclude
+
 from trtdet import sessions
 from trtdet.commands.cli import run_main, setup_logging
 from trtdet.commands.values import positive_int
-from trtdet.files import write_text
 from trtdet.machine import describe_machine
 from trtdet.nms import lowering
 from trtdet.onnx_files import image_input, read_onnx
@@ -150,9 +150,6 @@ def show(report: dict[str, Any]) -> None:
     print(f"\n{'NMS of operators':<24}{'with, ms':>12}{'without, ms':>12}{'share':>10}")
     for name, (with_nms, without, share) in report["nms"].items():
         print(f"{name:<24}{with_nms:>12.3f}{without:>12.3f}{share:>10.1%}")
-    print()
-    for text, met in criteria(report).items():
-        print(f"{text}: {'yes' if met else 'NO'}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -178,9 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         report = measure(args)
         show(report)
-        if args.json:
-            write_text(args.json, json.dumps(report, indent=2) + "\n")
-        return 1 if args.check and not all(criteria(report).values()) else 0
+        print()
+        return conclude(report, criteria(report), args)
 
     return run_main(run)
 

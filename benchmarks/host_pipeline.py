@@ -21,7 +21,6 @@ Without --input, photographs are made up (smooth noise, JPEG quality 90). The pa
 import argparse
 import importlib.util
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -41,11 +40,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import host_profile
 import host_writing
+from criteria import conclude
 from host_child import Child, run_all
 
 from trtdet.commands.cli import run_main, setup_logging
 from trtdet.commands.values import positive_int
-from trtdet.files import write_text
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import find_images
 from trtdet.images.options import parse_size
@@ -285,12 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             last = f"{nvidia:>10.2f}" if nvidia else ""
             print(f"{name:<24}{rate:>9.1f}{report['of_decode'][name]:>10.3f}{last}")
         print("\n".join(report.get("more", ())))
-        report["criteria"] = criteria(report)
-        for text, met in report["criteria"].items():
-            print(f"{text}: {'yes' if met else 'NO'}")
-        if args.json:
-            write_text(args.json, json.dumps(report, indent=2) + "\n")
-        return 1 if args.check and not all(report["criteria"].values()) else 0
+        return conclude(report, criteria(report), args)
 
     return run_main(run)
 
