@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One image file -> one row of a batch: what each worker of `ImageBatcher` does, a thread or a
-process.
-"""
+"""One image file -> one row of a batch: what each worker of `ImageBatcher` does."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
