@@ -21,8 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from trtdet.images import jpeg
-
 ImageArray = NDArray[np.uint8]  # (h, w, 3) RGB
 
 #: Where images are: a file, a folder or a glob, or several of them.
@@ -34,6 +32,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 #: What Pillow decodes of them, whatever they are called. Not EPS, for which it runs Ghostscript,
 #: nor the many kinds that nobody photographs in.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
+#: Markers of a JPEG (ITU-T T.81, annex B): its start, and the frame headers that are read.
+SOI = b"\xff\xd8"
+BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 #: Files shorter than this are read into memory that each thread keeps.
 _KEPT_BYTES = 1 << 20
 _thread = threading.local()
@@ -271,11 +272,27 @@ def _plain_jpeg(data: bytes | memoryview) -> bool:
     Pillow's own reading of the header takes four times as long, with the GIL held: at 16 cores 4 %
     of the throughput.
     """
-    for marker, at, _ in jpeg.segments(data):
-        if jpeg.is_frame(marker):
+    for marker, at, _ in segments(data):
+        if is_frame(marker):
             bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
             return bits == 8 and channels in (1, 3) and height * width <= most_pixels()
     return False
+
+
+def segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+    """The segments of a header one after the other: marker, where it begins, where it ends. None of
+    what is no JPEG.
+    """
+    at = len(SOI) if data[:2] == SOI else len(data)
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        end = at + 2 + (data[at + 2] << 8) + data[at + 3]
+        yield data[at + 1], at, end
+        at = end
+
+
+def is_frame(marker: int) -> bool:
+    """Whether a segment is the header of a frame that is coded in the usual ways."""
+    return BASELINE <= marker <= PROGRESSIVE
 
 
 def most_pixels() -> int:

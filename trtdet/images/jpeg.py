@@ -7,10 +7,10 @@ segment); Adobe's technical note 5116 (the APP14 segment).
 
 import re
 import struct
-from collections.abc import Iterator
 
-SOI, EOI = b"\xff\xd8", b"\xff\xd9"
-BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
+from trtdet.images.files import SOI, is_frame, segments
+
+EOI = b"\xff\xd9"
 APP1, APP14 = 0xE1, 0xEE
 SOS = 0xDA
 #: The first marker behind the pixels of a scan, where 0xFF may be stuffed, filled or a restart.
@@ -38,22 +38,6 @@ def plain_size(data: bytes | memoryview) -> tuple[int, int] | None:
         if is_adobe and data[at + 15 : at + 16] != b"\x01":
             return None
     return None
-
-
-def segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
-    """The segments of a header one after the other: marker, where it begins, where it ends. None of
-    what is no JPEG.
-    """
-    at = len(SOI) if data[:2] == SOI else len(data)
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        end = at + 2 + (data[at + 2] << 8) + data[at + 3]
-        yield data[at + 1], at, end
-        at = end
-
-
-def is_frame(marker: int) -> bool:
-    """Whether a segment is the header of a frame that is coded in the usual ways."""
-    return BASELINE <= marker <= PROGRESSIVE
 
 
 def without_trailer(data: bytes) -> bytes:

@@ -30,8 +30,8 @@ from trtdet import cuda
 from trtdet.closing import Closing
 from trtdet.cuda_kernel import kernel_of
 from trtdet.errors import EngineError
-from trtdet.images.files import most_pixels
-from trtdet.images.jpeg import SOI, plain_size, without_trailer
+from trtdet.images.files import SOI, most_pixels
+from trtdet.images.jpeg import plain_size, without_trailer
 from trtdet.images.options import Resample
 from trtdet.images.preprocess import ShorterSide
 from trtdet.machine import available_cores
