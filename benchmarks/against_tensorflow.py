@@ -59,7 +59,7 @@ def trtdet_work(model: Path, output: Path) -> Work:
     """What infer.py does with --no_images, once the model is open."""
     from trtdet.results import coco, naming
     from trtdet.results.writer import result_writer
-    from trtdet.run.detect import detect, open_batcher, open_model
+    from trtdet.run.detect import find, open_batcher, open_model
     from trtdet.run.options import RunOptions
 
     options = RunOptions()
@@ -71,10 +71,12 @@ def trtdet_work(model: Path, output: Path) -> Work:
         ids = coco.name_images(images, root)
         with (
             open_batcher(runtime, images, options) as batcher,
-            result_writer(output, runtime.spec, names=names, image_ids=ids) as writer,
+            result_writer(
+                output, runtime.spec, names=names, image_ids=ids, pictures=False
+            ) as writer,
         ):
-            for result in detect(runtime, batcher):
-                writer.write(result)
+            for found in find(runtime, batcher):
+                writer.write(found)
 
     return work
 

@@ -17,7 +17,7 @@ from trtdet.results import coco, naming
 from trtdet.results.manifest import RunFolder
 from trtdet.results.options import ImageFormat
 from trtdet.results.writer import result_writer
-from trtdet.run.detect import detect, open_batcher, open_model
+from trtdet.run.detect import find, open_batcher, open_model
 from trtdet.run.infer import writes_in_processes
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Outputs, Runtime
@@ -33,6 +33,7 @@ class StandInEngine(Runtime, Closing):
 
     batch_range: tuple[int, int | None] = (1, None)
     description = "stand-in engine"
+    overlaps = True  # as an engine does
 
     def __init__(self, preprocessing: Preprocessing, boxes: int) -> None:
         self.spec = ModelSpec("automl", preprocessing, Nms(), tuple(range(1, 91)))
@@ -64,22 +65,25 @@ def detect_files(
     root = paths[0].parent
     names = dict(zip(paths, naming.output_names(paths, root), strict=True))
     folder = RunFolder(output, [], (".tsv",), {})
+    pictures = image_format is not None
+    processes = writes_in_processes(runtime, len(paths))
     with (
         folder,
-        open_batcher(runtime, paths, options, keep_sources=image_format is not None) as batcher,
+        open_batcher(runtime, paths, options, keep_sources=pictures and not processes) as batcher,
         result_writer(
             output,
             runtime.spec,
             names=names,
             image_ids=coco.name_images(paths, root),
+            pictures=pictures,
             folder=folder,
             image_format=image_format or "png",
-            processes=image_format is None and writes_in_processes(runtime, len(paths)),
+            processes=processes,
         ) as writer,
     ):
         folder.start()
-        for result in detect(runtime, batcher):
-            writer.write(result)
+        for found in find(runtime, batcher):
+            writer.write(found)
     folder.finish()
 
 

@@ -20,7 +20,9 @@ import os, signal, sys, time
 from pathlib import Path
 from trtdet.processes import Process
 from trtdet.results.image_files import ImageFiles
-files = ImageFiles(Path(sys.argv[1]), (), False, 0.3, "png", (1,), False, False)
+from trtdet.spec import ModelSpec, Nms, Preprocessing
+spec = ModelSpec("automl", Preprocessing((64, 64)), Nms(), (1,))
+files = ImageFiles(Path(sys.argv[1]), spec, (), False, False, 0.3, "png", False)
 process = Process("trtdet.results.image_files", "writes results", files)
 """
 

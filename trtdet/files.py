@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -185,6 +186,7 @@ def _temporary_beside(target: Path) -> Path:
         return temporary
 
 
+@cache
 def _host() -> str:
     """Of all machines and containers whose process numbers mean other processes."""
     try:

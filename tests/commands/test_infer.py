@@ -29,6 +29,7 @@ from trtdet.errors import EngineError
 from trtdet.images import batcher
 from trtdet.results import image_files
 from trtdet.results import writer as results_writer
+from trtdet.results.found import Found
 from trtdet.run import benchmark, detect
 from trtdet.runtimes.ort import OnnxRuntime
 from trtdet.spec import ModelSpec
@@ -347,6 +348,10 @@ def detections(count: int = 1) -> Detections:
     )
 
 
+def found(number: int) -> Found:
+    return Found([Path(f"{number}.jpg")], [detections()])
+
+
 def writer(output: Path, count: int) -> Any:
     paths = [Path(f"{n}.jpg") for n in range(count)]
     spec = ModelSpec.from_onnx(toy_detector.model())
@@ -355,6 +360,7 @@ def writer(output: Path, count: int) -> Any:
         spec,
         names={path: Path(path.stem) for path in paths},
         image_ids={path: int(path.stem) for path in paths},
+        pictures=False,
     )
 
 
@@ -362,10 +368,10 @@ def test_an_output_directory_that_disappears_ends_the_run(tmp_path: Path) -> Non
     out = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="has disappeared during the run"):  # noqa: SIM117
         with writer(out, 200) as results:
-            results.write(results_writer.ImageResult(Path("0.jpg"), detections(), None))
+            results.write(found(0))
             out.rename(tmp_path / "elsewhere")
             for number in range(1, 200):
-                results.write(results_writer.ImageResult(Path(f"{number}.jpg"), detections(), None))
+                results.write(found(number))
     # Threads that had passed their check may have made the directory once more, but nobody goes on
     # filling it.
     assert not (out / "detections.json").exists()
@@ -385,7 +391,7 @@ def test_a_result_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         with writer(out, 3) as results:
             (out / "1.tsv").mkdir()  # a directory where the file should go
             for number in range(3):
-                results.write(results_writer.ImageResult(Path(f"{number}.jpg"), detections(), None))
+                results.write(found(number))
     assert not (out / "detections.json").exists()
     assert list(out.glob(".*")) == []  # no temporary file is left
 
@@ -403,9 +409,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
             with writer(out, 300) as results:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
                 for number in range(300):
-                    results.write(
-                        results_writer.ImageResult(Path(f"{number}.jpg"), detections(), None)
-                    )
+                    results.write(found(number))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (out / "detections.json").exists()
@@ -443,7 +447,7 @@ def test_a_slow_disk_holds_the_runtime_back(
 
         def produce() -> None:
             for number in range(100):
-                results.write(results_writer.ImageResult(Path(f"{number}.jpg"), detections(), None))
+                results.write(found(number))
                 taken.append(number)
 
         producer = threading.Thread(target=produce)
@@ -456,8 +460,8 @@ def test_a_slow_disk_holds_the_runtime_back(
         go.set()
         producer.join(30)
     assert len(taken) == 100
-    found = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert [r["image_id"] for r in found] == list(range(100))
+    written = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [r["image_id"] for r in written] == list(range(100))
 
 
 @pytest.mark.parametrize(
@@ -810,18 +814,20 @@ class Broken(Exception):
 
 
 def break_off(toy: Path, source: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:  # fmt: skip
-    """A run whose writer gets `after` results."""
+    """A run whose writer gets results of `after` images."""
     write = results_writer.ResultWriter.write
     count = 0
 
-    def write_some(self: Any, result: Any) -> None:
+    def write_some(self: Any, found: Found) -> None:
         nonlocal count
-        if count == after:
-            for future in self._pending:
+        part = found[: after - count]
+        if part:
+            write(self, part)
+        count += len(part)
+        if len(part) < len(found):
+            for _, future in self._pending:
                 future.result()
             raise Broken
-        count += 1
-        write(self, result)
 
     with monkeypatch.context() as patch:
         patch.setattr(results_writer.ResultWriter, "write", write_some)
@@ -921,7 +927,7 @@ def test_all_images_may_be_done(toy: Path, tmp_path: Path, monkeypatch: pytest.M
         image(tmp_path / "in" / f"{number}.png", red=100 + number, green=number % 5, blue=0)
     assert run(toy, tmp_path / "in", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(results_writer.ResultWriter, "finish", lambda self: [f.result() for f in self._pending] and 1 / 0)  # fmt: skip
+        patch.setattr(results_writer.ResultWriter, "finish", lambda self: [f.result() for _, f in self._pending] and 1 / 0)  # fmt: skip
         with pytest.raises(ZeroDivisionError):
             run(toy, tmp_path / "in", tmp_path / "out")
     assert run(toy, tmp_path / "in", tmp_path / "out", "--resume") == 0

@@ -23,6 +23,7 @@ from trtdet import cuda
 from trtdet.commands import eval_coco, infer
 from trtdet.images import batcher
 from trtdet.results import writer
+from trtdet.results.found import Found
 from trtdet.run import benchmark, detect
 from trtdet.runtimes.trt import TensorRTRuntime
 
@@ -292,13 +293,14 @@ def test_memory_is_flat_from_files_to_files(
     Image.fromarray(pixels).save(photos / "0.jpg")
     for number in range(1, 2000):
         os.link(photos / "0.jpg", photos / f"{number}.jpg")
-    resident, write = {}, writer.ResultWriter.write
+    resident: dict[int, int] = {}
+    write = writer.ResultWriter.write
 
-    def note_and_write(self: writer.ResultWriter, result: writer.ImageResult) -> None:
-        write(self, result)
-        count = len(resident)
+    def note_and_write(self: writer.ResultWriter, found: Found) -> None:
+        write(self, found)
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        resident[count] = pages * os.sysconf("SC_PAGE_SIZE")
+        for _ in found.paths:
+            resident[len(resident)] = pages * os.sysconf("SC_PAGE_SIZE")
 
     monkeypatch.setattr(writer.ResultWriter, "write", note_and_write)
     assert run(engine, photos, tmp_path / "out", "--devices", "all") == 0

@@ -5,43 +5,58 @@ import gc
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
-from trtdet.detections import Detections
+from trtdet.geometry import ResizeTransform
+from trtdet.images.files import load_image
 from trtdet.processes import Process, available
 from trtdet.results import writer
-from trtdet.results.image_files import ImageFiles, Task, _Answers, pack
+from trtdet.results.found import Found, Outputs
+from trtdet.results.image_files import ImageFiles, Task, _Answers
 from trtdet.results.manifest import PARTIAL, RunFolder
-from trtdet.results.writer import ImageResult, result_writer
+from trtdet.results.writer import result_writer
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 pytestmark = pytest.mark.skipif(not available(), reason="this system has no such processes")
 
 SPEC = ModelSpec("automl", Preprocessing((64, 64)), Nms(), tuple(range(1, 91)))
-COUNT = 60
+COUNT, BATCH = 60, 6
 
 
-def detections(number: int) -> Detections:
-    rng = np.random.default_rng(number)
-    count = number % 7
-    boxes = np.sort(rng.uniform(0, 64, (count, 2, 2)), axis=1).reshape(count, 4)
-    return Detections(
-        boxes.astype(np.float32),
-        rng.uniform(0, 1, count).astype(np.float32),
-        rng.integers(0, 90, count).astype(np.int32),
-    )
+def outputs(numbers: Sequence[int]) -> Outputs:
+    """Image n has n % 7 detections, in a network input of half its size."""
+    arrays = {
+        "num_detections": np.array([[n % 7] for n in numbers], np.int32),
+        "detection_boxes": np.zeros((len(numbers), 10, 4), np.float32),
+        "detection_scores": np.zeros((len(numbers), 10), np.float32),
+        "detection_classes": np.zeros((len(numbers), 10), np.int32),
+    }
+    for row, number in enumerate(numbers):
+        rng = np.random.default_rng(number)
+        corners = np.sort(rng.uniform(0, 1, (10, 2, 2)), axis=1)
+        arrays["detection_boxes"][row] = corners.reshape(10, 4)
+        arrays["detection_scores"][row] = np.sort(rng.uniform(0.1, 1, 10))[::-1]
+        arrays["detection_classes"][row] = rng.integers(0, 90, 10)
+    return Outputs(arrays, [ResizeTransform((128, 128), (0.5, 0.5))] * len(numbers), (64, 64))
+
+
+def found(images: Sequence[Path], *, sources: bool = False) -> Found:
+    pixels = [load_image(path) for path in images] if sources else None
+    return Found(images, outputs([int(path.stem) for path in images]), pixels)
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> list[Path]:
     folder = tmp_path / "images"
     folder.mkdir()
-    paths = [folder / f"{number:03}.jpg" for number in range(COUNT)]
+    paths = [folder / f"{number:03}.png" for number in range(COUNT)]
     for path in paths:
-        path.write_bytes(b"a picture")
+        cv2.imwrite(str(path), np.full((128, 128, 3), int(path.stem), np.uint8))
     return paths
 
 
@@ -54,9 +69,9 @@ def started() -> list[Process]:
     ]
 
 
-def write(images: list[Path], output: Path, *, processes: bool, kill: bool = False) -> list[Process]:  # fmt: skip
+def write(images: list[Path], output: Path, *, processes: bool, pictures: bool = False, kill: bool = False) -> list[Process]:  # fmt: skip
     folder = RunFolder(output, [], (".tsv",), {})
-    found: list[Process] = []
+    running: list[Process] = []
     with (
         folder,
         result_writer(
@@ -66,19 +81,21 @@ def write(images: list[Path], output: Path, *, processes: bool, kill: bool = Fal
             image_ids={path: int(path.stem) for path in images},
             labels=[f"class {n}" for n in range(90)],
             tsv_header=True,
+            pictures=pictures,
             folder=folder,
             processes=processes,
         ) as results,
     ):
         folder.start()
-        for number, path in enumerate(images):
-            results.write(ImageResult(path, detections(number), None))
-            if number == COUNT // 2 and processes:
-                found = started()
+        for start in range(0, COUNT, BATCH):
+            batch = images[start : start + BATCH]
+            results.write(found(batch, sources=pictures and not processes))
+            if start == COUNT // 2 and processes:
+                running = started()
                 if kill:
-                    for process in found:
+                    for process in running:
                         os.kill(process.pid, signal.SIGKILL)
-    return found
+    return running
 
 
 def files_of(folder: Path) -> dict[str, object]:
@@ -92,28 +109,55 @@ def files_of(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("kill", [False, True])
-def test_files_are_those_of_threads(images: list[Path], tmp_path: Path, kill: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@pytest.mark.parametrize(("pictures", "kill"), [(False, False), (False, True), (True, False), (True, True)])  # fmt: skip
+def test_files_are_those_of_threads(pictures: bool, kill: bool, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """With pictures too, for which a process reads the image itself."""
     monkeypatch.setattr(writer, "available_cores", lambda: 2)
-    assert write(images, tmp_path / "threads", processes=False) == []
-    found = write(images, tmp_path / "processes", processes=True, kill=kill)
-    assert len(found) == 2
-    assert files_of(tmp_path / "processes") == files_of(tmp_path / "threads")
+    assert write(images, tmp_path / "threads", processes=False, pictures=pictures) == []
+    running = write(images, tmp_path / "processes", processes=True, pictures=pictures, kill=kill)
+    assert len(running) == 2
+    files = files_of(tmp_path / "processes")
+    assert files == files_of(tmp_path / "threads")
+    assert len(files) == (2 if pictures else 1) * COUNT + 4  # detections, labels, manifest, lines
     text = (tmp_path / "processes" / "detections.json").read_text()
-    assert [r["image_id"] for r in json.loads(text)] == [n for n in range(COUNT) for _ in range(n % 7)]  # fmt: skip
-    for process in found:
+    assert [r["image_id"] for r in json.loads(text)] == [
+        n for n in range(COUNT) for _ in range(n % 7)
+    ]
+    for process in running:
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
+
+
+def answers(folder: Path) -> _Answers:
+    return _Answers(ImageFiles(folder, SPEC, (), False, False, 0.3, "png", True))
+
+
+def task(outputs: Outputs) -> Task:
+    count = len(outputs)
+    paths = [Path(f"{n}.jpg") for n in range(count)]
+    return Task(Found(paths, outputs), [path.stem for path in paths], range(count))
 
 
 def test_a_journal_that_cannot_be_written_is_an_answer(tmp_path: Path) -> None:
     """Not a traceback of the process, behind which the run goes on without it."""
     (tmp_path / PARTIAL).mkdir()
-    image_files = ImageFiles(tmp_path, (), False, 0.3, "png", tuple(range(90)), False, True)
-    answer = _Answers(image_files)
-    texts, undrawn, error = answer(pack([Task(tmp_path / "1.jpg", Path("1"), 1, detections(1))]))
-    assert (texts, undrawn) == ([], 0)
-    assert isinstance(error, IsADirectoryError)
+    written = answers(tmp_path)(task(outputs([1])))
+    assert (written.images, written.text, written.boxes) == (0, "", 0)
+    assert isinstance(written.error, IsADirectoryError)
+
+
+def test_what_a_process_has_to_say_is_in_its_answer(tmp_path: Path) -> None:
+    """Its own stderr is nobody's."""
+    some = outputs([6, 5])
+    some.arrays["detection_boxes"][0, 1] = np.nan
+    written = answers(tmp_path)(task(some))
+    assert (written.images, written.boxes, written.error) == (2, 10, None)
+    assert written.warnings == (
+        "1 of 6 detections of an image are left out: their boxes or scores are not finite, as of an FP16 model that overflows",
+    )
+    some.arrays["detection_classes"][1, 0] = 90
+    written = answers(tmp_path)(task(some))
+    assert str(written.error).startswith("detection_classes: expected 0 to 89, found 90; ")
 
 
 def test_an_error_of_a_process_is_raised_here(images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -122,13 +166,15 @@ def test_an_error_of_a_process_is_raised_here(images: list[Path], tmp_path: Path
     names = {path: Path(path.stem) for path in images}
     ids = {path: int(path.stem) for path in images}
     with (
-        pytest.raises(OSError, match=r"--output: cannot write the results of .*050\.jpg"),
-        result_writer(output, SPEC, names=names, image_ids=ids, processes=True) as results,
+        pytest.raises(OSError, match=r"--output: cannot write the results of .*050\.png"),
+        result_writer(
+            output, SPEC, names=names, image_ids=ids, pictures=False, processes=True
+        ) as results,
     ):
-        for number, path in enumerate(images):
-            if number == 20:
+        for start in range(0, COUNT, BATCH):
+            if start == 18:
                 assert len(started()) == 1
-            if number == 50:
+            if start == 48:
                 (output / "050.tsv").mkdir()
-            results.write(ImageResult(path, detections(number), None))
+            results.write(found(images[start : start + BATCH]))
     assert not (output / "detections.json").exists()

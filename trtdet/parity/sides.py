@@ -41,7 +41,7 @@ from trtdet.parity.numbers import SideInfo
 from trtdet.precision import quantization
 from trtdet.precision.emulation import emulate
 from trtdet.precision.equalization import read_rescaled
-from trtdet.run.detect import decoded, open_batcher, open_model
+from trtdet.run.detect import open_batcher, open_model, run_batches
 from trtdet.run.options import ENGINE_OPTIONS, ONNX_OPTIONS, RunOptions
 from trtdet.runtimes.base import Runtime
 from trtdet.runtimes.kinds import check_engine
@@ -153,7 +153,8 @@ class ConvertedSide(Closing):
     def detect(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Found]]:
         spec = self.info.spec
         with open_batcher(self._runtime, paths, self._options) as batcher:
-            for batch, found in decoded(self._runtime, batcher):
+            for batch, outputs in run_batches(self._runtime, batcher):
+                found = outputs.decoded(spec)
                 for path, one, transform in zip(batch.paths, found, batch.transforms, strict=True):
                     yield path, (by_category(one, spec), transform)
 

@@ -1,170 +1,163 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written for one image: a TSV, a picture, its part of detections.json. Threads do it, or
+"""What is written for some images: TSVs, pictures, their part of detections.json. Threads do it, or
 processes, which is why nothing here refers to the run.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
+import cv2
 
 from trtdet.detections import Detections, coco_text, write_tsv
+from trtdet.images.files import ImageArray, load_image
 from trtdet.processes import answer_all
 from trtdet.results import draw, naming
+from trtdet.results.found import Found
 from trtdet.results.manifest import PARTIAL, journal_line
 from trtdet.results.options import ImageFormat
+from trtdet.spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class Task:
-    """One image and what was found in it.
+    """Some images to write the files of, one after the other.
 
     Attributes:
-        output: the name of its files, relative to the output folder, without suffix.
-        image_id: in detections.json; None: it is left out there.
-        source: (h, w, 3) uint8 RGB, to draw on; None: no picture.
+        outputs: the names of their files, relative to the output folder, without suffix.
+        image_ids: in detections.json; None: the image is left out there.
     """
 
-    path: Path
-    output: Path
-    image_id: int | str | None
-    detections: Detections
-    source: NDArray[np.uint8] | None = None
+    found: Found
+    outputs: Sequence[str]
+    image_ids: Sequence[int | str | None]
 
 
 @dataclass(frozen=True)
 class Written:
-    """What came of an image.
+    """What came of a task.
 
     Attributes:
-        text: its part of detections.json.
-        line: its line of the manifest's journal; "" without one.
-        undrawn: detections that the picture does not show.
+        images: how many were written: all, or those before an error.
+        text: their part of detections.json.
+        lines: of the manifest's journal; "" without one.
+        boxes: detections.
+        undrawn: those that the pictures do not show.
+        error: what ended it.
+        warnings: what a process had to say.
     """
 
-    text: str
-    line: str
-    undrawn: int
+    images: int = 0
+    text: str = ""
+    lines: str = ""
+    boxes: int = 0
+    undrawn: int = 0
+    error: OSError | ValueError | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Writes the files of one image after the other.
+    """Writes the files of images.
 
     Attributes:
         folder: the output folder.
+        spec: of the model.
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
+        pictures: whether there are pictures, of the sources of a task or, without them, of the
+            image's file.
         draw_threshold: pictures show detections from this score on.
         image_format: what pictures are written as.
-        category_ids, inclusive_corners: of the model, for detections.json.
         journal: whether there are lines to make.
     """
 
     folder: Path
+    spec: ModelSpec
     labels: Sequence[str]
     tsv_header: bool
+    pictures: bool
     draw_threshold: float
     image_format: ImageFormat
-    category_ids: Sequence[int]
-    inclusive_corners: bool
     journal: bool
 
     def write(self, task: Task) -> Written:
-        """Write one image's files.
+        """Write the files of one image after the other; none after an error."""
+        found = task.found
+        texts: list[str] = []
+        lines: list[str] = []
+        boxes = undrawn = 0
+        error: OSError | ValueError | None = None
+        sources: Sequence[ImageArray | None] = found.sources or [None] * len(found)
+        try:
+            images = zip(
+                found.paths,
+                task.outputs,
+                task.image_ids,
+                found.decoded(self.spec),
+                sources,
+                strict=True,
+            )
+            for path, output, image_id, detections, source in images:
+                undrawn += self._write_one(path, output, detections, source)
+                text = "" if image_id is None else self._text(detections, image_id)
+                if self.journal:
+                    lines.append(journal_line(path, Path(output), image_id, text))
+                texts.append(text)
+                boxes += len(detections)
+        except (OSError, ValueError) as raised:
+            error = raised
+        together = ",\n".join(filter(None, texts))
+        return Written(len(texts), together, "".join(lines), boxes, undrawn, error)
 
-        Raises:
-            OSError: one cannot be written.
-        """
-        name = self.folder / task.output
+    def _write_one(
+        self, path: Path, output: str, detections: Detections, source: ImageArray | None
+    ) -> int:
+        """The files of one image; returns how many detections its picture does not show."""
+        name = self.folder / output
         write_tsv(
             naming.with_suffix_added(name, ".tsv"),
-            task.detections,
+            detections,
             labels=self.labels if self.tsv_header else (),
             header=self.tsv_header,
         )
-        undrawn = 0
-        if task.source is not None:
-            threshold = self.draw_threshold
-            picture = draw.draw(task.source, task.detections, self.labels, score_threshold=threshold)  # fmt: skip
-            undrawn = len(task.detections) - len(task.detections.above(threshold))
-            naming.write_picture(naming.with_suffix_added(name, f".{self.image_format}"), picture)  # fmt: skip
-        text = ""
-        if task.image_id is not None:
-            text = coco_text(
-                task.detections,
-                task.image_id,
-                self.category_ids,
-                inclusive_corners=self.inclusive_corners,
-            )
-        line = journal_line(task.path, task.output, task.image_id, text) if self.journal else ""
-        return Written(text, line, undrawn)
+        if not self.pictures:
+            return 0
+        threshold = self.draw_threshold
+        pixels = load_image(path) if source is None else source
+        picture = draw.draw(pixels, detections, self.labels, score_threshold=threshold)
+        naming.write_picture(naming.with_suffix_added(name, f".{self.image_format}"), picture)
+        return len(detections) - len(detections.above(threshold))
 
-    def write_all(self, tasks: Sequence[Task]) -> list[Written | OSError]:
-        """Write images' files: for each, what came of it. Not one after an error."""
-        done: list[Written | OSError] = []
-        for task in tasks:
-            try:
-                done.append(self.write(task))
-            except OSError as error:
-                done.append(error)
-                break
-        return done
-
-
-def pack(tasks: Sequence[Task]) -> tuple[Any, ...]:
-    """Tasks without pictures as a message: a few large parts cost less than many small ones."""
-    found = [task.detections for task in tasks]
-    angles = [one.angles for one in found if one.angles is not None]
-    return (
-        [(str(task.path), str(task.output), task.image_id, len(task.detections)) for task in tasks],
-        np.concatenate([one.boxes_xyxy for one in found]),
-        np.concatenate([one.scores for one in found]),
-        np.concatenate([one.class_ids for one in found]),
-        np.concatenate(angles) if angles else None,
-    )
-
-
-def unpack(message: tuple[Any, ...]) -> list[Task]:
-    """The tasks of a message."""
-    named, boxes, scores, class_ids, angles = message
-    tasks = []
-    start = 0
-    for path, output, image_id, count in named:
-        part = slice(start, start + count)
-        start += count
-        own_angles = None if angles is None else angles[part]
-        found = Detections(boxes[part], scores[part], class_ids[part], own_angles)
-        tasks.append(Task(Path(path), Path(output), image_id, found))
-    return tasks
+    def _text(self, detections: Detections, image_id: int | str) -> str:
+        return coco_text(
+            detections,
+            image_id,
+            self.spec.category_ids,
+            inclusive_corners=self.spec.inclusive_corners,
+        )
 
 
 class _Answers:
     """What a process writes, and says of it."""
 
     def __init__(self, image_files: ImageFiles) -> None:
+        cv2.setNumThreads(1)  # there is a process for each core
         self._files = image_files
         self._journal: BinaryIO | None = None
 
-    def __call__(self, message: tuple[Any, ...]) -> tuple[list[str], int, OSError | None]:
-        """Write images' files and their lines of the journal.
-
-        Returns:
-            Their parts of detections.json, the detections that are not shown, and the error that
-            ended it.
-        """
-        done = self._files.write_all(unpack(message))
-        written = [one for one in done if isinstance(one, Written)]
-        lines = "".join(one.line for one in written)
+    def __call__(self, task: Task) -> Written:
+        """Write images' files and their lines of the journal."""
+        with _warnings() as warnings:
+            written = self._files.write(task)
         try:
-            self._note(lines)
+            self._note(written.lines)
         except OSError as full:
-            return [], 0, full
-        error = done[-1] if done and isinstance(done[-1], OSError) else None
-        return [one.text for one in written], sum(one.undrawn for one in written), error
+            written = Written(error=full)
+        return replace(written, lines="", warnings=tuple(warnings))
 
     def _note(self, lines: str) -> None:
         """Append to the journal, in one piece."""
@@ -172,6 +165,20 @@ class _Answers:
             self._journal = open(self._files.folder / PARTIAL, "ab", buffering=0)  # noqa: SIM115
         if self._journal is not None:
             self._journal.write(lines.encode())
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What is logged in the block, for the process that shows it."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("trtdet")
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def serve(pipe_file: int) -> None:

@@ -2,26 +2,23 @@
 """What a run leaves for each image: a picture, a TSV, and its part of detections.json."""
 
 import logging
+import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TextIO
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trtdet import files
-from trtdet.detections import Detections
 from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
 from trtdet.processes import Process
 from trtdet.results import coco
-from trtdet.results.image_files import ImageFiles, Task, Written, pack
+from trtdet.results.found import Found
+from trtdet.results.image_files import ImageFiles, Task, Written
 from trtdet.results.manifest import RunFolder
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.spec import ModelSpec
@@ -29,48 +26,32 @@ from trtdet.spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 
-#: Results that a process gets at a time.
-SHARE = 8
-#: Processes that write: more do not bring more.
+#: Images that a process gets at a time, at most.
+SHARE = 16
+#: Processes that write TSVs alone: more do not bring more.
 MOST_PROCESSES = 8
 
 
-@dataclass(frozen=True)
-class ImageResult:
-    """One image and what was found in it.
-
-    Attributes:
-        source: (h, w, 3) uint8 RGB; None where the batcher does not keep it.
-    """
-
-    path: Path
-    detections: Detections
-    source: NDArray[np.uint8] | None
-
-
-ImageResults = Generator[ImageResult, None, None]
-
-
 class ResultWriter:
-    """Writes TSVs and, of results that have their `source`, pictures on a thread pool, and
-    detections.json in the order of the images. Made by `result_writer`.
+    """Writes TSVs and pictures on a thread pool, and detections.json in the order of the images.
+    Made by `result_writer`.
 
-    With `share` above 1, each thread has a process that does it, and gets so many results at a
-    time.
+    Where there are `processes`, each thread has one that does it.
     """
 
-    #: Results per thread that may wait: `write` blocks when the disk is slower than the runtime, so
+    #: Images per thread that may wait: `write` blocks when the disk is slower than the runtime, so
     #: memory stays flat.
     PENDING_PER_THREAD = 4
+    #: The same for a process, which gets no pixels.
+    PENDING_PER_PROCESS = 256
 
     def __init__(
         self,
         output: Path,
         pool: ThreadPoolExecutor,
+        threads: int,
         json_file: TextIO,
         *,
-        limit: int,
-        share: int,
         image_files: ImageFiles,
         names: Mapping[Path, Path],
         image_ids: Mapping[Path, int | str],
@@ -80,49 +61,46 @@ class ResultWriter:
         self._output = output
         self._folder = folder
         self._pool = pool
+        self._threads = threads
         self._json = json_file
-        self._limit = limit
-        self._share = share
+        self._limit = threads * (self.PENDING_PER_PROCESS if processes else self.PENDING_PER_THREAD)
         self._files = image_files
         self._names = names
         self._image_ids = image_ids
         self._processes: SimpleQueue[Process] = SimpleQueue()
         for process in processes:
             self._processes.put(process)
-        self._lock = threading.Lock()
+        self._has_processes = bool(processes)
         self._thread = threading.local()
-        #: Detections that pictures do not show.
-        self.undrawn = 0
-        self._waiting: list[Task] = []  # for a share to be full
-        self._pending: deque[Future[list[str]]] = deque()  # in the order of the images
+        self._pending: deque[tuple[int, Future[Written]]] = deque()  # images; in their order
+        self._waiting = 0  # images of `_pending`
         self._separator = "["
+        #: Detections that are written; those that pictures do not show. All of them at the end.
+        self.boxes = self.undrawn = 0
 
-    def write(self, result: ImageResult) -> None:
-        """Queue one result.
+    def write(self, found: Found) -> None:
+        """Queue some images, whose files are written by as many threads as there are.
 
         Raises:
-            OSError: an earlier result could not be written.
+            OSError, ValueError: files of earlier ones could not be written, or outputs decoded.
         """
-        output = self._names[result.path]
-        image_id = self._image_ids.get(result.path)
-        self._waiting.append(Task(result.path, output, image_id, result.detections, result.source))
-        if len(self._waiting) >= self._share:
-            self._submit()
+        spread = -(-len(found) // self._threads)
+        share = min(len(found), SHARE) if self._has_processes else spread
+        for start in range(0, len(found), share):
+            self._submit(found[start : start + share])
 
     def keep(self, text: str) -> None:
         """Queue what an earlier run has for detections.json."""
-        self._submit()
-        one: Future[list[str]] = Future()
-        one.set_result([text])
-        self._pending.append(one)
+        one: Future[Written] = Future()
+        one.set_result(Written(text=text))
+        self._pending.append((0, one))
 
     def finish(self) -> None:
         """Wait for all that is queued and end detections.json.
 
         Raises:
-            OSError: a result could not be written.
+            OSError, ValueError: see `write`.
         """
-        self._submit()
         while self._pending:
             self._collect()
         with naming_json(self._output):
@@ -133,56 +111,65 @@ class ResultWriter:
         """Raise FileNotFoundError where the output folder is no longer the one of the start:
         earlier results are gone.
         """
-        if not Path(self._json.name).exists():
+        if not os.path.exists(self._json.name):
             raise FileNotFoundError(
                 f"--output: {self._output} has disappeared during the run; its results are lost, run again"
             )
 
-    def _submit(self) -> None:
-        """Hand the results that wait to a thread."""
-        if not self._waiting:
-            return
-        while self._pending and (self._pending[0].done() or len(self._pending) >= self._limit):
+    def _submit(self, found: Found) -> None:
+        """Hand some images to a thread, once not too many wait."""
+        while self._pending and (
+            self._pending[0][1].done() or self._waiting + len(found) > self._limit
+        ):
             self._collect()
-        tasks, self._waiting = self._waiting, []
-        self._pending.append(self._pool.submit(self._write_all, tasks))
+        task = Task(
+            found,
+            [str(self._names[path]) for path in found.paths],
+            [self._image_ids.get(path) for path in found.paths],
+        )
+        self._pending.append((len(found), self._pool.submit(self._write, task)))
+        self._waiting += len(found)
 
     def _collect(self) -> None:
-        """Wait for the oldest results and append them to detections.json."""
-        for text in filter(None, self._pending.popleft().result()):
+        """Wait for the oldest images and append them to detections.json."""
+        images, future = self._pending.popleft()
+        self._waiting -= images
+        written = future.result()
+        self.boxes += written.boxes
+        self.undrawn += written.undrawn
+        if written.text:
             with naming_json(self._output):
-                self._json.write(f"{self._separator}\n{text}")
+                self._json.write(f"{self._separator}\n{written.text}")
             self._separator = ","
 
-    def _write_all(self, tasks: Sequence[Task]) -> list[str]:
-        """Write images' files; returns their parts of detections.json. Runs on the pool."""
+    def _write(self, task: Task) -> Written:
+        """Write images' files. Runs on the pool."""
         self.check_output()
-        process = self._process() if self._share > 1 else None
-        answer = None if process is None else process.ask(pack(tasks))
-        if answer is None:
-            done = self._files.write_all(tasks)
-            written = [one for one in done if isinstance(one, Written)]
+        process = self._process()
+        written: Written | None = None if process is None else process.ask(task)
+        if written is None:
+            written = self._files.write(task)
             if self._folder is not None:
-                self._folder.add("".join(one.line for one in written))
-            texts, undrawn = [one.text for one in written], sum(one.undrawn for one in written)
-            error = done[-1] if isinstance(done[-1], OSError) else None
-        else:
-            texts, undrawn, error = answer
-        if undrawn:
-            with self._lock:
-                self.undrawn += undrawn
-        if error is not None:
+                self._folder.add(written.lines)
+        for text in written.warnings:
+            logger.warning("%s", text)
+        error = written.error
+        if isinstance(error, OSError):
             self.check_output()  # says it better, where that is the reason
-            path = tasks[len(texts)].path
+            path = task.found.paths[written.images]
             raise OSError(f"--output: cannot write the results of {path}: {files.message_of(error)}") from error  # fmt: skip
-        return texts
+        if error is not None:
+            raise error
+        return written
 
     def _process(self) -> Process | None:
         """A process for this thread; None where there is none left."""
         if not hasattr(self._thread, "process"):
+            self._thread.process = None
             with suppress(Empty):
                 self._thread.process = self._processes.get_nowait()
-        found: Process | None = getattr(self._thread, "process", None)
+                self._thread.process.wait_until_ready()
+        found: Process | None = self._thread.process
         return found
 
 
@@ -223,8 +210,6 @@ def start_processes(image_files: ImageFiles, count: int, resources: ExitStack) -
             started.append(resources.enter_context(process))
     except OSError as error:
         logger.warning("a process that writes results does not start: %s", error)
-    for process in started:
-        process.wait_until_ready()
     return started
 
 
@@ -237,6 +222,7 @@ def result_writer(
     image_ids: Mapping[Path, int | str],
     labels: Sequence[str] = (),
     tsv_header: bool = False,
+    pictures: bool = True,
     draw_threshold: float = DRAW_THRESHOLD,
     folder: RunFolder | None = None,
     image_format: ImageFormat = "png",
@@ -252,20 +238,24 @@ def result_writer(
             there.
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
+        pictures: write them too, of the sources of what is found, or of the files where it has
+            none.
         draw_threshold: pictures show detections from this score on.
         folder: told of every image that is written.
         image_format: what pictures are written as.
-        processes: let processes do it, for very many results a second without pictures.
+        processes: let processes do it, for very many results a second.
     """
-    threads = min(available_cores(), MOST_PROCESSES) if processes else available_cores()
+    threads = available_cores()
+    if processes and not pictures:
+        threads = min(threads, MOST_PROCESSES)
     image_files = ImageFiles(
         folder=output.absolute(),
+        spec=spec,
         labels=labels,
         tsv_header=tsv_header,
+        pictures=pictures,
         draw_threshold=draw_threshold,
         image_format=image_format,
-        category_ids=spec.category_ids,
-        inclusive_corners=spec.inclusive_corners,
         journal=folder is not None,
     )
     with ExitStack() as resources:
@@ -278,9 +268,8 @@ def result_writer(
         writer = ResultWriter(
             output,
             pool,
+            threads,
             json_file,
-            limit=threads * ResultWriter.PENDING_PER_THREAD,
-            share=SHARE if processes else 1,
             image_files=image_files,
             names=names,
             image_ids=image_ids,

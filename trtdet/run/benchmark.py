@@ -22,7 +22,7 @@ from trtdet.images.files import Sources, check_no_image, find_images
 from trtdet.images.options import Decode
 from trtdet.images.preprocess import choose_input
 from trtdet.machine import describe_machine
-from trtdet.results.writer import ImageResult
+from trtdet.results.found import ImageResult
 from trtdet.run.detect import (
     check_read,
     detect,

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trtdet.detections import Detections, decode
 from trtdet.errors import EngineError
 from trtdet.images.batcher import Allocate, Batch, ImageBatcher
 from trtdet.images.files import ImageArray
 from trtdet.images.options import Decode
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import names_of, read_labels
-from trtdet.results.writer import ImageResult, ImageResults
+from trtdet.results.found import Found, ImageResult, ImageResults, Outputs
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Runtime, default_batch_size
 from trtdet.runtimes.kinds import check_model
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     AnyBatcher: TypeAlias = ImageBatcher | GpuImageBatcher
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def open_model(
@@ -175,26 +177,40 @@ def detect(
     Args:
         classes: ids of those to keep; None: all.
     """
-    for batch, images in decoded(runtime, batcher):
-        sources = batch.sources or (None,) * len(batch)
-        for path, detections, source in zip(batch.paths, images, sources, strict=True):
-            kept = detections.above(score_threshold) if score_threshold > 0 else detections
-            if classes is not None:
-                kept = kept.of_classes(classes)
-            yield ImageResult(path, kept, source)
+    for found in find(runtime, batcher, score_threshold=score_threshold, classes=classes):
+        sources = found.sources or (None,) * len(found)
+        for path, detections, source in zip(found.paths, found.decoded(runtime.spec), sources, strict=True):  # fmt: skip
+            yield ImageResult(path, detections, source)
 
 
-def decoded(
+def find(
+    runtime: Runtime,
+    batcher: AnyBatcher,
+    *,
+    score_threshold: float = 0.0,
+    classes: Sequence[int] | None = None,
+) -> Generator[Found, None, None]:
+    """Run every batch of `batcher`: what came out for its images, in order, not decoded yet.
+
+    Args:
+        classes: ids of those to keep; None: all.
+    """
+    for batch, outputs in run_batches(runtime, batcher):
+        kept = replace(outputs, score_threshold=score_threshold, classes=classes)
+        yield Found(batch.paths, kept, batch.sources)
+
+
+def run_batches(
     runtime: Runtime, batcher: AnyBatcher
-) -> Generator[tuple[Batch | DeviceBatch, Sequence[Detections]], None, None]:
-    """Run every batch of `batcher`: the batch, and what is in each of its images.
+) -> Generator[tuple[Batch[Any] | DeviceBatch, Outputs], None, None]:
+    """Run every batch of `batcher`: the batch, and what came out for its images.
 
     A batch is released when the next one is asked for.
     """
-    batches: Iterable[Batch | DeviceBatch] = batcher
-    for batch, outputs in runtime.map(batches):
+    batches: Iterable[Batch[Any] | DeviceBatch] = batcher
+    for batch, arrays in runtime.map(batches):
         size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
-        yield batch, decode(outputs, runtime.spec, batch.transforms, size_hw=size_hw)
+        yield batch, Outputs(arrays, batch.transforms, size_hw)[: len(batch)]
         batch.release()
 
 
@@ -235,14 +251,20 @@ def check_score_threshold(score_threshold: float | None, spec: ModelSpec) -> flo
     return score_threshold or 0.0
 
 
-def progress(results: ImageResults, total: int) -> ImageResults:
+def progress(
+    results: Iterable[T], total: int, images: Callable[[T], int] = lambda _: 1
+) -> Generator[T, None, None]:
     """`results` behind a progress bar on stderr, where that is a terminal; log lines stay above
     it.
+
+    Args:
+        total: images.
+        images: how many one result is of.
     """
     with logging_redirect_tqdm(), tqdm(total=total, unit="image", disable=no_bar()) as bar:
         for result in results:
             yield result
-            bar.update()
+            bar.update(images(result))
 
 
 def check_read(batcher: AnyBatcher, count: int) -> None:

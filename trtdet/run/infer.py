@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import onnx
@@ -22,16 +23,17 @@ from trtdet.onnx_files import external_files, read_onnx
 from trtdet.processes import available
 from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
+from trtdet.results.found import Found
 from trtdet.results.gallery import Page, write_gallery
 from trtdet.results.gallery_items import items_of_run
 from trtdet.results.manifest import MANIFEST, PARTIAL, RunFolder, fingerprint
 from trtdet.results.naming import planned_files
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
-from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
+from trtdet.results.writer import pick_image_ids, result_writer
 from trtdet.run.detect import (
     check_read,
     check_score_threshold,
-    detect,
+    find,
     open_batcher,
     open_model,
     pick_labels,
@@ -243,11 +245,13 @@ def detect_and_write(
         The images that could not be read.
     """
     todo = [path for path in paths if path not in kept]
-    count = boxes = 0
+    processes = writes_in_processes(runtime, len(todo))
+    count = 0
     speed = Speed()
     with (
         folder,
-        open_batcher(runtime, todo, options, keep_sources=outputs.pictures) as batcher,
+        # a process draws on what it reads itself: pixels on their way there cost more
+        open_batcher(runtime, todo, options, keep_sources=outputs.pictures and not processes) as batcher,
         result_writer(
             outputs.folder,
             runtime.spec,
@@ -255,29 +259,30 @@ def detect_and_write(
             image_ids=outputs.image_ids,
             labels=outputs.labels,
             tsv_header=outputs.tsv_header,
+            pictures=outputs.pictures,
             draw_threshold=outputs.draw_threshold,
             folder=folder,
             image_format=outputs.image_format,
-            processes=not outputs.pictures and writes_in_processes(runtime, len(todo)),
+            processes=processes,
         ) as writer,
-        closing(detect(runtime, batcher, score_threshold=threshold, classes=classes)) as found,
-        closing(progress(found, len(todo))) as results,
-    ):
+        closing(find(runtime, batcher, score_threshold=threshold, classes=classes)) as found,
+        closing(progress(found, len(todo), len)) as results,
+    ):  # fmt: skip
         for result in in_order(paths, kept, results):
             if not count:
                 folder.start(clean=clean, resumed=bool(kept))
             if isinstance(result, str):
                 writer.keep(result)
+                count += 1
             else:
                 writer.write(result)
-                boxes += len(result.detections)
-                speed.count(batcher.batch_size)
-            count += 1
+                speed.count(len(result), batcher.batch_size)
+                count += len(result)
         check_read(batcher, count)
     folder.finish([outputs.names[path] for path, _ in batcher.failures])
     speed.stop()
     skipped = len(batcher.failures)
-    logger.info(f"{count} images, {boxes} detections, {skipped} images skipped; {speed}")
+    logger.info(f"{count} images, {writer.boxes} detections, {skipped} images skipped; {speed}")
     if outputs.pictures and writer.undrawn:
         logger.info(f"pictures show detections from a score of {outputs.draw_threshold:g} on; {writer.undrawn} are below it (--draw_threshold)")  # fmt: skip
     if kept:
@@ -300,10 +305,10 @@ class Speed:
         self._done = self._first = 0
         self._start = self._warm = self._end = time.perf_counter()
 
-    def count(self, batch_size: int) -> None:
-        """One more image."""
-        self._done += 1
-        if self._done == batch_size:
+    def count(self, images: int, batch_size: int) -> None:
+        """Some more images."""
+        self._done += images
+        if self._done >= batch_size and not self._first:
             self._first, self._warm = self._done, time.perf_counter()
 
     def stop(self) -> None:
@@ -407,17 +412,23 @@ def find_kept(
 
 
 def in_order(
-    paths: Sequence[Path], kept: Mapping[Path, str], results: Iterable[ImageResult]
-) -> Iterator[ImageResult | str]:
+    paths: Sequence[Path], kept: Mapping[Path, str], founds: Iterable[Found]
+) -> Iterator[Found | str]:
     """What was done before and what is done now, in the order of the images; those that cannot
     be read are in neither.
     """
+    if not kept:
+        yield from founds
+        return
     waiting = iter(paths)
-    for result in results:
-        for path in waiting:
-            if path == result.path:
-                break
-            if path in kept:
-                yield kept[path]
-        yield result
+    for found in founds:
+        start = 0
+        for at, path in enumerate(found.paths):
+            before = [kept[p] for p in takewhile(path.__ne__, waiting) if p in kept]
+            if before:
+                if at > start:
+                    yield found[start:at]
+                start = at
+                yield from before
+        yield found[start:]
     yield from (kept[path] for path in waiting if path in kept)

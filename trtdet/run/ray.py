@@ -18,8 +18,9 @@ from trtdet.images.files import Sources, find_images, root_of
 from trtdet.labels import find_classes
 from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
+from trtdet.results.found import Found
 from trtdet.results.manifest import RunFolder
-from trtdet.results.writer import ImageResult, pick_image_ids, result_writer
+from trtdet.results.writer import pick_image_ids, result_writer
 from trtdet.run import ray_cluster
 from trtdet.run.detect import (
     check_score_threshold,
@@ -115,6 +116,7 @@ def run_on_ray(
             image_ids=image_ids,
             labels=texts,
             tsv_header=tsv_header,
+            pictures=False,
         ) as writer,
     ):
         for path, found in done.write_in_order(list(by_absolute), output / "detections.parquet", spec):  # fmt: skip
@@ -124,7 +126,7 @@ def run_on_ray(
                 continue
             if not count:
                 folder.start(clean=clean, partial=False)
-            writer.write(ImageResult(by_absolute[path], found, None))
+            writer.write(Found([by_absolute[path]], [found]))
             count += 1
             boxes += len(found)
         if not count:

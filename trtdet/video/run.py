@@ -19,8 +19,9 @@ from trtdet.detections import TSV_ANGLE, TSV_COLUMNS, Detections, to_coco_result
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import find_classes, read_labels
 from trtdet.results import draw
+from trtdet.results.found import ImageResult
 from trtdet.results.options import DRAW_THRESHOLD
-from trtdet.results.writer import ImageResult, write_labels
+from trtdet.results.writer import write_labels
 from trtdet.run.detect import (
     check_score_threshold,
     detect,
