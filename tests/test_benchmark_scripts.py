@@ -3,6 +3,7 @@
 theirs to measure.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import host_pipeline
 import host_profile
 import host_writing
 import onnx_runtime_busy
+import plan_layers
 import pytest
 import toy_detector
 import trt_runtime
@@ -135,3 +137,18 @@ def test_the_parts_around_a_stand_in_engine_write_what_they_should(tmp_path: Pat
         rows = (out / "00000.tsv").read_text().splitlines()
         assert len(rows) == 100
         assert sum(float(row.split("\t")[4]) >= 0.3 for row in rows) == 7
+
+
+def test_plans_of_a_graph_and_of_the_same_graph(tiny_onnx: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs requirements-rtx.txt")
+    model = str(tiny_onnx)
+    argv = ["--onnx", model, "--sample_onnx", model, "--json", str(tmp_path / "plans.json")]
+    assert plan_layers.main([*argv, "--check"]) == 0
+    plans = json.loads((tmp_path / "plans.json").read_text())["plans"]
+    assert plans["fp32"]["ours"] == plans["fp32"]["sample"]
+    assert plans["fp32"]["ours"]["casts"] == 0 < plans["fp16"]["ours"]["casts"]
+    for precision in ("fp32", "fp16"):
+        found = plans[precision]["ours"]
+        assert found["layers"] > found["kernels"] > 50
+    report = {"plans": {"fp16": {"ours": {"layers": 3, "casts": 2, "kernels": 1}, "sample": {"layers": 3, "casts": 1, "kernels": 1}}}}  # fmt: skip
+    assert list(plan_layers.criteria(report).values()) == [True, False, True]

@@ -85,6 +85,15 @@ def from_plan(plan: bytes) -> LayerShares | None:
     """Of a TensorRT-RTX plan, which can be deserialised only on its GPU.
 
     None where it does not read as expected.
+    """
+    read = statements(plan)
+    shares = _count("plan", read or ())
+    return shares if shares.counts else None
+
+
+def statements(plan: bytes) -> list[tuple[str, list[str]]] | None:
+    """What a TensorRT-RTX plan runs: the kind of each kernel, and the types of its tensors; None
+    where it does not read as expected.
 
     The format is not documented. A plan of 1.7 holds its fused graph as text: tensors with their
     types under `descriptors`, then one statement per kernel under `main`, naming its tensors.
@@ -105,12 +114,11 @@ def from_plan(plan: bytes) -> LayerShares | None:
             and (name := re.search(r' name="([^"]+)"', line))
             and (kind := re.search(r" type=(\w+)", line))
         }
-        statements = re.split(r"\n  (?=\w+=\{)", plan[begin:end].decode("latin-1"))[1:]
-        for statement in statements:
-            operands = re.findall(r'"([^"]+)"', statement.partition(" layers=")[0])
-            read.append((statement.partition("=")[0], [types.get(name, "") for name in operands]))
-    shares = _count("plan", read)
-    return shares if shares.counts else None
+        parts = re.split(r"\n  (?=\w+=\{)", plan[begin:end].decode("latin-1"))[1:]
+        for part in parts:
+            operands = re.findall(r'"([^"]+)"', part.partition(" layers=")[0])
+            read.append((part.partition("=")[0], [types.get(name, "") for name in operands]))
+    return read
 
 
 def _count(source: str, layers: Iterable[tuple[str, Iterable[str]]]) -> LayerShares:
