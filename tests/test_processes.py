@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -22,7 +23,7 @@ from trtdet.processes import Process
 from trtdet.results.image_files import ImageFiles
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 spec = ModelSpec("automl", Preprocessing((64, 64)), Nms(), (1,))
-files = ImageFiles(Path(sys.argv[1]), spec, (), False, False, 0.3, "png", False)
+files = ImageFiles(Path(sys.argv[1]), spec, (), False, 0.3, "png", False)
 process = Process("trtdet.results.image_files", "writes results", files)
 """
 
@@ -77,3 +78,44 @@ def test_one_that_does_not_start_is_gone(
         assert process.is_gone
         assert process.ask("anything") is None
     assert "a process that writes results has ended (exit status 1); the run goes on without it" in caplog.text  # fmt: skip
+
+
+ECHO = """
+from trtdet.processes import answer_all
+
+
+def serve(*files):
+    answer_all(lambda first: lambda message: [(a.shape, str(a.dtype), a.sum(), a.flags.writeable) for a in message], *files)
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_arrays_arrive_whole(shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small and large ones, in memory that both see where there is such, and again in the same
+    memory, which is given back where it is much.
+    """
+    (tmp_path / "echo_arrays.py").write_text(ECHO)
+    monkeypatch.syspath_prepend(tmp_path)
+    if not shared:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    elif not hasattr(os, "memfd_create"):
+        pytest.skip("this system has no such memory")
+    rng = np.random.default_rng(0)
+    with Process("echo_arrays", "echoes", None) as process:
+        process.wait_until_ready()
+        for shapes in (
+            [(3, 4)],
+            [(100, 100, 3), (2,), (513, 129)],
+            [(5000, 6000, 3)],
+            [(64, 64, 9)],
+        ):
+            arrays = [rng.integers(0, 256, shape).astype(np.uint8) for shape in shapes]
+            arrays += [array[::2].astype(np.float32) for array in arrays]
+            said = process.ask(arrays)
+            assert [one[:2] for one in said] == [(a.shape, str(a.dtype)) for a in arrays]
+            assert [one[2] for one in said] == [a.sum() for a in arrays]
+            large = [a.nbytes >= 1 << 14 for a in arrays]
+            assert [one[3] for one in said] == [not (shared and one) for one in large]
+        size = os.fstat(process._arrays.files[0]).st_size if shared else 0
+        assert size < 1 << 18
+    assert process._arrays.files == []

@@ -7,11 +7,14 @@ process has a lock of its own.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import mmap
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -21,8 +24,15 @@ from trtdet.closing import Closing
 
 logger = logging.getLogger(__name__)
 
-#: What a child process runs: its end of the pipe is the argument.
-_CODE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve(int(sys.argv[1]))"
+#: Bytes from which on an array does not go through the pipe.
+_LARGE = 1 << 14
+#: Bytes of arrays whose memory is kept for the next message.
+_MOST_KEPT = 1 << 26
+#: What a child process runs: its end of the pipe, and the memory where there is some, are the
+#: arguments.
+_CODE = (
+    "import sys; sys.path[:] = {path!r}; from {module} import serve; serve(*map(int, sys.argv[1:]))"
+)
 
 
 def available() -> bool:
@@ -34,7 +44,7 @@ class Process(Closing):
     """A child process. For one thread.
 
     Args:
-        module: whose `serve(pipe_file)` the process runs; `answer_all` is the loop for it.
+        module: whose `serve(pipe_file, memory)` the process runs; `answer_all` is the loop for it.
         work: what it does, for messages: "writes results".
         first: the first message.
 
@@ -46,12 +56,15 @@ class Process(Closing):
         self._work = work
         ours, theirs = Pipe()
         self._pipe: Connection | None = ours
+        self._arrays = _Arrays()
         code = _CODE.format(path=sys.path, module=module)
         with theirs, ExitStack() as unless_it_starts:
             unless_it_starts.callback(ours.close)
+            unless_it_starts.callback(self._arrays.close)
+            shared = [theirs.fileno(), *self._arrays.files]
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-c", code, *map(str, shared)],
+                pass_fds=shared,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is the parent's, which ends this process
             )
@@ -85,7 +98,7 @@ class Process(Closing):
         if self._pipe is None:
             return None
         try:
-            self._pipe.send(message)
+            self._pipe.send_bytes(self._arrays.pack(message))
             return self._pipe.recv()
         except (OSError, EOFError):
             self._lost()
@@ -94,6 +107,7 @@ class Process(Closing):
     def _lost(self) -> None:
         """Go on without it."""
         self._pipe = None
+        self._arrays.close()
         try:
             status = self._process.wait(1)
         except subprocess.TimeoutExpired:
@@ -106,21 +120,84 @@ class Process(Closing):
         if self._pipe is not None:
             self._pipe.close()
             self._pipe = None
+        self._arrays.close()
         self._process.kill()
         self._process.wait()
 
 
-def answer_all(pipe_file: int, prepare: Callable[[Any], Callable[[Any], object]]) -> None:
+class _Arrays(Closing):
+    """The large arrays of messages, in memory that both processes see: through a pipe they would be
+    copied in small pieces.
+
+    Without a name, so that nothing is left of it, whatever ends the processes. Where the system has
+    no such memory, arrays go through the pipe.
+
+    Attributes:
+        files: the memory, for the child.
+    """
+
+    def __init__(self) -> None:
+        create = getattr(os, "memfd_create", None)  # Linux
+        self.files: list[int] = [create("trtdet")] if create else []
+
+    def pack(self, message: object) -> bytes:
+        """What goes through the pipe; the arrays are where `unpack` finds them."""
+        if not self.files:
+            return pickle.dumps((pickle.dumps(message, 5), []))
+        large: list[memoryview] = []
+
+        def stays(buffer: pickle.PickleBuffer) -> bool:
+            if (raw := buffer.raw()).nbytes < _LARGE:
+                return True
+            large.append(raw)
+            return False
+
+        data = pickle.dumps(message, 5, buffer_callback=stays)
+        if os.fstat(self.files[0]).st_size > _MOST_KEPT:
+            os.ftruncate(self.files[0], 0)
+        sizes = [raw.nbytes for raw in large]
+        for raw, start in zip(large, _starts(sizes), strict=False):
+            done = 0
+            while done < raw.nbytes:  # 2 GiB at most at a time
+                done += os.pwrite(self.files[0], raw[done:], start + done)
+        return pickle.dumps((data, sizes))
+
+    def close(self) -> None:
+        while self.files:
+            os.close(self.files.pop())
+
+
+def unpack(packed: bytes, memory: int | None) -> Any:
+    """The message that `_Arrays.pack` made; its arrays are read-only, and good until the next
+    one.
+    """
+    data, sizes = pickle.loads(packed)
+    if memory is None or not sizes:
+        return pickle.loads(data)
+    seen = memoryview(mmap.mmap(memory, 0, access=mmap.ACCESS_READ))
+    parts = zip(_starts(sizes), sizes, strict=False)
+    return pickle.loads(data, buffers=[seen[start : start + size] for start, size in parts])
+
+
+def _starts(sizes: Sequence[int]) -> Iterator[int]:
+    """Where arrays of these bytes lie, each at a place that suits every type."""
+    return itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
+
+
+def answer_all(
+    prepare: Callable[[Any], Callable[[Any], object]], pipe_file: int, memory: int | None = None
+) -> None:
     """What the process does until the other end of the pipe is closed.
 
     Args:
         prepare: makes, of the first message, what makes an answer of each message after it.
+        pipe_file, memory: what `serve` gets.
     """
     with Connection(pipe_file) as pipe:
         try:
             answer = prepare(pipe.recv())
             pipe.send(True)
             while True:
-                pipe.send(answer(pipe.recv()))
+                pipe.send(answer(unpack(pipe.recv_bytes(), memory)))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return

@@ -89,7 +89,7 @@ def write(images: list[Path], output: Path, *, processes: bool, pictures: bool =
         folder.start()
         for start in range(0, COUNT, BATCH):
             batch = images[start : start + BATCH]
-            results.write(found(batch, sources=pictures and not processes))
+            results.write(found(batch, sources=pictures))
             if start == COUNT // 2 and processes:
                 running = started()
                 if kill:
@@ -111,7 +111,6 @@ def files_of(folder: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize(("pictures", "kill"), [(False, False), (False, True), (True, False), (True, True)])  # fmt: skip
 def test_files_are_those_of_threads(pictures: bool, kill: bool, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """With pictures too, for which a process reads the image itself."""
     monkeypatch.setattr(writer, "available_cores", lambda: 2)
     assert write(images, tmp_path / "threads", processes=False, pictures=pictures) == []
     running = write(images, tmp_path / "processes", processes=True, pictures=pictures, kill=kill)
@@ -129,7 +128,7 @@ def test_files_are_those_of_threads(pictures: bool, kill: bool, images: list[Pat
 
 
 def answers(folder: Path) -> _Answers:
-    return _Answers(ImageFiles(folder, SPEC, (), False, False, 0.3, "png", True))
+    return _Answers(ImageFiles(folder, SPEC, (), False, 0.3, "png", True))
 
 
 def task(outputs: Outputs) -> Task:
@@ -141,8 +140,8 @@ def task(outputs: Outputs) -> Task:
 def test_a_journal_that_cannot_be_written_is_an_answer(tmp_path: Path) -> None:
     """Not a traceback of the process, behind which the run goes on without it."""
     (tmp_path / PARTIAL).mkdir()
-    written = answers(tmp_path)(task(outputs([1])))
-    assert (written.images, written.text, written.boxes) == (0, "", 0)
+    written = answers(tmp_path)([task(outputs([1]))])
+    assert (written.images, written.text, written.boxes) == (0, b"", 0)
     assert isinstance(written.error, IsADirectoryError)
 
 
@@ -150,13 +149,13 @@ def test_what_a_process_has_to_say_is_in_its_answer(tmp_path: Path) -> None:
     """Its own stderr is nobody's."""
     some = outputs([6, 5])
     some.arrays["detection_boxes"][0, 1] = np.nan
-    written = answers(tmp_path)(task(some))
+    written = answers(tmp_path)([task(some)])
     assert (written.images, written.boxes, written.error) == (2, 10, None)
     assert written.warnings == (
         "1 of 6 detections of an image are left out: their boxes or scores are not finite, as of an FP16 model that overflows",
     )
     some.arrays["detection_classes"][1, 0] = 90
-    written = answers(tmp_path)(task(some))
+    written = answers(tmp_path)([task(some)])
     assert str(written.error).startswith("detection_classes: expected 0 to 89, found 90; ")
 
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import cv2
 
 from trtdet.detections import Detections, coco_text, write_tsv
-from trtdet.images.files import ImageArray, load_image
+from trtdet.images.files import ImageArray
 from trtdet.processes import answer_all
 from trtdet.results import draw, naming
 from trtdet.results.found import Found
@@ -24,7 +24,7 @@ from trtdet.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Task:
-    """Some images to write the files of, one after the other.
+    """Some images to write the files of.
 
     Attributes:
         outputs: the names of their files, relative to the output folder, without suffix.
@@ -38,11 +38,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """What came of a task.
+    """What came of some tasks.
 
     Attributes:
         images: how many were written: all, or those before an error.
-        text: their part of detections.json.
+        text: their part of detections.json, in UTF-8.
         lines: of the manifest's journal; "" without one.
         boxes: detections.
         undrawn: those that the pictures do not show.
@@ -51,7 +51,7 @@ class Written:
     """
 
     images: int = 0
-    text: str = ""
+    text: bytes = b""
     lines: str = ""
     boxes: int = 0
     undrawn: int = 0
@@ -68,8 +68,6 @@ class ImageFiles:
         spec: of the model.
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
-        pictures: whether there are pictures, of the sources of a task or, without them, of the
-            image's file.
         draw_threshold: pictures show detections from this score on.
         image_format: what pictures are written as.
         journal: whether there are lines to make.
@@ -79,30 +77,19 @@ class ImageFiles:
     spec: ModelSpec
     labels: Sequence[str]
     tsv_header: bool
-    pictures: bool
     draw_threshold: float
     image_format: ImageFormat
     journal: bool
 
-    def write(self, task: Task) -> Written:
+    def write(self, tasks: Sequence[Task]) -> Written:
         """Write the files of one image after the other; none after an error."""
-        found = task.found
         texts: list[str] = []
         lines: list[str] = []
         boxes = undrawn = 0
         error: OSError | ValueError | None = None
-        sources: Sequence[ImageArray | None] = found.sources or [None] * len(found)
         try:
-            images = zip(
-                found.paths,
-                task.outputs,
-                task.image_ids,
-                found.decoded(self.spec),
-                sources,
-                strict=True,
-            )
-            for path, output, image_id, detections, source in images:
-                undrawn += self._write_one(path, output, detections, source)
+            for path, output, image_id, detections, source in self._images(tasks):
+                undrawn += self._write_one(output, detections, source)
                 text = "" if image_id is None else self._text(detections, image_id)
                 if self.journal:
                     lines.append(journal_line(path, Path(output), image_id, text))
@@ -110,12 +97,20 @@ class ImageFiles:
                 boxes += len(detections)
         except (OSError, ValueError) as raised:
             error = raised
-        together = ",\n".join(filter(None, texts))
+        together = ",\n".join(filter(None, texts)).encode()
         return Written(len(texts), together, "".join(lines), boxes, undrawn, error)
 
-    def _write_one(
-        self, path: Path, output: str, detections: Detections, source: ImageArray | None
-    ) -> int:
+    def _images(
+        self, tasks: Sequence[Task]
+    ) -> Iterator[tuple[Path, str, int | str | None, Detections, ImageArray | None]]:
+        """The images of tasks, with what is needed of each."""
+        for task in tasks:
+            found = task.found
+            sources: Sequence[ImageArray | None] = found.sources or [None] * len(found)
+            results = found.decoded(self.spec)
+            yield from zip(found.paths, task.outputs, task.image_ids, results, sources, strict=True)
+
+    def _write_one(self, output: str, detections: Detections, source: ImageArray | None) -> int:
         """The files of one image; returns how many detections its picture does not show."""
         name = self.folder / output
         write_tsv(
@@ -124,11 +119,10 @@ class ImageFiles:
             labels=self.labels if self.tsv_header else (),
             header=self.tsv_header,
         )
-        if not self.pictures:
+        if source is None:
             return 0
         threshold = self.draw_threshold
-        pixels = load_image(path) if source is None else source
-        picture = draw.draw(pixels, detections, self.labels, score_threshold=threshold)
+        picture = draw.draw(source, detections, self.labels, score_threshold=threshold)
         naming.write_picture(naming.with_suffix_added(name, f".{self.image_format}"), picture)
         return len(detections) - len(detections.above(threshold))
 
@@ -149,10 +143,10 @@ class _Answers:
         self._files = image_files
         self._journal: BinaryIO | None = None
 
-    def __call__(self, task: Task) -> Written:
+    def __call__(self, tasks: Sequence[Task]) -> Written:
         """Write images' files and their lines of the journal."""
         with _warnings() as warnings:
-            written = self._files.write(task)
+            written = self._files.write(tasks)
         try:
             self._note(written.lines)
         except OSError as full:
@@ -181,6 +175,6 @@ def _warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def serve(pipe_file: int) -> None:
+def serve(pipe_file: int, memory: int | None = None) -> None:
     """What a process does."""
-    answer_all(pipe_file, _Answers)
+    answer_all(_Answers, pipe_file, memory)

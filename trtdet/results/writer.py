@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TextIO
+from typing import BinaryIO
 
 from trtdet import files
 from trtdet.labels import LABELS_FILE
@@ -26,8 +26,8 @@ from trtdet.spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 
-#: Images that a process gets at a time, at most.
-SHARE = 16
+#: Images that a process gets at a time, about: without pictures and with them.
+SHARE, SHARE_PICTURES = 32, 2
 #: Processes that write TSVs alone: more do not bring more.
 MOST_PROCESSES = 8
 
@@ -42,7 +42,7 @@ class ResultWriter:
     #: Images per thread that may wait: `write` blocks when the disk is slower than the runtime, so
     #: memory stays flat.
     PENDING_PER_THREAD = 4
-    #: The same for a process, which gets no pixels.
+    #: The same of a process, where there are no pictures.
     PENDING_PER_PROCESS = 256
 
     def __init__(
@@ -50,11 +50,12 @@ class ResultWriter:
         output: Path,
         pool: ThreadPoolExecutor,
         threads: int,
-        json_file: TextIO,
+        json_file: BinaryIO,
         *,
         image_files: ImageFiles,
         names: Mapping[Path, Path],
         image_ids: Mapping[Path, int | str],
+        pictures: bool,
         folder: RunFolder | None,
         processes: Sequence[Process],
     ) -> None:
@@ -63,18 +64,22 @@ class ResultWriter:
         self._pool = pool
         self._threads = threads
         self._json = json_file
-        self._limit = threads * (self.PENDING_PER_PROCESS if processes else self.PENDING_PER_THREAD)
+        many = bool(processes) and not pictures
+        self._limit = threads * (self.PENDING_PER_PROCESS if many else self.PENDING_PER_THREAD)
         self._files = image_files
         self._names = names
         self._image_ids = image_ids
         self._processes: SimpleQueue[Process] = SimpleQueue()
         for process in processes:
             self._processes.put(process)
-        self._has_processes = bool(processes)
+        self._share = 0  # of a thread: as its part of a batch comes
+        if processes:
+            self._share = SHARE_PICTURES if pictures else SHARE
         self._thread = threading.local()
+        self._tasks: list[Task] = []  # until they are a share
         self._pending: deque[tuple[int, Future[Written]]] = deque()  # images; in their order
         self._waiting = 0  # images of `_pending`
-        self._separator = "["
+        self._separator = b"["
         #: Detections that are written; those that pictures do not show. All of them at the end.
         self.boxes = self.undrawn = 0
 
@@ -84,15 +89,20 @@ class ResultWriter:
         Raises:
             OSError, ValueError: files of earlier ones could not be written, or outputs decoded.
         """
-        spread = -(-len(found) // self._threads)
-        share = min(len(found), SHARE) if self._has_processes else spread
-        for start in range(0, len(found), share):
-            self._submit(found[start : start + share])
+        part = self._share or -(-len(found) // self._threads)
+        for start in range(0, len(found), part):
+            some = found if part >= len(found) else found[start : start + part]
+            names = [str(self._names[path]) for path in some.paths]
+            ids = [self._image_ids.get(path) for path in some.paths]
+            self._tasks.append(Task(some, names, ids))
+            if sum(len(task.found) for task in self._tasks) >= self._share:
+                self._submit()
 
     def keep(self, text: str) -> None:
         """Queue what an earlier run has for detections.json."""
+        self._submit()
         one: Future[Written] = Future()
-        one.set_result(Written(text=text))
+        one.set_result(Written(text=text.encode()))
         self._pending.append((0, one))
 
     def finish(self) -> None:
@@ -101,10 +111,11 @@ class ResultWriter:
         Raises:
             OSError, ValueError: see `write`.
         """
+        self._submit()
         while self._pending:
             self._collect()
         with naming_json(self._output):
-            self._json.write("\n]\n" if self._separator == "," else "[]\n")
+            self._json.write(b"\n]\n" if self._separator == b"," else b"[]\n")
             self._json.flush()
 
     def check_output(self) -> None:
@@ -116,19 +127,17 @@ class ResultWriter:
                 f"--output: {self._output} has disappeared during the run; its results are lost, run again"
             )
 
-    def _submit(self, found: Found) -> None:
-        """Hand some images to a thread, once not too many wait."""
+    def _submit(self) -> None:
+        """Hand the tasks to a thread, once not too many images wait."""
+        tasks, self._tasks = self._tasks, []
+        images = sum(len(task.found) for task in tasks)
         while self._pending and (
-            self._pending[0][1].done() or self._waiting + len(found) > self._limit
+            self._pending[0][1].done() or self._waiting + images > self._limit
         ):
             self._collect()
-        task = Task(
-            found,
-            [str(self._names[path]) for path in found.paths],
-            [self._image_ids.get(path) for path in found.paths],
-        )
-        self._pending.append((len(found), self._pool.submit(self._write, task)))
-        self._waiting += len(found)
+        if tasks:
+            self._pending.append((images, self._pool.submit(self._write, tasks)))
+            self._waiting += images
 
     def _collect(self) -> None:
         """Wait for the oldest images and append them to detections.json."""
@@ -139,16 +148,17 @@ class ResultWriter:
         self.undrawn += written.undrawn
         if written.text:
             with naming_json(self._output):
-                self._json.write(f"{self._separator}\n{written.text}")
-            self._separator = ","
+                self._json.write(self._separator + b"\n")
+                self._json.write(written.text)
+            self._separator = b","
 
-    def _write(self, task: Task) -> Written:
+    def _write(self, tasks: Sequence[Task]) -> Written:
         """Write images' files. Runs on the pool."""
         self.check_output()
         process = self._process()
-        written: Written | None = None if process is None else process.ask(task)
+        written: Written | None = None if process is None else process.ask(tasks)
         if written is None:
-            written = self._files.write(task)
+            written = self._files.write(tasks)
             if self._folder is not None:
                 self._folder.add(written.lines)
         for text in written.warnings:
@@ -156,8 +166,8 @@ class ResultWriter:
         error = written.error
         if isinstance(error, OSError):
             self.check_output()  # says it better, where that is the reason
-            path = task.found.paths[written.images]
-            raise OSError(f"--output: cannot write the results of {path}: {files.message_of(error)}") from error  # fmt: skip
+            paths = [path for task in tasks for path in task.found.paths]
+            raise OSError(f"--output: cannot write the results of {paths[written.images]}: {files.message_of(error)}") from error  # fmt: skip
         if error is not None:
             raise error
         return written
@@ -191,7 +201,7 @@ def write_labels(output: Path, labels: Sequence[str]) -> None:
         files.write_text(output / LABELS_FILE, text)
 
 
-def _close(file: TextIO, *, quietly: bool) -> None:
+def _close(file: BinaryIO, *, quietly: bool) -> None:
     """Close a file that a full disk may keep from being written out; `quietly` where that was
     said already.
     """
@@ -238,8 +248,7 @@ def result_writer(
             there.
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
-        pictures: write them too, of the sources of what is found, or of the files where it has
-            none.
+        pictures: whether what is found has its sources, to draw on.
         draw_threshold: pictures show detections from this score on.
         folder: told of every image that is written.
         image_format: what pictures are written as.
@@ -253,7 +262,6 @@ def result_writer(
         spec=spec,
         labels=labels,
         tsv_header=tsv_header,
-        pictures=pictures,
         draw_threshold=draw_threshold,
         image_format=image_format,
         journal=folder is not None,
@@ -261,7 +269,7 @@ def result_writer(
     with ExitStack() as resources:
         with naming_json(output):
             temporary = resources.enter_context(files.atomic_path(output / "detections.json"))
-            json_file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
+            json_file = open(temporary, "wb")  # noqa: SIM115 (closed below)
         resources.push(lambda *raised: _close(json_file, quietly=raised[0] is not None))
         started = start_processes(image_files, threads, resources) if processes else ()
         pool = resources.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="write"))
@@ -273,6 +281,7 @@ def result_writer(
             image_files=image_files,
             names=names,
             image_ids=image_ids,
+            pictures=pictures,
             folder=folder,
             processes=started,
         )

@@ -250,8 +250,7 @@ def detect_and_write(
     speed = Speed()
     with (
         folder,
-        # a process draws on what it reads itself: pixels on their way there cost more
-        open_batcher(runtime, todo, options, keep_sources=outputs.pictures and not processes) as batcher,
+        open_batcher(runtime, todo, options, keep_sources=outputs.pictures) as batcher,
         result_writer(
             outputs.folder,
             runtime.spec,
