@@ -164,7 +164,7 @@ def _is_special(path: Path) -> bool:
 
 def _temporary_beside(target: Path) -> Path:
     """An empty file of a name of its own; those of processes that are gone are removed."""
-    _remove_left_over(target.parent)
+    _remove_left_over_at_times(target.parent)
     stem = os.fsencode(target.stem)[:_STEM_BYTES].decode(sys.getfilesystemencoding(), "ignore")
     is_made = False
     while True:
@@ -196,16 +196,18 @@ def _host() -> str:
     return f"{platform.node() or 'host'}-{space}"
 
 
-def _remove_left_over(folder: Path) -> None:
-    """Remove what killed processes of this machine left in a folder.
-
-    A look at all names takes longer than to write a file, so each folder is looked through once in
-    a while.
+def _remove_left_over_at_times(folder: Path) -> None:
+    """`remove_left_over`, but each folder once in a while: a look at all names takes longer than to
+    write a file.
     """
     now = time.monotonic()
-    if now - _searched.get(folder, -math.inf) < _SEARCH_AGAIN_S:
-        return
-    _searched[folder] = now
+    if now - _searched.get(folder, -math.inf) >= _SEARCH_AGAIN_S:
+        _searched[folder] = now
+        remove_left_over(folder)
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove what killed processes of this machine left in a folder."""
     kept = re.compile(rf"\..*\.{re.escape(_host())}-(\d+)-", re.DOTALL)
     for name in os.listdir(folder) if folder.is_dir() else ():
         made = kept.match(name)

@@ -825,7 +825,7 @@ def break_off(toy: Path, source: Path, out: Path, after: int, monkeypatch: pytes
             write(self, part)
         count += len(part)
         if len(part) < len(found):
-            for _, future in self._pending:
+            for *_, future in self._pending:
                 future.result()
             raise Broken
 
@@ -927,7 +927,7 @@ def test_all_images_may_be_done(toy: Path, tmp_path: Path, monkeypatch: pytest.M
         image(tmp_path / "in" / f"{number}.png", red=100 + number, green=number % 5, blue=0)
     assert run(toy, tmp_path / "in", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(results_writer.ResultWriter, "finish", lambda self: [f.result() for _, f in self._pending] and 1 / 0)  # fmt: skip
+        patch.setattr(results_writer.ResultWriter, "finish", lambda self: [f.result() for *_, f in self._pending] and 1 / 0)  # fmt: skip
         with pytest.raises(ZeroDivisionError):
             run(toy, tmp_path / "in", tmp_path / "out")
     assert run(toy, tmp_path / "in", tmp_path / "out", "--resume") == 0

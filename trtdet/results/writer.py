@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 #: Images that a process gets at a time, about: without pictures and with them.
-SHARE, SHARE_PICTURES = 32, 2
+SHARE, SHARE_PICTURES = 32, 8
 #: Processes that write TSVs alone: more do not bring more.
 MOST_PROCESSES = 8
 
@@ -42,8 +42,10 @@ class ResultWriter:
     #: Images per thread that may wait: `write` blocks when the disk is slower than the runtime, so
     #: memory stays flat.
     PENDING_PER_THREAD = 4
-    #: The same of a process, where there are no pictures.
-    PENDING_PER_PROCESS = 256
+    #: The same of a process: with pictures, and without.
+    PENDING_PICTURES, PENDING_PER_PROCESS = 16, 256
+    #: Bytes of decoded images that may wait; one batch may have more.
+    PENDING_BYTES = 1 << 30
 
     def __init__(
         self,
@@ -64,8 +66,10 @@ class ResultWriter:
         self._pool = pool
         self._threads = threads
         self._json = json_file
-        many = bool(processes) and not pictures
-        self._limit = threads * (self.PENDING_PER_PROCESS if many else self.PENDING_PER_THREAD)
+        each = self.PENDING_PER_THREAD
+        if processes:
+            each = self.PENDING_PICTURES if pictures else self.PENDING_PER_PROCESS
+        self._limit = threads * each
         self._files = image_files
         self._names = names
         self._image_ids = image_ids
@@ -77,8 +81,8 @@ class ResultWriter:
             self._share = SHARE_PICTURES if pictures else SHARE
         self._thread = threading.local()
         self._tasks: list[Task] = []  # until they are a share
-        self._pending: deque[tuple[int, Future[Written]]] = deque()  # images; in their order
-        self._waiting = 0  # images of `_pending`
+        self._pending: deque[tuple[int, int, Future[Written]]] = deque()  # images, bytes, in order
+        self._images = self._bytes = 0  # of `_pending`
         self._separator = b"["
         #: Detections that are written; those that pictures do not show. All of them at the end.
         self.boxes = self.undrawn = 0
@@ -103,7 +107,7 @@ class ResultWriter:
         self._submit()
         one: Future[Written] = Future()
         one.set_result(Written(text=text.encode()))
-        self._pending.append((0, one))
+        self._pending.append((0, 0, one))
 
     def finish(self) -> None:
         """Wait for all that is queued and end detections.json.
@@ -131,18 +135,23 @@ class ResultWriter:
         """Hand the tasks to a thread, once not too many images wait."""
         tasks, self._tasks = self._tasks, []
         images = sum(len(task.found) for task in tasks)
+        nbytes = sum(source.nbytes for task in tasks for source in task.found.sources or ())
         while self._pending and (
-            self._pending[0][1].done() or self._waiting + images > self._limit
+            self._pending[0][-1].done()
+            or self._images + images > self._limit
+            or self._bytes + nbytes > self.PENDING_BYTES
         ):
             self._collect()
         if tasks:
-            self._pending.append((images, self._pool.submit(self._write, tasks)))
-            self._waiting += images
+            self._pending.append((images, nbytes, self._pool.submit(self._write, tasks)))
+            self._images += images
+            self._bytes += nbytes
 
     def _collect(self) -> None:
         """Wait for the oldest images and append them to detections.json."""
-        images, future = self._pending.popleft()
-        self._waiting -= images
+        images, nbytes, future = self._pending.popleft()
+        self._images -= images
+        self._bytes -= nbytes
         written = future.result()
         self.boxes += written.boxes
         self.undrawn += written.undrawn
@@ -159,6 +168,11 @@ class ResultWriter:
         written: Written | None = None if process is None else process.ask(tasks)
         if written is None:
             written = self._files.write(tasks)
+            if process is not None:  # it has ended, perhaps in the middle of a file
+                self._thread.process = None
+                names = {name for task in tasks for name in task.outputs}
+                for folder in {(self._output / name).parent for name in names}:
+                    files.remove_left_over(folder)
             if self._folder is not None:
                 self._folder.add(written.lines)
         for text in written.warnings:
