@@ -5,6 +5,7 @@ of them made by the CPU and by the GPU, or its stand-ins.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ def write_images(folder: Path, count: int = 40) -> list[Path]:
             path.write_bytes(path.read_bytes()[:60])
         if kind == 8 and number % 20 == 8:
             path.write_text("no image")
+        if kind == 9:  # a second picture behind the first, as in files of stereo cameras
+            second = BytesIO()
+            Image.fromarray(pixels(number + 1)).save(second, "JPEG", quality=95)
+            path.write_bytes(path.read_bytes() + second.getvalue())
         paths.append(path)
     paths.insert(9, folder / "missing.jpg")
     return paths

@@ -142,3 +142,8 @@ def test_ids_of_odd_names_can_be_read_again(tmp_path: Path) -> None:
     annotations = coco.read_annotations(tmp_path / "truth.json")
     found = coco.read_results(tmp_path / "found.json", annotations)
     assert [entry["image_id"] for entry in found] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "d/a.jpg", "d.x/a", "d.x/.hid", ".hid.jpg", "a.b.c", "..a", "a", "...x", "a..jpg"])  # fmt: skip
+def test_a_suffix_is_what_pathlib_takes_for_one(name: str) -> None:
+    assert naming._without_suffix(name) == str(Path(name).with_suffix(""))
