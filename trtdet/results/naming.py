@@ -39,7 +39,7 @@ def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
     Raises:
         ValueError: an image that is not under `root`.
     """
-    base = root.parent if root in paths else root
+    base = root.parent if root in set(paths) else root
     names = [_below(path, base) for path in paths]
     short = [_without_suffix(name) for name in names]
     keeps_suffix = [False] * len(names)
