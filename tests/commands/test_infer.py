@@ -454,9 +454,8 @@ def test_a_slow_disk_holds_the_runtime_back(
         producer.start()
         producer.join(0.5)
         assert producer.is_alive()
-        assert (
-            len(taken) == machine.available_cores() * results_writer.ResultWriter.PENDING_PER_THREAD
-        )
+        each = results_writer.ResultWriter.PENDING[False, False]
+        assert len(taken) == machine.available_cores() * each < 100
         go.set()
         producer.join(30)
     assert len(taken) == 100

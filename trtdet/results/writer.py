@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from trtdet import files
 from trtdet.labels import LABELS_FILE
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Images that a process gets at a time, about: without pictures and with them.
 SHARE, SHARE_PICTURES = 32, 8
+#: And a thread, at most. Without pictures more images cost less than more threads bring.
+THREAD_SHARE = 8
 #: Processes that write TSVs alone: more do not bring more.
 MOST_PROCESSES = 8
 
@@ -39,11 +41,14 @@ class ResultWriter:
     Where there are `processes`, each thread has one that does it.
     """
 
-    #: Images per thread that may wait: `write` blocks when the disk is slower than the runtime, so
-    #: memory stays flat.
-    PENDING_PER_THREAD = 4
-    #: The same of a process: with pictures, and without.
-    PENDING_PICTURES, PENDING_PER_PROCESS = 16, 256
+    #: Whether there are processes, and pictures -> images that may wait, per thread: `write` blocks
+    #: when the disk is slower than the runtime, so memory stays flat.
+    PENDING: ClassVar = {
+        (False, True): 4,
+        (False, False): 32,
+        (True, True): 16,
+        (True, False): 256,
+    }
     #: Bytes of decoded images that may wait; one batch may have more.
     PENDING_BYTES = 1 << 30
 
@@ -66,16 +71,14 @@ class ResultWriter:
         self._pool = pool
         self._threads = threads
         self._json = json_file
-        each = self.PENDING_PER_THREAD
-        if processes:
-            each = self.PENDING_PICTURES if pictures else self.PENDING_PER_PROCESS
-        self._limit = threads * each
+        self._limit = threads * self.PENDING[bool(processes), pictures]
         self._files = image_files
         self._names = names
         self._image_ids = image_ids
         self._processes: SimpleQueue[Process] = SimpleQueue()
         for process in processes:
             self._processes.put(process)
+        self._pictures = pictures
         self._share = 0  # of a thread: as its part of a batch comes
         if processes:
             self._share = SHARE_PICTURES if pictures else SHARE
@@ -93,7 +96,8 @@ class ResultWriter:
         Raises:
             OSError, ValueError: files of earlier ones could not be written, or outputs decoded.
         """
-        part = self._share or -(-len(found) // self._threads)
+        spread = -(-len(found) // self._threads) if self._pictures else THREAD_SHARE
+        part = self._share or spread
         for start in range(0, len(found), part):
             some = found if part >= len(found) else found[start : start + part]
             names = [str(self._names[path]) for path in some.paths]
