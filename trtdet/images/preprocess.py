@@ -223,11 +223,18 @@ class Placer:
         _resize(image, out, self._resample, self._preprocessing.sampling)
 
     def _write_planes(self, image: ImageArray, out: NDArray[Any], rect: _Rect) -> None:
-        """NCHW."""
+        """NCHW. Each side is filled in one step, for all planes."""
         top, bottom, left, right = rect
-        for plane, value in zip(out, self._pad_row[:3], strict=True):
-            plane[:top] = plane[bottom:] = value
-            plane[top:bottom, :left] = plane[top:bottom, right:] = value
+        _, height, width = self._shape
+        color = self._pad_row[:3, None, None]
+        if top:
+            out[:, :top] = color
+        if bottom < height:
+            out[:, bottom:] = color
+        if left:
+            out[:, top:bottom, :left] = color
+        if right < width:
+            out[:, top:bottom, right:] = color
         shape = (bottom - top, right - left, 3)
         resized = _scratch("planes", math.prod(shape), self._dtype).reshape(shape)
         _resize(image, resized, self._resample, self._preprocessing.sampling)
