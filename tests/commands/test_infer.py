@@ -31,6 +31,7 @@ from trtdet.results import image_files
 from trtdet.results import writer as results_writer
 from trtdet.results.found import Found
 from trtdet.run import benchmark, detect
+from trtdet.run import infer as run_infer
 from trtdet.runtimes.ort import OnnxRuntime
 from trtdet.spec import ModelSpec
 
@@ -824,6 +825,7 @@ def break_off(toy: Path, source: Path, out: Path, after: int, monkeypatch: pytes
             write(self, part)
         count += len(part)
         if len(part) < len(found):
+            self._submit()
             for *_, future in self._pending:
                 future.result()
             raise Broken
@@ -834,8 +836,9 @@ def break_off(toy: Path, source: Path, out: Path, after: int, monkeypatch: pytes
             run(toy, source, out, *options)
 
 
+@pytest.mark.parametrize("processes", [False, True])
 @pytest.mark.parametrize("options", [(), ("--no_images",), ("--tsv_header", "--batch_size", "1")])
-def test_a_run_that_was_broken_off_goes_on(options: tuple[str, ...], toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:  # fmt: skip
+def test_a_run_that_was_broken_off_goes_on(processes: bool, options: tuple[str, ...], toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:  # fmt: skip
     """The files are those of one run, to the last byte; what is done is not run again, not even
     read.
     """
@@ -845,6 +848,7 @@ def test_a_run_that_was_broken_off_goes_on(options: tuple[str, ...], toy: Path, 
         )
     (tmp_path / "in" / "5b.png").write_bytes(b"no image")
     assert run(toy, tmp_path / "in", tmp_path / "whole", *options) == 3
+    monkeypatch.setattr(run_infer, "writes_in_processes", lambda *_: processes)
     out = tmp_path / "out"
     break_off(toy, tmp_path / "in", out, 4, monkeypatch, *options)
     assert not (out / "detections.json").exists() and not json.loads((out / "manifest.json").read_text())["complete"]  # fmt: skip
