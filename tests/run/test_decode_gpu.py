@@ -19,6 +19,8 @@ import trtdet
 from trtdet.commands import create_onnx, eval_coco, infer
 from trtdet.errors import EngineError
 from trtdet.images.files import load_image
+from trtdet.results import writer
+from trtdet.run import detect
 from trtdet.runtimes import gpu_images
 
 COUNT = len(list(EXAMPLES.glob("images/*")))
@@ -180,3 +182,33 @@ def test_a_model_on_the_cpu_is_refused(
     arguments = ["--model", str(tiny_onnx), "--input", str(photos), "--output", str(tmp_path / "o")]
     assert infer.main([*arguments, "--decode", "gpu", "--provider", "cpu"]) == 1
     assert "--decode gpu: expected a model on a GPU, found ONNX Runtime" in capsys.readouterr().err
+
+
+def test_the_rest_of_a_run_is_decoded_as_its_beginning(
+    decoder: tuple[Rig, StandinDecoder],
+    uint8_onnx: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the number of all images, though few are left."""
+    monkeypatch.setattr(detect, "MANY_IMAGES", COUNT)
+    engine = write_network_engine(tmp_path / "network.engine", uint8_onnx)
+    wanted = run(engine, photos, tmp_path / "whole")
+    assert sum(decoder[1].decoded) == COUNT
+    finish = writer.ResultWriter.finish
+
+    def broken_off(self: writer.ResultWriter) -> None:
+        finish(self)
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.ResultWriter, "finish", broken_off)
+        arguments = ["--model", str(engine), "--input", str(photos), "--output", str(out)]
+        assert infer.main([*arguments, "--batch_size", "4"]) == 130
+    lines = (out / "detections.partial.jsonl").read_text().splitlines(keepends=True)
+    (out / "detections.partial.jsonl").write_text("".join(lines[:-2]))
+    decoder[1].decoded.clear()
+    assert run(engine, photos, out, "--resume") == wanted
+    assert sum(decoder[1].decoded) == 2

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from trtdet.results.writer import pick_image_ids, result_writer
 from trtdet.run.detect import (
     check_read,
     check_score_threshold,
+    decodes_on_gpu,
     find,
     open_batcher,
     open_model,
@@ -125,6 +126,9 @@ def run(
         if engine.suffix.lower() == ".onnx":  # read once: to run it, and to know it again
             graph = read_onnx(engine, weights=False)
     with open_model(engine, options, model=graph) as runtime:
+        # of all images: the rest of a run that was broken off may be few
+        on_gpu = decodes_on_gpu(runtime, paths, options.decode)
+        options = replace(options, decode="gpu" if on_gpu else "cpu")
         threshold = check_score_threshold(options.score_threshold, runtime.spec)
         texts = pick_labels(labels, runtime.spec)
         wanted = None if classes is None else find_classes(classes, texts, runtime.spec.num_classes)
