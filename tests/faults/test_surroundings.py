@@ -28,6 +28,8 @@ from PIL import Image
 from trtdet.closing import without_interrupt
 
 INFER = "infer --model model.onnx --input photos --output out"
+#: Where an earlier run was broken off.
+EARLIER = "infer --model model.onnx --input photos --output found"
 EVAL = "eval_coco --detections detections.json --annotations annotations.json"
 EVAL_MODEL = "eval_coco --model model.onnx --input photos --annotations annotations.json"
 VISUALIZE = "visualize --input photos --detections tsvs --output out"
@@ -138,6 +140,8 @@ CASES: dict[str, tuple[Prepare, str, str]] = {
     "name of 500 letters": (nothing, f"deploy triton --model d0.engine --output out --name {'a' * 500}", "file name too long"),
     # what a model gives
     "class that is not there": (of_class(200), INFER, CLASS),
+    "class that is not there, over a run": (of_class(200), EARLIER, CLASS),
+    "class that is not there, with --clean": (of_class(200), f"{EARLIER} --clean", CLASS),
     "class that is not there, measured": (of_class(200), EVAL_MODEL, CLASS),
     "class that is not there, compared": (of_class(200), COMPARE, CLASS),
     # weights in a file of their own

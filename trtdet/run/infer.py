@@ -272,7 +272,9 @@ def detect_and_write(
         closing(progress(found, len(todo), len)) as results,
     ):  # fmt: skip
         for result in in_order(paths, kept, results):
-            if not count:
+            if not count:  # outputs that cannot be decoded shall neither begin nor remove anything
+                if isinstance(result, Found):
+                    result = replace(result, results=result.decoded(runtime.spec))
                 folder.start(clean=clean, resumed=bool(kept))
             if isinstance(result, str):
                 writer.keep(result)
