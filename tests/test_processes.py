@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trtdet.processes`: a child process ends with its parent, and with it alone."""
 
+import errno
+import logging
 import os
 import signal
 import subprocess
@@ -116,6 +118,54 @@ def test_arrays_arrive_whole(shared: bool, tmp_path: Path, monkeypatch: pytest.M
             assert [one[2] for one in said] == [a.sum() for a in arrays]
             large = [a.nbytes >= 1 << 14 for a in arrays]
             assert [one[3] for one in said] == [not (shared and one) for one in large]
-        size = os.fstat(process._arrays.files[0]).st_size if shared else 0
-        assert size < 1 << 18
+            size = os.fstat(process._arrays.files[0]).st_size if shared else 0
+            assert size < 1 << 20
     assert process._arrays.files == []
+
+
+def refused(*_: object) -> int:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("fails", ["memfd_create", "pwrite"])
+def test_arrays_arrive_where_there_is_no_memory_that_both_see(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    """Not to be had, as in a sandbox; or full."""
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("this system has no such memory")
+    (tmp_path / "echo_arrays.py").write_text(ECHO)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(os, fails, refused)
+    with Process("echo_arrays", "echoes", None) as process:
+        process.wait_until_ready()
+        for number in (2, 3):
+            array = np.full((300, 400), number, np.int32)
+            assert process.ask([array]) == [((300, 400), "int32", 120000 * number, True)]
+    assert caplog.messages == []
+
+
+FAILS = """
+from trtdet.processes import answer_all
+
+
+def fail(message):
+    raise MemoryError(f"no room for {message}")
+
+
+def serve(*files):
+    answer_all(lambda first: fail if first == "later" else fail(first), *files)
+"""
+
+
+@pytest.mark.parametrize("first", ["later", "at once"])
+def test_an_error_of_any_kind_ends_it_in_one_line(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Not in a traceback of its own; who asks does the work, and has the error too if it is there."""
+    (tmp_path / "failing.py").write_text(FAILS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])  # not those of others
+    with Process("failing", "fails", first) as process:
+        process.wait_until_ready()
+        assert process.ask("this") is None
+        assert process.is_gone
+    what = "this" if first == "later" else "at once"
+    assert caplog.messages == [f"a process that fails has ended (MemoryError: no room for {what}); the run goes on without it"]  # fmt: skip
+    assert capfd.readouterr().err == ""

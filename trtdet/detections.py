@@ -111,7 +111,7 @@ def decode(
         ValueError: outputs of other shapes, or a class that the model does not have.
     """
     images = len(transforms)
-    _check_shapes(outputs, images)
+    check_shapes(outputs, images)
     counts = np.maximum(outputs["num_detections"].reshape(-1)[:images], 0)
     all_scores = outputs["detection_scores"][:images].astype(np.float32)
     all_classes = outputs["detection_classes"][:images].astype(np.int32)
@@ -139,8 +139,12 @@ def decode(
     return results
 
 
-def _check_shapes(outputs: Mapping[str, NDArray[Any]], images: int) -> None:
-    """Find out whether the outputs of a batch have a row for each image, and fit each other."""
+def check_shapes(outputs: Mapping[str, NDArray[Any]], images: int) -> None:
+    """Find out whether the outputs of a batch have a row for each image, and fit each other.
+
+    Raises:
+        ValueError: they do not.
+    """
     shapes = {name: values.shape for name, values in outputs.items()}
     rows, slots = (*shapes["detection_scores"], 0, 0)[:2]
     known = [

@@ -14,8 +14,10 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -38,6 +40,14 @@ _CODE = (
 def available() -> bool:
     """Whether this system and this Python can have such processes."""
     return bool(sys.executable) and os.name == "posix"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """The error that ends a child process, instead of an answer."""
+
+    text: str
+    traceback: str
 
 
 class Process(Closing):
@@ -89,9 +99,11 @@ class Process(Closing):
         """
         if self._pipe is not None:
             try:
-                self._pipe.recv()
+                answer = self._pipe.recv()
             except (OSError, EOFError):
                 self._lost()
+            else:
+                self._check(answer)
 
     def ask(self, message: object) -> Any:
         """The answer to a message; None where the process is gone."""
@@ -99,21 +111,33 @@ class Process(Closing):
             return None
         try:
             self._pipe.send_bytes(self._arrays.pack(message))
-            return self._pipe.recv()
+            answer = self._pipe.recv()
         except (OSError, EOFError):
             self._lost()
             return None
+        self._arrays.shrink()
+        return self._check(answer)
 
-    def _lost(self) -> None:
+    def _check(self, answer: Any) -> Any:
+        """The answer; None where it is the process's last one."""
+        if not isinstance(answer, _Failure):
+            return answer
+        logger.debug("%s", answer.traceback)
+        self._lost(answer.text)
+        return None
+
+    def _lost(self, reason: str = "") -> None:
         """Go on without it."""
-        self._pipe = None
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
         self._arrays.close()
         try:
             status = self._process.wait(1)
         except subprocess.TimeoutExpired:
             self.close()
             status = self._process.returncode
-        logger.warning("a process that %s has ended (exit status %d); the run goes on without it", self._work, status)  # fmt: skip
+        logger.warning("a process that %s has ended (%s); the run goes on without it", self._work, reason or f"exit status {status}")  # fmt: skip
 
     def close(self) -> None:
         """End the process at once: what it is at is wanted no more."""
@@ -130,20 +154,29 @@ class _Arrays(Closing):
     copied in small pieces.
 
     Without a name, so that nothing is left of it, whatever ends the processes. Where the system has
-    no such memory, arrays go through the pipe.
+    no such memory, or no more of it, arrays go through the pipe.
 
     Attributes:
         files: the memory, for the child.
     """
 
     def __init__(self) -> None:
-        create = getattr(os, "memfd_create", None)  # Linux
-        self.files: list[int] = [create("trtdet")] if create else []
+        self.files: list[int] = []
+        if hasattr(os, "memfd_create"):  # Linux
+            with suppress(OSError):
+                self.files.append(os.memfd_create("trtdet"))
 
     def pack(self, message: object) -> bytes:
         """What goes through the pipe; the arrays are where `unpack` finds them."""
-        if not self.files:
-            return pickle.dumps((pickle.dumps(message, 5), []))
+        if self.files:
+            try:
+                return self._in_memory(message)
+            except OSError as error:
+                logger.debug("large arrays go through the pipe: %s", error)
+                self.close()
+        return pickle.dumps((pickle.dumps(message, 5), []))
+
+    def _in_memory(self, message: object) -> bytes:
         large: list[memoryview] = []
 
         def stays(buffer: pickle.PickleBuffer) -> bool:
@@ -153,14 +186,17 @@ class _Arrays(Closing):
             return False
 
         data = pickle.dumps(message, 5, buffer_callback=stays)
-        if os.fstat(self.files[0]).st_size > _MOST_KEPT:
-            os.ftruncate(self.files[0], 0)
         sizes = [raw.nbytes for raw in large]
         for raw, start in zip(large, _starts(sizes), strict=False):
             done = 0
             while done < raw.nbytes:  # 2 GiB at most at a time
                 done += os.pwrite(self.files[0], raw[done:], start + done)
         return pickle.dumps((data, sizes))
+
+    def shrink(self) -> None:
+        """Give much memory back, once the message is answered."""
+        if self.files and os.fstat(self.files[0]).st_size > _MOST_KEPT:
+            os.ftruncate(self.files[0], 0)
 
     def close(self) -> None:
         while self.files:
@@ -201,3 +237,7 @@ def answer_all(
                 pipe.send(answer(unpack(pipe.recv_bytes(), memory)))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
+        except Exception as error:  # of any kind: the other end says it, and does the work itself
+            text = f"{type(error).__name__}: {error}"
+            with suppress(OSError):
+                pipe.send(_Failure(text, traceback.format_exc()))

@@ -144,6 +144,12 @@ def test_ids_of_odd_names_can_be_read_again(tmp_path: Path) -> None:
     assert [entry["image_id"] for entry in found] == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "d/a.jpg", "d.x/a", "d.x/.hid", ".hid.jpg", "a.b.c", "..a", "a", "...x", "a..jpg"])  # fmt: skip
+@pytest.mark.parametrize("name", ["a.jpg", "d/a.jpg", "d.x/a", "d.x/.hid", ".hid.jpg", "a.b.c", "a", "a..jpg"])  # fmt: skip
 def test_a_suffix_is_what_pathlib_takes_for_one(name: str) -> None:
     assert naming._without_suffix(name) == str(Path(name).with_suffix(""))
+
+
+def test_dots_alone_are_no_name() -> None:
+    names = naming.output_names([Path("in/..jpg"), Path("in/d/...png")], Path("in"))
+    files = [naming.with_suffix_added(Path("out") / name, ".tsv") for name in names]
+    assert files == [Path("out/..jpg.tsv"), Path("out/d/...png.tsv")]

@@ -159,6 +159,41 @@ def test_what_a_process_has_to_say_is_in_its_answer(tmp_path: Path) -> None:
     assert str(written.error).startswith("detection_classes: expected 0 to 89, found 90; ")
 
 
+def test_warnings_of_python_are_not_shown(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As where threads write: the program keeps them for -v."""
+    some = outputs([3])
+    some.arrays["detection_classes"] = some.arrays["detection_classes"].astype(np.float32)
+    some.arrays["detection_classes"][0, 8] = np.nan  # beyond what was found
+    image_files = ImageFiles(tmp_path, SPEC, (), False, 0.3, "png", False)
+    with Process("trtdet.results.image_files", "writes results", image_files) as process:
+        process.wait_until_ready()
+        assert process.ask([task(some)]).boxes == 3
+    assert capfd.readouterr().err == ""
+
+
+def test_processes_get_less_of_large_images_at_a_time(images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """So that what may wait is enough for each of them."""
+    sizes: list[int] = []
+    ask = Process.ask
+
+    def note(self: Process, tasks: Sequence[Task]) -> object:
+        sizes.append(sum(source.nbytes for t in tasks for source in t.found.sources or ()))
+        return ask(self, tasks)
+
+    pixels = 128 * 128 * 3
+    monkeypatch.setattr(Process, "ask", note)
+    monkeypatch.setattr(writer, "available_cores", lambda: 2)
+    monkeypatch.setattr(writer.ResultWriter, "PENDING_BYTES", 17 * pixels)
+    write(images, tmp_path / "out", processes=True, pictures=True)
+    assert sizes == [4 * pixels] * (COUNT // 4)
+    sizes.clear()
+    monkeypatch.setattr(writer.ResultWriter, "PENDING_BYTES", 7 * pixels)
+    write(images, tmp_path / "out", processes=True, pictures=True)
+    assert sizes == [pixels] * COUNT
+
+
 def test_an_error_of_a_process_is_raised_here(images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(writer, "available_cores", lambda: 1)
     output = tmp_path / "out"

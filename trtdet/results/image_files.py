@@ -139,7 +139,6 @@ class _Answers:
     """What a process writes, and says of it."""
 
     def __init__(self, image_files: ImageFiles) -> None:
-        cv2.setNumThreads(1)  # there is a process for each core
         self._files = image_files
         self._journal: BinaryIO | None = None
 
@@ -177,4 +176,6 @@ def _warnings() -> Iterator[list[str]]:
 
 def serve(pipe_file: int, memory: int | None = None) -> None:
     """What a process does."""
+    cv2.setNumThreads(1)  # there is a process for each core
+    logging.captureWarnings(True)  # Python's own, which are not shown where threads write either
     answer_all(_Answers, pipe_file, memory)

@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 #: Images that a process gets at a time, about: without pictures and with them.
 SHARE, SHARE_PICTURES = 32, 8
-#: And a thread, at most. Without pictures more images cost less than more threads bring.
-THREAD_SHARE = 8
+#: And a thread, at most. Without pictures more images cost less than more threads bring; with
+#: them each thread has one share while another waits.
+THREAD_SHARE, THREAD_SHARE_PICTURES = 8, 2
 #: Processes that write TSVs alone: more do not bring more.
 MOST_PROCESSES = 8
 
@@ -72,6 +73,7 @@ class ResultWriter:
         self._threads = threads
         self._json = json_file
         self._limit = threads * self.PENDING[bool(processes), pictures]
+        self._share_bytes = self.PENDING_BYTES // (4 * threads)  # a share has less than two of it
         self._files = image_files
         self._names = names
         self._image_ids = image_ids
@@ -96,15 +98,25 @@ class ResultWriter:
         Raises:
             OSError, ValueError: files of earlier ones could not be written, or outputs decoded.
         """
-        spread = -(-len(found) // self._threads) if self._pictures else THREAD_SHARE
-        part = self._share or spread
+        part = self._part_of(found)
         for start in range(0, len(found), part):
             some = found if part >= len(found) else found[start : start + part]
             names = [str(self._names[path]) for path in some.paths]
             ids = [self._image_ids.get(path) for path in some.paths]
             self._tasks.append(Task(some, names, ids))
-            if sum(len(task.found) for task in self._tasks) >= self._share:
+            images, nbytes = _size_of(self._tasks)
+            if images >= self._share or nbytes >= self._share_bytes:
                 self._submit()
+
+    def _part_of(self, found: Found) -> int:
+        """How many of these images go to a thread together: less where they are large, so that
+        there are some for each thread within `PENDING_BYTES`.
+        """
+        most = self._share or THREAD_SHARE
+        if self._pictures and not self._share:
+            most = min(-(-len(found) // self._threads), THREAD_SHARE_PICTURES)
+        largest = max((source.nbytes for source in found.sources or ()), default=0)
+        return max(1, min(most, self._share_bytes // max(largest, 1)))
 
     def keep(self, text: str) -> None:
         """Queue what an earlier run has for detections.json."""
@@ -138,8 +150,7 @@ class ResultWriter:
     def _submit(self) -> None:
         """Hand the tasks to a thread, once not too many images wait."""
         tasks, self._tasks = self._tasks, []
-        images = sum(len(task.found) for task in tasks)
-        nbytes = sum(source.nbytes for task in tasks for source in task.found.sources or ())
+        images, nbytes = _size_of(tasks)
         while self._pending and (
             self._pending[0][-1].done()
             or self._images + images > self._limit
@@ -178,7 +189,10 @@ class ResultWriter:
                 for folder in {(self._output / name).parent for name in names}:
                     files.remove_left_over(folder)
             if self._folder is not None:
-                self._folder.add(written.lines)
+                try:
+                    self._folder.add(written.lines)
+                except OSError as full:
+                    written = Written(error=full)
         for text in written.warnings:
             logger.warning("%s", text)
         error = written.error
@@ -199,6 +213,12 @@ class ResultWriter:
                 self._thread.process.wait_until_ready()
         found: Process | None = self._thread.process
         return found
+
+
+def _size_of(tasks: Sequence[Task]) -> tuple[int, int]:
+    """Images, and bytes of their decoded images."""
+    nbytes = sum(source.nbytes for task in tasks for source in task.found.sources or ())
+    return sum(len(task.found) for task in tasks), nbytes
 
 
 @contextmanager

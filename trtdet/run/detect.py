@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from trtdet.detections import check_shapes
 from trtdet.errors import EngineError
 from trtdet.images.batcher import Allocate, Batch, ImageBatcher
 from trtdet.images.files import ImageArray
@@ -206,9 +207,13 @@ def run_batches(
     """Run every batch of `batcher`: the batch, and what came out for its images.
 
     A batch is released when the next one is asked for.
+
+    Raises:
+        ValueError: outputs of other shapes.
     """
     batches: Iterable[Batch[Any] | DeviceBatch] = batcher
     for batch, arrays in runtime.map(batches):
+        check_shapes(arrays, len(batch))
         size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
         yield batch, Outputs(arrays, batch.transforms, size_hw)[: len(batch)]
         batch.release()
