@@ -16,7 +16,7 @@ from trtdet.geometry import ResizeTransform
 from trtdet.images.files import load_image
 from trtdet.processes import Process, available
 from trtdet.results import writer
-from trtdet.results.found import Found, Outputs
+from trtdet.results.found import Found, RawResults
 from trtdet.results.image_files import ImageFiles, Task, _Answers
 from trtdet.results.manifest import PARTIAL, RunFolder
 from trtdet.results.writer import result_writer
@@ -28,7 +28,7 @@ SPEC = ModelSpec("automl", Preprocessing((64, 64)), Nms(), tuple(range(1, 91)))
 COUNT, BATCH = 60, 6
 
 
-def outputs(numbers: Sequence[int]) -> Outputs:
+def outputs(numbers: Sequence[int]) -> RawResults:
     """Image n has n % 7 detections, in a network input of half its size."""
     arrays = {
         "num_detections": np.array([[n % 7] for n in numbers], np.int32),
@@ -42,7 +42,7 @@ def outputs(numbers: Sequence[int]) -> Outputs:
         arrays["detection_boxes"][row] = corners.reshape(10, 4)
         arrays["detection_scores"][row] = np.sort(rng.uniform(0.1, 1, 10))[::-1]
         arrays["detection_classes"][row] = rng.integers(0, 90, 10)
-    return Outputs(arrays, [ResizeTransform((128, 128), (0.5, 0.5))] * len(numbers), (64, 64))
+    return RawResults(arrays, [ResizeTransform((128, 128), (0.5, 0.5))] * len(numbers), (64, 64))
 
 
 def found(images: Sequence[Path], *, sources: bool = False) -> Found:
@@ -131,7 +131,7 @@ def answers(folder: Path) -> _Answers:
     return _Answers(ImageFiles(folder, SPEC, (), False, 0.3, "png", True))
 
 
-def task(outputs: Outputs) -> Task:
+def task(outputs: RawResults) -> Task:
     count = len(outputs)
     paths = [Path(f"{n}.jpg") for n in range(count)]
     return Task(Found(paths, outputs), [path.stem for path in paths], range(count))

@@ -31,7 +31,7 @@ ImageResults = Generator[ImageResult, None, None]
 
 
 @dataclass(frozen=True, eq=False)
-class Outputs:
+class RawResults:
     """The outputs of some images, not decoded yet: whoever writes the files does that.
 
     Attributes:
@@ -52,9 +52,9 @@ class Outputs:
         """The number of images."""
         return len(self.transforms)
 
-    def __getitem__(self, part: slice) -> "Outputs":
+    def __getitem__(self, part: slice) -> "RawResults":
         arrays = {name: rows[part] for name, rows in self.arrays.items()}
-        return Outputs(arrays, self.transforms[part], self.size_hw, self.score_threshold, self.classes)  # fmt: skip
+        return RawResults(arrays, self.transforms[part], self.size_hw, self.score_threshold, self.classes)  # fmt: skip
 
     def decoded(self, spec: ModelSpec) -> list[Detections]:
         """What was found in each image.
@@ -79,7 +79,7 @@ class Found:
     """
 
     paths: Sequence[Path]
-    results: Outputs | Sequence[Detections]
+    results: RawResults | Sequence[Detections]
     sources: Sequence[ImageArray] | None = None
 
     def __len__(self) -> int:
@@ -91,5 +91,5 @@ class Found:
         return Found(self.paths[part], self.results[part], sources)
 
     def decoded(self, spec: ModelSpec) -> Sequence[Detections]:
-        """What was found in each image; see `Outputs.decoded`."""
-        return self.results.decoded(spec) if isinstance(self.results, Outputs) else self.results
+        """What was found in each image; see `RawResults.decoded`."""
+        return self.results.decoded(spec) if isinstance(self.results, RawResults) else self.results

@@ -31,8 +31,9 @@ SHARE, SHARE_PICTURES = 32, 8
 #: And a thread, at most. Without pictures more images cost less than more threads bring; with
 #: them each thread has one share while another waits.
 THREAD_SHARE, THREAD_SHARE_PICTURES = 8, 2
-#: Processes that write TSVs alone: more do not bring more.
-MOST_PROCESSES = 8
+#: Processes: of those that write TSVs alone, more do not bring more; those that draw take a core and
+#: up to 90 MiB each.
+MOST_PROCESSES, MOST_PROCESSES_PICTURES = 8, 32
 
 
 class ResultWriter:
@@ -293,8 +294,8 @@ def result_writer(
         processes: let processes do it, for very many results a second.
     """
     threads = available_cores()
-    if processes and not pictures:
-        threads = min(threads, MOST_PROCESSES)
+    if processes:
+        threads = min(threads, MOST_PROCESSES_PICTURES if pictures else MOST_PROCESSES)
     image_files = ImageFiles(
         folder=output.absolute(),
         spec=spec,

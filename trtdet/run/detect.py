@@ -19,7 +19,7 @@ from trtdet.images.files import ImageArray
 from trtdet.images.options import Decode
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import names_of, read_labels
-from trtdet.results.found import Found, ImageResult, ImageResults, Outputs
+from trtdet.results.found import Found, ImageResult, ImageResults, RawResults
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Runtime, default_batch_size
 from trtdet.runtimes.kinds import check_model
@@ -203,7 +203,7 @@ def find(
 
 def run_batches(
     runtime: Runtime, batcher: AnyBatcher
-) -> Generator[tuple[Batch[Any] | DeviceBatch, Outputs], None, None]:
+) -> Generator[tuple[Batch[Any] | DeviceBatch, RawResults], None, None]:
     """Run every batch of `batcher`: the batch, and what came out for its images.
 
     A batch is released when the next one is asked for.
@@ -215,7 +215,7 @@ def run_batches(
     for batch, arrays in runtime.map(batches):
         check_shapes(arrays, len(batch))
         size_hw = runtime.spec.preprocessing.size_of(batch.images.shape[1:])
-        yield batch, Outputs(arrays, batch.transforms, size_hw)[: len(batch)]
+        yield batch, RawResults(arrays, batch.transforms, size_hw)[: len(batch)]
         batch.release()
 
 
