@@ -6,10 +6,9 @@ machine.
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
 import onnx
@@ -26,7 +25,7 @@ from trtdet.results.coco import ANNOTATIONS
 from trtdet.results.found import Found
 from trtdet.results.gallery import Page, write_gallery
 from trtdet.results.gallery_items import items_of_run
-from trtdet.results.manifest import MANIFEST, PARTIAL, RunFolder, fingerprint
+from trtdet.results.manifest import MANIFEST, PARTIAL, RunFolder
 from trtdet.results.naming import planned_files
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.results.writer import pick_image_ids, result_writer
@@ -41,6 +40,7 @@ from trtdet.run.detect import (
     progress,
     run_identity,
 )
+from trtdet.run.earlier import find_kept, in_order, say_stale, saying_what_is_kept
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Runtime
 from trtdet.runtimes.kinds import check_model
@@ -177,17 +177,6 @@ def check_targets(
         files.check_writable(output / name)
     own = [output / name for name in [*planned, Path(MANIFEST), Path(PARTIAL)]]
     files.check_outputs([report], [*inputs, *own] if report else [])
-
-
-@contextmanager
-def saying_what_is_kept(output: Path, *, resumable: bool) -> Iterator[None]:
-    """Let Ctrl-C say how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if resumable and (output / PARTIAL).is_file():
-            logger.info("%s keeps what is done; --resume goes on with it", output)
-        raise
 
 
 def open_folder(
@@ -363,77 +352,3 @@ def name_outputs(
     if pictures:
         naming.check_apart(output, names, source, recursive=options.recursive)
     return names
-
-
-def say_stale(folder: RunFolder, output: Path, names: Iterable[Path], *, clean: bool) -> None:
-    """Warn of what an earlier run left, unless it is removed."""
-    stale = folder.stale()
-    if stale and not clean:
-        logger.warning(
-            "%s has %d files of an earlier run that this one does not write, such as %s; they are kept (--clean removes them)",
-            output,
-            len(stale),
-            stale[0],
-        )
-    listed = folder.before.files if folder.before else []
-    others = naming.left_over(
-        output, [*names, *(Path(name).with_suffix("") for name in listed if name.endswith(".tsv"))]
-    )
-    if others:
-        logger.warning(
-            "%s has results of %d other images, which no manifest lists; they are kept",
-            output,
-            others,
-        )
-
-
-def find_kept(
-    folder: RunFolder,
-    output: Path,
-    names: Mapping[Path, Path],
-    image_ids: Mapping[Path, int | str],
-    suffixes: Sequence[str],
-) -> dict[Path, str]:
-    """Images that a run that was broken off has done -> their part of detections.json.
-
-    Args:
-        suffixes: of the files of an image, all of which have to be there.
-    """
-    done = folder.done()
-    kept = {}
-    for path, name in names.items():
-        one = done.get(name.as_posix())
-        if (
-            one is not None
-            and (one.id, one.image) == (image_ids.get(path), fingerprint(path))
-            and all(naming.with_suffix_added(output / name, s).is_file() for s in suffixes)
-        ):
-            kept[path] = one.text
-    if kept:
-        logger.info("--resume: %d of %d images are done already", len(kept), len(names))
-    else:
-        logger.warning("--resume: %s has no run that was broken off; it begins anew", output)
-    return kept
-
-
-def in_order(
-    paths: Sequence[Path], kept: Mapping[Path, str], founds: Iterable[Found]
-) -> Iterator[Found | str]:
-    """What was done before and what is done now, in the order of the images; those that cannot
-    be read are in neither.
-    """
-    if not kept:
-        yield from founds
-        return
-    waiting = iter(paths)
-    for found in founds:
-        start = 0
-        for at, path in enumerate(found.paths):
-            before = [kept[p] for p in takewhile(path.__ne__, waiting) if p in kept]
-            if before:
-                if at > start:
-                    yield found[start:at]
-                start = at
-                yield from before
-        yield found[start:]
-    yield from (kept[path] for path in waiting if path in kept)

@@ -30,7 +30,7 @@ from trtdet.run.detect import (
     pick_labels,
     run_identity,
 )
-from trtdet.run.infer import say_stale
+from trtdet.run.earlier import say_stale
 from trtdet.run.options import RunOptions
 from trtdet.spec import ModelSpec
 from trtdet.terminal import no_bar
