@@ -158,7 +158,7 @@ def test_a_damaged_row_is_refused(offsets: str, tmp_path: Path) -> None:
     data = json.loads(sidecar.read_text())
     data["rounding"]["box_0"]["offsets"] = offsets
     sidecar.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"c\.cache\.json.*rounding.*box_0.*(offsets|base64|Incorrect|Only)"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"c\.cache\.json.*rounding.*box_0.*(offsets|base64)"):  # fmt: skip
         calibration_cache.read_cache(path)
 
 

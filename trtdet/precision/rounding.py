@@ -28,6 +28,8 @@ DAMPING = 0.01
 BLOCK = 64
 #: Parts of a step by which weights are told apart. Their last digits depend on the processor.
 HASHED_PARTS = 1000
+#: Of one convolution.
+MOST_WEIGHTS = 2**28
 
 
 def in_steps(weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -103,12 +105,13 @@ class Rounding:
         return np.clip(round_to(steps, INT8) + offsets, -INT8.largest, INT8.largest)
 
     def _values(self) -> NDArray[np.int8]:
+        unpacker = zlib.decompressobj()
         try:
-            data = zlib.decompress(base64.b64decode(self.offsets, validate=True))
+            data = unpacker.decompress(base64.b64decode(self.offsets, validate=True), MOST_WEIGHTS)
         except zlib.error as error:
-            raise ValueError(
-                f"offsets: expected zlib's format, found other bytes ({error})"
-            ) from error
+            raise ValueError(f"offsets: expected zlib's format, found {error}") from error
+        if not unpacker.eof:
+            raise ValueError("offsets: expected zlib's format, whole, found its beginning")
         return np.frombuffer(data, np.int8)
 
 
