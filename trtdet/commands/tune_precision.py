@@ -101,7 +101,7 @@ def run(
     coco.check_objects(annotations, images.values())
     output.parent.mkdir(parents=True, exist_ok=True)  # for the journal
     plan = sensitivity.plan(body, scales_of(body, int8))
-    automatic.round_weights(plan, int8)
+    automatic.choose_rounding(plan, int8)
     context = context_of(plan, annotations_path, list(images))
     journal = Journal(journal_path, context)
     if len(journal):

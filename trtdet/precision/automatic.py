@@ -74,7 +74,7 @@ def choose(plan: QuantizationPlan, options: Int8Options, *, runs: bool = True) -
     return found
 
 
-def round_weights(plan: QuantizationPlan, options: Int8Options, *, runs: bool = True) -> None:
+def choose_rounding(plan: QuantizationPlan, options: Int8Options, *, runs: bool = True) -> None:
     """Settle how the weights of pointwise convolutions are rounded, as far as the cache of the plan
     does not say it; written there.
 
@@ -86,27 +86,27 @@ def round_weights(plan: QuantizationPlan, options: Int8Options, *, runs: bool = 
     """
     cache = plan.cache
     steps = {layer: plan.in_steps(layer) for layer in plan.layers if plan.options.together}
-    open_: dict[ConvLayer, NDArray[np.float64]] = {}
+    unknown: dict[ConvLayer, NDArray[np.float64]] = {}
     for layer, values in steps.items():
         known = cache.rounding.get(layer.name)
         if values is not None and not (known and known.fits(values)):
-            open_[layer] = values
-    if not open_:
+            unknown[layer] = values
+    if not unknown:
         return
     if options.images is None or not runs:
         if cache.rounding:
-            logger.warning("--calib_cache: does not say how the weights of %d convolutions are rounded: to the nearest, which costs accuracy; give --calib_input", len(open_))  # fmt: skip
+            logger.warning("--calib_cache: does not say how the weights of %d convolutions are rounded: to the nearest, which costs accuracy; give --calib_input", len(unknown))  # fmt: skip
         return
     paths = _images(options.images, options, ROUNDING_IMAGES)
-    for layers in _groups(open_):
-        tensors = {layer.input: open_[layer].shape[1] for layer in layers}
+    for layers in _groups(unknown):
+        tensors = {layer.input: unknown[layer].shape[1] for layer in layers}
         found = moments.measure_moments(plan.body, tensors, _shown(plan.body, paths))
         for layer in layers:
             placed = plan.equalized.get(layer.name)
             factors = placed.equalization.factors if placed else np.ones(tensors[layer.input])
             covariance = found[layer.input].covariance * np.outer(factors, factors)
-            rounded = round_together(open_[layer], covariance)
-            cache.rounding[layer.name] = Rounding.of(open_[layer], rounded)
+            rounded = round_together(unknown[layer], covariance)
+            cache.rounding[layer.name] = Rounding.of(unknown[layer], rounded)
         if options.cache and options.cache.is_file():
             cache.write_sidecar(options.cache)
 

@@ -244,7 +244,7 @@ def _settle(
     """
     plan = plan_quantization(body, cache, settings)
     runs = not unknown_to_onnxruntime(body.model)
-    automatic.round_weights(plan, int8, runs=runs)
+    automatic.choose_rounding(plan, int8, runs=runs)
     choice = automatic.choose(plan, int8, runs=runs)
     return choice.kept if choice else ()
 
