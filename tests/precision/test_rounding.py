@@ -121,6 +121,11 @@ def test_samples_are_the_same_each_time() -> None:
     assert [first[name].count for name in ("merged", "coarse")] == [3 * 64, 3 * 16]  # all of them
     for name, moments in first.items():
         assert np.array_equal(moments.second, again[name].second)
+    planes = measure_moments(body, {"input": 16, "coarse": 8}, feeds)[
+        "input"
+    ]  # its rows as channels
+    assert planes.count == 3 * 48
+    assert planes.first == pytest.approx(sum(f["input"][0].reshape(16, -1).sum(1) for f in feeds), rel=1e-6)  # fmt: skip
     large = Body(toy.free_network(), toy.SPEC)
     image = np.random.default_rng(0).uniform(0, 255, (1, 64, 64, 3)).astype(np.float32)
     found = measure_moments(large, {"merged": 8}, [{"input": image}])

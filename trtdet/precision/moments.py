@@ -4,7 +4,7 @@
 One pass over images, of which nothing is kept but sums.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,18 +50,23 @@ def measure_moments(
         feeds: one image each, in every row of a fixed batch. Looked at one at a time.
     """
     found = {name: Moments(channels) for name, channels in tensors.items()}
-    session = _open(body, tensors)
+    inputs = {info.name for info in body.network.graph.input}
+    inner = [name for name in tensors if name not in inputs]  # an input is no output, too
+    session = _open(body, inner) if inner else None
     for number, feed in enumerate(feeds):
         rng = np.random.default_rng(number)
-        for name, values in zip(tensors, session.run([*tensors], feed), strict=True):
-            rows = values[0].reshape(tensors[name], -1)
+        values = dict(feed)
+        if session is not None:
+            values.update(zip(inner, session.run(inner, feed), strict=True))
+        for name, moments in found.items():
+            rows = values[name][0].reshape(tensors[name], -1)
             if rows.shape[1] > SAMPLES:
                 rows = rows[:, rng.integers(rows.shape[1], size=SAMPLES)]
-            found[name].add(np.ascontiguousarray(rows.T))
+            moments.add(np.ascontiguousarray(rows.T, np.float32))
     return found
 
 
-def _open(body: Body, tensors: Mapping[str, int]) -> Session:
+def _open(body: Body, tensors: Sequence[str]) -> Session:
     watched = onnx.ModelProto()
     watched.CopyFrom(deformable_attention.lower(body.network))
     del watched.graph.output[:]
