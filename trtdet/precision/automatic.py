@@ -188,7 +188,7 @@ def _shown(body: Body, paths: Sequence[Path]) -> Iterator[dict[str, NDArray[Any]
 
 
 def _groups(wanted: Mapping[ConvLayer, NDArray[np.float64]]) -> list[list[ConvLayer]]:
-    """Convolutions whose inputs' moments are in memory together, those of one input in one group."""
+    """Convolutions whose inputs' moments are in memory together; those of one input, in one."""
     groups: list[list[ConvLayer]] = [[]]
     free = MOMENTS_AT_A_TIME
     by_input: dict[str, list[ConvLayer]] = {}
