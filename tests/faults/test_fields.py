@@ -111,7 +111,7 @@ FILES = {
     "annotations": File(EVAL, "annotations.json", OBJECTS, ("images", "annotations", "categories", "images.0.id", "images.0.file_name", "annotations.0.image_id", "annotations.0.category_id", "annotations.0.bbox", "categories.0.id")),
     "results": File(EVAL, "detections.json", DETECTIONS, ("0.image_id", "0.category_id", "0.bbox", "0.score")),
     "times": File("deploy trtexec --parse_times times.json --batch_size 2", "times.json", {f"0.{key}": "time" for key in fault_desk.RECORD}, tuple(f"1.{key}" for key in fault_desk.RECORD)),
-    "cache": File(INT8, "net.cache.json", {"schema": "schema", "scales_sha256": "object", "num_images": "count", "method": "word", "seed": "count", "preprocessing": "object", "channels": "object", "channels.x.noise": "noise", "channels.x.values": "word", "costs": "object"}, ("schema", "scales_sha256", "model_sha256", "channels")),
+    "cache": File(INT8, "net.cache.json", {"schema": "schema", "scales_sha256": "object", "num_images": "count", "method": "word", "seed": "count", "preprocessing": "object", "channels": "object", "channels.x.noise": "noise", "channels.x.values": "word", "costs": "object", "rounding": "object"}, ("schema", "scales_sha256", "model_sha256", "channels")),
     "precision": File(f"{INT8} --precision_json precision.json", "precision.json", {"schema": "schema", "model_sha256": "word", "precision": "word", "keep": "object", "keep.stem": "word"}, ("schema", "model_sha256", "precision", "keep")),
 }
 # fmt: on

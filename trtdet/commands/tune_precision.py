@@ -76,7 +76,7 @@ def run(
             good enough.
     """
     from trtdet.images.files import check_no_image
-    from trtdet.precision import sensitivity
+    from trtdet.precision import automatic, sensitivity
     from trtdet.precision.body import Body
     from trtdet.precision.prepare import load_model, scales_of
     from trtdet.precision.sensitivity import Journal
@@ -101,6 +101,7 @@ def run(
     coco.check_objects(annotations, images.values())
     output.parent.mkdir(parents=True, exist_ok=True)  # for the journal
     plan = sensitivity.plan(body, scales_of(body, int8))
+    automatic.choose_rounding(plan, int8)
     context = context_of(plan, annotations_path, list(images))
     journal = Journal(journal_path, context)
     if len(journal):

@@ -20,6 +20,7 @@ from trtdet import about, checks, files, reading
 from trtdet.precision.histograms import ChannelRow, ChannelStatistics
 from trtdet.precision.objective import Damage
 from trtdet.precision.options import DEFAULT_SEED, Method
+from trtdet.precision.rounding import Rounding
 from trtdet.precision.scales import INT8
 from trtdet.spec import Preprocessing
 
@@ -137,12 +138,15 @@ class CalibrationCache:
         origin: None for caches of other programs.
         costs: name of a type of 8 bits -> convolution -> what it does alone in that type; as far as
             it was measured.
+        rounding: convolution -> how its weights are rounded to INT8, where that is not to the
+            nearest.
     """
 
     scales: dict[str, float]
     channels: dict[str, ChannelStatistics] = field(default_factory=dict, repr=False)
     origin: Origin | None = None
     costs: dict[str, dict[str, Damage]] = field(default_factory=dict, repr=False)
+    rounding: dict[str, Rounding] = field(default_factory=dict, repr=False)
 
     def amax(self, tensor: str) -> float:
         """The largest magnitude of a tensor that its scale represents; 0 where there is none."""
@@ -214,6 +218,7 @@ class CalibrationCache:
                 kind: {name: dataclasses.asdict(damage) for name, damage in costs.items()}
                 for kind, costs in self.costs.items()
             },
+            "rounding": {name: dataclasses.asdict(row) for name, row in self.rounding.items()},
             "channels": {name: c.to_dict() for name, c in self.channels.items()},
         }
         files.write_text(sidecar_path(path), json.dumps(data, indent=1) + "\n")
@@ -320,6 +325,7 @@ class _Sidecar:
     preprocessing: dict[str, Any]
     channels: dict[str, ChannelRow]
     costs: dict[str, dict[str, Damage]] = field(default_factory=dict)
+    rounding: dict[str, Rounding] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checks.whole("num_images", self.num_images, 0, 2**31)
@@ -351,7 +357,7 @@ def _with_sidecar(cache: CalibrationCache, text: str, path: Path) -> Calibration
             f"{path}: does not belong to the cache beside it: scales_sha256 is that of other scales than stand in the cache; {remedy}"
         )
     channels = {name: row.statistics for name, row in found.channels.items()}
-    return CalibrationCache(cache.scales, channels, found.origin, found.costs)
+    return CalibrationCache(cache.scales, channels, found.origin, found.costs, found.rounding)
 
 
 def _scale_lines(text: str) -> str:

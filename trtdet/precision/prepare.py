@@ -214,11 +214,12 @@ def _prepare_quantized(
     settings = QuantizationOptions(
         keep=tuple(kept),
         to=QUANTIZED[to],
+        together=not target.calibrator,  # such a TensorRT rounds weights by itself
         fp16_scales=rest == "fp16" and not target.weak,  # 8.6 reads opset 17, which has none
     )
     default = FP8_METHOD if to == "fp8" else DEFAULT_METHOD
     cache = CalibrationCache({}) if own else scales_of(body, int8, target.cache_version, default)
-    but = () if own else _left_out(body, cache, settings, int8)
+    but = () if own else _settle(body, cache, settings, int8)
     scales = None
     if target.calibrator:
         quantized, scales, report = prepare_implicit(body, cache, settings, but)
@@ -235,14 +236,16 @@ def _prepare_quantized(
     return Prepared(quantized, add_large_biases(typed), narrowed, report, scales)
 
 
-def _left_out(
+def _settle(
     body: Body, cache: CalibrationCache, settings: QuantizationOptions, int8: Int8Options
 ) -> tuple[str, ...]:
-    """Names of the convolutions that hurt detections most in 8 bits, as many as `int8.share`
-    allows.
+    """How weights are rounded goes into the cache. Returns names of the convolutions that hurt
+    detections most in 8 bits, as many as `int8.share` allows.
     """
     plan = plan_quantization(body, cache, settings)
-    choice = automatic.choose(plan, int8, runs=not unknown_to_onnxruntime(body.model))
+    runs = not unknown_to_onnxruntime(body.model)
+    automatic.choose_rounding(plan, int8, runs=runs)
+    choice = automatic.choose(plan, int8, runs=runs)
     return choice.kept if choice else ()
 
 

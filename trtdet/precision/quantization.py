@@ -23,6 +23,8 @@ What makes it accurate (figures in docs/int8.md):
 * A swish reaches up to any height but down to -0.28 only, and symmetric INT8 spends half of its
   numbers below zero. In front of a pointwise convolution, which pads nothing, the range is shifted
   to its middle; the bias undoes it exactly.
+* Weights of pointwise convolutions are rounded together, by what their inputs are like, where the
+  cache says how (`trtdet.precision.rounding`).
 * The mean error that rounded weights make is taken off the bias.
 
 FP8 (E4M3) has an exponent of its own, so a small channel loses nothing beside a large one: no
@@ -40,13 +42,13 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from trtdet.errors import GraphError
-from trtdet.precision import equalization
+from trtdet.precision import equalization, rounding
 from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.calibration_cache import CalibrationCache
 from trtdet.precision.equalization import Equalization, Equalize, Placed, Weights
 from trtdet.precision.graph_types import narrow_types
 from trtdet.precision.histograms import ChannelStatistics
-from trtdet.precision.pairs import NewConv, round_weights, write_convs
+from trtdet.precision.pairs import NewConv, RoundedWeights, round_weights, write_convs
 from trtdet.precision.scales import FP8, INT8, QuantizedType, activation_scale
 
 
@@ -60,6 +62,8 @@ class QuantizationOptions:
         to: the type of 8 bits.
         equalize: where to scale channels; takes a cache with statistics per channel.
         shift, correct_bias: as above.
+        together: round weights as the cache says; else each to its nearest, as a TensorRT does that
+            rounds by itself.
         fp16_scales: choose scales that float16 holds, so that `trtdet.precision.floats.to_fp16`
             changes no number of the pairs.
     """
@@ -69,6 +73,7 @@ class QuantizationOptions:
     equalize: Equalize = "all"
     shift: bool = True
     correct_bias: bool = True
+    together: bool = True
     fp16_scales: bool = False
 
 
@@ -259,6 +264,32 @@ class QuantizationPlan:
         own_nodes = placed.equalization if placed else None
         return replace(self._convolution(layer, True, None), equalization=own_nodes)
 
+    def in_steps(self, layer: ConvLayer) -> NDArray[np.float64] | None:
+        """The weights of a convolution that can be rounded together, (outputs, inputs), in steps
+        of INT8; None of any other: not pointwise, or little is known of its input.
+        """
+        weights = self.weights[layer.name]
+        if self.options.to is not INT8 or layer.depthwise or weights.values.shape[2:] != (1, 1):
+            return None
+        if equalization.statistics_of(layer, weights, self.cache) is None:
+            return None
+        if placed := self.equalized.get(layer.name):
+            weights = equalization.undo_in(weights, placed.equalization, depthwise=False)
+        return rounding.in_steps(weights.values)
+
+    def _rounded(self, layer: ConvLayer, weights: Weights) -> RoundedWeights:
+        """
+        Args:
+            weights: with the factors of all equalizations. Those of its outputs scale whole rows,
+                which does not change how a row is rounded.
+        """
+        nearest = round_weights(weights.values, self.options.to, fp16=self.options.fp16_scales)
+        kept = self.cache.rounding.get(layer.name) if self.options.together else None
+        steps = self.in_steps(layer) if kept else None
+        if kept is None or steps is None or not kept.fits(steps):
+            return nearest
+        return replace(nearest, rounded=kept.apply(steps).reshape(weights.values.shape))
+
     def report(self, but: Collection[str] = ()) -> QuantizationReport:
         """On `quantize(but)`."""
         quantized = {layer.name for layer in self.layers}.difference(but)
@@ -283,8 +314,7 @@ class QuantizationPlan:
             weights = equalization.apply_in(weights, taken)
         if not quantized:
             return NewConv(layer, weights)
-        to = self.options.to
-        rounded = round_weights(weights.values, to, fp16=self.options.fp16_scales)
+        rounded = self._rounded(layer, weights)
         if self.options.correct_bias:
             error = mean_output(
                 weights.values - rounded.values,

@@ -6,6 +6,7 @@ scatter, so it ranks the convolutions; AP is what counts and takes a run over al
 so it is asked only where a decision hangs on it.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -235,9 +236,10 @@ def fingerprint(*parts: Any) -> str:
 
 
 def cache_fingerprint(cache: CalibrationCache) -> str:
-    """Of the scales and the statistics per channel."""
+    """Of the scales, the statistics per channel and the rounding of weights."""
     channels = {name: c.to_dict() for name, c in cache.channels.items()}
-    return fingerprint(dict(cache.scales), channels)
+    rounding = {name: dataclasses.asdict(row) for name, row in cache.rounding.items()}
+    return fingerprint(dict(cache.scales), channels, rounding)
 
 
 # ---- table and plot
