@@ -132,7 +132,7 @@ def test_small_exports(name: str, tmp_path: Path) -> None:
     assert not origins & {"given", "ASSUMED"}
     (selection,) = [fact.value for fact in spec.evidence if fact.name == "selection"]
     cut_off = name in ("LibreYOLOX_n", "LibreYOLO9_t", "LibreRTMDet_t")
-    assert selection.endswith("to a pixel of the input") == cut_off
+    assert selection.endswith("to half a pixel of the input") == cut_off
     photographs = {path.name: path for path in about.PHOTOGRAPHS}
     assert share_found(out, reference, photographs) >= LEAST
 

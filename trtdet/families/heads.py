@@ -113,8 +113,6 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
     known = framework or Framework("")
-    if not _has_size(source):  # what boxes would be clipped to is not known yet
-        known = known.with_changes(clipped=False)
     evidence = Evidence(str(source.path), hints.assume)
     origin = f"read: metadata of {known.name}" if framework else "the shapes of its outputs"
     evidence.add(ev.FAMILY, known.name or NAME, origin if framework else ev.MEASURED + origin)
@@ -124,10 +122,13 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             f"{source.path}: expected images as the only input, found {', '.join(pixels.others)} too; export the model without"
         )
     size_hw = pixels.size_hw or (0, 0)
+    own_size = None if _has_size(source) or hints.size_hw else known.shorter_side
     _note_input(evidence, pixels, size_hw)
     convention = Convention(known.name, known.normal) if known.normal else None
     normal = decide_normalisation(evidence, pixels, hints, convention)
     preprocessing = _preprocessing(evidence, hints, known, normal, size_hw)
+    if own_size:
+        _note_own_size(evidence, known, own_size)
     outputs = [info.name for info in source.model.graph.output]
     declared = _merged(hints.declared, known.declaration(outputs))
     wanted = [*outputs, *_named(declared, outputs)]
@@ -136,7 +137,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     spec = _spec(plan, preprocessing, hints, known, evidence)
     batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw)
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
-    levels = maybe_levels(plan.count, size_hw)
+    multiple = None if _has_size(source) else _multiple(known, plan, size_hw)
     clips = known.clipped and not plan.selected
     if clips:
         spec = spec.replace(nms=dataclasses.replace(spec.nms, box_coding=0))
@@ -149,11 +150,16 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         heads=plan.tensors,
         assemble=partial(assemble, plan=plan, known=known, clips=clips),
         batch=batch,
-        rewrite=partial(_declare, shapes={k: seen[v][0].shape for k, v in plan.tensors.items()}),
+        rewrite=partial(
+            _declare,
+            shapes={k: seen[v][0].shape for k, v in plan.tensors.items()},
+            count=plan.count,
+        ),
         facts=evidence.settle(),
-        notes=known.notes,
+        notes=() if own_size else known.notes,
         takes=IMAGE_HINTS | {"declared", "num_classes"},
-        size_multiple=levels.strides[-1] if levels and not _has_size(source) else None,
+        size_multiple=multiple,
+        shorter_side=own_size,
     )
 
 
@@ -168,6 +174,21 @@ def _note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int]) ->
         f"'{pixels.image}' {pixels.image_layout} {size_hw[0]}x{size_hw[1]}",
         "read: its shape",
     )
+
+
+def _note_own_size(evidence: Evidence, known: Framework, shorter_side: tuple[int, int]) -> None:
+    shorter, longer = shorter_side
+    evidence.add(
+        ev.RESIZE,
+        f"shorter side {shorter}, longer at most {longer}; padded below and right to a multiple of {known.size_multiple}",
+        ev.CONVENTION + known.name,
+    )
+
+
+def _multiple(known: Framework, plan: Plan, size_hw: tuple[int, int]) -> int | None:
+    """What the sides of an input of any size must be a multiple of."""
+    levels = maybe_levels(plan.count, size_hw)
+    return known.size_multiple or (levels.strides[-1] if levels else None)
 
 
 def _declared_shapes(source: OnnxSource) -> dict[str, tuple[int, ...]]:
@@ -280,8 +301,10 @@ def _spec(
     )
 
 
-def _declare(graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give the heads the shapes that they were seen to have."""
+def _declare(graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]], count: int) -> None:
+    """Give the heads the shapes that they were seen to have; how many rows there are follows the
+    size where that is dynamic.
+    """
     free = None in (graph.inputs[0].shape or ())[1:]
     for position, (name, shape) in enumerate(shapes.items()):
         tensor = graph.outputs[position]
@@ -292,7 +315,7 @@ def _declare(graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 gs.Node("Cast", "labels_float", {"to": TensorProto.FLOAT}, [former], [tensor])
             )
             graph.outputs[position] = tensor
-        tensor.shape = ["N", *shape[1:]] if not free else None
+        tensor.shape = ["N", *(None if free and n == count else n for n in shape[1:])]
         tensor.dtype = np.dtype(np.float32)
 
 
@@ -312,6 +335,7 @@ def assemble(
     Args:
         clips: boxes are clipped to the picture; they become corners.
     """
+    count = -1 if spec.preprocessing.size_range else plan.count
     if plan.rows:
         rows = build.node("Transpose", "rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
         boxes = build.slice_last("boxes", rows, plan.first_box, plan.first_box + 4)
@@ -322,12 +346,12 @@ def assemble(
             objectness = build.slice_last("objectness", rows, plan.objectness, plan.objectness + 1)
             scores = build.node("Mul", "joint_scores", objectness, scores)
     else:
-        boxes = build.reshape("boxes", BOXES, [0, plan.count, 4])
+        boxes = build.reshape("boxes", BOXES, [0, count, 4])
         scores = (
             build.node("Transpose", "class_scores", SCORES, perm=[0, 2, 1]) if plan.nca else SCORES
         )
         if plan.labels or plan.num_scores == 1:
-            scores = build.reshape("score", scores, [0, plan.count, 1])
+            scores = build.reshape("score", scores, [0, count, 1])
     if plan.box_format == "xywh":
         corner = build.slice_last("corner", boxes, 0, 2)
         size = build.slice_last("size", boxes, 2, 4)
@@ -347,7 +371,11 @@ def assemble(
         scores = best_class_only(build, scores)
     if clips:
         limits = picture.limits(
-            build, spec.preprocessing, plan.box_format == "yxyx", is_unit=plan.is_unit
+            build,
+            spec.preprocessing,
+            plan.box_format == "yxyx",
+            is_unit=plan.is_unit,
+            cut_off=known.cut_off,
         )
         centred = plan.box_format == "cxcywh"
         return Heads(*picture.clip(build, limits, boxes, scores, centred=centred))

@@ -43,7 +43,10 @@ class Framework:
         agnostic: boxes of different classes suppress each other.
         linear: scores are meant to be probabilities, but nothing holds them to 0..1.
         clipped: boxes are clipped to the picture before the NMS, and those of which nothing is left
-            are dropped.
+            are dropped. cut_off: to the picture with what was cut off where its size became a whole
+            number.
+        shorter_side: of every picture, and the most that its longer side may have, where each is
+            taken at a size of its own; both are padded to a multiple of `size_multiple`.
         notes: what its users should know.
     """
 
@@ -67,6 +70,9 @@ class Framework:
     agnostic: bool = False
     linear: bool = False
     clipped: bool = False
+    cut_off: bool = True
+    shorter_side: tuple[int, int] | None = None
+    size_multiple: int | None = None
     notes: tuple[Note, ...] = ()
 
     def with_changes(self, **changes: Any) -> "Framework":

@@ -175,11 +175,9 @@ class Reader(Finder):
             return plan
         nms = "NMS " + ("over all classes" if self.known.agnostic else "per class")
         nms += ", boxes clipped to the picture" if self.known.clipped else ""
-        if self.known.clipped and (self.known.resize, self.known.rounding) == (
-            "letterbox",
-            "floor64",
-        ):
-            nms += ", to a pixel of the input"
+        placed = (self.known.resize, self.known.rounding)
+        if self.known.clipped and self.known.cut_off and placed == ("letterbox", "floor64"):
+            nms += ", to half a pixel of the input"
         self.evidence.add(ev.SELECTION, "the model's own" if selected else nms, origin)
         return dataclasses.replace(plan, selected=selected)
 

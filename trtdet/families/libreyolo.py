@@ -66,12 +66,25 @@ SETS: Mapping[str, SetFamily] = {
 }
 DINO_SIZES = ("s", "m", "l", "x")
 
+#: The longer side of a picture whose shorter one has 800 pixels, in torchvision.
+LONGEST = 1333
+
 _PIXELS = Declaration(box_format="xyxy", box_units="pixels", activation="none", background="none")
 _ROWS = ("x1", "y1", "x2", "y2", "scores")
 
 
 def _dense(name: str, normal: Normal, **others: Any) -> Framework:
     return Framework(name, normal, iou_threshold=0.45, clipped=True, **others)
+
+
+def _of_own_size(name: str, columns: tuple[str, ...], kept: int | None = None) -> Framework:
+    """torchvision's: pictures come with a shorter side of `imgsz` and a longer one of at most
+    1333 / 800 of it, padded to a multiple of 32; the detections end in the resized picture.
+    """
+    return _dense(
+        name, IMAGENET, resize="letterbox", rounding="floor_axes", pad_rgb=IMAGENET.mean, rounds=False, cut_off=False, declared=_PIXELS, columns=columns,
+        kept=kept, selected=False, size_multiple=32, shorter_side=(800, LONGEST),
+    )  # fmt: skip
 
 
 def _darknet(name: str) -> Framework:
@@ -93,18 +106,17 @@ DENSE: Mapping[str, Framework] = {
     "yolo7": _dense("YOLOv7", UNIT, agnostic=True, resize="letterbox", rounding="floor64", antialias=True, declared=_PIXELS, columns=_ROWS),
     "ssd": _dense("SSD", SSD, resize="stretch", rounds=False, selected=False, declared=_PIXELS, columns=_ROWS),
     "efficientdet": _dense("EfficientDet", IMAGENET, resize="letterbox", rounding="floor64", antialias=True, pad_rgb=(124.0, 116.0, 104.0), declared=_PIXELS, columns=("x1", "y1", "x2", "y2", "score", "label"), selected=False),
+    "retinanet": _of_own_size("RetinaNet", _ROWS),
+    "fcos": _of_own_size("FCOS", ("x1", "y1", "x2", "y2", "level", "scores"), kept=100),
     "picodet": _dense("PicoDet", IMAGENET, resize="stretch", declared=_PIXELS, columns=_ROWS),
     "ppyoloe": _dense("PP-YOLOE", IMAGENET, resize="stretch", declared=_PIXELS),
     "rtmdet": _dense("RTMDet", MMDET_BGR, resize="letterbox", rounding="floor64", antialias=True, declared=_PIXELS, columns=_ROWS),
 }  # fmt: skip
 
 
-_OWN_SIZE = "it takes every picture at a size of its own, the shorter side as long as `imgsz`; a letterbox of one size gives other detections"
 _ANY_NUMBER = "the number of its detections differs from picture to picture, which no engine of stage 2 can hold"
 #: Families that are not converted, and why.
 REFUSED: Mapping[str, str] = {
-    "fcos": _OWN_SIZE,
-    "retinanet": _OWN_SIZE,
     "faster_rcnn": _ANY_NUMBER,
     "mask_rcnn": _ANY_NUMBER,
     "centernet": "its pictures are warped, not resized, by an affine matrix",
@@ -174,6 +186,9 @@ def framework_of(found: Mapping[str, str], labels: tuple[str, ...]) -> Framework
         changes["notes"] = (Note(f"LibreYOLO runs exports of {known.name} with NMS over all classes, its PyTorch models with NMS per class; --nms_mode per_class takes the latter", "nms_mode"),)  # fmt: skip
     if len(size) == 2:
         changes["size_hw"] = size
+    if known.shorter_side and len(size) == 2:
+        changes["shorter_side"] = (size[0], round(size[0] * LONGEST / 800))
+        changes["notes"] = (Note(f"LibreYOLO takes every picture at a size of its own, the shorter side {size[0]} pixels; at one size for all, square pictures alone have its detections, and others are letterboxed", "dynamic"),)  # fmt: skip
     if found.get("letterbox_pad"):
         changes["placement"] = "center" if found["letterbox_pad"] == "center" else "top_left"
     return known.with_changes(**changes)
