@@ -38,7 +38,7 @@ class Framework:
         size_hw: of an input of any size.
         longest: where the longer side of a picture ends, in an input that is larger; None: at the
             input's.
-        columns: of the only output. selected: it needs no NMS. best_class: a box counts for its
+        columns: of the only output, or of `rows`, where there are more. selected: it needs no NMS. best_class: a box counts for its
             best class alone.
         agnostic: boxes of different classes suppress each other.
         linear: scores are meant to be probabilities, but nothing holds them to 0..1.
@@ -65,6 +65,7 @@ class Framework:
     size_hw: tuple[int, int] | None = None
     longest: int | None = None
     columns: tuple[str, ...] = ()
+    rows: str = ""
     selected: bool | None = None
     best_class: bool = False
     agnostic: bool = False
@@ -80,7 +81,7 @@ class Framework:
 
     def declaration(self, outputs: Sequence[str]) -> Declaration:
         """What it says of the outputs of one file."""
-        rows = outputs[0] if self.columns and len(outputs) == 1 else ""
+        rows = self.rows or (outputs[0] if self.columns and len(outputs) == 1 else "")
         return dataclasses.replace(
             self.declared, rows=rows, columns=self.columns if rows else (), selected=self.selected
         )
