@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from trtdet.families.base import Declaration, Note
 from trtdet.families.pixels import (
     Normal,
+    declared_shapes,
+    maybe_image,
 )
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import (
@@ -22,6 +24,8 @@ from trtdet.spec import (
     ResizeMode,
 )
 
+#: Inputs of PaddleDetection's exports beside the images.
+PADDLE_INPUTS = frozenset(("im_shape", "scale_factor"))
 BOXES, SCORES, LABELS, ROWS = "foreign_boxes", "foreign_scores", "foreign_labels", "foreign_rows"
 
 
@@ -34,7 +38,8 @@ class Framework:
         normal, resize, placement, pad_rgb, rounding, antialias: how it prepares images.
         rounds: a resized picture has whole levels, 0 to 255.
         declared: what it says of its outputs.
-        labels: class names. kept: how many detections it keeps. iou_threshold: of its NMS.
+        labels: class names. kept: how many detections it keeps. iou_threshold, score_threshold:
+            of its NMS.
         size_hw: of an input of any size.
         longest: where the longer side of a picture ends, in an input that is larger; None: at the
             input's.
@@ -62,6 +67,7 @@ class Framework:
     labels: tuple[str, ...] = ()
     kept: int | None = None
     iou_threshold: float | None = None
+    score_threshold: float = 0.001
     size_hw: tuple[int, int] | None = None
     longest: int | None = None
     columns: tuple[str, ...] = ()
@@ -137,9 +143,36 @@ def rows_in(shape: tuple[int, ...]) -> int:
 
 
 def zeros(source: OnnxSource, image: str, size_hw: tuple[int, int]) -> NDArray[np.float32]:
-    channels_first = source.graph.image_shape[1:2] == (3,)
-    n = max(source.graph.image_shape[0] or 1, 1)
+    shape = declared_shapes(source)[image]
+    channels_first = shape[1] == 3
+    n = max(shape[0] or 1, 1)
     return np.zeros((n, 3, *size_hw) if channels_first else (n, *size_hw, 3), np.float32)
+
+
+def image_hw(source: OnnxSource) -> tuple[int, int] | None:
+    """Height and width of the images that it takes; None: any, or there is no one image input."""
+    image = maybe_image(source)
+    if image is None:
+        return None
+    name, layout = image
+    dims = declared_shapes(source)[name]
+    height, width = dims[2:] if layout == "NCHW" else dims[1:3]
+    return (height, width) if height and width else None
+
+
+def paddle_feeds(
+    source: OnnxSource, size_hw: tuple[int, int] | None
+) -> dict[str, NDArray[np.float32]]:
+    """What inputs of PaddleDetection's exports beside the images are for a picture that fills the
+    network input: its size and scale, so that boxes are in pixels of the input.
+    """
+    sides = image_hw(source) or size_hw or ()
+    values = {"im_shape": sides, "scale_factor": (1.0, 1.0)}
+    return {
+        name: np.array([values[name]], np.float32)
+        for name in source.graph.inputs
+        if values.get(name)
+    }
 
 
 def describe_outputs(
