@@ -60,6 +60,8 @@ ALL = (
     "LibreYOLO7:b:320",
     "LibreSSD:300:300",
     "LibreEfficientDet:d0:512",
+    "LibreRetinaNet:r50:320",
+    "LibreFCOS:r50:320",
     "LibreYOLOX:t:288",
     "LibreYOLONAS:s:256",
     "LibrePICODET:m:320",
@@ -77,6 +79,7 @@ ALL = (
     "LibreDETR:r50:320",
     "LibreDeformableDETR:r50:320",
     "LibreDINODETR:r50:320",
+    "LibreRFDETR:n:384",  # needs transformers
 )
 
 
@@ -259,6 +262,25 @@ def test_refused(
     assert said in capsys.readouterr().err and not out.exists()
 
 
+def test_objectness_is_found_without_metadata(tmp_path: Path) -> None:
+    """YOLOX cuts its columns apart for the boxes, and puts them together again: 2, 2 and 81, of
+    which the first is the objectness.
+    """
+    folder = DATA / "LibreYOLOX_n"
+    model = onnx.load_from_string(lzma.decompress((folder / "model.onnx.xz").read_bytes()))
+    del model.metadata_props[:]
+    source, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    onnx.save(model, source)
+    asked = ["--source_onnx", str(source), "--onnx", str(out), "--nms_mode", "best_class"]
+    asked += ["--preprocessor", "raw", "--channel_order", "bgr", "--placement", "top_left"]
+    asked += ["--resize_mode", "letterbox", "--pad_color", "114", "--iou_threshold", "0.6"]
+    assert create_onnx.main(asked) == 0
+    spec = ModelSpec.from_onnx(onnx.load(out))
+    assert spec.num_classes == 80 and spec.category_ids[-1] == 90
+    facts = {fact.name: fact.value for fact in spec.evidence}
+    assert facts["scores"].startswith("column 4 objectness, 5..84 classes")
+
+
 def test_small_exports_stay_small() -> None:
     assert sum(path.stat().st_size for path in DATA.rglob("*.*")) < 5_000_000
 
@@ -277,7 +299,9 @@ def test_every_family(wanted: str, tmp_path: Path) -> None:
     assert made.returncode == 0, made.stdout[-2000:]
     folder = tmp_path / "_".join(wanted.split(":")[:2])
     reference = json.loads((folder / "reference.json").read_text())
-    suppresses = re.match("Libre(YOLO(?!9E2E)|PICODET|PPYOLOE|RTMDet|SSD|EfficientDet)", wanted)
+    suppresses = re.match(
+        "Libre(YOLO(?!9E2E)|PICODET|PPYOLOE|RTMDet|SSD|EfficientDet|RetinaNet|FCOS)", wanted
+    )
     convert(
         folder / "model.onnx", tmp_path / "out.onnx", reference, suppresses=suppresses is not None
     )

@@ -175,7 +175,8 @@ def spread_outputs(net: nn.Module) -> Iterator[None]:
 def export(
     cls: str, size: str, pixels: int, out: Path, photos: list[Path], seed: int, small: bool
 ) -> None:
-    detector = getattr(libreyolo, cls)(None, size=size)
+    weights = {} if cls == "LibreRFDETR" else None  # whose None asks the net for some
+    detector = getattr(libreyolo, cls)(weights, size=size)
     shake(detector, pixels, photos, seed, small)
     folder = out / f"{cls}_{size}"
     folder.mkdir(parents=True, exist_ok=True)

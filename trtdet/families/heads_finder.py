@@ -205,7 +205,7 @@ class Finder:
                 ev.SCORES, f"columns 4..{width - 1}", how or "read: one column behind the box"
             )
             return dataclasses.replace(plan, num_scores=rest)
-        if starts and starts == {0, 4, 5, width} and rest > 2:
+        if starts and 5 in starts and not starts & {*range(6, width)} and rest > 2:
             self.evidence.add(ev.SCORES, f"column 4 objectness, 5..{width - 1} classes", how)
             return dataclasses.replace(plan, objectness=4, first_score=5, num_scores=rest - 1)
         known = len(self.known.labels) or len(self.hints.labels) or (self.hints.num_classes or 0)
