@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forms of exports that tools of other projects write, put behind one small head of YOLO: TensorRT's
-NMS plugins, the further inputs of PaddleDetection, detections without a batch axis, and a number
-of detections that differs from picture to picture.
+"""Forms of exports that tools of other projects write, put behind one small head of YOLO:
+TensorRT's NMS plugins, the further inputs of PaddleDetection, detections without a batch axis, and
+a number of detections that differs from picture to picture.
 
 The forms are those of the tools' documentation; the network is a stand-in.
 """

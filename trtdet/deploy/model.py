@@ -56,8 +56,8 @@ class Deployable:
     precision: str = "fp32"
 
     def check_one_size(self, who: str) -> None:
-        """Refuse a model that takes each picture at a size of its own, for a server that feeds all at
-        the one that the file names.
+        """Refuse a model that takes each picture at a size of its own, for a server that feeds
+        all at the one that the file names.
 
         Raises:
             ValueError: it is one.

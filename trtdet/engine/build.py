@@ -111,7 +111,7 @@ def choose_size(preprocessing: Preprocessing, size: SizeRange | None) -> Preproc
 
 
 def _own_sizes(preprocessing: Preprocessing) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The smallest and the largest input of a model that takes each picture at a size of its own."""
+    """The smallest and the largest input, where each picture has a size of its own."""
     assert preprocessing.size_range and preprocessing.shorter_side
     multiple = preprocessing.size_multiple
     longest = -(-preprocessing.shorter_side[1] // multiple) * multiple

@@ -38,8 +38,8 @@ class Framework:
         normal, resize, placement, pad_rgb, rounding, antialias: how it prepares images.
         rounds: a resized picture has whole levels, 0 to 255.
         declared: what it says of its outputs.
-        labels: class names. kept: how many detections it keeps. iou_threshold, score_threshold:
-            of its NMS.
+        labels: class names. kept: how many detections it keeps. iou_threshold, score_threshold: of
+            its NMS.
         size_hw: of an input of any size.
         longest: where the longer side of a picture ends, in an input that is larger; None: at the
             input's.

@@ -214,8 +214,8 @@ def before_best_class(source: OnnxSource) -> tuple[str, str] | None:
 def deepstream_of(
     found: Mapping[str, str], labels: tuple[str, ...], inner: tuple[str, str] | None
 ) -> Framework:
-    """The conventions of an export with deepstream=True: rows of a box in pixels and its best class,
-    and the normalisation inside where nvinfer cannot do it.
+    """The conventions of an export with deepstream=True: rows of a box in pixels and its best
+    class, and the normalisation inside where nvinfer cannot do it.
 
     Args:
         inner: of `before_best_class`: LibreYOLO's own runs take all classes of a box.
