@@ -43,8 +43,8 @@ class Framework:
         size_hw: of an input of any size.
         longest: where the longer side of a picture ends, in an input that is larger; None: at the
             input's.
-        columns: of the only output, or of `rows`, where there are more. selected: it needs no NMS. best_class: a box counts for its
-            best class alone.
+        columns: of the only output, or of `rows`, where there are more. selected: it needs no NMS.
+            best_class: a box counts for its best class alone.
         agnostic: boxes of different classes suppress each other.
         linear: scores are meant to be probabilities, but nothing holds them to 0..1.
         clipped: boxes are clipped to the picture before the NMS, and those of which nothing is left
