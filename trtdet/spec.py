@@ -44,7 +44,7 @@ Layout = Literal["NHWC", "NCHW"]
 InputDtype = Literal["float32", "uint8"]
 ResizeMode = Literal["letterbox", "stretch"]
 Placement = Literal["top_left", "center"]
-Rounding = Literal["floor", "floor64", "round"]
+Rounding = Literal["floor", "floor64", "floor_axes", "round"]
 Sampling = Literal["half_pixel", "corner"]
 #: What follows the heads: EfficientNMS, NMS of rotated boxes, or the best K without suppression.
 Selection = Literal["nms", "rotated_nms", "topk"]
@@ -85,6 +85,7 @@ class Preprocessing:
     placement: Placement = "top_left"  # of the letterboxed picture in the network input
     rounding: Rounding = (
         "floor"  # of its size: AutoML truncates in float32, ODTK in float64, YOLO rounds
+        # "floor_axes": as ODTK, each axis then has the scale that this left it (torchvision)
     )
     sampling: Sampling = (
         "half_pixel"  # where pixels have their centres; "corner": TensorFlow 1's resize
@@ -98,6 +99,9 @@ class Preprocessing:
     # a multiple of.
     size_range: tuple[tuple[int, int], tuple[int, int]] | None = None
     size_multiple: int = 1
+    # Dynamic size: the shorter side of every picture, and the most that its longer side may have
+    # (torchvision's detectors); None: pictures fill the network input.
+    shorter_side: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         sizes = {"size_hw": self.size_hw}
@@ -114,6 +118,12 @@ class Preprocessing:
         checks.whole("size_multiple", self.size_multiple, 1, LARGEST_SIDE)
         if self.longest is not None:
             checks.whole("longest", self.longest, 1, LARGEST_SIDE)
+        if self.shorter_side is not None:
+            shorter, longer = self.shorter_side
+            checks.whole("shorter_side[0]", shorter, 1, LARGEST_SIDE)
+            checks.whole("shorter_side[1]", longer, shorter, LARGEST_SIDE)
+            if self.size_range is None or self.resize != "letterbox":
+                raise ValueError("shorter_side: expected size_range, and resize letterbox")
         smallest, largest = self.size_range or (self.size_hw, self.size_hw)
         for low, side, high in zip(smallest, self.size_hw, largest, strict=True):
             if not low <= side <= high:
@@ -125,7 +135,7 @@ class Preprocessing:
         Raises:
             ValueError: the network does not take it.
         """
-        fixed = dataclasses.replace(self, size_hw=size_hw, size_range=None)
+        fixed = dataclasses.replace(self, size_hw=size_hw, size_range=None, shorter_side=None)
         if not self.takes(fixed.image_shape):
             smallest, largest = self.size_range or (self.size_hw, self.size_hw)
             said = "x".join(str(n) for n in smallest)

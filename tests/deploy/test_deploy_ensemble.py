@@ -186,7 +186,7 @@ def combinations() -> Iterator[Preprocessing]:
 def test_every_field_is_varied() -> None:
     """A new field of `Preprocessing` has to be put into CHOICES, or here, with the reason."""
     in_the_graph = {"mean", "std", "bgr"}
-    of_the_size = {"size_hw", "size_range", "size_multiple"}
+    of_the_size = {"size_hw", "size_range", "size_multiple", "shorter_side"}
     assert {f.name for f in dataclasses.fields(Preprocessing)} == CHOICES.keys() | in_the_graph | of_the_size  # fmt: skip
     assert len(set(SIZES)) == 52
 
@@ -209,7 +209,7 @@ def test_every_preprocessing_equals_the_host_pipeline(tmp_path: Path) -> None:
             assert response.outputs["input"].dtype == expected.dtype
             assert response.outputs["transform"][row].tolist() == np.float32(numbers).tolist()
             compared += 1
-    assert compared == 768 * 52
+    assert compared == 1024 * 52
 
 
 @pytest.mark.parametrize(

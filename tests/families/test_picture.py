@@ -14,7 +14,7 @@ from trtdet.families import picture
 from trtdet.graph.builder import Builder
 from trtdet.graph.tidy import network_input
 from trtdet.sources.base import run_onnx
-from trtdet.spec import Preprocessing
+from trtdet.spec import Placement, Preprocessing
 
 HEIGHT, WIDTH = 8, 12
 LETTERBOX = Preprocessing(
@@ -50,8 +50,9 @@ def clipped(
     )
     build = Builder(model, "decode/")
     limits = picture.limits(
-        build, spec, options.get("backwards", False), is_unit=options.get("is_unit", False)
-    )
+        build, spec, options.get("backwards", False), is_unit=options.get("is_unit", False),
+        cut_off=options.get("cut_off", True),
+    )  # fmt: skip
     centred = options.get("centred", False)
     outputs = picture.clip(build, limits, "boxes", "scores", centred=centred)
     build.append_to(model)
@@ -62,12 +63,32 @@ def clipped(
 
 
 def test_top_left_picture() -> None:
-    """Sizes are cut off, so a box may end up to a pixel behind the last row of the picture."""
+    """Sizes are cut off, so a box may end half a pixel behind the last row of the picture."""
     fed = image(0, 0, 5, WIDTH, LETTERBOX)
     found, scores = clipped(LETTERBOX, fed, [[-1, 2, 13, 8], [1, 6.5, 3, 8], [0, 1, 2, 3]])
-    np.testing.assert_allclose(found[0], [0, 2, 12, 6])
+    np.testing.assert_allclose(found[0], [0, 2, 12, 5.5])
     np.testing.assert_allclose(found[2], [0, 1, 2, 3])
     assert scores.tolist() == [1, 0, 1]
+    found, scores = clipped(LETTERBOX, fed, [[-1, 2, 13, 8], [1, 5, 3, 8]], cut_off=False)
+    np.testing.assert_allclose(found[0], [0, 2, 12, 5])
+    assert scores.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("placement", ["top_left", "center"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_input_of_dynamic_size(placement: Placement, backwards: bool) -> None:
+    spec = dataclasses.replace(
+        LETTERBOX, size_hw=(4, 4), size_range=((4, 4), (64, 64)), size_multiple=4, placement=placement,
+    )  # fmt: skip
+    left = 4 if placement == "center" else 0
+    fed = image(0, left, 5, left + 4, spec)
+    flip = [1, 0, 3, 2] if backwards else [0, 1, 2, 3]
+    options = {"backwards": backwards, "cut_off": False}
+    found, _ = clipped(spec, fed, [np.array([0, 2, 12, 8])[flip]], **options)
+    np.testing.assert_allclose(found[0], np.array([left, 2, left + 4, 5])[flip])
+    found, _ = clipped(spec, fed, [[0, 0, 1, 1]], is_unit=True, **options)
+    part = np.array([left / WIDTH, 0, (left + 4) / WIDTH, 5 / HEIGHT])
+    np.testing.assert_allclose(found[0], part[flip], rtol=1e-6)
 
 
 def test_centred_picture() -> None:

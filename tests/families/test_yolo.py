@@ -356,14 +356,22 @@ def test_levels_that_come_one_by_one_name_the_option_of_the_export(tmp_path: Pat
         yolo.read(source_of(networks.v5(decoded=False), tmp_path))
 
 
-def test_half_precision_is_refused(tmp_path: Path) -> None:
+def test_half_precision_is_computed_in_float32(tmp_path: Path) -> None:
+    """An export with half=True: its weights are the numbers of float16, rounded no further."""
     model = networks.yolox()
-    weight = model.graph.initializer[0]
-    weight.CopyFrom(
-        numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), weight.name)
-    )
-    with pytest.raises(GraphError, match="found fp16; export the model in float32"):
-        yolo.read(source_of(model, tmp_path))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            narrow = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(narrow, tensor.name))
+    for info in (*model.graph.input, *model.graph.output):
+        info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    half = source_of(model, tmp_path)
+    assert onnx.TensorProto.FLOAT16 not in {t.data_type for t in half.model.graph.initializer}
+    image = np.random.default_rng(2).uniform(0, 255, half.graph.image_shape).astype(np.float32)
+    reading = yolo.read(half)
+    (name,) = reading.heads.values()
+    (rows,) = half.run([name], {reading.image_input: image})
+    assert rows.dtype == np.float32 and rows.shape[2] == 5 + reading.spec.num_classes
 
 
 def test_logits_are_refused(tmp_path: Path) -> None:

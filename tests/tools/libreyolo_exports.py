@@ -37,12 +37,16 @@ from torch import nn
 
 #: Layers that give class scores, and those that give boxes, of the families that have both as
 #: convolutions.
-SCORES = re.compile(r"(pred_cls|gfl_cls|rtm_cls|cls_pred|cls_preds|obj_preds|cv3)(\.\d+)*$")
-BOXES = re.compile(
-    r"(pred_reg|gfl_reg|rtm_reg|reg_pred|reg_preds|cv2|box_net\.predict\.conv_pw)(\.\d+)*$"
+SCORES = re.compile(
+    r"(bbox_ctrness|pred_cls|gfl_cls|rtm_cls|cls_pred|cls_preds|obj_preds|cv3)(\.\d+)*$"
 )
+BOXES = re.compile(
+    r"(bbox_reg|pred_reg|gfl_reg|rtm_reg|reg_pred|reg_preds|cv2|box_net\.predict\.conv_pw)(\.\d+)*$"
+)
+#: Layers of a head before its last one, with a bias and no batch normalisation behind them.
+HIDDEN = re.compile(r"_head\.conv\.\d+(\.0)?$")
 #: Layers that give scores alone, of several boxes.
-SCORES_ALONE = re.compile(r"class_net\.predict\.conv_pw$")
+SCORES_ALONE = re.compile(r"(class_net\.predict\.conv_pw|cls_logits)$")
 #: Mean and largest value of their outputs; of scores the largest differs from class to class by
 #: about 1.
 SCORE_SPREAD, BOX_SPREAD = (-6.0, 0.0), (0.8, 2.0)
@@ -71,14 +75,14 @@ def shake(detector: Any, pixels: int, photos: list[Path], seed: int, small: bool
     """Give a network random weights that behave."""
     net: nn.Module = detector.model
     torch.manual_seed(seed)
-    for module in net.modules():
+    for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             weight = module.weight
             fan = weight[0].numel()
             bins = weight.numel() == fan and torch.equal(weight.flatten().round(), weight.flatten())
             with torch.no_grad():
                 if fan > 1 and not bins:
-                    gain = 1.2 if module.bias is None else 0.03
+                    gain = 1.2 if module.bias is None or HIDDEN.search(name) else 0.03
                     fill(weight, (gain / fan) ** 0.5, small)
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1)
@@ -86,6 +90,8 @@ def shake(detector: Any, pixels: int, photos: list[Path], seed: int, small: bool
     if len({image.shape for image in images}) == 1:
         images = [torch.cat(images)]
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    frozen = [m for m in net.modules() if type(m).__name__ == "FrozenBatchNorm2d"]
+    hooks = [m.register_forward_pre_hook(thaw) for m in frozen]
     net.eval()
     for norm in norms:
         norm.train()
@@ -94,9 +100,21 @@ def shake(detector: Any, pixels: int, photos: list[Path], seed: int, small: bool
     with torch.no_grad():
         for batch in images:
             net(batch)
+        for handle in hooks:
+            handle.remove()
         net.eval()
         with spread_outputs(net):
             net(images[0])
+
+
+def thaw(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    """A hook before a batch normalisation that never learns: it has the statistics of its input,
+    of the last photographs where they come one by one.
+    """
+    norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
+    norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)).clamp(min=1e-3))
+    norm.weight.fill_(1)
+    norm.bias.zero_()
 
 
 def settle(module: nn.Conv2d, out: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
@@ -157,7 +175,8 @@ def spread_outputs(net: nn.Module) -> Iterator[None]:
 def export(
     cls: str, size: str, pixels: int, out: Path, photos: list[Path], seed: int, small: bool
 ) -> None:
-    detector = getattr(libreyolo, cls)(None, size=size)
+    weights = {} if cls == "LibreRFDETR" else None  # whose None asks the net for some
+    detector = getattr(libreyolo, cls)(weights, size=size)
     shake(detector, pixels, photos, seed, small)
     folder = out / f"{cls}_{size}"
     folder.mkdir(parents=True, exist_ok=True)

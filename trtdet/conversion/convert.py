@@ -151,6 +151,8 @@ def convert(source: Source, options: Options) -> Converted:
         GraphError: the source is not what a family expects, or an option contradicts it.
     """
     reading = read_source(source, options)
+    if reading.shorter_side and options.size_hw is None:
+        options = dataclasses.replace(options, dynamic_size=True)
     for note in reading.notes:
         if note.option not in options.given:
             logger.warning(note.text)
@@ -314,6 +316,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
             preprocessing,
             size_range=((multiple, multiple), (largest, largest)),
             size_multiple=multiple,
+            shorter_side=reading.shorter_side,
         )
     if options.preprocessor:
         mean, std = PREPROCESSORS[options.preprocessor]

@@ -204,6 +204,7 @@ def nvinfer_groups(
     preprocessing = spec.preprocessing
     height, width = preprocessing.size_hw
     letterbox = preprocessing.resize == "letterbox"
+    model.check_one_size("DeepStream")
     if preprocessing.longest:
         raise ValueError(
             f"DeepStream makes pictures as large as the network input; this model takes them {preprocessing.longest} pixels long in an input of "
@@ -254,6 +255,7 @@ def server_config(name: str, model: Deployable, options: DeepStreamOptions) -> d
     """
     spec = model.spec
     preprocessing = spec.preprocessing
+    model.check_one_size("DeepStream")
     letterbox = preprocessing.resize == "letterbox"
     order = "TENSOR_ORDER_NHWC" if preprocessing.layout == "NHWC" else "TENSOR_ORDER_LINEAR"
     detection: dict[str, Any] = {

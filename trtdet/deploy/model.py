@@ -55,6 +55,19 @@ class Deployable:
     engine: EngineInfo | None = None
     precision: str = "fp32"
 
+    def check_one_size(self, who: str) -> None:
+        """Refuse a model that takes each picture at a size of its own, for a server that feeds
+        all at the one that the file names.
+
+        Raises:
+            ValueError: it is one.
+        """
+        if own := self.spec.preprocessing.shorter_side:
+            raise ValueError(
+                f"{who} makes all pictures as large as one network input; this model takes each at a size of its own, the shorter side {own[0]} "
+                f"pixels: convert it for one size (create_onnx.py --input_size H,W), or prepare the pictures in the client, as infer.py does"
+            )
+
     @property
     def is_static(self) -> bool:
         return self.smallest == self.largest

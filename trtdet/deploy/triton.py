@@ -255,6 +255,7 @@ def ensemble_configs(
     results = [_tensor(tensor, batch) for tensor in result_tensors(model)]
     raw = [_tensor(tensor, batch) for tensor in model.outputs]
     spec = model.spec
+    model.check_one_size("the ensemble")
     before = PreprocessParameter(spec.preprocessing)
     after = PostprocessParameter(
         spec.preprocessing.size_hw,

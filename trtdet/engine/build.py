@@ -88,6 +88,8 @@ def choose_size(preprocessing: Preprocessing, size: SizeRange | None) -> Preproc
         ValueError: the model does not take them.
     """
     if size is None:
+        if preprocessing.shorter_side:
+            return dataclasses.replace(preprocessing, size_range=_own_sizes(preprocessing))
         if preprocessing.size_range:
             logger.info(
                 "the engine takes input of %dx%d (height x width), the ONNX file other sizes too: --size MIN:OPT:MAX",
@@ -106,6 +108,14 @@ def choose_size(preprocessing: Preprocessing, size: SizeRange | None) -> Preproc
     if size.min == size.max:
         return fixed[1]
     return dataclasses.replace(preprocessing, size_hw=size.opt, size_range=(size.min, size.max))
+
+
+def _own_sizes(preprocessing: Preprocessing) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The smallest and the largest input, where each picture has a size of its own."""
+    assert preprocessing.size_range and preprocessing.shorter_side
+    multiple = preprocessing.size_multiple
+    longest = -(-preprocessing.shorter_side[1] // multiple) * multiple
+    return preprocessing.size_range[0], (longest, longest)
 
 
 @dataclass(frozen=True)

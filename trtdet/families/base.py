@@ -170,6 +170,8 @@ class Reading:
             input (batch of one).
         size_multiple: what height and width must be a multiple of, in a network that takes images
             of any size; None: its size is fixed.
+        shorter_side: what the shorter side of every picture gets, and the longer at most, in a
+            network that takes each at a size of its own: kept dynamic unless a size is asked for.
         facts: where all of it comes from.
         final: how the source's own detections are read; None: it has none.
         takes: the fields of `Hints` that say something of this model; the others are refused, so
@@ -191,6 +193,7 @@ class Reading:
     rewrite: Callable[[gs.Graph], None] | None = None
     feeds: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     size_multiple: int | None = None
+    shorter_side: tuple[int, int] | None = None
     facts: tuple[Fact, ...] = ()
     final: "Final | None" = None
     takes: frozenset[str] = frozenset()

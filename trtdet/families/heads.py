@@ -20,6 +20,7 @@ from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from trtdet.errors import GraphError
@@ -38,15 +39,19 @@ from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import (
     BOXES,
     LABELS,
+    PADDLE_INPUTS,
     ROWS,
     SCORES,
     Framework,
     Plan,
     describe_outputs,
+    image_hw,
+    paddle_feeds,
     starting_line,
     unbatched,
 )
 from trtdet.families.heads_reader import Reader
+from trtdet.families.nms_plugin import framework_of, maybe_plugin
 from trtdet.families.outputs import (
     batch_of,
     look,
@@ -76,7 +81,7 @@ NAME = "heads"
 #: Tried only where no family that knows its network matches.
 IS_GENERAL = True
 
-SCORE_THRESHOLD, IOU_THRESHOLD, MAX_DETECTIONS = 0.001, 0.6, 300
+IOU_THRESHOLD, MAX_DETECTIONS = 0.6, 300
 
 
 def matches(source: Source) -> bool:
@@ -85,7 +90,7 @@ def matches(source: Source) -> bool:
     """
     if not isinstance(source, OnnxSource) or source.spec or maybe_image(source) is None:
         return False
-    if len(source.graph.inputs) != 1:
+    if not _explained(source):
         return False
     shapes = [s for s in _declared_shapes(source).values()]
     return any(len(s) == 3 or not s for s in shapes)
@@ -95,11 +100,18 @@ def why_not(source: Source) -> str:
     """What the outputs are, and the options to declare them with."""
     if not isinstance(source, OnnxSource) or source.spec:
         return ""
-    if maybe_image(source) is None or len(source.graph.inputs) != 1:
+    if maybe_image(source) is None or not _explained(source):
         return "it takes one image input alone, [N, 3, H, W] or [N, H, W, 3]; " + describe_outputs(
             source
         )
     return "it takes boxes and scores [N, A, ...]; " + describe_outputs(source)
+
+
+def _explained(source: OnnxSource) -> bool:
+    """Whether all inputs beside the images are known."""
+    image = maybe_image(source)
+    others = {*source.graph.inputs} - ({image[0]} if image else set())
+    return others <= PADDLE_INPUTS
 
 
 def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = None) -> Reading:
@@ -113,30 +125,39 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
     known = framework or Framework("")
-    if not _has_size(source):  # what boxes would be clipped to is not known yet
-        known = known.with_changes(clipped=False)
     evidence = Evidence(str(source.path), hints.assume)
-    origin = f"read: metadata of {known.name}" if framework else "the shapes of its outputs"
-    evidence.add(ev.FAMILY, known.name or NAME, origin if framework else ev.MEASURED + origin)
-    pixels = find_pixels(source, hints, usual_size=known.size_hw)
-    if pixels.others:
+    plugin = maybe_plugin(source)
+    origin = f"{ev.MEASURED}the shapes of its outputs"
+    if framework:
+        origin = f"{ev.READ}metadata of {known.name}"
+    elif plugin is not None:
+        origin = f"{ev.READ}its {plugin.op_type} node"
+    evidence.add(ev.FAMILY, known.name or NAME, origin)
+    outputs = [info.name for info in source.model.graph.output]
+    if plugin is not None:
+        known, outputs = framework_of(plugin, known), []
+    feeds = paddle_feeds(source, hints.size_hw or known.size_hw)
+    pixels = find_pixels(source, hints, usual_size=known.size_hw, feeds=feeds)
+    if not {*pixels.others} <= feeds.keys():
         raise GraphError(
             f"{source.path}: expected images as the only input, found {', '.join(pixels.others)} too; export the model without"
         )
     size_hw = pixels.size_hw or (0, 0)
+    own_size = None if _has_size(source) or hints.size_hw else known.shorter_side
     _note_input(evidence, pixels, size_hw)
     convention = Convention(known.name, known.normal) if known.normal else None
     normal = decide_normalisation(evidence, pixels, hints, convention)
     preprocessing = _preprocessing(evidence, hints, known, normal, size_hw)
-    outputs = [info.name for info in source.model.graph.output]
+    if own_size:
+        _note_own_size(evidence, known, own_size)
     declared = _merged(hints.declared, known.declaration(outputs))
     wanted = [*outputs, *_named(declared, outputs)]
-    seen = look(source, pixels, normal, wanted, {}, size_hw)
+    seen = look(source, pixels, normal, wanted, feeds, size_hw)
     plan = Reader(source, seen, size_hw, declared, evidence, hints, known).plan()
     spec = _spec(plan, preprocessing, hints, known, evidence)
-    batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw)
+    batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw, feeds)
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
-    levels = maybe_levels(plan.count, size_hw)
+    multiple = None if _has_size(source) else _multiple(known, plan, size_hw)
     clips = known.clipped and not plan.selected
     if clips:
         spec = spec.replace(nms=dataclasses.replace(spec.nms, box_coding=0))
@@ -149,17 +170,23 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         heads=plan.tensors,
         assemble=partial(assemble, plan=plan, known=known, clips=clips),
         batch=batch,
-        rewrite=partial(_declare, shapes={k: seen[v][0].shape for k, v in plan.tensors.items()}),
+        rewrite=partial(
+            _declare,
+            shapes={k: seen[v][0].shape for k, v in plan.tensors.items()},
+            count=plan.count,
+            feeds=feeds,
+        ),
+        feeds=feeds,
         facts=evidence.settle(),
-        notes=known.notes,
+        notes=() if own_size else known.notes,
         takes=IMAGE_HINTS | {"declared", "num_classes"},
-        size_multiple=levels.strides[-1] if levels and not _has_size(source) else None,
+        size_multiple=multiple,
+        shorter_side=own_size,
     )
 
 
 def _has_size(source: OnnxSource) -> bool:
-    dims = [d for d in source.graph.image_shape[1:] if d != 3]
-    return all(d and d > 0 for d in dims)
+    return image_hw(source) is not None
 
 
 def _note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int]) -> None:
@@ -168,6 +195,21 @@ def _note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int]) ->
         f"'{pixels.image}' {pixels.image_layout} {size_hw[0]}x{size_hw[1]}",
         "read: its shape",
     )
+
+
+def _note_own_size(evidence: Evidence, known: Framework, shorter_side: tuple[int, int]) -> None:
+    shorter, longer = shorter_side
+    evidence.add(
+        ev.RESIZE,
+        f"shorter side {shorter}, longer at most {longer}; padded below and right to a multiple of {known.size_multiple}",
+        ev.CONVENTION + known.name,
+    )
+
+
+def _multiple(known: Framework, plan: Plan, size_hw: tuple[int, int]) -> int | None:
+    """What the sides of an input of any size must be a multiple of."""
+    levels = maybe_levels(plan.count, size_hw)
+    return known.size_multiple or (levels.strides[-1] if levels else None)
 
 
 def _declared_shapes(source: OnnxSource) -> dict[str, tuple[int, ...]]:
@@ -264,7 +306,7 @@ def _spec(
         family=NAME,
         preprocessing=preprocessing,
         nms=Nms(
-            score_threshold=SCORE_THRESHOLD if not plan.selected else 0.0,
+            score_threshold=known.score_threshold if not plan.selected else 0.0,
             iou_threshold=1.0 if plan.selected else known.iou_threshold or IOU_THRESHOLD,
             max_output_boxes=kept,
             score_activation=plan.activation == "sigmoid",
@@ -280,8 +322,18 @@ def _spec(
     )
 
 
-def _declare(graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give the heads the shapes that they were seen to have."""
+def _declare(
+    graph: gs.Graph,
+    shapes: Mapping[str, tuple[int, ...]],
+    count: int,
+    feeds: Mapping[str, NDArray[np.float32]],
+) -> None:
+    """Give the heads the shapes that they were seen to have; how many rows there are follows the
+    size where that is dynamic. Inputs beside the images become constants.
+    """
+    for tensor in [t for t in graph.inputs if t.name in feeds]:
+        graph.inputs.remove(tensor)
+        tensor.to_constant(feeds[tensor.name])
     free = None in (graph.inputs[0].shape or ())[1:]
     for position, (name, shape) in enumerate(shapes.items()):
         tensor = graph.outputs[position]
@@ -292,7 +344,7 @@ def _declare(graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 gs.Node("Cast", "labels_float", {"to": TensorProto.FLOAT}, [former], [tensor])
             )
             graph.outputs[position] = tensor
-        tensor.shape = ["N", *shape[1:]] if not free else None
+        tensor.shape = ["N", *(None if free and n == count else n for n in shape[1:])]
         tensor.dtype = np.dtype(np.float32)
 
 
@@ -312,6 +364,7 @@ def assemble(
     Args:
         clips: boxes are clipped to the picture; they become corners.
     """
+    count = -1 if spec.preprocessing.size_range else plan.count
     if plan.rows:
         rows = build.node("Transpose", "rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
         boxes = build.slice_last("boxes", rows, plan.first_box, plan.first_box + 4)
@@ -322,12 +375,12 @@ def assemble(
             objectness = build.slice_last("objectness", rows, plan.objectness, plan.objectness + 1)
             scores = build.node("Mul", "joint_scores", objectness, scores)
     else:
-        boxes = build.reshape("boxes", BOXES, [0, plan.count, 4])
+        boxes = build.reshape("boxes", BOXES, [0, count, 4])
         scores = (
             build.node("Transpose", "class_scores", SCORES, perm=[0, 2, 1]) if plan.nca else SCORES
         )
         if plan.labels or plan.num_scores == 1:
-            scores = build.reshape("score", scores, [0, plan.count, 1])
+            scores = build.reshape("score", scores, [0, count, 1])
     if plan.box_format == "xywh":
         corner = build.slice_last("corner", boxes, 0, 2)
         size = build.slice_last("size", boxes, 2, 4)
@@ -347,7 +400,11 @@ def assemble(
         scores = best_class_only(build, scores)
     if clips:
         limits = picture.limits(
-            build, spec.preprocessing, plan.box_format == "yxyx", is_unit=plan.is_unit
+            build,
+            spec.preprocessing,
+            plan.box_format == "yxyx",
+            is_unit=plan.is_unit,
+            cut_off=known.cut_off,
         )
         centred = plan.box_format == "cxcywh"
         return Heads(*picture.clip(build, limits, boxes, scores, centred=centred))

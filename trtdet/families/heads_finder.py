@@ -16,6 +16,7 @@ from trtdet.families.heads_plan import (
     Plan,
     describe_outputs,
     is_boxes,
+    paddle_feeds,
     rows_in,
     unbatched,
     zeros,
@@ -26,6 +27,7 @@ from trtdet.families.outputs import (
     is_whole,
     maybe_levels,
 )
+from trtdet.families.pixels import maybe_image
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import (
     COLUMN_NAMES,
@@ -203,7 +205,7 @@ class Finder:
                 ev.SCORES, f"columns 4..{width - 1}", how or "read: one column behind the box"
             )
             return dataclasses.replace(plan, num_scores=rest)
-        if starts and starts == {0, 4, 5, width} and rest > 2:
+        if starts and 5 in starts and not starts & {*range(6, width)} and rest > 2:
             self.evidence.add(ev.SCORES, f"column 4 objectness, 5..{width - 1} classes", how)
             return dataclasses.replace(plan, objectness=4, first_score=5, num_scores=rest - 1)
         known = len(self.known.labels) or len(self.hints.labels) or (self.hints.num_classes or 0)
@@ -288,8 +290,10 @@ class Finder:
         """Shapes of inner tensors, measured once each."""
         missing = [t for t in tensors if t not in self._shapes]
         if missing:
-            image = self.source.graph.inputs[0]
-            feed = zeros(self.source, image, self.size_hw)
-            for t, value in zip(missing, self.source.run(missing, {image: feed}), strict=True):
+            found = maybe_image(self.source)
+            image = found[0] if found else self.source.graph.inputs[0]
+            fed = {image: zeros(self.source, image, self.size_hw)}
+            fed |= paddle_feeds(self.source, self.size_hw)
+            for t, value in zip(missing, self.source.run(missing, fed), strict=True):
                 self._shapes[t] = value.shape
         return [self._shapes[t] for t in tensors]

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from trtdet.families.base import Declaration, Note
 from trtdet.families.pixels import (
     Normal,
+    declared_shapes,
+    maybe_image,
 )
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import (
@@ -22,6 +24,8 @@ from trtdet.spec import (
     ResizeMode,
 )
 
+#: Inputs of PaddleDetection's exports beside the images.
+PADDLE_INPUTS = frozenset(("im_shape", "scale_factor"))
 BOXES, SCORES, LABELS, ROWS = "foreign_boxes", "foreign_scores", "foreign_labels", "foreign_rows"
 
 
@@ -34,16 +38,20 @@ class Framework:
         normal, resize, placement, pad_rgb, rounding, antialias: how it prepares images.
         rounds: a resized picture has whole levels, 0 to 255.
         declared: what it says of its outputs.
-        labels: class names. kept: how many detections it keeps. iou_threshold: of its NMS.
+        labels: class names. kept: how many detections it keeps. iou_threshold, score_threshold: of
+            its NMS.
         size_hw: of an input of any size.
         longest: where the longer side of a picture ends, in an input that is larger; None: at the
             input's.
-        columns: of the only output. selected: it needs no NMS. best_class: a box counts for its
-            best class alone.
+        columns: of the only output, or of `rows`, where there are more. selected: it needs no NMS.
+            best_class: a box counts for its best class alone.
         agnostic: boxes of different classes suppress each other.
         linear: scores are meant to be probabilities, but nothing holds them to 0..1.
         clipped: boxes are clipped to the picture before the NMS, and those of which nothing is left
-            are dropped.
+            are dropped. cut_off: to the picture with what was cut off where its size became a whole
+            number.
+        shorter_side: of every picture, and the most that its longer side may have, where each is
+            taken at a size of its own; both are padded to a multiple of `size_multiple`.
         notes: what its users should know.
     """
 
@@ -59,14 +67,19 @@ class Framework:
     labels: tuple[str, ...] = ()
     kept: int | None = None
     iou_threshold: float | None = None
+    score_threshold: float = 0.001
     size_hw: tuple[int, int] | None = None
     longest: int | None = None
     columns: tuple[str, ...] = ()
+    rows: str = ""
     selected: bool | None = None
     best_class: bool = False
     agnostic: bool = False
     linear: bool = False
     clipped: bool = False
+    cut_off: bool = True
+    shorter_side: tuple[int, int] | None = None
+    size_multiple: int | None = None
     notes: tuple[Note, ...] = ()
 
     def with_changes(self, **changes: Any) -> "Framework":
@@ -74,7 +87,7 @@ class Framework:
 
     def declaration(self, outputs: Sequence[str]) -> Declaration:
         """What it says of the outputs of one file."""
-        rows = outputs[0] if self.columns and len(outputs) == 1 else ""
+        rows = self.rows or (outputs[0] if self.columns and len(outputs) == 1 else "")
         return dataclasses.replace(
             self.declared, rows=rows, columns=self.columns if rows else (), selected=self.selected
         )
@@ -130,9 +143,36 @@ def rows_in(shape: tuple[int, ...]) -> int:
 
 
 def zeros(source: OnnxSource, image: str, size_hw: tuple[int, int]) -> NDArray[np.float32]:
-    channels_first = source.graph.image_shape[1:2] == (3,)
-    n = max(source.graph.image_shape[0] or 1, 1)
+    shape = declared_shapes(source)[image]
+    channels_first = shape[1] == 3
+    n = max(shape[0] or 1, 1)
     return np.zeros((n, 3, *size_hw) if channels_first else (n, *size_hw, 3), np.float32)
+
+
+def image_hw(source: OnnxSource) -> tuple[int, int] | None:
+    """Height and width of the images that it takes; None: any, or there is no one image input."""
+    image = maybe_image(source)
+    if image is None:
+        return None
+    name, layout = image
+    dims = declared_shapes(source)[name]
+    height, width = dims[2:] if layout == "NCHW" else dims[1:3]
+    return (height, width) if height and width else None
+
+
+def paddle_feeds(
+    source: OnnxSource, size_hw: tuple[int, int] | None
+) -> dict[str, NDArray[np.float32]]:
+    """What inputs of PaddleDetection's exports beside the images are for a picture that fills the
+    network input: its size and scale, so that boxes are in pixels of the input.
+    """
+    sides = image_hw(source) or size_hw or ()
+    values = {"im_shape": sides, "scale_factor": (1.0, 1.0)}
+    return {
+        name: np.array([values[name]], np.float32)
+        for name in source.graph.inputs
+        if values.get(name)
+    }
 
 
 def describe_outputs(

@@ -47,7 +47,24 @@ class Reader(Finder):
             raise self.nothing_fits(
                 f"it explains {', '.join(plan.tensors.values())}, but not {', '.join(left)}"
             )
+        self._check_count(plan)
         return self._classes(self._scores(self._selected(self._boxes(plan))))
+
+    def _check_count(self, plan: Plan) -> None:
+        """Refuse rows whose number follows the picture, as an NMS inside that does not fill up
+        leaves them: seen on the photographs and on a black picture.
+        """
+        tensors = list(plan.tensors.values())
+        if not self.nodes.ops(tensors) & {"NonMaxSuppression", "NonZero"}:
+            return
+        for name, black in zip(tensors, self._sizes(tensors), strict=True):
+            shapes = dict.fromkeys([*(v.shape for v in self.seen[name]), black])
+            if len(shapes) > 1:
+                found = " and ".join(str(list(s)) for s in shapes)
+                raise GraphError(
+                    f"{self.source.path}: the number of rows of '{name}' differs from picture to picture, {found}; export the model with a fixed "
+                    "number of them, or from before it selects detections"
+                )
 
     # ---- what they are
 
@@ -175,11 +192,9 @@ class Reader(Finder):
             return plan
         nms = "NMS " + ("over all classes" if self.known.agnostic else "per class")
         nms += ", boxes clipped to the picture" if self.known.clipped else ""
-        if self.known.clipped and (self.known.resize, self.known.rounding) == (
-            "letterbox",
-            "floor64",
-        ):
-            nms += ", to a pixel of the input"
+        placed = (self.known.resize, self.known.rounding)
+        if self.known.clipped and self.known.cut_off and placed == ("letterbox", "floor64"):
+            nms += ", to half a pixel of the input"
         self.evidence.add(ev.SELECTION, "the model's own" if selected else nms, origin)
         return dataclasses.replace(plan, selected=selected)
 

@@ -8,6 +8,7 @@ Heads are found as everywhere, by shapes and values: LibreYOLO calls the boxes o
 "pred_logits".
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from trtdet.errors import GraphError
 from trtdet.families import detr, heads
 from trtdet.families.base import NO_HINTS, Declaration, Hints, Note, Reading
 from trtdet.families.heads import Framework
+from trtdet.families.outputs import Nodes
 from trtdet.families.pixels import Convention, Normal
 from trtdet.labels import COCO_80_IDS
 from trtdet.sources.base import Source
@@ -33,6 +35,8 @@ IMAGENET = detr.IMAGENET
 MMDET_BGR = Normal(detr.IMAGENET_MEAN, detr.IMAGENET_STD, bgr=True)
 
 
+#: The output before the NMS, of an export with nms=True.
+RAW = "raw"
 #: SSD300's: the mean alone.
 SSD = Normal((0.48235 * 255, 0.45882 * 255, 0.40784 * 255), (1.0, 1.0, 1.0))
 
@@ -66,12 +70,25 @@ SETS: Mapping[str, SetFamily] = {
 }
 DINO_SIZES = ("s", "m", "l", "x")
 
+#: The longer side of a picture whose shorter one has 800 pixels, in torchvision.
+LONGEST = 1333
+
 _PIXELS = Declaration(box_format="xyxy", box_units="pixels", activation="none", background="none")
 _ROWS = ("x1", "y1", "x2", "y2", "scores")
 
 
 def _dense(name: str, normal: Normal, **others: Any) -> Framework:
     return Framework(name, normal, iou_threshold=0.45, clipped=True, **others)
+
+
+def _of_own_size(name: str, columns: tuple[str, ...], kept: int | None = None) -> Framework:
+    """torchvision's: pictures come with a shorter side of `imgsz` and a longer one of at most
+    1333 / 800 of it, padded to a multiple of 32; the detections end in the resized picture.
+    """
+    return _dense(
+        name, IMAGENET, resize="letterbox", rounding="floor_axes", pad_rgb=IMAGENET.mean, rounds=False, cut_off=False, declared=_PIXELS, columns=columns,
+        kept=kept, selected=False, size_multiple=32, shorter_side=(800, LONGEST),
+    )  # fmt: skip
 
 
 def _darknet(name: str) -> Framework:
@@ -93,18 +110,18 @@ DENSE: Mapping[str, Framework] = {
     "yolo7": _dense("YOLOv7", UNIT, agnostic=True, resize="letterbox", rounding="floor64", antialias=True, declared=_PIXELS, columns=_ROWS),
     "ssd": _dense("SSD", SSD, resize="stretch", rounds=False, selected=False, declared=_PIXELS, columns=_ROWS),
     "efficientdet": _dense("EfficientDet", IMAGENET, resize="letterbox", rounding="floor64", antialias=True, pad_rgb=(124.0, 116.0, 104.0), declared=_PIXELS, columns=("x1", "y1", "x2", "y2", "score", "label"), selected=False),
+    "retinanet": _of_own_size("RetinaNet", _ROWS),
+    "fcos": _of_own_size("FCOS", ("x1", "y1", "x2", "y2", "level", "scores"), kept=100),
     "picodet": _dense("PicoDet", IMAGENET, resize="stretch", declared=_PIXELS, columns=_ROWS),
     "ppyoloe": _dense("PP-YOLOE", IMAGENET, resize="stretch", declared=_PIXELS),
     "rtmdet": _dense("RTMDet", MMDET_BGR, resize="letterbox", rounding="floor64", antialias=True, declared=_PIXELS, columns=_ROWS),
 }  # fmt: skip
 
 
-_OWN_SIZE = "it takes every picture at a size of its own, the shorter side as long as `imgsz`; a letterbox of one size gives other detections"
+_INSTEAD = "retinanet, fcos or rtdetrv2"
 _ANY_NUMBER = "the number of its detections differs from picture to picture, which no engine of stage 2 can hold"
 #: Families that are not converted, and why.
 REFUSED: Mapping[str, str] = {
-    "fcos": _OWN_SIZE,
-    "retinanet": _OWN_SIZE,
     "faster_rcnn": _ANY_NUMBER,
     "mask_rcnn": _ANY_NUMBER,
     "centernet": "its pictures are warped, not resized, by an affine matrix",
@@ -126,15 +143,18 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
     """See `trtdet.families.base.Family.read`."""
     found = metadata_of(source)
     family, task = found.get("model_family", ""), found.get("task", "detect")
+    if family in REFUSED:
+        raise GraphError(
+            f"{source.path}: LibreYOLO's {family} is not converted: {REFUSED[family]}; take another of its families, such as {_INSTEAD}"
+        )
     if task != "detect":
         raise GraphError(
-            f"{source.path}: expected a detector, found a LibreYOLO model for the task '{task}'"
-        )
-    if found.get("nms") == "True" or found.get("embedded_nms") == "True":
-        raise GraphError(
-            f"{source.path}: expected a LibreYOLO export without NMS; export it with nms=False"
+            f"{source.path}: expected a detector, found a LibreYOLO model for the task '{task}'; export one for the task 'detect'"
         )
     labels = read_names(found)
+    if says(found, "deepstream") and family in {*DENSE, *SETS} and isinstance(source, OnnxSource):
+        framework = deepstream_of(found, labels, before_best_class(source))
+        return heads.read(source, hints, framework)
     if family == "detr":
         return detr.read(
             source,
@@ -144,25 +164,81 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             labels=labels,
         )
     if family in SETS:
-        known = SETS[family]
+        known = set_family_of(found)
         normal, kept = known.normal, known.kept
-        if family == "deimv2" and found.get("size") in DINO_SIZES:
-            normal = IMAGENET
-        if family == "lwdetr" and found.get("size") == "t":
-            kept = 100
         return detr.read_sigmoid(
             source, hints, family=_like(family), convention=Convention(f"LibreYOLO's {family}", normal), kept=kept,
             how="read: metadata model_family", labels=labels, antialias=known.antialias, rounds=known.rounds, unused=unused_of(family, labels),
         )  # fmt: skip
     if family in DENSE:
+        if says(found, "nms") and RAW not in source.graph.outputs:
+            raise GraphError(
+                f"{source.path}: expected a LibreYOLO export without NMS, or one with its output '{RAW}'; export it with nms=False"
+            )
         return heads.read(source, hints, framework_of(found, labels))
-    why = REFUSED.get(family, "this one is not known")
     how = heads.unbatched(source) if isinstance(source, OnnxSource) else ""
     if isinstance(source, OnnxSource) and not how:
         how = f"to convert it all the same, add --family heads and declare its outputs: {heads.starting_line(source)}"
     raise GraphError(
-        f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}': {why}; {how}"
+        f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}'; {how}"
     )
+
+
+def says(found: Mapping[str, str], key: str) -> bool:
+    return found.get(key, "").lower() == "true"
+
+
+def set_family_of(found: Mapping[str, str]) -> SetFamily:
+    """The conventions of a set prediction."""
+    family, size = found["model_family"], found.get("size")
+    known = SETS[family]
+    if family == "deimv2" and size in DINO_SIZES:
+        return dataclasses.replace(known, normal=IMAGENET)
+    if family == "lwdetr" and size == "t":
+        return dataclasses.replace(known, kept=100)
+    return known
+
+
+def before_best_class(source: OnnxSource) -> tuple[str, str] | None:
+    """The boxes [N, A, 4] and the scores [N, A, C] that rows of a box and its best class are put
+    together from; None: they are not.
+    """
+    nodes = Nodes(source.model)
+    concat = nodes.producer.get(source.model.graph.output[0].name)
+    if concat is None or concat.op_type != "Concat" or len(concat.input) != 3:
+        return None
+    chosen = next((n for n in nodes.above(concat.input[1:]) if n.op_type == "ArgMax"), None)
+    return (concat.input[0], chosen.input[0]) if chosen is not None else None
+
+
+def deepstream_of(
+    found: Mapping[str, str], labels: tuple[str, ...], inner: tuple[str, str] | None
+) -> Framework:
+    """The conventions of an export with deepstream=True: rows of a box in pixels and its best
+    class, and the normalisation inside where nvinfer cannot do it.
+
+    Args:
+        inner: of `before_best_class`: LibreYOLO's own runs take all classes of a box.
+    """
+    family = found["model_family"]
+    if family in DENSE:
+        known = framework_of(found, labels)
+    else:
+        images = set_family_of(found)
+        known = Framework(
+            f"LibreYOLO's {family}", images.normal, resize="stretch", antialias=images.antialias, rounds=images.antialias or images.rounds,
+            labels=labels, kept=images.kept, selected=True,
+        )  # fmt: skip
+    name = f"{known.name} for DeepStream"
+    if inner:
+        boxes, scores = inner
+        declared = dataclasses.replace(_PIXELS, boxes=boxes, scores=scores, scores_layout="NAC")
+        return known.with_changes(name=name, declared=declared, columns=(), rows="")
+    note = Note("exported for DeepStream, a box counts for its best class alone; LibreYOLO's own runs of this family may find it for several", "nms_mode")  # fmt: skip
+    return known.with_changes(
+        name=name, declared=_PIXELS, best_class=False, columns=("x1", "y1", "x2", "y2", "score", "label"),
+        notes=known.notes if known.best_class else (*known.notes, note),
+    )  # fmt: skip
 
 
 def framework_of(found: Mapping[str, str], labels: tuple[str, ...]) -> Framework:
@@ -174,6 +250,11 @@ def framework_of(found: Mapping[str, str], labels: tuple[str, ...]) -> Framework
         changes["notes"] = (Note(f"LibreYOLO runs exports of {known.name} with NMS over all classes, its PyTorch models with NMS per class; --nms_mode per_class takes the latter", "nms_mode"),)  # fmt: skip
     if len(size) == 2:
         changes["size_hw"] = size
+    if says(found, "nms"):
+        changes["rows"] = RAW
+    if known.shorter_side and len(size) == 2:
+        changes["shorter_side"] = (size[0], round(size[0] * LONGEST / 800))
+        changes["notes"] = (Note(f"LibreYOLO takes every picture at a size of its own, the shorter side {size[0]} pixels; at one size for all, square pictures alone have its detections, and others are letterboxed", "dynamic"),)  # fmt: skip
     if found.get("letterbox_pad"):
         changes["placement"] = "center" if found["letterbox_pad"] == "center" else "top_left"
     return known.with_changes(**changes)

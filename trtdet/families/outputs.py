@@ -6,6 +6,7 @@ Nothing here knows a family.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,42 +194,86 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 # ---- columns
 
 
+#: Operators that leave every number where it is.
+ELEMENTWISE = (
+    "Identity",
+    "Cast",
+    "Sigmoid",
+    "Exp",
+    "Clip",
+    "Relu",
+    "Softplus",
+    "Tanh",
+    "HardSigmoid",
+)
+
+
 def column_pieces(nodes: Nodes, tensor: str, axis: int, sizes: Any) -> tuple[int, ...] | None:
-    """Widths of what an output was put together from along one axis.
+    """Widths of what an output was put together from along one axis, also where that was cut apart
+    and put together again on the way, as YOLOX's boxes are.
 
     None where that cannot be followed.
 
     Args:
         sizes: names of tensors -> their shapes, measured.
     """
-    for _ in range(64):
-        node = nodes.producer.get(tensor)
-        if node is None:
-            return None
-        op, rank = node.op_type, len(sizes([tensor])[0])
-        if op in ("Identity", "Cast"):
-            tensor = node.input[0]
-        elif op == "Transpose":
-            perm = list(attribute(node, "perm", range(rank)[::-1]))
-            tensor, axis = node.input[0], perm[axis]
-        elif op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
-            before, after = sizes([node.input[0], tensor])
-            kept = [
-                i
-                for i, n in enumerate(before)
-                if n == after[axis] and _product(before[:i]) == _product(after[:axis])
-            ]
-            if not kept:
-                return None
-            tensor, axis = node.input[0], kept[-1]
-        elif op == "Concat":
-            along = attribute(node, "axis") % rank
-            if along == axis:
-                return tuple(shape[axis] for shape in sizes(list(node.input)))
-            tensor = node.input[0]
-        else:
-            return None
-    return None
+    cuts = _cuts(nodes, tensor, axis, sizes, depth=64)
+    if not cuts:
+        return None
+    edges = [0, *sorted(cuts), sizes([tensor])[0][axis]]
+    return tuple(stop - start for start, stop in itertools.pairwise(edges))
+
+
+def _cuts(nodes: Nodes, tensor: str, axis: int, sizes: Any, depth: int) -> set[int]:
+    """Columns of a tensor at which another piece begins; none: one piece, or not to be followed."""
+    node = nodes.producer.get(tensor)
+    if node is None or depth == 0:
+        return set()
+    op, shape, depth = node.op_type, sizes([tensor])[0], depth - 1
+    if op in ELEMENTWISE:
+        return _cuts(nodes, node.input[0], axis, sizes, depth)
+    if op == "Transpose":
+        perm = list(attribute(node, "perm", range(len(shape))[::-1]))
+        return _cuts(nodes, node.input[0], perm[axis], sizes, depth)
+    if op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
+        before = sizes([node.input[0]])[0]
+        kept = [
+            i
+            for i, n in enumerate(before)
+            if n == shape[axis] and _product(before[:i]) == _product(shape[:axis])
+        ]
+        return _cuts(nodes, node.input[0], kept[-1], sizes, depth) if kept else set()
+    if op == "Concat":
+        if attribute(node, "axis") % len(shape) != axis:
+            return _cuts(nodes, node.input[0], axis, sizes, depth)
+        cuts, start = set[int](), 0
+        for name, part in zip(node.input, sizes(list(node.input)), strict=True):
+            inner = _cuts(nodes, name, axis, sizes, depth)
+            cuts |= {start, *(start + cut for cut in inner)}
+            start += part[axis]
+        return cuts - {0}
+    if op == "Slice":
+        return _cuts_of_slice(nodes, node, shape, axis, sizes, depth)
+    return set()
+
+
+def _cuts_of_slice(
+    nodes: Nodes, node: onnx.NodeProto, shape: tuple[int, ...], axis: int, sizes: Any, depth: int
+) -> set[int]:
+    """`_cuts` of a part of a tensor, along one axis and in steps of 1."""
+    given = [nodes.value(name) for name in node.input[1:] if name]
+    values = [None if v is None else v.reshape(-1).tolist() for v in given]
+    if len(values) < 3 or any(v is None or len(v) != 1 for v in values):
+        return set()
+    start, _, along, *step = (v[0] for v in values if v)
+    inner = _cuts(nodes, node.input[0], axis, sizes, depth)
+    if along % len(shape) != axis:
+        return inner
+    whole = sizes([node.input[0]])[0][axis]
+    start = min(max(start + whole if start < 0 else start, 0), whole)
+    if step and step[0] != 1:
+        return set()
+    return {cut - start for cut in inner if start < cut < start + shape[axis]}
 
 
 def _product(values: Sequence[int]) -> int:

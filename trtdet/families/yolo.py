@@ -70,7 +70,6 @@ from trtdet.families.yolo_heads import (
 from trtdet.families.yolo_metadata import LEFT_OUT, Metadata, read_metadata
 from trtdet.graph.map_op import unknown_ops
 from trtdet.labels import COCO_80_LABELS
-from trtdet.precision.graph_types import narrow_types
 from trtdet.sources.base import Source, SourceGraph
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import ModelSpec
@@ -280,7 +279,7 @@ def _final(final: Head, metadata: Metadata) -> Final | None:
 
 
 def _check_source(source: OnnxSource, metadata: Metadata) -> None:
-    """Refuse what is not a detector of float32 images, channels first."""
+    """Refuse what is not a detector of images, channels first."""
     if metadata.task not in ("detect", "obb", *LEFT_OUT):
         raise GraphError(
             f"{source.path}: expected a detector, found a model for the task '{metadata.task}'"
@@ -289,11 +288,6 @@ def _check_source(source: OnnxSource, metadata: Metadata) -> None:
         raise GraphError(
             f"yolo: expected one input [N, 3, H, W], the images, found {list(source.graph.inputs)}, the first of shape "
             f"{list(source.graph.image_shape)}"
-        )
-    if narrow := narrow_types(source.model):
-        raise GraphError(
-            f"{source.path}: expected float32 weights, found {', '.join(sorted(narrow))}; export the model in float32 (half=False), "
-            "precision is chosen by build_engine.py"
         )
 
 

@@ -82,7 +82,9 @@ def choose_input(
         ValueError: the model does not take it.
     """
     if size is None and resize is None:
-        return preprocessing, None
+        if preprocessing.shorter_side is None:
+            return preprocessing, None
+        resize, max_size = preprocessing.shorter_side
     asked = f"--size {size[0]},{size[1]}" if size else f"--resize {resize}"
     if preprocessing.size_range is None and size != preprocessing.size_hw:
         height, width = preprocessing.size_hw
@@ -273,7 +275,8 @@ def placement_of(
         scale_xy = (ratio, ratio)
     else:  # in float64, and each axis then has the scale that rounding left it
         ratio = ratio or min(input_h / source_h, input_w / source_w)
-        height, width = max(1, round(source_h * ratio)), max(1, round(source_w * ratio))
+        whole = int if preprocessing.rounding == "floor_axes" else round
+        height, width = max(1, whole(source_h * ratio)), max(1, whole(source_w * ratio))
         scale_xy = (width / source_w, height / source_h)
     offset = (0, 0)
     if preprocessing.placement == "center":  # an odd pixel goes to the right and the bottom

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained model in an ONNX file."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from trtdet.sources.base import (
     run_onnx,
     run_part,
 )
+from trtdet.sources.half import widen
 from trtdet.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 #: INT8 weights with a scale per channel take opset 13. TensorRT 8.6 reads up to 17.
 OLDEST_OPSET, NEWEST_OPSET = 13, 17
@@ -52,12 +56,14 @@ class OnnxSource(Closing):
         if model is None:
             model = read_onnx(path, option="--source_onnx", remedy=EXPORT_AGAIN)
         self.model = model
+        self.spec = ModelSpec.maybe_from_onnx(self.model)
+        if self.spec is None and widen(self.model):
+            logger.info("%s is in half precision: stage 1 computes it in float32", path)
         if edit:
             edit(self.model)
         self._lower = lower
         self._opened: tuple[object, Session] | None = None
         self.graph = _read_onnx_graph(self.model)
-        self.spec = ModelSpec.maybe_from_onnx(self.model)
         self._dtypes = {
             info.name: onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
             for info in self.model.graph.input
