@@ -158,7 +158,7 @@ def serve(*files):
 
 @pytest.mark.parametrize("first", ["later", "at once"])
 def test_an_error_of_any_kind_ends_it_in_one_line(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    """Not in a traceback of its own; who asks does the work, and has the error too if it is there."""
+    """Not in a traceback of its own; who asks does the work, and has the error if it is real."""
     (tmp_path / "failing.py").write_text(FAILS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])  # not those of others
