@@ -85,6 +85,20 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert errors[0] < 0.25 * errors[1]
 
 
+def test_variances_below_zero_are_none() -> None:
+    """Of one picture, or of one colour, sums of float32 leave some."""
+    causes = np.random.default_rng(6).standard_normal((30, 3))
+    covariance = causes @ causes.T
+    noisy = covariance - 0.05 * np.trace(covariance) / 30 * np.eye(30)
+    assert np.linalg.eigvalsh(noisy)[0] < -0.01 * np.diag(noisy).mean()
+    steps = np.random.default_rng(7).uniform(-127, 127, (5, 30))
+    found = round_together(steps, noisy)
+    errors = [powers(steps - rounded, covariance).sum() for rounded in (found, np.rint(steps))]
+    assert errors[0] < 0.1 * errors[1]
+    for useless in (np.full((30, 30), np.nan), -np.eye(30)):
+        assert np.array_equal(round_together(steps, useless), np.rint(steps))
+
+
 def test_stays_within_the_type() -> None:
     steps = np.full((3, 40), 127.0)
     steps[:, ::2] = 126.6

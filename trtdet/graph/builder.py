@@ -41,6 +41,8 @@ class Builder:
             raise GraphError(
                 f"model: expected opset {OLDEST_OPSET} or later, found {self.opset}; convert it with a later --opset"
             )
+        #: Take rows by GatherND, which copies each in one step in ONNX Runtime (opset 12 and later).
+        self.takes_whole_rows = False
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self._taken = _names(model)
@@ -113,6 +115,8 @@ class Builder:
     def take_rows(self, name: str, tensor: str, index: str, width: int) -> str:
         """tensor [N, A, width] at index [N, M]  ->  [N, M, width]"""
         column = self.reshape(f"{name}/index", index, [0, -1, 1])
+        if self.takes_whole_rows:
+            return self.node("GatherND", name, tensor, column, batch_dims=1)
         wide = self.node("Expand", f"{name}/index_wide", column, np.array([1, 1, width], np.int64))
         return self.node("GatherElements", name, tensor, wide, axis=1)
 

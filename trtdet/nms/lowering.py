@@ -122,6 +122,7 @@ def lower(
     lowered = onnx.ModelProto()
     lowered.CopyFrom(model)
     build = Builder(lowered, "nms/")
+    build.takes_whole_rows = form == "onnx" and build.opset >= 12
     inputs = [name for node in model.graph.node if node.op_type == PLUGIN_OP for name in node.input]
     types = known_types(model, inputs)
     for node in model.graph.node:

@@ -50,11 +50,10 @@ def round_together(
         Whole numbers from -127 to 127.
     """
     diagonal = np.diag(covariance)
-    if not diagonal.any():
+    if not (np.isfinite(covariance).all() and diagonal.mean() > 0):
         return round_to(steps, INT8)
     order = np.argsort(-diagonal, kind="stable")  # what weighs most has most left to make up for it
-    damped = covariance[np.ix_(order, order)] + np.eye(len(order)) * damping * diagonal.mean()
-    spread = np.linalg.cholesky(np.linalg.inv(damped)).T  # upper: spread' spread = H^-1
+    spread = _inverse_root(covariance[np.ix_(order, order)], damping * float(diagonal.mean()))
     wanted, rounded = steps[:, order].copy(), np.empty(steps.shape)
     for start in range(0, len(order), BLOCK):
         stop = min(start + BLOCK, len(order))
@@ -68,6 +67,17 @@ def round_together(
     found = np.empty(steps.shape)
     found[:, order] = rounded
     return found
+
+
+def _inverse_root(covariance: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
+    """Upper triangular U with U' U = (H + damping)^-1."""
+    try:
+        inverse = np.linalg.inv(covariance + np.eye(len(covariance)) * damping)
+        return np.linalg.cholesky(inverse).T
+    except np.linalg.LinAlgError:  # of inputs that hardly vary, rounding leaves negative variances
+        values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+        inverse = (vectors / (np.maximum(values, 0) + damping)) @ vectors.T
+        return np.linalg.cholesky((inverse + inverse.T) / 2).T
 
 
 # ---- what is kept

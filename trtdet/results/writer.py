@@ -31,8 +31,8 @@ SHARE, SHARE_PICTURES = 32, 8
 #: And a thread, at most. Without pictures more images cost less than more threads bring; with
 #: them each thread has one share while another waits.
 THREAD_SHARE, THREAD_SHARE_PICTURES = 8, 2
-#: Processes: of those that write TSVs alone, more do not bring more; those that draw take a core and
-#: up to 90 MiB each.
+#: Processes: of those that write TSVs alone, more do not bring more; those that draw take a core
+#: and up to 90 MiB each.
 MOST_PROCESSES, MOST_PROCESSES_PICTURES = 8, 32
 
 
