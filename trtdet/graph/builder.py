@@ -41,7 +41,7 @@ class Builder:
             raise GraphError(
                 f"model: expected opset {OLDEST_OPSET} or later, found {self.opset}; convert it with a later --opset"
             )
-        #: Take rows by GatherND, which copies each in one step in ONNX Runtime (opset 12 and later).
+        #: Take rows by GatherND, which copies each in one step in ONNX Runtime (from opset 12 on).
         self.takes_whole_rows = False
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
