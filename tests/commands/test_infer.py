@@ -30,6 +30,7 @@ from trtdet.images import batcher
 from trtdet.results import image_files
 from trtdet.results import writer as results_writer
 from trtdet.results.found import Found
+from trtdet.results.manifest import RunFolder
 from trtdet.run import benchmark, detect
 from trtdet.run import infer as run_infer
 from trtdet.runtimes.ort import OnnxRuntime
@@ -384,6 +385,19 @@ def test_an_output_directory_that_is_replaced_is_noticed_at_the_end(tmp_path: Pa
     with pytest.raises(FileNotFoundError, match="has disappeared"), writer(out, 1):
         out.rename(tmp_path / "elsewhere")
         out.mkdir()
+
+
+def test_an_output_directory_that_disappears_before_the_first_result(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    image(tmp_path / "in" / "a.png", red=51, green=1, blue=0)
+
+    def move_and_fail(*_: Any, **__: Any) -> None:
+        out.rename(tmp_path / "elsewhere")
+        raise FileNotFoundError(2, "No such file or directory", str(out / ".manifest.json"))
+
+    monkeypatch.setattr(RunFolder, "start", move_and_fail)
+    assert run(toy, tmp_path / "in", out) == 1
+    assert f"error: --output: {out} has disappeared during the run; its results are lost, run again\n" in capsys.readouterr().err  # fmt: skip
 
 
 def test_a_result_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -264,7 +264,11 @@ def detect_and_write(
             if not count:  # outputs that cannot be decoded shall neither begin nor remove anything
                 if isinstance(result, Found):
                     result = replace(result, results=result.decoded(runtime.spec))
-                folder.start(clean=clean, resumed=bool(kept))
+                try:
+                    folder.start(clean=clean, resumed=bool(kept))
+                except OSError:
+                    writer.check_output()  # says it better, where that is the reason
+                    raise
             if isinstance(result, str):
                 writer.keep(result)
                 count += 1
