@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import host_writing
 import trt_runtime
-from criteria import conclude
+from criteria import add_ending, conclude
 from host_pipeline import best_times
 
 from trtdet import cuda
@@ -240,9 +240,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--devices", type=parse_devices, default=(0,), metavar="all|0,1,...", help="GPUs of part 2 (default: 0)")
     parser.add_argument("--workers", type=positive_int, help="threads that decode on the CPU (default: one per core)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, with the machine, as JSON")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 where a criterion is not met")
     # fmt: on
+    add_ending(parser)
     return parser.parse_args(argv)
 
 

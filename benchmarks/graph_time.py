@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,10 +29,9 @@ import onnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from criteria import conclude
+from criteria import add_ending, add_graphs, run_benchmark
 
 from trtdet import sessions
-from trtdet.commands.cli import run_main, setup_logging
 from trtdet.commands.values import positive_int
 from trtdet.machine import describe_machine
 from trtdet.nms import lowering
@@ -156,29 +156,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_graphs(parser)
     # fmt: off
-    parser.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="a file of create_onnx.py")
-    parser.add_argument("--sample_onnx", type=Path, required=True, metavar="FILE", help="the file of NVIDIA's sample for the same model")
     parser.add_argument("--provider", choices=("cuda", "cpu"), default="cuda", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=20, help="pairs (default: %(default)s)")
     parser.add_argument("--runs", type=positive_int, default=30, help="runs of a turn (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, with the machine, as JSON")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 where a criterion is not met")
     # fmt: on
+    add_ending(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    setup_logging()
-
-    def run() -> int:
-        report = measure(args)
-        show(report)
-        print()
-        return conclude(report, criteria(report), args)
-
-    return run_main(run)
+    return run_benchmark(args, partial(measure, args), show, criteria)
 
 
 if __name__ == "__main__":

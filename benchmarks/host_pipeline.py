@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import host_profile
 import host_writing
-from criteria import conclude
+from criteria import add_ending, conclude
 from host_child import Child, run_all
 
 from trtdet.commands.cli import run_main, setup_logging
@@ -263,9 +263,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, to compare with in turn")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="a model for part 4")
     parser.add_argument("--written", type=positive_int, default=200, help="images per run of part 4 (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, with the machine, as JSON")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 where a criterion is not met")
     # fmt: on
+    add_ending(parser)
     return parser.parse_args(argv)
 
 

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ import onnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from criteria import conclude
+from criteria import add_ending, add_graphs, run_benchmark
 
-from trtdet.commands.cli import run_main, setup_logging
 from trtdet.engine import layers
 from trtdet.machine import describe_machine
 from trtdet.onnx_files import image_input, read_onnx
@@ -112,27 +112,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_graphs(parser)
     # fmt: off
-    parser.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="a file of create_onnx.py")
-    parser.add_argument("--sample_onnx", type=Path, required=True, metavar="FILE", help="the file of NVIDIA's sample for the same model")
     parser.add_argument("--compute_capability", default="89", metavar="XY", help="of the GPU to build for (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, with the machine, as JSON")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 where a criterion is not met")
     # fmt: on
+    add_ending(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    setup_logging()
-
-    def run() -> int:
-        report = measure(args)
-        show(report)
-        print()
-        return conclude(report, criteria(report), args)
-
-    return run_main(run)
+    return run_benchmark(args, partial(measure, args), show, criteria)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import onnx
 from onnx.helper import make_tensor_value_info
 
 from trtdet.errors import GraphError
+from trtdet.graph import deformable_attention
 from trtdet.graph.builder import fix_size
 from trtdet.precision.floats import begins_nms
 from trtdet.sources.base import cut_onnx
@@ -238,3 +239,13 @@ def _pooled_tensors(body: onnx.ModelProto, weights: Iterable[str]) -> set[str]:
         if node.op_type == "GlobalAveragePool" or (data and data <= pooled):
             pooled.update(node.output)
     return pooled
+
+
+def watched(network: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """A copy whose outputs are these tensors of float32, for ONNX Runtime to run."""
+    model = onnx.ModelProto()
+    model.CopyFrom(deformable_attention.lower(network))
+    del model.graph.output[:]
+    float32 = onnx.TensorProto.FLOAT
+    model.graph.output.extend(make_tensor_value_info(name, float32, None) for name in tensors)
+    return model

@@ -28,9 +28,8 @@ from numpy.typing import NDArray
 
 from trtdet import sessions
 from trtdet.errors import EngineError, GraphError
-from trtdet.graph import deformable_attention
 from trtdet.graph.builder import POSITIONS_PREFIX
-from trtdet.precision.body import Body
+from trtdet.precision.body import Body, watched
 from trtdet.precision.calibration_cache import CalibrationCache, Origin
 from trtdet.precision.histograms import ChannelMoments, TensorHistogram
 from trtdet.precision.options import (
@@ -189,13 +188,7 @@ def _all_scales(network: onnx.ModelProto, measured: Mapping[str, float]) -> dict
 def _session(
     body: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[Any], threads: int | None
 ) -> sessions.Session:
-    watched = onnx.ModelProto()
-    watched.CopyFrom(deformable_attention.lower(body))
-    del watched.graph.output[:]
-    watched.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors
-    )
     # As written: every tensor is looked at, so there is nothing to fuse.
     return sessions.open_session(
-        watched, "the model", providers=providers, threads=threads, optimize=False
+        watched(body, tensors), "the model", providers=providers, threads=threads, optimize=False
     )

@@ -4,16 +4,14 @@
 One pass over images, of which nothing is kept but sums.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
-from trtdet.graph import deformable_attention
-from trtdet.precision.body import Body
-from trtdet.sessions import Session, open_session
+from trtdet.precision.body import Body, watched
+from trtdet.sessions import open_session
 
 #: Positions of a feature map that are looked at, in each image.
 SAMPLES = 512
@@ -52,7 +50,7 @@ def measure_moments(
     found = {name: Moments(channels) for name, channels in tensors.items()}
     inputs = {info.name for info in body.network.graph.input}
     inner = [name for name in tensors if name not in inputs]  # an input is no output, too
-    session = _open(body, inner) if inner else None
+    session = open_session(watched(body.network, inner), "the model") if inner else None
     for number, feed in enumerate(feeds):
         rng = np.random.default_rng(number)
         values = dict(feed)
@@ -64,12 +62,3 @@ def measure_moments(
                 rows = rows[:, rng.integers(rows.shape[1], size=SAMPLES)]
             moments.add(np.ascontiguousarray(rows.T, np.float32))
     return found
-
-
-def _open(body: Body, tensors: Sequence[str]) -> Session:
-    watched = onnx.ModelProto()
-    watched.CopyFrom(deformable_attention.lower(body.network))
-    del watched.graph.output[:]
-    kind = onnx.TensorProto.FLOAT
-    watched.graph.output.extend(onnx.helper.make_tensor_value_info(name, kind, None) for name in tensors)  # fmt: skip
-    return open_session(watched, "the model")
