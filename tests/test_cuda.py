@@ -6,6 +6,7 @@ signatures of the real one.
 import gc
 import inspect
 import logging
+import mmap
 import re
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def test_standin_has_the_values_of_cuda_python() -> None:
             assert int(getattr(getattr(real, enum), member.name)) == int(member)
     named = {*cuda.HINTS, *cuda.FAULTS}
     assert {name for name in named if not hasattr(real.cudaError_t, name)} == set()
-    for flag in ("cudaStreamNonBlocking", "cudaEventBlockingSync", "cudaEventDisableTiming", "cudaHostAllocPortable"):  # fmt: skip
+    for flag in ("cudaStreamNonBlocking", "cudaEventBlockingSync", "cudaEventDisableTiming", "cudaHostAllocPortable", "cudaHostRegisterPortable"):  # fmt: skip
         assert getattr(real, flag) == getattr(StandinCudart, flag)
 
 
@@ -162,6 +163,29 @@ def test_pinned_memory_lives_as_long_as_its_views(cudart: StandinCudart) -> None
 
 def test_empty_arrays_and_buffers(cudart: StandinCudart) -> None:
     assert cuda.pinned_empty((0, 4), np.float32).shape == (0, 4)
+
+
+def test_memory_of_others_is_pinned_as_long_as_its_views(
+    cudart: StandinCudart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = mmap.mmap(-1, 4096)
+    array = cuda.pin(np.frombuffer(memory, np.uint8))
+    view = array[:8].view(np.int16).reshape(2, 2)
+    array[:] = 3
+    assert memory[:2] == b"\x03\x03" and view[1, 1] == 0x0303
+    assert cuda.is_pinned(array) and cuda.is_pinned(view)
+    assert cudart.live() == {"pinned buffers": 1}
+    with pytest.raises(BufferError):
+        memory.close()
+    del array, memory
+    gc.collect()
+    assert view[0, 1] == 0x0303 and cudart.live() == {"pinned buffers": 1}
+    del view
+    gc.collect()
+    assert cudart.live() == {}
+    monkeypatch.setattr(cudart, "cudaHostRegister", lambda *_: (cudaError_t.cudaErrorMemoryAllocation,))  # fmt: skip
+    one = np.zeros(16, np.uint8)
+    assert cuda.pin(one) is one and not cuda.is_pinned(one)
     with cuda.DeviceBuffer(0) as buffer:
         assert buffer.nbytes == 0
 

@@ -8,26 +8,37 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from trtdet.processes import Process, available
+from trtdet.processes import Processes, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="this system has no such processes")
 
 START = """
 import os, signal, sys, time
 from pathlib import Path
-from trtdet.processes import Process
+from trtdet.processes import Processes
 from trtdet.results.image_files import ImageFiles
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 spec = ModelSpec("automl", Preprocessing((64, 64)), Nms(), (1,))
 files = ImageFiles(Path(sys.argv[1]), spec, (), False, 0.3, "png", False)
-process = Process("trtdet.results.image_files", "writes results", files)
+processes = Processes(3, "trtdet.results.image_files", "write results", files)
+
+
+def wait_until_started():
+    while len(processes) and not processes.ready:
+        processes.collect(wait=True)
 """
+
+
+def wait_until_started(processes: Processes) -> None:
+    while len(processes) and not processes.ready:
+        processes.collect(wait=True)
 
 
 def is_alive(pid: str) -> bool:
@@ -38,15 +49,27 @@ def is_alive(pid: str) -> bool:
         return False
 
 
-def test_it_ends_with_its_parent(tmp_path: Path) -> None:
-    code = f"{START}\nprocess.wait_until_ready()\nprint(process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+def children_of(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while is_alive(str(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_they_end_with_their_parent(tmp_path: Path) -> None:
+    """And so does the process that forked them."""
+    code = f"{START}\nwait_until_started()\nprint(processes._first.pid, *processes.pids, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == -9, done.stderr
-    pid = done.stdout.strip()
-    deadline = time.monotonic() + 20
-    while is_alive(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(set(pids)) == 4
+    for pid in pids:
+        wait_for_end(pid)
 
 
 def test_ctrl_c_does_not_reach_one_that_starts(tmp_path: Path) -> None:
@@ -55,9 +78,9 @@ def test_ctrl_c_does_not_reach_one_that_starts(tmp_path: Path) -> None:
 {START}
 signal.signal(signal.SIGINT, lambda *_: None)
 print("started", flush=True)
-process.wait_until_ready()
-print("lost" if process.is_gone else "ready", flush=True)
-process.close()
+wait_until_started()
+print(len(processes), flush=True)
+processes.close()
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 """
     with subprocess.Popen(
@@ -69,17 +92,17 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
             os.killpg(parent.pid, signal.SIGINT)
             time.sleep(0.02)
         output, errors = parent.communicate()
-    assert (output, errors, parent.returncode) == ("ready\n", "", 0)
+    assert (output, errors, parent.returncode) == ("3\n", "", 0)
 
 
-def test_one_that_does_not_start_is_gone(
+def test_those_that_do_not_start_are_gone(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Process("trtdet.no_such_module", "writes results", None) as process:
-        process.wait_until_ready()
-        assert process.is_gone
-        assert process.ask("anything") is None
-    assert "a process that writes results has ended (exit status 1); the run goes on without it" in caplog.text  # fmt: skip
+    with Processes(3, "trtdet.no_such_module", "write results", None) as processes:
+        assert processes.wait_for(processes.ask("anything")) is None
+        assert len(processes) == 0
+    said = "processes that write results do not start (exit status 1); the run goes on without them"
+    assert caplog.messages == [said]
 
 
 ECHO = """
@@ -103,8 +126,7 @@ def test_arrays_arrive_whole(shared: bool, tmp_path: Path, monkeypatch: pytest.M
     elif not hasattr(os, "memfd_create"):
         pytest.skip("this system has no such memory")
     rng = np.random.default_rng(0)
-    with Process("echo_arrays", "echoes", None) as process:
-        process.wait_until_ready()
+    with Processes(1, "echo_arrays", "echo", None) as processes:
         for shapes in (
             [(3, 4)],
             [(100, 100, 3), (2,), (513, 129)],
@@ -113,14 +135,15 @@ def test_arrays_arrive_whole(shared: bool, tmp_path: Path, monkeypatch: pytest.M
         ):
             arrays = [rng.integers(0, 256, shape).astype(np.uint8) for shape in shapes]
             arrays += [array[::2].astype(np.float32) for array in arrays]
-            said = process.ask(arrays)
+            said = processes.wait_for(processes.ask(arrays))
             assert [one[:2] for one in said] == [(a.shape, str(a.dtype)) for a in arrays]
             assert [one[2] for one in said] == [a.sum() for a in arrays]
             large = [a.nbytes >= 1 << 14 for a in arrays]
             assert [one[3] for one in said] == [not (shared and one) for one in large]
-            size = os.fstat(process._arrays.files[0]).st_size if shared else 0
+            (worker,) = processes._workers
+            size = os.fstat(worker.arrays.files[0]).st_size if shared else 0
             assert size < 1 << 20
-    assert process._arrays.files == []
+    assert worker.arrays.files == []
 
 
 def refused(*_: object) -> int:
@@ -135,11 +158,12 @@ def test_arrays_arrive_where_there_is_no_memory_that_both_see(fails: str, tmp_pa
     (tmp_path / "echo_arrays.py").write_text(ECHO)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(os, fails, refused)
-    with Process("echo_arrays", "echoes", None) as process:
-        process.wait_until_ready()
+    with Processes(1, "echo_arrays", "echo", None) as processes:
         for number in (2, 3):
             array = np.full((300, 400), number, np.int32)
-            assert process.ask([array]) == [((300, 400), "int32", 120000 * number, True)]
+            assert processes.wait_for(processes.ask([array])) == [
+                ((300, 400), "int32", 120000 * number, True)
+            ]
     assert caplog.messages == []
 
 
@@ -162,10 +186,108 @@ def test_an_error_of_any_kind_ends_it_in_one_line(first: str, tmp_path: Path, mo
     (tmp_path / "failing.py").write_text(FAILS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])  # not those of others
-    with Process("failing", "fails", first) as process:
-        process.wait_until_ready()
-        assert process.ask("this") is None
-        assert process.is_gone
+    with Processes(1, "failing", "fail", first) as processes:
+        assert processes.wait_for(processes.ask("this")) is None
+        assert len(processes) == 0
     what = "this" if first == "later" else "at once"
-    assert caplog.messages == [f"a process that fails has ended (MemoryError: no room for {what}); the run goes on without it"]  # fmt: skip
+    assert caplog.messages == [f"one of the processes that fail has ended (MemoryError: no room for {what}); the run goes on without it"]  # fmt: skip
     assert capfd.readouterr().err == ""
+
+
+SLOW_ECHO = """
+import os, time
+from trtdet.processes import answer_all
+
+
+def echo(message):
+    time.sleep(message / 1000)
+    return message, os.getpid()
+
+
+def serve(*files):
+    answer_all(lambda first: echo, *files)
+"""
+
+
+@pytest.fixture
+def echoes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
+    """Two processes that take as many milliseconds for a message as it says."""
+    (tmp_path / "slow_echo.py").write_text(SLOW_ECHO)
+    monkeypatch.syspath_prepend(tmp_path)
+    with Processes(2, "slow_echo", "echo", None) as processes:
+        assert len(processes) == 2
+        yield processes
+
+
+def test_each_of_some_processes_has_one_message_at_a_time(echoes: Processes) -> None:
+    """The answers are those to the messages, whoever is done first."""
+    messages = [60, 0, 1, 2, 3, 40, 4, 5]
+    answers = [echoes.ask(message) for message in messages]
+    found = [echoes.wait_for(answer) for answer in answers]
+    assert [message for message, _ in found] == messages
+    assert len({pid for _, pid in found}) == 2
+    assert found[0][1] not in {pid for _, pid in found[1:5]}  # these did not wait for the first
+
+
+def test_who_asked_a_process_that_has_ended_hears_so(
+    echoes: Processes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The message that it had is lost; those that waited go to the other, and None is the answer
+    where there is no other.
+    """
+    pids = {
+        echoes.wait_for(answer)[1] for answer in [echoes.ask(50), echoes.ask(50), echoes.ask(50)]
+    }
+    first, second = sorted(pids)
+    os.kill(first, signal.SIGKILL)  # while it is idle
+    wait_for_end(first)
+    answers = [echoes.ask(message) for message in (200, 0, 1)]
+    assert [echoes.wait_for(answer) for answer in answers] == [(200, second), (0, second), (1, second)]  # fmt: skip
+    assert len(echoes) == 1
+    answers = [echoes.ask(message) for message in (1000, 0)]
+    os.kill(second, signal.SIGKILL)
+    assert [echoes.wait_for(answer) for answer in answers] == [None, None]
+    assert len(echoes) == 0
+    assert echoes.wait_for(echoes.ask(1)) is None
+    said = "one of the processes that echo has ended (exit status -9); the run goes on without it"
+    assert caplog.messages == [said, said]
+
+
+def test_closing_ends_what_works(echoes: Processes) -> None:
+    """At once, and nothing is left of it, not even of the process that forked it."""
+    echoes.ask(60_000)
+    wait_until_started(echoes)
+    first, pids = echoes._first.pid, echoes.pids
+    assert sorted(children_of(first)) == sorted(pids)
+    start = time.monotonic()
+    echoes.close()
+    assert time.monotonic() - start < 5
+    for pid in [first, *pids]:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_one_that_cannot_be_forked_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    """The others do the work."""
+    once = """
+import os
+fork, count = os.fork, 0
+
+
+def fork_but_second():
+    global count
+    count += 1
+    if count == 2:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork()
+
+
+os.fork = fork_but_second
+"""
+    (tmp_path / "short_of_processes.py").write_text(once + SLOW_ECHO)
+    monkeypatch.syspath_prepend(tmp_path)
+    with Processes(3, "short_of_processes", "echo", None) as processes:
+        answers = [processes.ask(message) for message in range(6)]
+        assert [processes.wait_for(answer)[0] for answer in answers] == list(range(6))
+        assert len(processes) == 2
+    assert caplog.messages == ["one of the processes that echo has ended (it did not start: Resource temporarily unavailable); the run goes on without it"]  # fmt: skip

@@ -428,9 +428,37 @@ def pinned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     return np.asarray(_PinnedMemory(nbytes)).view(kind).reshape(shape)
 
 
+class _Registered:
+    """Memory of somebody else, page-locked as long as the last NumPy array over it lives."""
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self.__array_interface__ = memory.__array_interface__
+        address = memory.ctypes.data
+        call("cudaHostRegister", address, memory.nbytes, cudart().cudaHostRegisterPortable)
+        weakref.finalize(self, _unregister, address, memory).atexit = False
+
+
+def _unregister(address: int, _kept: NDArray[np.uint8]) -> None:
+    _free("cudaHostUnregister", address)
+
+
+def pin(memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The same memory, page-locked: as good as that of `pinned_empty`, until the last array that
+    views what is returned is gone.
+
+    Args:
+        memory: C-contiguous; as it is, where CUDA cannot lock it.
+    """
+    try:
+        return np.asarray(_Registered(memory))
+    except CudaError as error:
+        logger.debug("memory that is not page-locked: %s", error)
+        return memory
+
+
 def is_pinned(array: NDArray[Any]) -> bool:
-    """Whether `array` is, or views, memory of `pinned_empty`."""
+    """Whether `array` is, or views, memory of `pinned_empty` or `pin`."""
     owner: Any = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
-    return isinstance(owner, _PinnedMemory)
+    return isinstance(owner, (_PinnedMemory, _Registered))

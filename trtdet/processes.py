@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process of this program's own that works for one thread: messages go there, answers come back.
+"""Processes of this program's own that work for one thread: messages go there, answers come back.
 
 Threads of one process share Python's lock: with many of them, each step waits for the others. A
 process has a lock of its own.
+
+The first of them imports what all of them need, which takes a third of a second, and forks the
+others. This program itself is never forked: it has threads, and perhaps a GPU.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import mmap
 import os
 import pickle
+import select
+import signal
 import subprocess
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -30,123 +38,316 @@ logger = logging.getLogger(__name__)
 _LARGE = 1 << 14
 #: Bytes of arrays whose memory is kept for the next message.
 _MOST_KEPT = 1 << 26
-#: What a child process runs: its end of the pipe, and the memory where there is some, are the
-#: arguments.
+#: What the first process runs.
 _CODE = (
-    "import sys; sys.path[:] = {path!r}; from {module} import serve; serve(*map(int, sys.argv[1:]))"
+    "import sys; sys.path[:] = {path!r}; from {module} import serve; "
+    "from trtdet.processes import fork_all; fork_all(serve, {control}, {given}, {files})"
 )
+#: Libraries that would start threads, of which the others have no use, as soon as they are
+#: imported.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def available() -> bool:
-    """Whether this system and this Python can have such processes."""
-    return bool(sys.executable) and os.name == "posix"
+    """Whether this system and this Python can have such processes: elsewhere than on Linux, a fork
+    of a process that has loaded libraries may not be of use.
+    """
+    return bool(sys.executable) and sys.platform == "linux"
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """The error that ends a child process, instead of an answer."""
+    """The error that ends a process, instead of an answer."""
 
     text: str
     traceback: str
 
 
-class Process(Closing):
-    """A child process. For one thread.
+@dataclass(eq=False)
+class _Worker:
+    """One of `Processes`.
 
-    Args:
-        module: whose `serve(pipe_file, memory)` the process runs; `answer_all` is the loop for it.
-        work: what it does, for messages: "writes results".
-        first: the first message.
-
-    Raises:
-        OSError: no more processes to be had.
+    Attributes:
+        number: its place among them.
+        pipe: None: it is gone, as far as that was noticed.
+        file: of the pipe.
+        asked: what waits for its answers, the oldest first.
+        pid: 0: it has not started yet.
     """
 
-    def __init__(self, module: str, work: str, first: object) -> None:
-        self._work = work
-        ours, theirs = Pipe()
-        self._pipe: Connection | None = ours
-        self._arrays = _Arrays()
-        code = _CODE.format(path=sys.path, module=module)
-        with theirs, ExitStack() as unless_it_starts:
-            unless_it_starts.callback(ours.close)
-            unless_it_starts.callback(self._arrays.close)
-            shared = [theirs.fileno(), *self._arrays.files]
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code, *map(str, shared)],
-                pass_fds=shared,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the parent's, which ends this process
-            )
-            unless_it_starts.pop_all()
-        try:
-            ours.send(first)
-        except OSError:
-            self._lost()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether it has ended, as far as that was noticed."""
-        return self._pipe is None
-
-    def wait_until_ready(self) -> None:
-        """Return once it has started, which takes a third of a second, or is gone. To be called
-        once, before `ask`.
-        """
-        if self._pipe is not None:
-            try:
-                answer = self._pipe.recv()
-            except (OSError, EOFError):
-                self._lost()
-            else:
-                self._check(answer)
-
-    def ask(self, message: object) -> Any:
-        """The answer to a message; None where the process is gone."""
-        if self._pipe is None:
-            return None
-        try:
-            self._pipe.send_bytes(self._arrays.pack(message))
-            answer = self._pipe.recv()
-        except (OSError, EOFError):
-            self._lost()
-            return None
-        self._arrays.shrink()
-        return self._check(answer)
-
-    def _check(self, answer: Any) -> Any:
-        """The answer; None where it is the process's last one."""
-        if not isinstance(answer, _Failure):
-            return answer
-        logger.debug("%s", answer.traceback)
-        self._lost(answer.text)
-        return None
-
-    def _lost(self, reason: str = "") -> None:
-        """Go on without it."""
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
-        self._arrays.close()
-        try:
-            status = self._process.wait(1)
-        except subprocess.TimeoutExpired:
-            self.close()
-            status = self._process.returncode
-        logger.warning("a process that %s has ended (%s); the run goes on without it", self._work, reason or f"exit status {status}")  # fmt: skip
+    number: int
+    pipe: Connection | None
+    file: int
+    arrays: _Arrays
+    asked: deque[Future[Any]] = field(default_factory=deque)
+    pid: int = 0
 
     def close(self) -> None:
-        """End the process at once: what it is at is wanted no more."""
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
-        self._arrays.close()
-        self._process.kill()
-        self._process.wait()
+        if self.pipe is not None:
+            self.pipe.close()
+            self.pipe = None
+        self.arrays.close()
+
+
+class Processes(Closing):
+    """Some processes that do the same work for one thread.
+
+    Answers come in while that thread is in `ask`, `collect` or `wait_for`.
+
+    Args:
+        count: how many.
+        module: whose `serve(pipe_file, *files)` each runs; `answer_all` is the loop for it.
+        work: what they do, for messages: "write results".
+        first: the first message to each.
+        files: that each gets. Without any it gets memory for the large arrays of messages, where
+            there is such.
+        at_once: messages that each may have: more than one where none shall wait for that thread;
+            with `files`.
+
+    Raises:
+        OSError: no processes to be had.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        module: str,
+        work: str,
+        first: object,
+        *,
+        files: Sequence[int] = (),
+        at_once: int = 1,
+    ) -> None:
+        self._work = work
+        self._at_once = at_once
+        self._workers: list[_Worker] = []
+        self._busy: dict[int, _Worker] = {}  # by file
+        self._room: deque[_Worker] = deque()  # each as often as it can have a message
+        self._waiting: deque[tuple[object, Future[Any]]] = deque()  # for room
+        self._poll = select.poll()
+        self._ended: dict[int, str] = {}  # how, by number, as far as it was said
+        self._none_began = False
+        with ExitStack() as theirs, ExitStack() as unless_they_start:
+            given = []
+            for number in range(count):
+                ours, other = Pipe()
+                theirs.enter_context(other)
+                arrays = _Arrays(shared=not files)
+                worker = _Worker(number, ours, ours.fileno(), arrays)
+                unless_they_start.callback(worker.close)
+                self._workers.append(worker)
+                given.append([other.fileno(), *arrays.files])
+            self._control, control = Pipe(duplex=False)
+            theirs.enter_context(control)
+            unless_they_start.callback(self._control.close)
+            self._first = self._start(module, control.fileno(), given, files)
+            unless_they_start.pop_all()
+        for worker in self._workers:
+            self._expect(worker, Future())  # that it has started
+            self._send(worker, pickle.dumps(first))
+
+    @staticmethod
+    def _start(
+        module: str, control: int, given: Sequence[Sequence[int]], files: Sequence[int]
+    ) -> subprocess.Popen[bytes]:
+        """The first process.
+
+        Args:
+            given: files for each of the others.
+            files: that they share.
+        """
+        code = _CODE.format(path=sys.path, module=module, control=control, given=given, files=files)
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=[control, *itertools.chain(*given), *files],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is this process's, which ends the others
+            env={**os.environ, **_ONE_THREAD},
+        )
+
+    def __len__(self) -> int:
+        """How many there are, as far as it was noticed."""
+        return sum(worker.pipe is not None for worker in self._workers)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of those that have started and are not gone."""
+        return [worker.pid for worker in self._workers if worker.pid and worker.pipe is not None]
+
+    @property
+    def ready(self) -> bool:
+        """Whether all of them have started, and some are left."""
+        return len(self.pids) == len(self) > 0
+
+    def ask(self, message: object) -> Future[Any]:
+        """Queue a message. Its answer is None where the process that had it is gone, or where none
+        is left.
+        """
+        answer: Future[Any] = Future()
+        self._waiting.append((message, answer))
+        self.collect()
+        return answer
+
+    def wait_for(self, answer: Future[Any]) -> Any:
+        """What `ask` gave, once it is there."""
+        while not answer.done():
+            self.collect(wait=True)
+        return answer.result()
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Take the answers that are there, and send what waits; `wait` for one where there is none
+        yet.
+        """
+        for file, _ in self._poll.poll(None if wait and self._busy else 0):
+            self._receive(self._busy[file])
+        while self._waiting and self._room:
+            worker = self._room.popleft()
+            message, answer = self._waiting[0]
+            if worker.pipe is not None and self._send(worker, worker.arrays.pack(message)):
+                self._waiting.popleft()
+                self._expect(worker, answer)
+        while self._waiting and not len(self):
+            self._waiting.popleft()[1].set_result(None)
+
+    def _send(self, worker: _Worker, packed: bytes) -> bool:
+        """False: it is gone."""
+        try:
+            if worker.pipe is not None:
+                worker.pipe.send_bytes(packed)
+        except OSError:
+            self._lose(worker)
+        return worker.pipe is not None
+
+    def _receive(self, worker: _Worker) -> None:
+        """Take an answer that is there; the first is to no message, that it has started."""
+        answer: Any = None
+        try:
+            if worker.pipe is not None:
+                answer = worker.pipe.recv()
+        except (OSError, EOFError):
+            self._lose(worker)
+            return
+        if isinstance(answer, _Failure):
+            logger.debug("%s", answer.traceback)
+            self._lose(worker, answer.text)
+            return
+        worker.arrays.shrink()
+        if not worker.pid:
+            worker.pid = answer
+            self._room.extend([worker] * self._at_once)
+        else:
+            self._room.append(worker)
+        worker.asked.popleft().set_result(answer)
+        if not worker.asked:
+            self._forget(worker)
+
+    def _expect(self, worker: _Worker, answer: Future[Any]) -> None:
+        worker.asked.append(answer)
+        if worker.file not in self._busy:
+            self._busy[worker.file] = worker
+            self._poll.register(worker.file, select.POLLIN)
+
+    def _forget(self, worker: _Worker) -> None:
+        """Expect no answer of it."""
+        if self._busy.pop(worker.file, None):
+            self._poll.unregister(worker.file)
+
+    def _lose(self, worker: _Worker, reason: str = "") -> None:
+        """Go on without it."""
+        self._forget(worker)
+        worker.close()
+        while worker.asked:
+            worker.asked.popleft().set_result(None)
+        if reason := reason or self._how_it_ended(worker):
+            logger.warning("one of the processes that %s has ended (%s); the run goes on without it", self._work, reason)  # fmt: skip
+
+    def _how_it_ended(self, worker: _Worker) -> str:
+        """ "": none of them began, which was said."""
+        with suppress(OSError, EOFError):
+            while worker.number not in self._ended and self._control.poll(1):
+                number, how = self._control.recv()
+                self._ended[number] = how
+        if worker.number in self._ended or self._none_began:
+            return self._ended.get(worker.number, "")
+        if any(other.pid for other in self._workers):
+            return "how is not known"
+        self._none_began = True
+        status: int | None = None
+        with suppress(subprocess.TimeoutExpired):
+            status = self._first.wait(1)
+        logger.warning("processes that %s do not start (exit status %s); the run goes on without them", self._work, status)  # fmt: skip
+        return ""
+
+    def close(self) -> None:
+        """End them at once: what they are at is wanted no more."""
+        for worker in self._workers:
+            self._forget(worker)
+            worker.close()
+        self._first.terminate()
+        self._first.wait()
+        self._control.close()
+
+
+def fork_all(
+    serve: Callable[..., None],
+    control_file: int,
+    given: Sequence[Sequence[int]],
+    files: Sequence[int],
+) -> None:
+    """What the first process does: one fork after the other, of which each serves; then say how
+    each ended.
+
+    Args:
+        given: files for each.
+        files: that they share.
+    """
+    running: dict[int, int] = {}  # pid -> number
+
+    def end_all(*_: object) -> None:
+        for pid in running:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if not running:
+            os._exit(0)
+
+    gc.freeze()  # so that more memory stays shared
+    others = {control_file, *itertools.chain(*given)}
+    with Connection(control_file, readable=False) as control, suppress(BrokenPipeError):
+        signal.signal(signal.SIGTERM, end_all)
+        for number, own in enumerate(given):
+            try:
+                pid = os.fork()
+            except OSError as error:
+                control.send((number, f"it did not start: {error.strerror}"))
+            else:
+                if not pid:
+                    _serve_in_fork(serve, [*own, *files], others.difference(own))
+                running[pid] = number
+            for file in own:  # or its end would not be noticed
+                os.close(file)
+        while running:
+            pid, status = os.waitpid(-1, 0)
+            control.send((running.pop(pid), f"exit status {os.waitstatus_to_exitcode(status)}"))
+
+
+def _serve_in_fork(serve: Callable[..., None], own: Sequence[int], others: set[int]) -> None:
+    """Does not return.
+
+    Args:
+        others: files of other processes, some of which are closed.
+    """
+    status = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for file in others:
+            with suppress(OSError):
+                os.close(file)
+        serve(*own)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 class _Arrays(Closing):
@@ -160,9 +361,9 @@ class _Arrays(Closing):
         files: the memory, for the child.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool) -> None:
         self.files: list[int] = []
-        if hasattr(os, "memfd_create"):  # Linux
+        if shared and hasattr(os, "memfd_create"):  # Linux
             with suppress(OSError):
                 self.files.append(os.memfd_create("trtdet"))
 
@@ -232,7 +433,7 @@ def answer_all(
     with Connection(pipe_file) as pipe:
         try:
             answer = prepare(pipe.recv())
-            pipe.send(True)
+            pipe.send(os.getpid())
             while True:
                 pipe.send(answer(unpack(pipe.recv_bytes(), memory)))
         except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -26,7 +26,7 @@ from trtdet import machine, terminal
 from trtdet.commands import infer, visualize
 from trtdet.detections import Detections
 from trtdet.errors import EngineError
-from trtdet.images import batcher
+from trtdet.images import files as source_files
 from trtdet.results import image_files
 from trtdet.results import writer as results_writer
 from trtdet.results.found import Found
@@ -840,8 +840,8 @@ def break_off(toy: Path, source: Path, out: Path, after: int, monkeypatch: pytes
         count += len(part)
         if len(part) < len(found):
             self._submit()
-            for *_, future in self._pending:
-                future.result()
+            while self._pending:
+                self._collect()
             raise Broken
 
     with monkeypatch.context() as patch:
@@ -873,8 +873,8 @@ def test_a_run_that_was_broken_off_goes_on(processes: bool, options: tuple[str, 
     (out / "2.tsv").unlink()  # is missing, so it is made again
     capsys.readouterr()
     read: list[str] = []
-    load = batcher.load_image
-    monkeypatch.setattr(batcher, "load_image", lambda path, *a, **k: read.append(path.name) or load(path, *a, **k))  # fmt: skip
+    load = source_files.load_image
+    monkeypatch.setattr(source_files, "load_image", lambda path, *a, **k: read.append(path.name) or load(path, *a, **k))  # fmt: skip
     assert run(toy, tmp_path / "in", out, "--resume", *options) == 3
     log = capsys.readouterr().err
     assert "--resume: 3 of 10 images are done already" in log
@@ -944,7 +944,7 @@ def test_all_images_may_be_done(toy: Path, tmp_path: Path, monkeypatch: pytest.M
         image(tmp_path / "in" / f"{number}.png", red=100 + number, green=number % 5, blue=0)
     assert run(toy, tmp_path / "in", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(results_writer.ResultWriter, "finish", lambda self: [f.result() for *_, f in self._pending] and 1 / 0)  # fmt: skip
+        patch.setattr(results_writer.ResultWriter, "finish", lambda self: [self._collect() for _ in tuple(self._pending)] and 1 / 0)  # fmt: skip
         with pytest.raises(ZeroDivisionError):
             run(toy, tmp_path / "in", tmp_path / "out")
     assert run(toy, tmp_path / "in", tmp_path / "out", "--resume") == 0

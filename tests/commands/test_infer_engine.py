@@ -21,7 +21,7 @@ from trt_rig import Rig, write_engine
 
 from trtdet import cuda
 from trtdet.commands import eval_coco, infer
-from trtdet.images import batcher
+from trtdet.images import files as image_files
 from trtdet.results import writer
 from trtdet.results.found import Found
 from trtdet.run import benchmark, detect
@@ -182,14 +182,14 @@ def test_a_decoder_that_dies_ends_the_run(
     thread.
     """
     rig(devices=2)
-    load = batcher.load_image
+    load = image_files.load_image
 
     def die_at_20(path: Path) -> Any:
         if path.stem == "020":
             raise error("the decoder's")
         return load(path)
 
-    monkeypatch.setattr(batcher, "load_image", die_at_20)
+    monkeypatch.setattr(image_files, "load_image", die_at_20)
     if error is MemoryError:
         assert run(engine, photos, tmp_path / "out", "--devices", "all") == 1
         assert "the decoder's" in capsys.readouterr().err

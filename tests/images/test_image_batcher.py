@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from trtdet.commands import image_batcher
 from trtdet.engine.options import BatchRange
 from trtdet.engine.sidecar import EngineInfo, write_engine
-from trtdet.images import batcher
+from trtdet.images import files as image_files
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import find_images, load_image
 from trtdet.images.preprocess import preprocess
@@ -594,7 +594,7 @@ def test_work_ahead_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         started.append(path)
         return load_image(path)
 
-    monkeypatch.setattr(batcher, "load_image", counted)
+    monkeypatch.setattr(image_files, "load_image", counted)
     consumed = 0
     for batch in ImageBatcher(paths, SMALL, 2, workers=2, prefetch=3):
         consumed += len(batch)
@@ -612,7 +612,7 @@ def slow_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         time.sleep(0.02)
         return load_image(path)
 
-    monkeypatch.setattr(batcher, "load_image", slow)
+    monkeypatch.setattr(image_files, "load_image", slow)
     return paths
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from trtdet.detections import Detections
-from trtdet.images.batcher import Batch
+from trtdet.images.batch import Batch
 from trtdet.results import writer
 from trtdet.results.found import Found
 from trtdet.results.image_files import ImageFiles

@@ -14,7 +14,7 @@ import pytest
 
 from trtdet.geometry import ResizeTransform
 from trtdet.images.files import load_image
-from trtdet.processes import Process, available
+from trtdet.processes import Processes, available
 from trtdet.results import writer
 from trtdet.results.found import Found, RawResults
 from trtdet.results.image_files import ImageFiles, Task, _Answers
@@ -60,18 +60,19 @@ def images(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def started() -> list[Process]:
-    """The processes that run."""
-    return [
-        cell
-        for cell in gc.get_objects()
-        if isinstance(cell, Process) and cell._work == "writes results" and not cell.is_gone
-    ]
+def started() -> list[int]:
+    """The processes that run, once they have started."""
+    found: list[int] = []
+    for processes in [cell for cell in gc.get_objects() if isinstance(cell, Processes)]:
+        while len(processes) and not processes.ready:
+            processes.collect(wait=True)
+        found += processes.pids
+    return found
 
 
-def write(images: list[Path], output: Path, *, processes: bool, pictures: bool = False, kill: bool = False) -> list[Process]:  # fmt: skip
+def write(images: list[Path], output: Path, *, processes: bool, pictures: bool = False, kill: bool = False) -> list[int]:  # fmt: skip
     folder = RunFolder(output, [], (".tsv",), {})
-    running: list[Process] = []
+    running: list[int] = []
     with (
         folder,
         result_writer(
@@ -93,8 +94,8 @@ def write(images: list[Path], output: Path, *, processes: bool, pictures: bool =
             if start == COUNT // 2 and processes:
                 running = started()
                 if kill:
-                    for process in running:
-                        os.kill(process.pid, signal.SIGKILL)
+                    for pid in running:
+                        os.kill(pid, signal.SIGKILL)
     return running
 
 
@@ -122,9 +123,9 @@ def test_files_are_those_of_threads(pictures: bool, kill: bool, images: list[Pat
     assert [r["image_id"] for r in json.loads(text)] == [
         n for n in range(COUNT) for _ in range(n % 7)
     ]
-    for process in running:
+    for pid in running:
         with pytest.raises(ProcessLookupError):
-            os.kill(process.pid, 0)
+            os.kill(pid, 0)
 
 
 def answers(folder: Path) -> _Answers:
@@ -167,23 +168,22 @@ def test_warnings_of_python_are_not_shown(
     some.arrays["detection_classes"] = some.arrays["detection_classes"].astype(np.float32)
     some.arrays["detection_classes"][0, 8] = np.nan  # beyond what was found
     image_files = ImageFiles(tmp_path, SPEC, (), False, 0.3, "png", False)
-    with Process("trtdet.results.image_files", "writes results", image_files) as process:
-        process.wait_until_ready()
-        assert process.ask([task(some)]).boxes == 3
+    with Processes(1, "trtdet.results.image_files", "write results", image_files) as processes:
+        assert processes.wait_for(processes.ask([task(some)])).boxes == 3
     assert capfd.readouterr().err == ""
 
 
 def test_processes_get_less_of_large_images_at_a_time(images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """So that what may wait is enough for each of them."""
     sizes: list[int] = []
-    ask = Process.ask
+    ask = Processes.ask
 
-    def note(self: Process, tasks: Sequence[Task]) -> object:
+    def note(self: Processes, tasks: Sequence[Task]) -> object:
         sizes.append(sum(source.nbytes for t in tasks for source in t.found.sources or ()))
         return ask(self, tasks)
 
     pixels = 128 * 128 * 3
-    monkeypatch.setattr(Process, "ask", note)
+    monkeypatch.setattr(Processes, "ask", note)
     monkeypatch.setattr(writer, "available_cores", lambda: 2)
     monkeypatch.setattr(writer.ResultWriter, "PENDING_BYTES", 17 * pixels)
     write(images, tmp_path / "out", processes=True, pictures=True)

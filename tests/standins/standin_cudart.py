@@ -44,6 +44,7 @@ class StandinCudart(Simulator):
     cudaEventBlockingSync = 1
     cudaEventDisableTiming = 2
     cudaHostAllocPortable = 1
+    cudaHostRegisterPortable = 1
 
     def cudaGetErrorName(self, error: cudaError_t) -> tuple[Any, bytes]:
         return OK, error.name.encode()
@@ -100,6 +101,14 @@ class StandinCudart(Simulator):
     @api
     def cudaFreeHost(self, ptr: int) -> Any:
         return self._release(ptr, pinned=True)
+
+    @api
+    def cudaHostRegister(self, ptr: int, size: int, flags: int) -> Any:
+        return self._register(ptr, size)
+
+    @api
+    def cudaHostUnregister(self, ptr: int) -> Any:
+        return self._release(ptr, pinned=True, own=False)
 
     @api
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:

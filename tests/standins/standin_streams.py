@@ -6,6 +6,7 @@ Work that is queued on a stream runs only when something waits for it (`schedule
 needs works on stale bytes, and the test sees wrong numbers.
 """
 
+import ctypes
 import itertools
 import threading
 import time
@@ -61,6 +62,7 @@ class Allocation:
     data: Any  # np.uint8
     pinned: bool
     device: int
+    own: bool = True  # False: it was registered
 
 
 @dataclass
@@ -320,17 +322,26 @@ class Simulator:
         self._allocations[address] = Allocation(address, data, pinned, self.current())
         return OK, address
 
-    def _release(self, address: int, *, pinned: bool) -> Any:
+    def _register(self, address: int, nbytes: int) -> Any:
+        """Memory that is somebody else's becomes pinned."""
+        if self._unsafe_in_capture():
+            return cudaError_t.cudaErrorStreamCaptureUnsupported
+        data = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(address)))
+        self._allocations[int(address)] = Allocation(int(address), data, True, self.current(), own=False)  # fmt: skip
+        return OK
+
+    def _release(self, address: int, *, pinned: bool, own: bool = True) -> Any:
         found = self._allocations.get(int(address))
         if self._unsafe_in_capture():
             return cudaError_t.cudaErrorStreamCaptureUnsupported
-        if found is None or found.pinned != pinned:
+        if found is None or (found.pinned, found.own) != (pinned, own):
             raise Violation(f"free of {int(address):#x}, which is not allocated that way")
         for stream in self._streams.values():
             if any(kind == "run" for kind, _ in stream.queue):
                 # CUDA would wait here; we want the code to have waited, or a pinned array dies
                 # under its copy.
                 raise Violation("memory was freed while work is queued")
-        found.data[:] = POISON
+        if own:
+            found.data[:] = POISON
         del self._allocations[int(address)]
         return OK

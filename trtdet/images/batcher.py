@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files -> batches, decoded and placed by a pool of threads."""
+"""Image files -> batches, decoded and placed by a pool of threads, or of processes."""
 
 import logging
 import math
@@ -7,13 +7,13 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias
 
 import cv2
 import numpy as np
@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from trtdet.closing import Closing
 from trtdet.geometry import ResizeTransform
-from trtdet.images.files import ImageArray, image_size, load_image
+from trtdet.images.batch import Batch, BufferPool, Lease
+from trtdet.images.files import ImageArray, image_size
 from trtdet.images.options import Resample
 from trtdet.images.prepare import Preparer, Result
+from trtdet.images.prepare_processes import AT_ONCE, SHARE, Pin, PreparingProcesses
 from trtdet.images.preprocess import ShorterSide
 from trtdet.machine import available_cores
 from trtdet.spec import Preprocessing
@@ -33,78 +35,9 @@ logger = logging.getLogger(__name__)
 #: (shape, dtype) -> array: where batches are written. A runtime hands in one that returns pinned
 #: memory.
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
-AnyImages = TypeVar("AnyImages")
-Buffer = TypeVar("Buffer")
 
-
-# ---- batches
-
-
-@dataclass(frozen=True, eq=False)
-class Batch(Generic[AnyImages]):
-    """Some images, ready for the network.
-
-    Attributes:
-        images: (n, *image_shape) in the network's layout and dtype, C-contiguous: an array, or what
-            stands for one on a GPU. n = len(batch), or the batch size with `pad_to_batch`: the rows
-            beyond are zero.
-        paths: one per real image.
-        transforms: one per real image, the way back to source pixels.
-        sources: the decoded images, where they were asked for.
-    """
-
-    images: AnyImages
-    paths: tuple[Path, ...]
-    transforms: tuple[ResizeTransform, ...]
-    sources: tuple[ImageArray, ...] | None = None
-    lease: "Lease[Any] | None" = field(default=None, repr=False)
-
-    def __len__(self) -> int:
-        """The number of real images."""
-        return len(self.paths)
-
-    def release(self) -> None:
-        """Give the memory of `images` back to be filled again; the arrays must not be read after
-        this.
-
-        Optional: a batch that is never released is simply the caller's, and another buffer is
-        allocated.
-        """
-        if self.lease is not None:
-            self.lease.release()
-
-
-class Lease(Generic[Buffer]):
-    """The right to give one buffer back to its pool, once."""
-
-    def __init__(self, pool: "BufferPool[Buffer]", buffer: Buffer) -> None:
-        self._pool = pool
-        self._buffers = [buffer]
-
-    def release(self) -> None:
-        while self._buffers:
-            self._pool.give(self._buffers.pop())
-
-
-class BufferPool(Generic[Buffer]):
-    """Batch buffers: those given back first, new ones, which `make` makes, where there are none, so
-    that taking never waits.
-
-    Threads may take and give at once (a deque's append and pop are atomic).
-    """
-
-    def __init__(self, make: Callable[[], Buffer]) -> None:
-        self._make = make
-        self._free: deque[Buffer] = deque()
-
-    def take(self) -> Buffer:
-        try:
-            return self._free.pop()
-        except IndexError:
-            return self._make()
-
-    def give(self, buffer: Buffer) -> None:
-        self._free.append(buffer)
+#: Bytes of the batches that processes fill.
+MOST_AHEAD_BYTES = 1 << 30
 
 
 class _OpenCVThreads:
@@ -139,6 +72,7 @@ class _Filling:
     Attributes:
         memory: what `buffer` lies in, from the pool.
         results: one per path, complete after `wait`.
+        asked: rows that processes do: the first, how many, and what comes of them.
     """
 
     def __init__(self, paths: Sequence[Path], buffer: NDArray[Any], memory: NDArray[Any]) -> None:
@@ -146,6 +80,7 @@ class _Filling:
         self.buffer = buffer
         self.memory = memory
         self.results: list[Result] = [""] * len(paths)
+        self.asked: list[tuple[int, int, Future[Any]]] = []
         self._finished = count(1)  # next() of it is one step: no two threads get the same number
         self._complete = threading.Lock()
         self._complete.acquire()
@@ -177,10 +112,11 @@ class ImageBatcher(Closing):
     Order is kept. An image that cannot be read is logged, noted in `failures` and left out; the
     images after it move up, so that every batch but the last is full (with `resize` they stay in
     their batch). Memory is bounded, whatever the number of images: by `prefetch` batches ahead, or
-    as many as hold two images per worker; with `keep_sources` by their decoded images too. Threads
-    scale with the cores, as OpenCV and Pillow release the GIL while they decode and resize. Leaving
-    a loop early, by break, an exception or Ctrl-C, ends the threads within the time of one image.
-    One thread at a time may ask for the next batch.
+    as many as hold two images per worker, eight where these are processes; with `keep_sources` by
+    their decoded images too. Threads scale with the cores, as OpenCV and Pillow release the GIL
+    while they decode and resize, and on many cores processes scale better. Leaving a loop early, by
+    break, an exception or Ctrl-C, ends the threads within the time of one image. One thread at a
+    time may ask for the next batch.
 
     Attributes:
         failures: (path, message) of the images left out in the latest iteration.
@@ -201,6 +137,7 @@ class ImageBatcher(Closing):
         allocate: Allocate = np.empty,
         load: Callable[[Path], ImageArray] | None = None,
         size: Callable[[Path], tuple[int, int] | None] | None = None,
+        pin: Pin | None = None,
     ) -> None:
         """
         Args:
@@ -219,6 +156,11 @@ class ImageBatcher(Closing):
             load: what makes an image of a path; None: `load_image`.
             size: its height and width before it is loaded, for `resize`; None: `image_size`, from
                 the file's header.
+            pin: let processes do the work, as many as `workers`, once they have started, in
+                buffers that this makes ready, instead of those of `allocate`. For thousands of
+                images: each process takes a quarter of a second to start, and 60 MiB. Threads do
+                it where sources are kept, with `load`, and where the batches ahead would be more
+                than `MOST_AHEAD_BYTES`.
         """
         if batch_size < 1 or prefetch < 1 or (workers is not None and workers < 1):
             raise ValueError(
@@ -239,18 +181,37 @@ class ImageBatcher(Closing):
         self._resize = resize
         self._load = load
         self._size = size
+        self._preparer = Preparer(preprocessing, resample, resize, keep_sources, load)
         if resize:
             largest = preprocessing.at(resize.largest_canvas(preprocessing))
             shape = (batch_size, *largest.image_shape)
         else:
             shape = (batch_size, *preprocessing.image_shape)
+        self._processes: PreparingProcesses | None = None
+        # As many images as processes can have, and a batch that is waited for.
+        ahead = max(self._ahead, -(-SHARE * AT_ONCE * self._workers // batch_size) + 1)
+        nbytes = math.prod(shape) * np.dtype(preprocessing.dtype).itemsize
+        if pin and not (keep_sources or load) and ahead * nbytes <= MOST_AHEAD_BYTES:
+            self._processes = self._start_processes(pin)
+        if self._processes is not None:
+            self._ahead, allocate = ahead, self._processes.buffers.allocate
         self._pool = BufferPool(partial(allocate, shape, np.dtype(preprocessing.dtype)))
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+
+    def _start_processes(self, pin: Pin) -> PreparingProcesses | None:
+        """None: there is no memory that they and this process see, and threads do it."""
+        try:
+            return PreparingProcesses(self._preparer, self._workers, pin)
+        except OSError as error:
+            logger.info("images are decoded by threads, as there is no memory to share: %s", error)
+            return None
 
     def close(self) -> None:
         """End iterations that were left before their end. Call it from the thread that iterates."""
         for iteration in list(self._running):
             iteration.close()
+        if self._processes is not None:
+            self._processes.close()
 
     def __iter__(self) -> Iterator[Batch]:
         self.failures = []
@@ -262,20 +223,13 @@ class ImageBatcher(Closing):
         # Plain threads and a queue: at 16 cores, concurrent.futures costs a tenth of the
         # throughput.
         todo: _Todo = SimpleQueue()
-        preparer = Preparer(
-            self.preprocessing,
-            self._resample,
-            self._resize,
-            self._keep_sources,
-            self._load or load_image,
-        )
         threads: list[threading.Thread] = []
         with _OpenCVThreads.single():
             try:
                 for number in range(self._workers):
                     name = f"image-batcher-{number}"
                     thread = threading.Thread(
-                        target=self._work, args=(todo, preparer), name=name, daemon=True
+                        target=self._work, args=(todo,), name=name, daemon=True
                     )
                     thread.start()
                     threads.append(thread)
@@ -289,11 +243,11 @@ class ImageBatcher(Closing):
                 for thread in threads:
                     thread.join()
 
-    def _work(self, todo: _Todo, preparer: Preparer) -> None:
-        """What each worker does until it meets None."""
+    def _work(self, todo: _Todo) -> None:
+        """What each thread does until it meets None."""
         while (task := todo.get()) is not None:
             filling, row = task
-            filling.finish(row, preparer.prepare(filling.paths[row], filling.buffer[row]))
+            filling.finish(row, self._preparer.prepare(filling.paths[row], filling.buffer[row]))
 
     def _in_order(self, todo: _Todo) -> Iterator[_Filling]:
         """Hand out the images to the workers, `_ahead` batches at a time, and yield the finished
@@ -305,15 +259,37 @@ class ImageBatcher(Closing):
         def hand_out(number: int) -> None:
             for filling in islice(fillings, number):
                 waiting.append(filling)
-                for row in range(len(filling.paths)):
-                    todo.put((filling, row))
+                if self._processes is not None and self._processes.can_fill(filling.buffer):
+                    self._ask(self._processes, filling)
+                else:
+                    for row in range(len(filling.paths)):
+                        todo.put((filling, row))
 
         hand_out(self._ahead)
         while waiting:
             filling = waiting.popleft()
             hand_out(1)
+            if self._processes is not None:
+                self._take_answers(self._processes, filling, todo)
             filling.wait()
             yield filling
+
+    @staticmethod
+    def _ask(processes: PreparingProcesses, filling: _Filling) -> None:
+        for first in range(0, len(filling.paths), SHARE):
+            paths = filling.paths[first : first + SHARE]
+            answer = processes.start(paths, filling.buffer, first)
+            filling.asked.append((first, len(paths), answer))
+
+    @staticmethod
+    def _take_answers(processes: PreparingProcesses, filling: _Filling, todo: _Todo) -> None:
+        """What processes did; what they did not do is left to the threads."""
+        for first, number, answer in filling.asked:
+            for row, result in enumerate(processes.results(answer, number), first):
+                if result is None:
+                    todo.put((filling, row))
+                else:
+                    filling.finish(row, result)
 
     def _fillings(self) -> Iterator[_Filling]:
         """The images of one buffer at a time."""

@@ -3,19 +3,18 @@
 
 import logging
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import BinaryIO, ClassVar
 
 from trtdet import files
 from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
-from trtdet.processes import Process
+from trtdet.processes import Processes
 from trtdet.results import coco
 from trtdet.results.found import Found
 from trtdet.results.image_files import ImageFiles, Task, Written
@@ -33,23 +32,24 @@ SHARE, SHARE_PICTURES = 32, 8
 THREAD_SHARE, THREAD_SHARE_PICTURES = 8, 2
 #: Processes: of those that write TSVs alone, more do not bring more; those that draw take a core
 #: and up to 90 MiB each.
-MOST_PROCESSES, MOST_PROCESSES_PICTURES = 8, 32
+MOST_PROCESSES, MOST_PROCESSES_PICTURES = 6, 32
 
 
 class ResultWriter:
     """Writes TSVs and pictures on a thread pool, and detections.json in the order of the images.
     Made by `result_writer`.
 
-    Where there are `processes`, each thread has one that does it.
+    Where there are `processes`, these do it; threads for what they leave.
     """
 
-    #: Whether there are processes, and pictures -> images that may wait, per thread: `write` blocks
-    #: when the disk is slower than the runtime, so memory stays flat.
+    #: Whether there are processes, and pictures -> images that may wait, per thread or process:
+    #: `write` blocks when the disk is slower than the runtime, so memory stays flat. Processes take
+    #: a while to start.
     PENDING: ClassVar = {
         (False, True): 4,
         (False, False): 32,
         (True, True): 16,
-        (True, False): 256,
+        (True, False): 512,
     }
     #: Bytes of decoded images that may wait; one batch may have more.
     PENDING_BYTES = 1 << 30
@@ -66,28 +66,25 @@ class ResultWriter:
         image_ids: Mapping[Path, int | str],
         pictures: bool,
         folder: RunFolder | None,
-        processes: Sequence[Process],
+        processes: Processes | None,
     ) -> None:
         self._output = output
         self._folder = folder
         self._pool = pool
         self._threads = threads
         self._json = json_file
-        self._limit = threads * self.PENDING[bool(processes), pictures]
+        self._limit = threads * self.PENDING[processes is not None, pictures]
         self._share_bytes = self.PENDING_BYTES // (4 * threads)  # a share has less than two of it
         self._files = image_files
         self._names = names
         self._image_ids = image_ids
-        self._processes: SimpleQueue[Process] = SimpleQueue()
-        for process in processes:
-            self._processes.put(process)
+        self._processes = processes
         self._pictures = pictures
         self._share = 0  # of a thread: as its part of a batch comes
-        if processes:
+        if processes is not None:
             self._share = SHARE_PICTURES if pictures else SHARE
-        self._thread = threading.local()
         self._tasks: list[Task] = []  # until they are a share
-        self._pending: deque[tuple[int, int, Future[Written]]] = deque()  # images, bytes, in order
+        self._pending: deque[_Pending] = deque()  # in order
         self._images = self._bytes = 0  # of `_pending`
         self._separator = b"["
         #: Detections that are written; those that pictures do not show. All of them at the end.
@@ -122,9 +119,9 @@ class ResultWriter:
     def keep(self, text: str) -> None:
         """Queue what an earlier run has for detections.json."""
         self._submit()
-        one: Future[Written] = Future()
+        one: Future[Written | None] = Future()
         one.set_result(Written(text=text.encode()))
-        self._pending.append((0, 0, one))
+        self._pending.append(_Pending((), 0, 0, one))
 
     def finish(self) -> None:
         """Wait for all that is queued and end detections.json.
@@ -149,26 +146,45 @@ class ResultWriter:
             )
 
     def _submit(self) -> None:
-        """Hand the tasks to a thread, once not too many images wait."""
+        """Hand the tasks over, once not too many images wait."""
         tasks, self._tasks = self._tasks, []
         images, nbytes = _size_of(tasks)
+        if self._processes is not None:
+            self._processes.collect()
         while self._pending and (
-            self._pending[0][-1].done()
+            self._pending[0].written.done()
             or self._images + images > self._limit
             or self._bytes + nbytes > self.PENDING_BYTES
         ):
             self._collect()
         if tasks:
-            self._pending.append((images, nbytes, self._pool.submit(self._write, tasks)))
+            self._pending.append(_Pending(tasks, images, nbytes, self._start(tasks)))
             self._images += images
             self._bytes += nbytes
 
+    def _start(self, tasks: Sequence[Task]) -> "Future[Written | None]":
+        """Have images' files written. None: by a process that has ended, perhaps in the middle of a
+        file.
+        """
+        if self._processes:
+            self.check_output()
+            return self._processes.ask(tasks)
+        return self._pool.submit(self._write, tasks)
+
     def _collect(self) -> None:
         """Wait for the oldest images and append them to detections.json."""
-        images, nbytes, future = self._pending.popleft()
-        self._images -= images
-        self._bytes -= nbytes
-        written = future.result()
+        oldest = self._pending.popleft()
+        self._images -= oldest.images
+        self._bytes -= oldest.nbytes
+        if self._processes is not None and not oldest.written.done():
+            self._processes.wait_for(oldest.written)
+        written = oldest.written.result()
+        if written is None:
+            names = {name for task in oldest.tasks for name in task.outputs}
+            for folder in {(self._output / name).parent for name in names}:
+                files.remove_left_over(folder)
+            written = self._pool.submit(self._write, oldest.tasks).result()
+        self._check(oldest.tasks, written)
         self.boxes += written.boxes
         self.undrawn += written.undrawn
         if written.text:
@@ -180,20 +196,16 @@ class ResultWriter:
     def _write(self, tasks: Sequence[Task]) -> Written:
         """Write images' files. Runs on the pool."""
         self.check_output()
-        process = self._process()
-        written: Written | None = None if process is None else process.ask(tasks)
-        if written is None:
-            written = self._files.write(tasks)
-            if process is not None:  # it has ended, perhaps in the middle of a file
-                self._thread.process = None
-                names = {name for task in tasks for name in task.outputs}
-                for folder in {(self._output / name).parent for name in names}:
-                    files.remove_left_over(folder)
-            if self._folder is not None:
-                try:
-                    self._folder.add(written.lines)
-                except OSError as full:
-                    written = Written(error=full)
+        written = self._files.write(tasks)
+        if self._folder is not None:
+            try:
+                self._folder.add(written.lines)
+            except OSError as full:
+                return Written(error=full)
+        return written
+
+    def _check(self, tasks: Sequence[Task], written: Written) -> None:
+        """Say what there is to say of images' files; raise what ended them."""
         for text in written.warnings:
             logger.warning("%s", text)
         error = written.error
@@ -203,17 +215,20 @@ class ResultWriter:
             raise OSError(f"--output: cannot write the results of {paths[written.images]}: {files.message_of(error)}") from error  # fmt: skip
         if error is not None:
             raise error
-        return written
 
-    def _process(self) -> Process | None:
-        """A process for this thread; None where there is none left."""
-        if not hasattr(self._thread, "process"):
-            self._thread.process = None
-            with suppress(Empty):
-                self._thread.process = self._processes.get_nowait()
-                self._thread.process.wait_until_ready()
-        found: Process | None = self._thread.process
-        return found
+
+@dataclass(frozen=True)
+class _Pending:
+    """Tasks that were handed over.
+
+    Attributes:
+        images, nbytes: see `_size_of`.
+    """
+
+    tasks: Sequence[Task]
+    images: int
+    nbytes: int
+    written: "Future[Written | None]"
 
 
 def _size_of(tasks: Sequence[Task]) -> tuple[int, int]:
@@ -246,20 +261,6 @@ def _close(file: BinaryIO, *, quietly: bool) -> None:
     """
     with suppress(OSError) if quietly else nullcontext():
         file.close()
-
-
-def start_processes(image_files: ImageFiles, count: int, resources: ExitStack) -> list[Process]:
-    """Processes that write, until `resources` are closed; fewer where there are no more to be
-    had.
-    """
-    started = []
-    try:
-        for _ in range(count):
-            process = Process("trtdet.results.image_files", "writes results", image_files)
-            started.append(resources.enter_context(process))
-    except OSError as error:
-        logger.warning("a process that writes results does not start: %s", error)
-    return started
 
 
 @contextmanager
@@ -310,7 +311,13 @@ def result_writer(
             temporary = resources.enter_context(files.atomic_path(output / "detections.json"))
             json_file = open(temporary, "wb")  # noqa: SIM115 (closed below)
         resources.push(lambda *raised: _close(json_file, quietly=raised[0] is not None))
-        started = start_processes(image_files, threads, resources) if processes else ()
+        started = None
+        if processes:
+            try:
+                started = Processes(threads, "trtdet.results.image_files", "write results", image_files)  # fmt: skip
+                resources.enter_context(started)
+            except OSError as error:
+                logger.warning("processes that write results do not start: %s", error)
         pool = resources.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="write"))
         writer = ResultWriter(
             output,

@@ -14,11 +14,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet.detections import check_shapes
 from trtdet.errors import EngineError
-from trtdet.images.batcher import Allocate, Batch, ImageBatcher
+from trtdet.images.batch import Batch
+from trtdet.images.batcher import Allocate, ImageBatcher
 from trtdet.images.files import ImageArray
 from trtdet.images.options import Decode
+from trtdet.images.prepare_processes import can_share
 from trtdet.images.preprocess import choose_input
 from trtdet.labels import names_of, read_labels
+from trtdet.machine import available_cores
 from trtdet.results.found import Found, ImageResult, ImageResults, RawResults
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Runtime, default_batch_size
@@ -61,6 +64,8 @@ def open_model(
 
 #: Images from which on a GPU is worth its start, where nobody says what decodes.
 MANY_IMAGES = 500
+#: Images, and cores, from which on processes that decode are worth theirs.
+MANY_TO_DECODE, MANY_CORES = 8000, 8
 
 
 def open_batcher(
@@ -109,6 +114,9 @@ def open_batcher(
             keep_sources=keep_sources,
             pad_to_batch=pad_to_batch,
         )
+    in_processes = not (load or allocate or keep_sources) and decodes_in_processes(
+        runtime, len(paths)
+    )
     return ImageBatcher(
         paths,
         preprocessing,
@@ -121,6 +129,7 @@ def open_batcher(
         allocate=allocate or runtime.allocate,
         load=load,
         size=size,
+        pin=runtime.pin if in_processes else None,
     )
 
 
@@ -148,6 +157,14 @@ def decodes_on_gpu(runtime: Runtime, paths: Sequence[Path], decode: Decode) -> b
     if why:
         logger.info("images are decoded on the CPU: %s", why)
     return not why
+
+
+def decodes_in_processes(runtime: Runtime, images: int) -> bool:
+    """Whether processes, not threads, decode images on the CPU: where the runtime may be faster
+    than threads are, and so many images are worth the start.
+    """
+    many = images >= MANY_TO_DECODE and available_cores() >= MANY_CORES
+    return many and runtime.overlaps and runtime.pins and can_share()
 
 
 def pick_batch_size(runtime: Runtime, options: RunOptions) -> int:

@@ -30,6 +30,7 @@ from trtdet.results.naming import planned_files
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.results.writer import pick_image_ids, result_writer
 from trtdet.run.detect import (
+    MANY_CORES,
     check_read,
     check_score_threshold,
     decodes_on_gpu,
@@ -48,8 +49,8 @@ from trtdet.runtimes.options import TritonUrl
 
 logger = logging.getLogger(__name__)
 
-#: From so many images and cores on, writing results is worth processes of its own.
-MANY_RESULTS, MANY_CORES = 2000, 8
+#: From so many images on, and so many cores, writing results is worth processes of its own.
+MANY_RESULTS = 2000
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ class Runtime(Closing):
             then is not that of a batch.
         one_size: whether a batch of another size takes long the first time, so that all should have
             one.
+        pins: whether `pin` makes memory that another has made as good as that of `allocate`.
         images_on: the GPU whose memory batches may lie in, as `DeviceImages`; None: arrays alone
             are taken.
         without_value: the weights that are NaN, with which the model finds nothing; "": none is, as
@@ -114,6 +115,7 @@ class Runtime(Closing):
     description: str
     overlaps: bool = False
     one_size: bool = False
+    pins: bool = False
     images_on: int | None = None
     timed_on: str = ""
     without_value: str = ""
@@ -152,6 +154,12 @@ class Runtime(Closing):
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Memory for batches that the backend can read without a copy. Default: ordinary memory."""
         return np.empty(shape, dtype)
+
+    def pin(self, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The same memory, which the backend can now read without a copy while this array, or a
+        view of it, is alive. Default: as it is.
+        """
+        return memory
 
     def infer_timed(self, images: Images) -> BatchTimes | None:
         """Run one batch; how long its parts took on the device's own clock.

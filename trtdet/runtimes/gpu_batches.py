@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trtdet import cuda
 from trtdet.closing import Closing
-from trtdet.images.batcher import Batch, BufferPool
+from trtdet.images.batch import Batch, BufferPool
 from trtdet.images.files import ImageArray
 from trtdet.runtimes import place
 from trtdet.runtimes.base import DeviceImages

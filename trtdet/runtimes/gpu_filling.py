@@ -18,7 +18,7 @@ from trtdet.cuda_kernel import ADDRESS, Kernel
 from trtdet.errors import EngineError
 from trtdet.files import message_of
 from trtdet.geometry import ResizeTransform
-from trtdet.images.batcher import Lease
+from trtdet.images.batch import Lease
 from trtdet.images.files import ImageArray, image_size, load_image
 from trtdet.images.options import Resample
 from trtdet.images.preprocess import ShorterSide, placement_of

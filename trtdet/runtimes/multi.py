@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Literal
 
+import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from trtdet import cuda
@@ -65,6 +66,7 @@ class MultiRuntime(Runtime):
     """`trtdet.runtimes.base.Runtime` on several GPUs. Owns the runtimes it is given."""
 
     overlaps = True
+    pins = True
 
     def __init__(self, runtimes: Sequence[TensorRTRuntime]) -> None:
         self._runtimes = tuple(runtimes)
@@ -85,6 +87,10 @@ class MultiRuntime(Runtime):
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See `TensorRTRuntime.allocate`; every GPU can read it."""
         return self._runtimes[0].allocate(shape, dtype)
+
+    def pin(self, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """See `Runtime.pin`; every GPU can read it."""
+        return self._runtimes[0].pin(memory)
 
     def infer(self, images: Images) -> Outputs:
         """Run one batch, on the first GPU."""

@@ -27,6 +27,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from trtdet import cuda
@@ -70,6 +71,7 @@ class TensorRTRuntime(Runtime):
     """
 
     overlaps = True
+    pins = True
 
     def __init__(
         self,
@@ -130,6 +132,11 @@ class TensorRTRuntime(Runtime):
         """
         cuda.use_device(self._device)  # or CUDA would start on GPU 0 for it
         return cuda.pinned_empty(shape, dtype)
+
+    def pin(self, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """See `Runtime.pin`."""
+        cuda.use_device(self._device)
+        return cuda.pin(memory)
 
     # --- one batch at a time ----------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from trtdet.closing import Closing
 from trtdet.geometry import ResizeTransform
-from trtdet.images.batcher import Allocate, Batch
+from trtdet.images.batch import Batch
+from trtdet.images.batcher import Allocate
 from trtdet.images.options import Resample
 from trtdet.images.preprocess import ShorterSide, preprocess
 from trtdet.machine import available_cores

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images decoded and placed by processes, straight into batches in memory that all of them see.
+
+Threads of one process do the same (`trtdet.images.batcher`), but each step between two calls into
+OpenCV waits for Python's lock: on 16 cores that takes a quarter of their time.
+"""
+
+import logging
+import math
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from trtdet.closing import Closing
+from trtdet.images.prepare import Preparer, Result
+from trtdet.processes import Processes, answer_all, available
+
+logger = logging.getLogger(__name__)
+
+#: Makes memory that is there already such that a backend reads it without a copy.
+Pin = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+
+#: Images of a message. More would be more batches ahead, fewer more work for who sends them.
+SHARE = 4
+#: Messages that a process has, so that it goes on while its answer waits.
+AT_ONCE = 2
+
+
+def can_share() -> bool:
+    """Whether this system has processes, and memory without a name that they all see."""
+    return available() and hasattr(os, "memfd_create")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a process does: rows of a batch buffer, from `first` on.
+
+    Attributes:
+        offset: of the buffer in the memory that is seen by all.
+        shape: of the buffer.
+    """
+
+    paths: Sequence[Path]
+    first: int
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class SharedBuffers(Closing):
+    """Makes batch buffers in memory without a name, so that nothing is left of it, whatever ends
+    the processes.
+
+    Raises:
+        OSError: no such memory is to be had.
+    """
+
+    def __init__(self, pin: Pin) -> None:
+        self._pin = pin
+        self._size = 0
+        self._offsets: dict[int, int] = {}  # by address
+        self.file = os.memfd_create("trtdet-batches")
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """A buffer; its memory is freed with the last array that views it. Where there is no more
+        of it, of ordinary memory.
+        """
+        nbytes = math.prod(shape) * dtype.itemsize
+        offset, unit = self._size, mmap.ALLOCATIONGRANULARITY
+        try:
+            os.posix_fallocate(
+                self.file, offset, nbytes
+            )  # without, SIGBUS would say that it is full
+            memory = np.frombuffer(mmap.mmap(self.file, nbytes, offset=offset), np.uint8)
+        except OSError as error:
+            logger.debug("a batch that processes do not see: %s", error)
+            memory, offset = np.empty(nbytes, np.uint8), -1
+        else:
+            self._size += -(-nbytes // unit) * unit
+        pinned = self._pin(memory)
+        self._offsets[pinned.ctypes.data] = offset
+        return pinned.view(dtype).reshape(shape)
+
+    def offset_of(self, buffer: NDArray[Any]) -> int:
+        """Where a buffer lies, or the beginning of one as an array of another shape; -1: in
+        ordinary memory.
+        """
+        return self._offsets[buffer.ctypes.data]
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+class PreparingProcesses(Closing):
+    """Processes that fill rows of batches, for one thread.
+
+    Raises:
+        OSError: no memory that all of them see is to be had.
+    """
+
+    def __init__(self, preparer: Preparer, count: int, pin: Pin) -> None:
+        with ExitStack() as unless_they_start:
+            self.buffers = unless_they_start.enter_context(SharedBuffers(pin))
+            self._processes = Processes(
+                count,
+                "trtdet.images.prepare_processes",
+                "decode images",
+                replace(preparer),  # without what it has made for itself
+                files=[self.buffers.file],
+                at_once=AT_ONCE,
+            )
+            unless_they_start.pop_all()
+
+    def can_fill(self, buffer: NDArray[Any]) -> bool:
+        """Whether all of them have started, some are left, and they see `buffer`."""
+        self._processes.collect()
+        return self._processes.ready and self.buffers.offset_of(buffer) >= 0
+
+    def start(
+        self, paths: Sequence[Path], buffer: NDArray[Any], first: int
+    ) -> Future[list[Result | None] | None]:
+        """Have images written into rows of `buffer`, from `first` on."""
+        offset = self.buffers.offset_of(buffer)
+        return self._processes.ask(Rows(paths, first, offset, buffer.shape, buffer.dtype.str))
+
+    def results(
+        self, answer: Future[list[Result | None] | None], count: int
+    ) -> Sequence[Result | None]:
+        """What came of `count` images of `start`, once it is there; None: this process is to do it
+        itself.
+        """
+        found: list[Result | None] | None = self._processes.wait_for(answer)
+        return [None] * count if found is None else found
+
+    def close(self) -> None:
+        self._processes.close()
+        self.buffers.close()
+
+
+class _Answers:
+    """What a process writes into the memory of file number `memory`, and says of it."""
+
+    def __init__(self, preparer: Preparer, memory: int) -> None:
+        self._preparer = preparer
+        self._memory = memory
+        self._buffers: dict[int, NDArray[np.uint8]] = {}  # by offset
+
+    def __call__(self, rows: Rows) -> list[Result | None]:
+        buffer = self._buffer(rows)
+        return [self._prepare(path, buffer[row]) for row, path in enumerate(rows.paths, rows.first)]
+
+    def _prepare(self, path: Path, out: NDArray[Any]) -> Result | None:
+        result = self._preparer.prepare(path, out)
+        return None if isinstance(result, BaseException) else result
+
+    def _buffer(self, rows: Rows) -> NDArray[Any]:
+        dtype = np.dtype(rows.dtype)
+        nbytes = math.prod(rows.shape) * dtype.itemsize
+        known = self._buffers.get(rows.offset)
+        if known is None or known.nbytes < nbytes:
+            known = np.frombuffer(mmap.mmap(self._memory, nbytes, offset=rows.offset), np.uint8)
+            self._buffers[rows.offset] = known
+        return known[:nbytes].view(dtype).reshape(rows.shape)
+
+
+def serve(pipe_file: int, memory: int) -> None:
+    """What a process does."""
+    cv2.setNumThreads(1)  # there is a process for each core
+    logging.captureWarnings(True)  # Python's own, which threads do not show either
+    answer_all(lambda preparer: _Answers(preparer, memory), pipe_file)
