@@ -8,10 +8,11 @@ in one run.
 Without --input, photographs are made up (smooth noise, JPEG quality 90). The parts:
 
 1. ImageBatcher, against OpenCV alone: bytes in memory to pixels (and resized), in a pool of as many
-   threads, the pixels thrown away. "N apart" is what as many workers do in N processes that share
-   nothing. Every figure is the best of --rounds, the candidates taken in turn within a round, so
-   that a busy machine slows them all. --check asks for 0.75 of decoding and, with
-   --nvidia_batcher, for twice NVIDIA's, from uint8 NHWC.
+   threads, the pixels thrown away. Its workers are threads or, as for fast engines and thousands of
+   images on 8 cores or more, processes, which have started before. Every figure is the best of
+   --rounds, the candidates taken in turn within a round, so that a busy machine slows them all.
+   --check asks for 0.75 of decoding and, with --nvidia_batcher, for twice NVIDIA's, from uint8
+   NHWC.
 2. With --against, ImageBatcher of another checkout and of this one in turn: the median ratio.
 3. Where the time of a worker goes.
 4. infer.py without and with pictures, around a stand-in for the engine that takes no time, and
@@ -34,6 +35,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -144,8 +146,17 @@ def run_of(args: argparse.Namespace, workers: int) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Images per second by candidate, and the ratios; what else is to be printed."""
+def as_it_is(memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Memory that no GPU reads."""
+    return memory
+
+
+def measure(folder: Path, args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+    """Images per second by candidate, and the ratios; what else is to be printed.
+
+    Args:
+        stack: closes the processes.
+    """
     files = find_images(folder)
     # The same files several times over, so that starting the pool does not count.
     paths = (files * -(-args.images // len(files)))[: args.images]
@@ -161,17 +172,15 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         preprocessing = preprocessing_of(args, dtype, layout)
         batcher = ImageBatcher(paths, preprocessing, args.batch_size, workers=args.workers)
         candidates[f"{dtype} {layout}"] = partial(batch_all, batcher)
+        if args.processes:
+            batcher = ImageBatcher(paths, preprocessing, args.batch_size, workers=args.workers, pin=as_it_is)  # fmt: skip
+            stack.enter_context(batcher)
+            candidates[f"{dtype} {layout}, processes"] = partial(batch_all, batcher)
     counts = dict.fromkeys(candidates, len(paths))
     if args.nvidia_batcher:
         candidates[NVIDIA] = nvidia_batches(args.nvidia_batcher, folder, args.batch_size, args.size)
         counts[NVIDIA] = len(files)
-    with ExitStack() as stack:
-        if args.processes:
-            children = [stack.enter_context(closing(Child(ROOT))) for _ in range(args.processes)]
-            run = run_of(args, max(1, args.workers // args.processes))
-            name = f"uint8 NHWC, {args.processes} apart"
-            candidates[name], counts[name] = partial(run_all, children, run, paths), len(paths)
-        seconds = best_times(candidates, args.rounds)
+    seconds = best_times(candidates, args.rounds)
     rates = {name: counts[name] / seconds[name] for name in candidates}
     return {
         "images_per_second": rates,
@@ -237,9 +246,8 @@ def writing(args: argparse.Namespace, files: Sequence[Path]) -> list[str]:
 
 def criteria(report: dict[str, Any]) -> dict[str, bool]:
     """What was asked for, and whether it is so."""
-    checks = {
-        f"{CHECKED}: at least {WANTED_OF_DECODE} of decoding alone": report["of_decode"][CHECKED] >= WANTED_OF_DECODE
-    }  # fmt: skip
+    best = max(report["of_decode"].get(f"{CHECKED}{workers}", 0.0) for workers in ("", ", processes"))  # fmt: skip
+    checks = {f"{CHECKED}: at least {WANTED_OF_DECODE} of decoding alone": best >= WANTED_OF_DECODE}
     if report["of_nvidia"]:
         wanted = f"{CHECKED}: at least {WANTED_OF_NVIDIA} times NVIDIA's"
         checks[wanted] = report["of_nvidia"][CHECKED] >= WANTED_OF_NVIDIA
@@ -259,7 +267,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=positive_int, default=160, help="images per run (default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=5, help="(default: %(default)s)")
     parser.add_argument("--source_size", type=parse_size, default=(960, 1280), metavar="H,W", help="of made-up photographs (default: 960,1280)")
-    parser.add_argument("--processes", type=int, default=4 if available_cores() >= 8 else 0, help="measure so many ImageBatchers side by side too; 0: not (default: %(default)s here)")
+    parser.add_argument("--processes", action="store_true", default=available_cores() >= 8, help="measure processes as workers too (default: from 8 cores on)")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, to compare with in turn")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="a model for part 4")
     parser.add_argument("--written", type=positive_int, default=200, help="images per run of part 4 (default: %(default)s)")
@@ -276,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as made:
             if args.input is None:
                 make_photographs(Path(made), 16, args.source_size)
-            report = measure(args.input or Path(made), args)
+            with ExitStack() as stack:
+                report = measure(args.input or Path(made), args, stack)
         print(f"{'':<24}{'images/s':>9}{'/ decode':>10}{'/ NVIDIA':>10}")
         for name, rate in report["images_per_second"].items():
             nvidia = report["of_nvidia"].get(name)

@@ -50,7 +50,7 @@ def test_criteria_of_the_host_pipeline(
 def test_check_of_the_host_pipeline(
     rate: float, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
-    def measure(folder: Path, args: Any) -> dict[str, Any]:
+    def measure(folder: Path, args: Any, stack: Any) -> dict[str, Any]:
         rates = {"decode alone": 100.0, "uint8 NHWC": 100 * rate}
         return {"images_per_second": rates, "of_decode": {name: r / 100 for name, r in rates.items()}, "of_nvidia": {}}  # fmt: skip
 

@@ -157,6 +157,42 @@ def test_forms_equal_reference(seed):
         assert_equal_outputs(run(lowered, boxes, scores), expected)
 
 
+@pytest.mark.parametrize("seed", range(CASES))
+def test_candidates_by_threshold_equal_reference(seed, monkeypatch):
+    """The form "onnx" without a number of candidates: those below the threshold are left out."""
+    boxes, scores, nms, anchors, candidates = random_case(seed)
+    expected = reference(boxes, scores, nms, anchors, candidates=candidates)
+    opset = (12, 13, 17, 18, 21)[seed % 5]
+    model = plugin_model(boxes, scores, nms, anchors, opset=opset)
+    monkeypatch.setattr(lowering, "PLUGIN_CANDIDATES", candidates)
+    assert_equal_outputs(run(lower(model, "onnx"), boxes, scores), expected)
+
+
+@pytest.mark.parametrize(
+    ("reaching", "columns", "anchors"),
+    [((0, 0), 4, 4), ((3, 1), 4, 4), ((7, 9), 9, 5), ((250, 2), 200, 200)],
+)
+def test_there_are_as_many_candidates_as_some_image_needs(reaching, columns, anchors, monkeypatch):
+    """Scores that reach the threshold in two images of 300 anchors and 5 classes, the limit being
+    200 candidates; pairs, and the anchors that have one.
+    """
+    boxes = np.random.default_rng(0).uniform(0, 60, (2, 300, 4)).astype(np.float32)
+    scores = np.full((2, 300, 5), 0.1, np.float32)
+    for image, count in enumerate(reaching):
+        for number in range(count):  # several classes of an anchor, every third anchor
+            anchor, class_id = divmod(number, 2) if count < 100 else (number, 0)
+            scores[image, 3 * anchor % 300 + 3 * anchor // 300, class_id] = 0.5 + number / 1000
+    nms = Nms(0.5, 0.6, 4, score_activation=False, box_coding=0)
+    monkeypatch.setattr(lowering, "PLUGIN_CANDIDATES", 200)
+    lowered = lower(plugin_model(boxes, scores, nms), "onnx")
+    for name in ("candidates/values", "best_anchors_in_order/values"):
+        lowered.graph.output.append(helper.make_tensor_value_info(f"nms/{name}", TensorProto.FLOAT, None))  # fmt: skip
+    outputs = run(lowered, boxes, scores)
+    assert outputs.pop("nms/candidates/values").shape == (2, columns)
+    assert outputs.pop("nms/best_anchors_in_order/values").shape == (2, anchors)
+    assert_equal_outputs(outputs, reference(boxes, scores, nms, None, candidates=200))
+
+
 def test_cases_cover_what_they_are_for():
     """Between them the cases reach every limit; else the test above would prove less than it
     says.

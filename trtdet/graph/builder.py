@@ -102,14 +102,18 @@ class Builder:
             return self.node(op, name, tensor, np.array([axis], np.int64), keepdims=int(keepdims))
         return self.node(op, name, tensor, axes=[axis], keepdims=int(keepdims))
 
-    def top_k(self, name: str, tensor: str, k: int, *, largest: bool = True) -> tuple[str, str]:
+    def top_k(
+        self, name: str, tensor: str, k: int | str, *, largest: bool = True
+    ) -> tuple[str, str]:
         """Values and int64 indices along the last axis, sorted; equal values in the order of
         their index.
+
+        Args:
+            k: a number, or a tensor [1] int64.
         """
         outputs = [self._free(f"{self.prefix}{name}/{part}") for part in ("values", "indices")]
-        self.node(
-            "TopK", name, tensor, np.array([k], np.int64), outputs=outputs, largest=int(largest)
-        )
+        count = k if isinstance(k, str) else np.array([k], np.int64)
+        self.node("TopK", name, tensor, count, outputs=outputs, largest=int(largest))
         return outputs[0], outputs[1]
 
     def take_rows(self, name: str, tensor: str, index: str, width: int) -> str:

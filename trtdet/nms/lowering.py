@@ -98,9 +98,10 @@ def lower(
 
     Args:
         model: not touched; the new model has its `metadata_props`.
-        candidates: (anchor, class) pairs of an image that are looked at. None: the plugin's 5000
-            for "onnx" (TensorRT, whose TopK ends at 3840, needs it lower), `GRAPH_CANDIDATES` for
-            "graph".
+        candidates: (anchor, class) pairs of an image that are looked at. None: `GRAPH_CANDIDATES`
+            for "graph"; for "onnx" the plugin's 5000, or as many as reach the score threshold in
+            some image of the batch where these are fewer. TensorRT, whose TopK ends at 3840 and
+            wants a constant, needs a number.
         rounds: of the form "graph".
 
     Raises:
@@ -123,11 +124,12 @@ def lower(
     lowered.CopyFrom(model)
     build = Builder(lowered, "nms/")
     build.takes_whole_rows = form == "onnx" and build.opset >= 12
+    by_threshold = build.takes_whole_rows and candidates is None
     inputs = [name for node in model.graph.node if node.op_type == PLUGIN_OP for name in node.input]
     types = known_types(model, inputs)
     for node in model.graph.node:
         if node.op_type == PLUGIN_OP:
-            _lower_node(build, node, types, form, limit, rounds)
+            _lower_node(build, node, types, form, limit, rounds, by_threshold=by_threshold)
         else:
             build.nodes.append(node)
     del lowered.graph.node[:]
@@ -189,7 +191,8 @@ def decode_boxes(build: Builder, boxes: str, anchors: str | None, box_coding: in
 class Candidates:
     """The best (anchor, class) pairs of each image, best first.
 
-    The last four are names of tensors [N, count].
+    The last four are names of tensors [N, count]; with `by_threshold` of `best_candidates` there
+    are as few columns as the images need.
     """
 
     count: int
@@ -201,7 +204,14 @@ class Candidates:
 
 
 def _lower_node(
-    build: Builder, node: onnx.NodeProto, types: Types, form: Form, limit: int, rounds: int
+    build: Builder,
+    node: onnx.NodeProto,
+    types: Types,
+    form: Form,
+    limit: int,
+    rounds: int,
+    *,
+    by_threshold: bool,
 ) -> None:
     nms = _nms_of(node)
     names = list(node.input)
@@ -211,7 +221,9 @@ def _lower_node(
     if num_anchors is None:
         boxes = _pad_rows(build, "boxes_padded", boxes, limit, np.float32(0))
 
-    found = best_candidates(build, scores, num_anchors, num_classes, nms, limit)
+    found = best_candidates(
+        build, scores, num_anchors, num_classes, nms, limit, by_threshold=by_threshold
+    )
     boxes = build.take_rows("candidate_boxes", boxes, found.anchor, 4)
     anchor = None
     if anchors:
@@ -230,8 +242,21 @@ def _lower_node(
 
 
 def best_candidates(
-    build: Builder, scores: str, num_anchors: int | None, num_classes: int, nms: Nms, limit: int
+    build: Builder,
+    scores: str,
+    num_anchors: int | None,
+    num_classes: int,
+    nms: Nms,
+    limit: int,
+    *,
+    by_threshold: bool = False,
 ) -> Candidates:
+    """
+    Args:
+        limit: candidates of an image, at most.
+        by_threshold: leave out columns in which every score of the batch is below the threshold,
+            as far as `max_output_boxes` are left.
+    """
     if 0 <= nms.background_class < num_classes:
         background = np.arange(num_classes)[None, None] == nms.background_class
         scores = build.node("Where", "scores_foreground", background, _LOWEST, scores)
@@ -244,14 +269,16 @@ def best_candidates(
         # anchor comes first either way. That is also why the short list goes back to the order of
         # the anchors; as float, which TopK takes in every release, and exact to 2**24.
         best_class = build.reduce("ReduceMax", "best_class_score", scores, 2, keepdims=False)
-        _, unordered = build.top_k("best_anchors", best_class, limit)
+        some = _reaching(build, "anchors", best_class, nms, limit) if by_threshold else limit
+        _, unordered = build.top_k("best_anchors", best_class, some)
         as_float = build.cast("best_anchors_float", unordered, TensorProto.FLOAT)
-        ordered, _ = build.top_k("best_anchors_in_order", as_float, limit, largest=False)
+        ordered, _ = build.top_k("best_anchors_in_order", as_float, some, largest=False)
         shortlist = build.cast("best_anchors_int", ordered, TensorProto.INT64)
         scores = build.take_rows("best_anchor_scores", scores, shortlist, num_classes)
     count = limit if num_anchors is None else min(limit, num_anchors * num_classes)
     flat = build.reshape("scores_flat", scores, [0, -1])
-    score, index = build.top_k("candidates", flat, count)
+    wanted = _reaching(build, "pairs", flat, nms, count) if by_threshold else count
+    score, index = build.top_k("candidates", flat, wanted)
     row = build.node("Div", "candidate_rows", index, np.int64(num_classes))
     row_start = build.node("Mul", "candidate_row_starts", row, np.int64(num_classes))
     class_id = build.node("Sub", "candidate_classes", index, row_start)
@@ -260,9 +287,26 @@ def best_candidates(
     else:
         anchor = build.node("GatherElements", "candidate_anchor_ids", shortlist, row, axis=1)
     valid = build.node("Greater", "candidate_valid", score, _just_below(score_limit(nms)))
-    ranks = np.arange(count, 0, -1, dtype=np.float32)[None]
+    ranks: str | np.ndarray = np.arange(count, 0, -1, dtype=np.float32)[None]
+    if isinstance(wanted, str):
+        start, axis = np.array([0], np.int64), np.array([1], np.int64)
+        ranks = build.node("Slice", "best_ranks", ranks, start, wanted, axis)
     rank = build.node("Where", "candidate_ranks", valid, ranks, np.float32(0))
     return Candidates(count, num_classes, score, anchor, class_id, rank)
+
+
+def _reaching(build: Builder, what: str, scores: str, nms: Nms, most: int) -> str:
+    """How many of the scores [N, x] of an image reach the threshold, in the image that has most of
+    them: [1] int64; at least `nms.max_output_boxes`, `most` at most.
+    """
+    reaches = build.node("Greater", f"{what}_reach", scores, _just_below(score_limit(nms)))
+    ones = build.cast(f"{what}_ones", reaches, TensorProto.FLOAT)
+    each = build.reduce("ReduceSum", f"{what}_of_each", ones, 1, keepdims=False)
+    largest = build.reduce("ReduceMax", f"{what}_of_one", each, 0, keepdims=True)
+    number = build.cast(f"{what}_number", largest, TensorProto.INT64)
+    least = np.array([min(nms.max_output_boxes, most)], np.int64)
+    number = build.node("Max", f"{what}_at_least", number, least)
+    return build.node("Min", f"{what}_at_most", number, np.array([most], np.int64))
 
 
 def _suppress_by_operator(build: Builder, corners: str, found: Candidates, nms: Nms) -> str:
