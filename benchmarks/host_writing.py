@@ -69,7 +69,7 @@ def detect_files(
     processes = writes_in_processes(runtime, len(paths))
     with (
         folder,
-        open_batcher(runtime, paths, options, keep_sources=pictures) as batcher,
+        open_batcher(runtime, paths, options, keep_sources=pictures and not processes) as batcher,
         result_writer(
             output,
             runtime.spec,

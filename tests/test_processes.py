@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trtdet.processes`: a child process ends with its parent, and with it alone."""
 
-import errno
 import logging
 import os
 import signal
@@ -11,7 +10,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -103,68 +101,6 @@ def test_those_that_do_not_start_are_gone(
         assert len(processes) == 0
     said = "processes that write results do not start (exit status 1); the run goes on without them"
     assert caplog.messages == [said]
-
-
-ECHO = """
-from trtdet.processes import answer_all
-
-
-def serve(*files):
-    answer_all(lambda first: lambda message: [(a.shape, str(a.dtype), a.sum(), a.flags.writeable) for a in message], *files)
-"""
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_arrays_arrive_whole(shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small and large ones, in memory that both see where there is such, and again in the same
-    memory, which is given back where it is much.
-    """
-    (tmp_path / "echo_arrays.py").write_text(ECHO)
-    monkeypatch.syspath_prepend(tmp_path)
-    if not shared:
-        monkeypatch.delattr(os, "memfd_create", raising=False)
-    elif not hasattr(os, "memfd_create"):
-        pytest.skip("this system has no such memory")
-    rng = np.random.default_rng(0)
-    with Processes(1, "echo_arrays", "echo", None) as processes:
-        for shapes in (
-            [(3, 4)],
-            [(100, 100, 3), (2,), (513, 129)],
-            [(5000, 6000, 3)],
-            [(64, 64, 9)],
-        ):
-            arrays = [rng.integers(0, 256, shape).astype(np.uint8) for shape in shapes]
-            arrays += [array[::2].astype(np.float32) for array in arrays]
-            said = processes.wait_for(processes.ask(arrays))
-            assert [one[:2] for one in said] == [(a.shape, str(a.dtype)) for a in arrays]
-            assert [one[2] for one in said] == [a.sum() for a in arrays]
-            large = [a.nbytes >= 1 << 14 for a in arrays]
-            assert [one[3] for one in said] == [not (shared and one) for one in large]
-            (worker,) = processes._workers
-            size = os.fstat(worker.arrays.files[0]).st_size if shared else 0
-            assert size < 1 << 20
-    assert worker.arrays.files == []
-
-
-def refused(*_: object) -> int:
-    raise PermissionError(errno.EPERM, "Operation not permitted")
-
-
-@pytest.mark.parametrize("fails", ["memfd_create", "pwrite"])
-def test_arrays_arrive_where_there_is_no_memory_that_both_see(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
-    """Not to be had, as in a sandbox; or full."""
-    if not hasattr(os, "memfd_create"):
-        pytest.skip("this system has no such memory")
-    (tmp_path / "echo_arrays.py").write_text(ECHO)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(os, fails, refused)
-    with Processes(1, "echo_arrays", "echo", None) as processes:
-        for number in (2, 3):
-            array = np.full((300, 400), number, np.int32)
-            assert processes.wait_for(processes.ask([array])) == [
-                ((300, 400), "int32", 120000 * number, True)
-            ]
-    assert caplog.messages == []
 
 
 FAILS = """

@@ -11,9 +11,7 @@ others. This program itself is never forked: it has threads, and perhaps a GPU.
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
-import mmap
 import os
 import pickle
 import select
@@ -22,7 +20,7 @@ import subprocess
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -34,14 +32,10 @@ from trtdet.closing import Closing
 
 logger = logging.getLogger(__name__)
 
-#: Bytes from which on an array does not go through the pipe.
-_LARGE = 1 << 14
-#: Bytes of arrays whose memory is kept for the next message.
-_MOST_KEPT = 1 << 26
 #: What the first process runs.
 _CODE = (
     "import sys; sys.path[:] = {path!r}; from {module} import serve; "
-    "from trtdet.processes import fork_all; fork_all(serve, {control}, {given}, {files})"
+    "from trtdet.processes import fork_all; fork_all(serve, {control}, {pipes}, {files})"
 )
 #: Libraries that would start threads, of which the others have no use, as soon as they are
 #: imported.
@@ -78,7 +72,6 @@ class _Worker:
     number: int
     pipe: Connection | None
     file: int
-    arrays: _Arrays
     asked: deque[Future[Any]] = field(default_factory=deque)
     pid: int = 0
 
@@ -86,7 +79,6 @@ class _Worker:
         if self.pipe is not None:
             self.pipe.close()
             self.pipe = None
-        self.arrays.close()
 
 
 class Processes(Closing):
@@ -99,10 +91,9 @@ class Processes(Closing):
         module: whose `serve(pipe_file, *files)` each runs; `answer_all` is the loop for it.
         work: what they do, for messages: "write results".
         first: the first message to each.
-        files: that each gets. Without any it gets memory for the large arrays of messages, where
-            there is such.
-        at_once: messages that each may have: more than one where none shall wait for that thread;
-            with `files`.
+        files: that each gets.
+        at_once: messages that each may have: more than one where none shall wait for that thread.
+            Then these must be short, and so the answers: who sends waits until a message is read.
 
     Raises:
         OSError: no processes to be had.
@@ -128,19 +119,18 @@ class Processes(Closing):
         self._ended: dict[int, str] = {}  # how, by number, as far as it was said
         self._none_began = False
         with ExitStack() as theirs, ExitStack() as unless_they_start:
-            given = []
+            pipes = []
             for number in range(count):
                 ours, other = Pipe()
                 theirs.enter_context(other)
-                arrays = _Arrays(shared=not files)
-                worker = _Worker(number, ours, ours.fileno(), arrays)
+                worker = _Worker(number, ours, ours.fileno())
                 unless_they_start.callback(worker.close)
                 self._workers.append(worker)
-                given.append([other.fileno(), *arrays.files])
+                pipes.append(other.fileno())
             self._control, control = Pipe(duplex=False)
             theirs.enter_context(control)
             unless_they_start.callback(self._control.close)
-            self._first = self._start(module, control.fileno(), given, files)
+            self._first = self._start(module, control.fileno(), pipes, files)
             unless_they_start.pop_all()
         for worker in self._workers:
             self._expect(worker, Future())  # that it has started
@@ -148,18 +138,15 @@ class Processes(Closing):
 
     @staticmethod
     def _start(
-        module: str, control: int, given: Sequence[Sequence[int]], files: Sequence[int]
+        module: str, control: int, pipes: Sequence[int], files: Sequence[int]
     ) -> subprocess.Popen[bytes]:
-        """The first process.
-
-        Args:
-            given: files for each of the others.
-            files: that they share.
-        """
-        code = _CODE.format(path=sys.path, module=module, control=control, given=given, files=files)
+        """The first process."""
+        code = _CODE.format(
+            path=sys.path, module=module, control=control, pipes=pipes, files=list(files)
+        )
         return subprocess.Popen(
             [sys.executable, "-c", code],
-            pass_fds=[control, *itertools.chain(*given), *files],
+            pass_fds=[control, *pipes, *files],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is this process's, which ends the others
             env={**os.environ, **_ONE_THREAD},
@@ -203,7 +190,7 @@ class Processes(Closing):
         while self._waiting and self._room:
             worker = self._room.popleft()
             message, answer = self._waiting[0]
-            if worker.pipe is not None and self._send(worker, worker.arrays.pack(message)):
+            if worker.pipe is not None and self._send(worker, pickle.dumps(message, 5)):
                 self._waiting.popleft()
                 self._expect(worker, answer)
         while self._waiting and not len(self):
@@ -231,7 +218,6 @@ class Processes(Closing):
             logger.debug("%s", answer.traceback)
             self._lose(worker, answer.text)
             return
-        worker.arrays.shrink()
         if not worker.pid:
             worker.pid = answer
             self._room.extend([worker] * self._at_once)
@@ -291,15 +277,15 @@ class Processes(Closing):
 def fork_all(
     serve: Callable[..., None],
     control_file: int,
-    given: Sequence[Sequence[int]],
+    pipes: Sequence[int],
     files: Sequence[int],
 ) -> None:
     """What the first process does: one fork after the other, of which each serves; then say how
     each ended.
 
     Args:
-        given: files for each.
-        files: that they share.
+        pipes: one for each.
+        files: for all of them.
     """
     running: dict[int, int] = {}  # pid -> number
 
@@ -311,38 +297,37 @@ def fork_all(
             os._exit(0)
 
     gc.freeze()  # so that more memory stays shared
-    others = {control_file, *itertools.chain(*given)}
     with Connection(control_file, readable=False) as control, suppress(BrokenPipeError):
         signal.signal(signal.SIGTERM, end_all)
-        for number, own in enumerate(given):
+        for number, pipe_file in enumerate(pipes):
             try:
                 pid = os.fork()
             except OSError as error:
                 control.send((number, f"it did not start: {error.strerror}"))
             else:
                 if not pid:
-                    _serve_in_fork(serve, [*own, *files], others.difference(own))
+                    _serve_in_fork(serve, pipe_file, files, [control_file, *pipes[number + 1 :]])
                 running[pid] = number
-            for file in own:  # or its end would not be noticed
-                os.close(file)
+            os.close(pipe_file)  # or the end of that process would not be noticed
         while running:
             pid, status = os.waitpid(-1, 0)
             control.send((running.pop(pid), f"exit status {os.waitstatus_to_exitcode(status)}"))
 
 
-def _serve_in_fork(serve: Callable[..., None], own: Sequence[int], others: set[int]) -> None:
+def _serve_in_fork(
+    serve: Callable[..., None], pipe_file: int, files: Sequence[int], others: Sequence[int]
+) -> None:
     """Does not return.
 
     Args:
-        others: files of other processes, some of which are closed.
+        others: files of other processes.
     """
     status = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for file in others:
-            with suppress(OSError):
-                os.close(file)
-        serve(*own)
+            os.close(file)
+        serve(pipe_file, *files)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -350,92 +335,19 @@ def _serve_in_fork(serve: Callable[..., None], own: Sequence[int], others: set[i
         os._exit(status)
 
 
-class _Arrays(Closing):
-    """The large arrays of messages, in memory that both processes see: through a pipe they would be
-    copied in small pieces.
-
-    Without a name, so that nothing is left of it, whatever ends the processes. Where the system has
-    no such memory, or no more of it, arrays go through the pipe.
-
-    Attributes:
-        files: the memory, for the child.
-    """
-
-    def __init__(self, *, shared: bool) -> None:
-        self.files: list[int] = []
-        if shared and hasattr(os, "memfd_create"):  # Linux
-            with suppress(OSError):
-                self.files.append(os.memfd_create("trtdet"))
-
-    def pack(self, message: object) -> bytes:
-        """What goes through the pipe; the arrays are where `unpack` finds them."""
-        if self.files:
-            try:
-                return self._in_memory(message)
-            except OSError as error:
-                logger.debug("large arrays go through the pipe: %s", error)
-                self.close()
-        return pickle.dumps((pickle.dumps(message, 5), []))
-
-    def _in_memory(self, message: object) -> bytes:
-        large: list[memoryview] = []
-
-        def stays(buffer: pickle.PickleBuffer) -> bool:
-            if (raw := buffer.raw()).nbytes < _LARGE:
-                return True
-            large.append(raw)
-            return False
-
-        data = pickle.dumps(message, 5, buffer_callback=stays)
-        sizes = [raw.nbytes for raw in large]
-        for raw, start in zip(large, _starts(sizes), strict=False):
-            done = 0
-            while done < raw.nbytes:  # 2 GiB at most at a time
-                done += os.pwrite(self.files[0], raw[done:], start + done)
-        return pickle.dumps((data, sizes))
-
-    def shrink(self) -> None:
-        """Give much memory back, once the message is answered."""
-        if self.files and os.fstat(self.files[0]).st_size > _MOST_KEPT:
-            os.ftruncate(self.files[0], 0)
-
-    def close(self) -> None:
-        while self.files:
-            os.close(self.files.pop())
-
-
-def unpack(packed: bytes, memory: int | None) -> Any:
-    """The message that `_Arrays.pack` made; its arrays are read-only, and good until the next
-    one.
-    """
-    data, sizes = pickle.loads(packed)
-    if memory is None or not sizes:
-        return pickle.loads(data)
-    seen = memoryview(mmap.mmap(memory, 0, access=mmap.ACCESS_READ))
-    parts = zip(_starts(sizes), sizes, strict=False)
-    return pickle.loads(data, buffers=[seen[start : start + size] for start, size in parts])
-
-
-def _starts(sizes: Sequence[int]) -> Iterator[int]:
-    """Where arrays of these bytes lie, each at a place that suits every type."""
-    return itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
-
-
-def answer_all(
-    prepare: Callable[[Any], Callable[[Any], object]], pipe_file: int, memory: int | None = None
-) -> None:
+def answer_all(prepare: Callable[[Any], Callable[[Any], object]], pipe_file: int) -> None:
     """What the process does until the other end of the pipe is closed.
 
     Args:
         prepare: makes, of the first message, what makes an answer of each message after it.
-        pipe_file, memory: what `serve` gets.
+        pipe_file: what `serve` gets.
     """
     with Connection(pipe_file) as pipe:
         try:
             answer = prepare(pipe.recv())
             pipe.send(os.getpid())
             while True:
-                pipe.send(answer(unpack(pipe.recv_bytes(), memory)))
+                pipe.send(answer(pipe.recv()))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
         except Exception as error:  # of any kind: the other end says it, and does the work itself

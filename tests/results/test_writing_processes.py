@@ -90,7 +90,7 @@ def write(images: list[Path], output: Path, *, processes: bool, pictures: bool =
         folder.start()
         for start in range(0, COUNT, BATCH):
             batch = images[start : start + BATCH]
-            results.write(found(batch, sources=pictures))
+            results.write(found(batch, sources=pictures and not processes))
             if start == COUNT // 2 and processes:
                 running = started()
                 if kill:
@@ -173,25 +173,14 @@ def test_warnings_of_python_are_not_shown(
     assert capfd.readouterr().err == ""
 
 
-def test_processes_get_less_of_large_images_at_a_time(images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """So that what may wait is enough for each of them."""
-    sizes: list[int] = []
-    ask = Processes.ask
-
-    def note(self: Processes, tasks: Sequence[Task]) -> object:
-        sizes.append(sum(source.nbytes for t in tasks for source in t.found.sources or ()))
-        return ask(self, tasks)
-
-    pixels = 128 * 128 * 3
-    monkeypatch.setattr(Processes, "ask", note)
-    monkeypatch.setattr(writer, "available_cores", lambda: 2)
-    monkeypatch.setattr(writer.ResultWriter, "PENDING_BYTES", 17 * pixels)
+def test_an_image_that_has_gone_has_no_picture(images: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    """What was found in it is written."""
+    images[7].unlink()
     write(images, tmp_path / "out", processes=True, pictures=True)
-    assert sizes == [4 * pixels] * (COUNT // 4)
-    sizes.clear()
-    monkeypatch.setattr(writer.ResultWriter, "PENDING_BYTES", 7 * pixels)
-    write(images, tmp_path / "out", processes=True, pictures=True)
-    assert sizes == [pixels] * COUNT
+    assert len(list((tmp_path / "out").glob("*.tsv"))) == COUNT
+    drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {path.stem for path in images} - {"007"}
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(f"no picture: {images[7]}: ")
 
 
 def test_an_error_of_a_process_is_raised_here(images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

@@ -13,13 +13,16 @@ from typing import BinaryIO
 import cv2
 
 from trtdet.detections import Detections, coco_text, write_tsv
-from trtdet.images.files import ImageArray
+from trtdet.files import message_of
+from trtdet.images.files import ImageArray, load_image
 from trtdet.processes import answer_all
 from trtdet.results import draw, naming
 from trtdet.results.found import Found
 from trtdet.results.manifest import PARTIAL, journal_line
 from trtdet.results.options import ImageFormat
 from trtdet.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class ImageFiles:
         draw_threshold: pictures show detections from this score on.
         image_format: what pictures are written as.
         journal: whether there are lines to make.
+        read_again: draw on images that are read once more, where a task does not have them: where
+            processes draw, that costs less than to bring them the pixels.
     """
 
     folder: Path
@@ -80,6 +85,7 @@ class ImageFiles:
     draw_threshold: float
     image_format: ImageFormat
     journal: bool
+    read_again: bool = False
 
     def write(self, tasks: Sequence[Task]) -> Written:
         """Write the files of one image after the other; none after an error."""
@@ -89,7 +95,7 @@ class ImageFiles:
         error: OSError | ValueError | None = None
         try:
             for path, output, image_id, detections, source in self._images(tasks):
-                undrawn += self._write_one(output, detections, source)
+                undrawn += self._write_one(path, output, detections, source)
                 text = "" if image_id is None else self._text(detections, image_id)
                 if self.journal:
                     lines.append(journal_line(path, Path(output), image_id, text))
@@ -110,7 +116,9 @@ class ImageFiles:
             results = found.decoded(self.spec)
             yield from zip(found.paths, task.outputs, task.image_ids, results, sources, strict=True)
 
-    def _write_one(self, output: str, detections: Detections, source: ImageArray | None) -> int:
+    def _write_one(
+        self, path: Path, output: str, detections: Detections, source: ImageArray | None
+    ) -> int:
         """The files of one image; returns how many detections its picture does not show."""
         name = self.folder / output
         write_tsv(
@@ -119,6 +127,8 @@ class ImageFiles:
             labels=self.labels if self.tsv_header else (),
             header=self.tsv_header,
         )
+        if source is None and self.read_again:
+            source = _read_again(path)
         if source is None:
             return 0
         threshold = self.draw_threshold
@@ -133,6 +143,15 @@ class ImageFiles:
             self.spec.category_ids,
             inclusive_corners=self.spec.inclusive_corners,
         )
+
+
+def _read_again(path: Path) -> ImageArray | None:
+    """None: it cannot be read any more, which is said."""
+    try:
+        return load_image(path)
+    except (OSError, ValueError) as error:
+        logger.warning("no picture: %s", message_of(error))
+        return None
 
 
 class _Answers:
@@ -174,8 +193,8 @@ def _warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def serve(pipe_file: int, memory: int | None = None) -> None:
+def serve(pipe_file: int) -> None:
     """What a process does."""
     cv2.setNumThreads(1)  # there is a process for each core
     logging.captureWarnings(True)  # Python's own, which are not shown where threads write either
-    answer_all(_Answers, pipe_file, memory)
+    answer_all(_Answers, pipe_file)

@@ -288,7 +288,8 @@ def result_writer(
             there.
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
-        pictures: whether what is found has its sources, to draw on.
+        pictures: draw; what is found has its sources for that, unless there are `processes`, which
+            read the images once more.
         draw_threshold: pictures show detections from this score on.
         folder: told of every image that is written.
         image_format: what pictures are written as.
@@ -305,6 +306,7 @@ def result_writer(
         draw_threshold=draw_threshold,
         image_format=image_format,
         journal=folder is not None,
+        read_again=pictures and processes,
     )
     with ExitStack() as resources:
         with naming_json(output):

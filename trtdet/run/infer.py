@@ -244,7 +244,7 @@ def detect_and_write(
     speed = Speed()
     with (
         folder,
-        open_batcher(runtime, todo, options, keep_sources=outputs.pictures) as batcher,
+        open_batcher(runtime, todo, options, keep_sources=outputs.pictures and not processes) as batcher,
         result_writer(
             outputs.folder,
             runtime.spec,
