@@ -82,7 +82,6 @@ def run(
 ) -> int:
     """Evaluate; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.results import coco
-    from trtdet.results.coco import ANNOTATIONS
     from trtdet.run.evaluate import (
         AUTOML_CAVEAT,
         SCHEMA,
@@ -92,24 +91,8 @@ def run(
         run_model,
     )
 
-    if automl_path and not (automl_path / "efficientdet" / "coco_metric.py").is_file():
-        raise ValueError(
-            f"--automl_path: expected efficientdet/coco_metric.py in {automl_path}, found none; "
-            "clone https://github.com/google/automl"
-        )
-    if engine:
-        model = engine if isinstance(engine, Path) else None
-        files.check_outputs([output, plot, report_path, detections], [annotations_path, model])
-    else:
-        files.check_outputs([output, plot, report_path], [annotations_path, detections])
-    if source is not None:
-        from trtdet.images.files import check_no_image
-
-        check_no_image([output, plot, report_path], source)
+    check_files(annotations_path, engine, source, detections, [output, plot, report_path], automl_path)  # fmt: skip
     check_plot(plot)
-    files.check_input(annotations_path, *ANNOTATIONS)
-    if detections is not None and not engine:
-        files.check_input(detections, "--detections", "detections in COCO's results format, such as infer.py's detections.json")  # fmt: skip
     annotations = coco.read_annotations(annotations_path)
     if engine is not None and source is not None:
         done = run_model(engine, source, annotations, options)
@@ -148,6 +131,37 @@ def run(
             report_path, title, source, annotations, options, done.results, evaluation, embed=embed
         )
     return SOME_SKIPPED if done.skipped else 0
+
+
+def check_files(
+    annotations: Path,
+    engine: Path | TritonUrl | None,
+    source: Sources | None,
+    detections: Path | None,
+    outputs: Sequence[Path | None],
+    automl_path: Path | None,
+) -> None:
+    """Find out before anything is run whether what is to be read is there, and what is to be
+    written can be.
+    """
+    from trtdet.images.files import check_no_image
+    from trtdet.results.coco import ANNOTATIONS
+
+    if automl_path and not (automl_path / "efficientdet" / "coco_metric.py").is_file():
+        raise ValueError(
+            f"--automl_path: expected efficientdet/coco_metric.py in {automl_path}, found none; "
+            "clone https://github.com/google/automl"
+        )
+    if engine:
+        model = engine if isinstance(engine, Path) else None
+        files.check_outputs([*outputs, detections], [annotations, model])
+    else:
+        files.check_outputs(outputs, [annotations, detections])
+    if source is not None:
+        check_no_image(outputs, source)
+    files.check_input(annotations, *ANNOTATIONS)
+    if detections is not None and not engine:
+        files.check_input(detections, "--detections", "detections in COCO's results format, such as infer.py's detections.json")  # fmt: skip
 
 
 def write_report(

@@ -52,36 +52,18 @@ def run(
     """
     from trtdet.files import check_folder
     from trtdet.images.files import find_images, root_of
-    from trtdet.results import coco
-    from trtdet.results.coco import ANNOTATIONS, class_ids_of, ground_truth, labels_of
-    from trtdet.results.draw import check_font
     from trtdet.results.naming import check_apart, output_names, with_suffix_added, write_picture
 
-    if not detections.is_dir():
-        there = "a file" if detections.exists() else "nothing"
-        raise FileNotFoundError(f"--detections: expected a folder with TSVs of infer.py, found {there} at {detections}")  # fmt: skip
-    if font_path:
-        check_font(font_path)
-    if annotations:
-        files.check_input(annotations, *ANNOTATIONS)
+    check_inputs(detections, annotations, font_path)
     paths = find_images(source, recursive=recursive, num_images=num_images)
     root = root_of(source)
     names = dict(zip(paths, output_names(paths, root), strict=True))
     check_folder(output)
     check_apart(output, names, source, recursive=recursive)
-    known_labels = detections / LABELS_FILE
-    if files.is_beside(known_labels):
-        names_there = read_labels(known_labels)
-        if labels and len(labels) != len(names_there):
-            logger.warning("--labels has %d names, the model %d (%s); classes without a name are drawn as numbers", len(labels), len(names_there), known_labels)  # fmt: skip
-        labels = labels or names_there
+    labels = labels_beside(detections, labels)
     truth: dict[Path, Detections] | None = None
     if annotations:
-        known = coco.read_annotations(annotations)
-        labels = labels or labels_of(known.categories)
-        found = ground_truth(known, class_ids_of(known.categories, labels))
-        ids = coco.match_images(known, paths, root)
-        truth = {path: found[i] for path, i in ids.items() if i in found}
+        labels, truth = truth_of(annotations, paths, root, labels)
     draw_file = partial(
         _draw_file, labels=labels, draw_threshold=draw_threshold, font_path=font_path
     )
@@ -111,6 +93,45 @@ def run(
     logger.info("%d of %d images drawn", drawn, len(paths))
     print(output)
     return 0 if drawn == len(paths) else SOME_SKIPPED
+
+
+def check_inputs(detections: Path, annotations: Path | None, font_path: Path | None) -> None:
+    """Find out before the first picture whether what is to be read is there."""
+    from trtdet.results.coco import ANNOTATIONS
+    from trtdet.results.draw import check_font
+
+    if not detections.is_dir():
+        there = "a file" if detections.exists() else "nothing"
+        raise FileNotFoundError(f"--detections: expected a folder with TSVs of infer.py, found {there} at {detections}")  # fmt: skip
+    if font_path:
+        check_font(font_path)
+    if annotations:
+        files.check_input(annotations, *ANNOTATIONS)
+
+
+def labels_beside(detections: Path, labels: Labels) -> Labels:
+    """`labels`, or the class names that infer.py left beside the TSVs."""
+    known = detections / LABELS_FILE
+    if not files.is_beside(known):
+        return labels
+    there = read_labels(known)
+    if labels and len(labels) != len(there):
+        logger.warning("--labels has %d names, the model %d (%s); classes without a name are drawn as numbers", len(labels), len(there), known)  # fmt: skip
+    return labels or there
+
+
+def truth_of(
+    annotations: Path, paths: Sequence[Path], root: Path, labels: Labels
+) -> tuple[Labels, dict[Path, Detections]]:
+    """`labels`, or the names of the categories; what is annotated in each image."""
+    from trtdet.results import coco
+    from trtdet.results.coco import class_ids_of, ground_truth, labels_of
+
+    known = coco.read_annotations(annotations)
+    labels = labels or labels_of(known.categories)
+    found = ground_truth(known, class_ids_of(known.categories, labels))
+    ids = coco.match_images(known, paths, root)
+    return labels, {path: found[i] for path, i in ids.items() if i in found}
 
 
 def _draw_file(
