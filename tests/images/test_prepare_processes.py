@@ -161,6 +161,14 @@ def test_a_loop_that_is_left_leaves_no_process(paths: list[Path]) -> None:
     assert np.array_equal(kept, copy)  # a batch that was not given back stays its owner's
 
 
+@pytest.mark.parametrize(
+    ("memory", "most"), [(7.5, 503316480), (16.0, 1 << 30), (64.0, 1 << 30), (None, 1 << 30)]
+)
+def test_batches_ahead_take_a_small_part_of_the_memory(memory: float | None, most: int, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(batcher_module, "memory_gib", lambda: memory)
+    assert batcher_module.most_ahead_bytes() == most
+
+
 @pytest.mark.parametrize("reason", ["sources", "load", "memory"])
 def test_threads_do_what_processes_cannot(reason: str, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     how: dict[str, Any] = {"keep_sources": reason == "sources"}

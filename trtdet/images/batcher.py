@@ -27,7 +27,7 @@ from trtdet.images.options import Resample
 from trtdet.images.prepare import Preparer, Result
 from trtdet.images.prepare_processes import AT_ONCE, SHARE, Pin, PreparingProcesses
 from trtdet.images.preprocess import ShorterSide
-from trtdet.machine import available_cores
+from trtdet.machine import available_cores, memory_gib
 from trtdet.spec import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,15 @@ logger = logging.getLogger(__name__)
 #: memory.
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
-#: Bytes of the batches that processes fill.
-MOST_AHEAD_BYTES = 1 << 30
+#: Bytes of the batches that processes fill, and which part of the machine's memory: pinned memory
+#: is lost to all others.
+MOST_AHEAD_BYTES, MOST_OF_MEMORY = 1 << 30, 1 / 16
+
+
+def most_ahead_bytes() -> float:
+    """Bytes of the batches that processes may fill on this machine."""
+    memory = memory_gib()
+    return MOST_AHEAD_BYTES if memory is None else min(MOST_AHEAD_BYTES, memory * 2**30 * MOST_OF_MEMORY)  # fmt: skip
 
 
 class _OpenCVThreads:
@@ -160,7 +167,7 @@ class ImageBatcher(Closing):
                 buffers that this makes ready, instead of those of `allocate`. For thousands of
                 images: each process takes a quarter of a second to start, and 60 MiB. Threads do
                 it where sources are kept, with `load`, and where the batches ahead would be more
-                than `MOST_AHEAD_BYTES`.
+                than `most_ahead_bytes`.
         """
         if batch_size < 1 or prefetch < 1 or (workers is not None and workers < 1):
             raise ValueError(
@@ -191,7 +198,7 @@ class ImageBatcher(Closing):
         # As many images as processes can have, and a batch that is waited for.
         ahead = max(self._ahead, -(-SHARE * AT_ONCE * self._workers // batch_size) + 1)
         nbytes = math.prod(shape) * np.dtype(preprocessing.dtype).itemsize
-        if pin and not (keep_sources or load) and ahead * nbytes <= MOST_AHEAD_BYTES:
+        if pin and not (keep_sources or load) and ahead * nbytes <= most_ahead_bytes():
             self._processes = self._start_processes(pin)
         if self._processes is not None:
             self._ahead, allocate = ahead, self._processes.buffers.allocate
