@@ -44,7 +44,8 @@ Memory does not grow with the number of images. It holds decoded images of heigh
 one per core and, to draw pictures, also those of the batches that are ready (two, or two images per
 core) or running (three per GPU), and four per core that wait for the disk. With 16 cores, batches
 of 8 and photographs of 12 megapixels that is 5 GB. --no_images, or a smaller --batch_size or
---workers, needs less.
+--workers, needs less. For an engine and 2,000 images or more, on 8 cores or more, processes write
+the results. They read an image once more to draw on it, so none is held.
 
 A JPEG that ends too early is reported as unreadable. One that is damaged in the middle is not:
 libjpeg decodes it with wrong pixels and prints "Corrupt JPEG data" on stderr, without the name.

@@ -93,7 +93,7 @@ SHARED = {
     "--recursive": _row("--recursive", None, "search the folders below --input too", **SWITCH),
     "--num_images": _row("--num_images", "N", "use at most N of the images, evenly spread", "all", type=positive_int),
     "--decode": _row("--decode", None, "what decodes JPEGs and scales images, on the GPU that runs the model: gpu needs nvImageCodec (requirements-gpu.txt); other images are decoded on the CPU", "auto: gpu where it is there, for many JPEGs", choices=get_args(Decode), default="auto"),
-    "--workers": _row("--workers", "N", "threads that decode and resize images", "one per core", type=thread_count),
+    "--workers": _row("--workers", "N", "threads that decode and resize images; processes, for an engine and 8,000 images or more on 8 cores or more", "one per core", type=thread_count),
     "--devices": _row("--devices", "N,...", "GPUs, as in 0,1, or 'all'", "0", type=parse_devices),
     "--provider": _row("--provider", None, "what ONNX Runtime runs on", "auto, the first of the others that is there", choices=PROVIDERS),
     "--threads": _row("--threads", "N", "CPU threads of ONNX Runtime", "one per core", type=thread_count),
