@@ -165,8 +165,8 @@ class ImageBatcher(Closing):
                 the file's header.
             pin: let processes do the work, as many as `workers`, once they have started, in
                 buffers that this makes ready, instead of those of `allocate`. For thousands of
-                images: each process takes a quarter of a second to start, and 60 MiB. Threads do
-                it where sources are kept, with `load`, and where the batches ahead would be more
+                images: processes take a third of a second to start, and 5 MiB each. Threads do it
+                where sources are kept, with `load`, and where the batches ahead would be more
                 than `most_ahead_bytes`.
         """
         if batch_size < 1 or prefetch < 1 or (workers is not None and workers < 1):

@@ -31,7 +31,7 @@ SHARE, SHARE_PICTURES = 32, 8
 #: them each thread has one share while another waits.
 THREAD_SHARE, THREAD_SHARE_PICTURES = 8, 2
 #: Processes: of those that write TSVs alone, more do not bring more; those that draw take a core
-#: and up to 90 MiB each.
+#: each, and 10 MiB.
 MOST_PROCESSES, MOST_PROCESSES_PICTURES = 6, 32
 
 
@@ -176,7 +176,7 @@ class ResultWriter:
         oldest = self._pending.popleft()
         self._images -= oldest.images
         self._bytes -= oldest.nbytes
-        if self._processes is not None and not oldest.written.done():
+        if self._processes:
             self._processes.wait_for(oldest.written)
         written = oldest.written.result()
         if written is None:
