@@ -66,7 +66,7 @@ class _Worker:
 
     Attributes:
         number: its place among them.
-        pipe: None: it is gone, as far as that was noticed.
+        pipe: None: it is known to be gone.
         file: of the pipe.
         asked: what waits for its answers, the oldest first.
         pid: 0: it has not started yet.
@@ -94,12 +94,13 @@ class Processes(Closing):
         module: whose `serve(pipe_file, *files)` each runs; `answer_all` is the loop for it.
         work: what they do, for messages: "write results".
         first: the first message to each.
-        files: that each gets.
-        at_once: messages that each may have: more than one where none shall wait for that thread.
-            Then these must be short, and so the answers: who sends waits until a message is read.
+        files: numbers of open files that each gets.
+        at_once: messages that each may have. With more than one, it goes on while its answer waits
+            to be read. Messages and answers must then be short: if both ends sent more than a pipe
+            holds, each would wait forever for the other to read.
 
     Raises:
-        OSError: no processes to be had.
+        OSError: there are no more processes or open files to be had.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Processes(Closing):
         self._at_once = at_once
         self._workers: list[_Worker] = []
         self._busy: dict[int, _Worker] = {}  # by file
-        self._room: deque[_Worker] = deque()  # each as often as it can have a message
+        self._room: deque[_Worker] = deque()  # each once per message that it can still have
         self._waiting: deque[tuple[object, Future[Any]]] = deque()  # for room
         self._poll = select.poll()
         self._ended: dict[int, str] = {}  # how, by number, as far as it was said
@@ -162,7 +163,7 @@ class Processes(Closing):
         )
 
     def __len__(self) -> int:
-        """How many there are, as far as it was noticed."""
+        """How many are not known to be gone."""
         return sum(worker.pipe is not None for worker in self._workers)
 
     @property
@@ -264,7 +265,7 @@ class Processes(Closing):
             logger.warning("one of the processes that %s has ended (%s); the run goes on without it", self._work, reason)  # fmt: skip
 
     def _how_it_ended(self, worker: _Worker) -> str:
-        """ "": none of them began, which was said."""
+        """ "" where this is not to be said: none of them began, which was said once for all."""
         with suppress(OSError, EOFError):
             while worker.number not in self._ended and self._control.poll(1):
                 number, how = self._control.recv()

@@ -27,10 +27,11 @@ from trtdet.processes import Processes, answer_all, available
 
 logger = logging.getLogger(__name__)
 
-#: Makes memory that is there already such that a backend reads it without a copy.
+#: Pins memory that is there already, so that a backend reads it without a copy.
 Pin = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
-#: Images of a message. More would be more batches ahead, fewer more work for who sends them.
+#: Images of a message. With more of them, more batches are ahead; with fewer, more messages cost
+#: more work.
 SHARE = 4
 #: Messages that a process has, so that it goes on while its answer waits.
 AT_ONCE = 2
@@ -156,8 +157,8 @@ class PreparingProcesses(Closing):
     def results(
         self, answer: Future[list[Result | None] | None], count: int
     ) -> Sequence[Result | None]:
-        """What came of `count` images of `start`, once it is there; None: this process is to do it
-        itself.
+        """What came of `count` images of `start`, once it is there; None: the caller is to prepare
+        the image itself.
         """
         found: list[Result | None] | None = self._processes.wait_for(answer)
         return [None] * count if found is None else found
