@@ -297,3 +297,14 @@ def test_a_batcher_that_is_closed_goes_on_with_threads(paths: list[Path]) -> Non
         expected = batches_of(batches)
         batches.close()
         assert_equal(batches_of(batches), expected)
+
+
+def test_threads_do_it_where_processes_do_not_start(paths: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with ImageBatcher(paths, Preprocessing((64, 64), "NHWC", "uint8"), 4, workers=2, pin=as_it_is) as batches:  # fmt: skip
+        assert caplog.messages == ["processes that decode images do not start, and threads do it: [Errno 11] Resource temporarily unavailable"]  # fmt: skip
+        assert sum(len(paths) for _, paths, _ in batches_of(batches)) == COUNT - len(BROKEN)
