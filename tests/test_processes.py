@@ -107,7 +107,16 @@ FAILS = """
 from trtdet.processes import answer_all
 
 
+class OfTwo(ValueError):
+    def __init__(self, one, two):
+        super().__init__(one + two)
+
+
 def fail(message):
+    if message == "two":
+        return OfTwo("no ", "room")
+    if message == "end":
+        raise EOFError("no more of it")
     raise MemoryError(f"no room for {message}")
 
 
@@ -128,6 +137,41 @@ def test_an_error_of_any_kind_ends_it_in_one_line(first: str, tmp_path: Path, mo
     what = "this" if first == "later" else "at once"
     assert caplog.messages == [f"one of the processes that fail has ended (MemoryError: no room for {what}); the run goes on without it"]  # fmt: skip
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("end", "EOFError: no more of it"),  # of the work, not of the pipe
+        ("two", "TypeError: OfTwo.__init__() missing 1 required positional argument: 'two'"),
+    ],
+)
+def test_an_error_that_cannot_be_sent_or_means_another_thing_is_one_like_others(message: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    (tmp_path / "failing.py").write_text(FAILS)
+    monkeypatch.syspath_prepend(tmp_path)
+    with Processes(1, "failing", "fail", "later") as processes:
+        assert processes.wait_for(processes.ask(message)) is None
+        assert len(processes) == 0
+    assert caplog.messages == [f"one of the processes that fail has ended ({reason}); the run goes on without it"]  # fmt: skip
+
+
+def test_they_start_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative entry of sys.path is of the folder that is the current one now, and an entry that
+    is no text does not count for Python.
+    """
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "slow_echo.py").write_text(SLOW_ECHO)
+    monkeypatch.chdir(tmp_path)
+    python = [path for path in sys.path if Path(path).resolve() not in (ROOT, Path.cwd())]
+    monkeypatch.setattr(sys, "path", [*python, "modules", tmp_path])
+    with Processes(1, "slow_echo", "echo", None) as processes:
+        assert processes.wait_for(processes.ask(1))[0] == 1
+
+
+def test_a_frozen_program_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would start itself again."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert not available()
 
 
 SLOW_ECHO = """
@@ -201,6 +245,63 @@ def test_closing_ends_what_works(echoes: Processes) -> None:
     for pid in [first, *pids]:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("started", [1, 2] * 8)
+def test_closing_ends_what_works_while_others_start(started: int, echoes: Processes) -> None:
+    """What has just been forked too."""
+    for _ in range(2):
+        echoes.ask(60_000)
+    while len(echoes.pids) < started:
+        echoes.collect(wait=True)
+    start = time.monotonic()
+    echoes.close()
+    assert time.monotonic() - start < 5
+
+
+def test_closing_answers_what_was_asked(echoes: Processes) -> None:
+    """What was sent and what waits: with None."""
+    wait_until_started(echoes)
+    answers = [echoes.ask(60_000) for _ in range(3)]
+    echoes.close()
+    assert [echoes.wait_for(answer) for answer in answers] == [None] * 3
+
+
+def test_closing_ends_what_works_where_the_first_process_is_gone(echoes: Processes) -> None:
+    wait_until_started(echoes)
+    pids = echoes.pids
+    for _ in pids:
+        echoes.ask(60_000)
+    os.kill(echoes._first.pid, signal.SIGKILL)
+    wait_for_end(echoes._first.pid)
+    echoes.close()
+    for pid in pids:
+        wait_for_end(pid)
+
+
+def test_signals_that_the_program_does_not_take_do_not_matter(tmp_path: Path) -> None:
+    """SIGCHLD ignored: how a process ended is known all the same. SIGTERM blocked: closing ends
+    what works.
+    """
+    (tmp_path / "slow_echo.py").write_text(SLOW_ECHO)
+    code = """
+import os, signal, sys
+from trtdet.processes import Processes
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+with Processes(2, "slow_echo", "echo", None) as processes:
+    while not processes.ready:
+        processes.collect(wait=True)
+    answers = [processes.ask(60_000) for _ in range(2)]
+    os.kill(processes.pids[0], signal.SIGKILL)
+    while len(processes) == 2:
+        processes.collect(wait=True)
+    print([answer.done() for answer in answers].count(True))
+"""
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    said = "one of the processes that echo has ended (exit status -9); the run goes on without it\n"
+    assert (done.stdout, done.stderr, done.returncode) == ("1\n", said, 0)
 
 
 def test_one_that_cannot_be_forked_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip

@@ -443,11 +443,11 @@ def _unregister(address: int, _kept: NDArray[np.uint8]) -> None:
 
 
 def pin(memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The same memory, page-locked: as good as that of `pinned_empty`, until the last array that
-    views what is returned is gone.
+    """The same memory, page-locked as that of `pinned_empty` is, until the last array that views
+    what is returned is gone. Where CUDA cannot lock it, as it is.
 
     Args:
-        memory: C-contiguous; as it is, where CUDA cannot lock it.
+        memory: C-contiguous.
     """
     try:
         return np.asarray(_Registered(memory))

@@ -43,10 +43,13 @@ _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THR
 
 
 def available() -> bool:
-    """Whether this system and this Python can have such processes: elsewhere than on Linux, a fork
-    of a process that has loaded libraries may not be of use.
+    """Whether this system and this Python can have such processes.
+
+    Elsewhere than on Linux, a fork of a process that has loaded libraries may not work. A frozen
+    program is no Python that could run other code.
     """
-    return bool(sys.executable) and sys.platform == "linux"
+    frozen = getattr(sys, "frozen", False)
+    return sys.platform == "linux" and bool(sys.executable) and not frozen
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class _Worker:
 
     Attributes:
         number: its place among them.
-        pipe: None: it is gone, as far as that was noticed.
+        pipe: None: it is known to be gone.
         file: of the pipe.
         asked: what waits for its answers, the oldest first.
         pid: 0: it has not started yet.
@@ -91,12 +94,13 @@ class Processes(Closing):
         module: whose `serve(pipe_file, *files)` each runs; `answer_all` is the loop for it.
         work: what they do, for messages: "write results".
         first: the first message to each.
-        files: that each gets.
-        at_once: messages that each may have: more than one where none shall wait for that thread.
-            Then these must be short, and so the answers: who sends waits until a message is read.
+        files: numbers of open files that each gets.
+        at_once: messages that each may have. With more than one, it goes on while its answer waits
+            to be read. Messages and answers must then be short: if both ends sent more than a pipe
+            holds, each would wait forever for the other to read.
 
     Raises:
-        OSError: no processes to be had.
+        OSError: there are no more processes or open files to be had.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class Processes(Closing):
         self._at_once = at_once
         self._workers: list[_Worker] = []
         self._busy: dict[int, _Worker] = {}  # by file
-        self._room: deque[_Worker] = deque()  # each as often as it can have a message
+        self._room: deque[_Worker] = deque()  # each once per message that it can still have
         self._waiting: deque[tuple[object, Future[Any]]] = deque()  # for room
         self._poll = select.poll()
         self._ended: dict[int, str] = {}  # how, by number, as far as it was said
@@ -140,9 +144,15 @@ class Processes(Closing):
     def _start(
         module: str, control: int, pipes: Sequence[int], files: Sequence[int]
     ) -> subprocess.Popen[bytes]:
-        """The first process."""
+        """The first process.
+
+        It may start in another folder than this one did, and so gets absolute paths, and where this
+        package lies.
+        """
+        path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
+        path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         code = _CODE.format(
-            path=sys.path, module=module, control=control, pipes=pipes, files=list(files)
+            path=path, module=module, control=control, pipes=pipes, files=list(files)
         )
         return subprocess.Popen(
             [sys.executable, "-c", code],
@@ -153,7 +163,7 @@ class Processes(Closing):
         )
 
     def __len__(self) -> int:
-        """How many there are, as far as it was noticed."""
+        """How many are not known to be gone."""
         return sum(worker.pipe is not None for worker in self._workers)
 
     @property
@@ -214,6 +224,9 @@ class Processes(Closing):
         except (OSError, EOFError):
             self._lose(worker)
             return
+        except Exception as error:  # as of an exception that cannot be unpickled
+            self._lose(worker, f"{type(error).__name__}: {error}")
+            return
         if isinstance(answer, _Failure):
             logger.debug("%s", answer.traceback)
             self._lose(worker, answer.text)
@@ -238,17 +251,21 @@ class Processes(Closing):
         if self._busy.pop(worker.file, None):
             self._poll.unregister(worker.file)
 
-    def _lose(self, worker: _Worker, reason: str = "") -> None:
-        """Go on without it."""
+    def _leave(self, worker: _Worker) -> None:
+        """Have nothing to do with it any more."""
         self._forget(worker)
         worker.close()
         while worker.asked:
             worker.asked.popleft().set_result(None)
+
+    def _lose(self, worker: _Worker, reason: str = "") -> None:
+        """Go on without it."""
+        self._leave(worker)
         if reason := reason or self._how_it_ended(worker):
             logger.warning("one of the processes that %s has ended (%s); the run goes on without it", self._work, reason)  # fmt: skip
 
     def _how_it_ended(self, worker: _Worker) -> str:
-        """ "": none of them began, which was said."""
+        """ "" where this is not to be said: none of them began, which was said once for all."""
         with suppress(OSError, EOFError):
             while worker.number not in self._ended and self._control.poll(1):
                 number, how = self._control.recv()
@@ -265,12 +282,16 @@ class Processes(Closing):
         return ""
 
     def close(self) -> None:
-        """End them at once: what they are at is wanted no more."""
+        """End them at once: what they are at is wanted no more. What was asked and is not answered
+        has the answer None.
+        """
         for worker in self._workers:
-            self._forget(worker)
-            worker.close()
+            self._leave(worker)
+        self.collect()  # what waits for room
         self._first.terminate()
-        self._first.wait()
+        if self._first.wait():  # it did not end the others, as when it was killed
+            with suppress(ProcessLookupError):
+                os.killpg(self._first.pid, signal.SIGKILL)
         self._control.close()
 
 
@@ -281,24 +302,21 @@ def fork_all(
     files: Sequence[int],
 ) -> None:
     """What the first process does: one fork after the other, of which each serves; then say how
-    each ended.
+    each ended. SIGTERM ends them all.
 
     Args:
         pipes: one for each.
         files: for all of them.
     """
+    # Signals wait until they are asked for: a handler would miss a process that is being forked,
+    # and a signal that comes just before `waitpid`.
+    signals = {signal.SIGTERM, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    for one in signals:
+        signal.signal(one, signal.SIG_DFL)  # a program that ignores one hands that on
     running: dict[int, int] = {}  # pid -> number
-
-    def end_all(*_: object) -> None:
-        for pid in running:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if not running:
-            os._exit(0)
-
     gc.freeze()  # so that more memory stays shared
     with Connection(control_file, readable=False) as control, suppress(BrokenPipeError):
-        signal.signal(signal.SIGTERM, end_all)
         for number, pipe_file in enumerate(pipes):
             try:
                 pid = os.fork()
@@ -310,8 +328,12 @@ def fork_all(
                 running[pid] = number
             os.close(pipe_file)  # or the end of that process would not be noticed
         while running:
-            pid, status = os.waitpid(-1, 0)
-            control.send((running.pop(pid), f"exit status {os.waitstatus_to_exitcode(status)}"))
+            if signal.sigwait(signals) == signal.SIGTERM:
+                for pid in running:
+                    os.kill(pid, signal.SIGKILL)
+            while running and (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+                pid, status = ended
+                control.send((running.pop(pid), f"exit status {os.waitstatus_to_exitcode(status)}"))
 
 
 def _serve_in_fork(
@@ -324,7 +346,7 @@ def _serve_in_fork(
     """
     status = 1
     try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         for file in others:
             os.close(file)
         serve(pipe_file, *files)
@@ -342,15 +364,18 @@ def answer_all(prepare: Callable[[Any], Callable[[Any], object]], pipe_file: int
         prepare: makes, of the first message, what makes an answer of each message after it.
         pipe_file: what `serve` gets.
     """
-    with Connection(pipe_file) as pipe:
-        try:
-            answer = prepare(pipe.recv())
-            pipe.send(os.getpid())
-            while True:
-                pipe.send(answer(pipe.recv()))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return
-        except Exception as error:  # of any kind: the other end says it, and does the work itself
-            text = f"{type(error).__name__}: {error}"
-            with suppress(OSError):
-                pipe.send(_Failure(text, traceback.format_exc()))
+    answer: Callable[[Any], object] | None = None
+    with Connection(pipe_file) as pipe, suppress(EOFError, OSError):  # of the pipe alone
+        while True:
+            packed = pipe.recv_bytes()
+            try:
+                message = pickle.loads(packed)
+                if answer is None:
+                    answer = prepare(message)
+                    packed = pickle.dumps(os.getpid())
+                else:
+                    packed = pickle.dumps(answer(message), 5)
+            except Exception as error:  # of any kind: the other end says it, and does the work
+                pipe.send(_Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
+                return
+            pipe.send_bytes(packed)

@@ -196,7 +196,6 @@ def test_a_buffer_that_finds_no_memory_is_filled_by_threads(paths: list[Path], m
         given.append(offset)
         if len(given) > 2:
             raise OSError(28, "No space left on device")
-        os.ftruncate(file, offset + length)
 
     monkeypatch.setattr(os, "posix_fallocate", give_two)
     with ImageBatcher(paths, preprocessing, 4, workers=2, pin=as_it_is) as processes:
@@ -255,3 +254,57 @@ def test_buffers_are_seen_by_who_has_the_file() -> None:
         assert os.pread(buffers.file, 12000, 4096) == b"\x07" * 12000
         assert os.pread(buffers.file, 4, 116) == np.float32(0.5).tobytes()
     assert second.sum() == 7 * 12000  # alive without the file
+
+
+def allocated(buffers: SharedBuffers) -> int:
+    """Bytes of memory."""
+    return os.fstat(buffers.file).st_blocks * 512
+
+
+def test_buffers_cost_memory_alone_and_that_until_they_are_gone() -> None:
+    """No open files either, of which a process may have 1024."""
+    with SharedBuffers(as_it_is) as buffers:
+        files = len(os.listdir("/proc/self/fd"))
+        many = [buffers.allocate((3, 1000), np.dtype(np.uint8)) for _ in range(100)]
+        assert len(os.listdir("/proc/self/fd")) == files
+        assert allocated(buffers) == 100 * 4096
+        row = many[7].reshape(-1)[:300].reshape(3, 100)[1]
+        row[:] = 9
+        del many
+        assert allocated(buffers) == 4096
+        assert row.sum() == 900
+        del row
+        assert allocated(buffers) == 0
+
+
+def test_buffers_that_are_closed_touch_no_file_of_others(tmp_path: Path) -> None:
+    """One that was opened since, and so got the number of theirs."""
+    with SharedBuffers(as_it_is) as buffers:
+        number = buffers.file
+        buffers.close()
+        with open(tmp_path / "other", "w+b") as other:
+            assert other.fileno() == number
+            buffer = buffers.allocate((10, 1000), np.dtype(np.uint8))
+            buffer[:] = 1
+            buffers.close()
+            assert buffers.offset_of(buffer) == -1
+            assert os.fstat(number).st_size == 0
+
+
+def test_a_batcher_that_is_closed_goes_on_with_threads(paths: list[Path]) -> None:
+    with ImageBatcher(paths, Preprocessing((64, 64), "NHWC", "uint8"), 4, workers=2, pin=as_it_is) as batches:  # fmt: skip
+        wait_until_ready(batches)
+        expected = batches_of(batches)
+        batches.close()
+        assert_equal(batches_of(batches), expected)
+
+
+def test_threads_do_it_where_processes_do_not_start(paths: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with ImageBatcher(paths, Preprocessing((64, 64), "NHWC", "uint8"), 4, workers=2, pin=as_it_is) as batches:  # fmt: skip
+        assert caplog.messages == ["processes that decode images do not start, and threads do it: [Errno 11] Resource temporarily unavailable"]  # fmt: skip
+        assert sum(len(paths) for _, paths, _ in batches_of(batches)) == COUNT - len(BROKEN)

@@ -206,11 +206,13 @@ class ImageBatcher(Closing):
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
     def _start_processes(self, pin: Pin) -> PreparingProcesses | None:
-        """None: there is no memory that they and this process see, and threads do it."""
+        """None: there are no more processes, open files or shared memory to be had, and threads do
+        it.
+        """
         try:
             return PreparingProcesses(self._preparer, self._workers, pin)
         except OSError as error:
-            logger.info("images are decoded by threads, as there is no memory to share: %s", error)
+            logger.info("processes that decode images do not start, and threads do it: %s", error)
             return None
 
     def close(self) -> None:

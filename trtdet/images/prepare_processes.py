@@ -9,9 +9,10 @@ import logging
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,16 @@ from trtdet.processes import Processes, answer_all, available
 
 logger = logging.getLogger(__name__)
 
-#: Makes memory that is there already such that a backend reads it without a copy.
+#: Pins memory that is there already, so that a backend reads it without a copy.
 Pin = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
-#: Images of a message. More would be more batches ahead, fewer more work for who sends them.
+#: Images of a message. With more of them, more batches are ahead; with fewer, more messages cost
+#: more work.
 SHARE = 4
 #: Messages that a process has, so that it goes on while its answer waits.
 AT_ONCE = 2
+#: Addresses for batch buffers, of which memory takes up those alone that are in use.
+ADDRESSES = 1 << 37
 
 
 def can_share() -> bool:
@@ -69,23 +73,30 @@ class SharedBuffers(Closing):
         self._size = 0
         self._offsets: dict[int, int] = {}  # by address
         self.file = os.memfd_create("trtdet-batches")
+        try:
+            os.truncate(self.file, ADDRESSES)
+            # One mapping for all buffers: each mapping holds a file open.
+            self._all = mmap.mmap(self.file, ADDRESSES)
+        except BaseException:
+            self.close()
+            raise
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """A buffer; its memory is freed with the last array that views it. Where there is no more
         of it, of ordinary memory.
         """
         nbytes = math.prod(shape) * dtype.itemsize
-        offset, unit = self._size, mmap.ALLOCATIONGRANULARITY
+        offset = self._size
         try:
-            os.posix_fallocate(
-                self.file, offset, nbytes
-            )  # without, SIGBUS would say that it is full
-            memory = np.frombuffer(mmap.mmap(self.file, nbytes, offset=offset), np.uint8)
-        except OSError as error:
+            # Without this, a lack of memory would end the process that writes, by SIGBUS.
+            os.posix_fallocate(self.file, offset, nbytes)
+            memory = np.frombuffer(self._all, np.uint8, nbytes, offset)
+        except (OSError, ValueError) as error:  # ValueError: the addresses are used up
             logger.debug("a batch that processes do not see: %s", error)
             memory, offset = np.empty(nbytes, np.uint8), -1
         else:
-            self._size += -(-nbytes // unit) * unit
+            weakref.finalize(memory, _free, self._all, offset, nbytes).atexit = False
+            self._size += -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         pinned = self._pin(memory)
         self._offsets[pinned.ctypes.data] = offset
         return pinned.view(dtype).reshape(shape)
@@ -97,7 +108,18 @@ class SharedBuffers(Closing):
         return self._offsets[buffer.ctypes.data]
 
     def close(self) -> None:
-        os.close(self.file)
+        """Buffers stay; later ones are of ordinary memory."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+
+def _free(memory: mmap.mmap, offset: int, nbytes: int) -> None:
+    """Give the memory of a buffer back. Its addresses are not used again: a process may be writing
+    there, for an iteration that was left.
+    """
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_REMOVE, offset, nbytes)
 
 
 class PreparingProcesses(Closing):
@@ -135,8 +157,8 @@ class PreparingProcesses(Closing):
     def results(
         self, answer: Future[list[Result | None] | None], count: int
     ) -> Sequence[Result | None]:
-        """What came of `count` images of `start`, once it is there; None: this process is to do it
-        itself.
+        """What came of `count` images of `start`, once it is there; None: the caller is to prepare
+        the image itself.
         """
         found: list[Result | None] | None = self._processes.wait_for(answer)
         return [None] * count if found is None else found
@@ -151,25 +173,17 @@ class _Answers:
 
     def __init__(self, preparer: Preparer, memory: int) -> None:
         self._preparer = preparer
-        self._memory = memory
-        self._buffers: dict[int, NDArray[np.uint8]] = {}  # by offset
+        self._memory = np.frombuffer(mmap.mmap(memory, 0), np.uint8)  # all of it
 
     def __call__(self, rows: Rows) -> list[Result | None]:
-        buffer = self._buffer(rows)
+        dtype = np.dtype(rows.dtype)
+        end = rows.offset + math.prod(rows.shape) * dtype.itemsize
+        buffer = self._memory[rows.offset : end].view(dtype).reshape(rows.shape)
         return [self._prepare(path, buffer[row]) for row, path in enumerate(rows.paths, rows.first)]
 
     def _prepare(self, path: Path, out: NDArray[Any]) -> Result | None:
         result = self._preparer.prepare(path, out)
         return None if isinstance(result, BaseException) else result
-
-    def _buffer(self, rows: Rows) -> NDArray[Any]:
-        dtype = np.dtype(rows.dtype)
-        nbytes = math.prod(rows.shape) * dtype.itemsize
-        known = self._buffers.get(rows.offset)
-        if known is None or known.nbytes < nbytes:
-            known = np.frombuffer(mmap.mmap(self._memory, nbytes, offset=rows.offset), np.uint8)
-            self._buffers[rows.offset] = known
-        return known[:nbytes].view(dtype).reshape(rows.shape)
 
 
 def serve(pipe_file: int, memory: int) -> None:

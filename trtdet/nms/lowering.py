@@ -99,9 +99,9 @@ def lower(
     Args:
         model: not touched; the new model has its `metadata_props`.
         candidates: (anchor, class) pairs of an image that are looked at. None: `GRAPH_CANDIDATES`
-            for "graph"; for "onnx" the plugin's 5000, or as many as reach the score threshold in
-            some image of the batch where these are fewer. TensorRT, whose TopK ends at 3840 and
-            wants a constant, needs a number.
+            for "graph"; for "onnx" as many as reach the score threshold, in the image of the batch
+            that has most of them, but no more than the plugin's 5000. TensorRT, whose TopK ends at
+            3840 and wants a constant, needs a number.
         rounds: of the form "graph".
 
     Raises:
@@ -143,7 +143,7 @@ def head_sizes(types: Types, boxes: str, scores: str, values: int = 4) -> tuple[
     of the two tensors.
 
     Args:
-        values: of a box; turned ones have 5.
+        values: of a box; rotated ones have 5.
 
     Raises:
         GraphError: unknown shapes, or shapes that do not belong together.
@@ -254,8 +254,8 @@ def best_candidates(
     """
     Args:
         limit: candidates of an image, at most.
-        by_threshold: leave out columns in which every score of the batch is below the threshold,
-            as far as `max_output_boxes` are left.
+        by_threshold: leave out the columns in which every score of the batch is below the
+            threshold, but keep `max_output_boxes` of them.
     """
     if 0 <= nms.background_class < num_classes:
         background = np.arange(num_classes)[None, None] == nms.background_class

@@ -74,8 +74,8 @@ class ImageFiles:
         draw_threshold: pictures show detections from this score on.
         image_format: what pictures are written as.
         journal: whether there are lines to make.
-        read_again: draw on images that are read once more, where a task does not have them: where
-            processes draw, that costs less than to bring them the pixels.
+        read_again: where a task has no pixels, read the image again to draw on it. That costs less
+            than sending pixels to a process.
     """
 
     folder: Path

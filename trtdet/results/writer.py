@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Images that a process gets at a time, about: without pictures and with them.
 SHARE, SHARE_PICTURES = 32, 8
-#: And a thread, at most. Without pictures more images cost less than more threads bring; with
-#: them each thread has one share while another waits.
+#: Images that a thread gets at a time, at most. Without pictures, large shares save more than more
+#: threads would; with them, each thread has one share while another waits.
 THREAD_SHARE, THREAD_SHARE_PICTURES = 8, 2
 #: Processes: of those that write TSVs alone, more do not bring more; those that draw take a core
 #: each, and 10 MiB.
@@ -43,8 +43,8 @@ class ResultWriter:
     """
 
     #: Whether there are processes, and pictures -> images that may wait, per thread or process:
-    #: `write` blocks when the disk is slower than the runtime, so memory stays flat. Processes take
-    #: a while to start.
+    #: `write` blocks when the disk is slower than the runtime, so memory stays flat. More where
+    #: there are processes, as these take a while to start.
     PENDING: ClassVar = {
         (False, True): 4,
         (False, False): 32,

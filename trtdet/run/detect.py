@@ -64,7 +64,7 @@ def open_model(
 
 #: Images from which on a GPU is worth its start, where nobody says what decodes.
 MANY_IMAGES = 500
-#: Images, and cores, from which on processes that decode are worth theirs.
+#: Images, and cores, from which on decoding in processes is worth their start.
 MANY_TO_DECODE, MANY_CORES = 8000, 8
 
 

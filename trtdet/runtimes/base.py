@@ -102,7 +102,7 @@ class Runtime(Closing):
             then is not that of a batch.
         one_size: whether a batch of another size takes long the first time, so that all should have
             one.
-        pins: whether `pin` makes memory that another has made as good as that of `allocate`.
+        pins: whether `pin` makes any memory as good as that of `allocate`.
         images_on: the GPU whose memory batches may lie in, as `DeviceImages`; None: arrays alone
             are taken.
         without_value: the weights that are NaN, with which the model finds nothing; "": none is, as
