@@ -151,8 +151,15 @@ def convert(source: Source, options: Options) -> Converted:
         GraphError: the source is not what a family expects, or an option contradicts it.
     """
     reading = read_source(source, options)
-    if reading.shorter_side and options.size_hw is None:
+    if (reading.shorter_side or reading.own_size) and options.size_hw is None:
         options = dataclasses.replace(options, dynamic_size=True)
+    if reading.one_by_one:
+        if options.batch not in (None, 1):
+            raise GraphError(
+                f"--input_shape asks for a batch of {options.batch}; the number of this model's detections follows the picture, so it takes one "
+                "picture at a time: give 1, or leave it out"
+            )
+        options = dataclasses.replace(options, batch=1)
     for note in reading.notes:
         if note.option not in options.given:
             logger.warning(note.text)
@@ -242,7 +249,8 @@ def finish_network(
                 tidy.make_static_batch_dynamic(body, tensor, last)
             tensor.shape = [batch, len(reading.anchors), last]
         tensor.name, tensor.dtype = name, np.dtype(np.float32)
-    tidy.make_batch_dynamic(body, reading.batch)
+    if not reading.one_by_one:
+        tidy.make_batch_dynamic(body, reading.batch)
     tidy.set_input(body, spec.preprocessing, batch)
     model = gs.export_onnx(body)
     model.ir_version = min(model.ir_version, IR_VERSION)
@@ -302,7 +310,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
     )
     if options.dynamic_size:
         multiple = reading.size_multiple
-        if found.selection != "nms":
+        if found.selection != "nms" and not reading.one_by_one:
             raise GraphError(
                 f"--input_shape asks for a dynamic size, which goes with EfficientNMS alone; this model ends in {found.selection}: name a size"
             )
@@ -317,6 +325,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
             size_range=((multiple, multiple), (largest, largest)),
             size_multiple=multiple,
             shorter_side=reading.shorter_side,
+            own_size=reading.own_size,
         )
     if options.preprocessor:
         mean, std = PREPROCESSORS[options.preprocessor]

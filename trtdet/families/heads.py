@@ -7,6 +7,7 @@ shapes, values and the graph.
 | boxes [N, A, 4], scores [N, A, C] or [N, C, A] | YOLO-NAS, PP-YOLOE, PicoDet, DAMO-YOLO, RTMDet |
 | boxes [N, K, 4], scores [N, K], labels [N, K] | exports that select by themselves |
 | dets [N, K, 5], labels [N, K] | MMDeploy |
+| the same of one picture, K of which follows the picture | `trtdet.families.any_number` |
 | one of rows: x1 y1 x2 y2 score label; box and scores; box, objectness and scores | DeepStream's users, PicoDet, RTMDet, YOLO without metadata |
 
 What a box is, whether scores are probabilities, whether rows are selected already, is measured on
@@ -17,6 +18,7 @@ is asked for, unless a recognised framework's convention is handed in.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,12 +26,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from trtdet.errors import GraphError
+from trtdet.families import any_number, picture
 from trtdet.families import evidence as ev
-from trtdet.families import picture
+from trtdet.families.any_number import Rows
 from trtdet.families.base import (
     IMAGE_HINTS,
     NO_HINTS,
     Declaration,
+    Final,
+    Found,
     Heads,
     Hints,
     Reading,
@@ -48,7 +53,6 @@ from trtdet.families.heads_plan import (
     image_hw,
     paddle_feeds,
     starting_line,
-    unbatched,
 )
 from trtdet.families.heads_reader import Reader
 from trtdet.families.nms_plugin import framework_of, maybe_plugin
@@ -56,6 +60,7 @@ from trtdet.families.outputs import (
     batch_of,
     look,
     maybe_levels,
+    to_xyxy,
 )
 from trtdet.families.pixels import (
     Convention,
@@ -67,6 +72,7 @@ from trtdet.families.pixels import (
 )
 from trtdet.graph.builder import Builder
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
+from trtdet.nms.lowering import TENSORRT_TOPK
 from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import (
@@ -75,13 +81,16 @@ from trtdet.spec import (
     Preprocessing,
 )
 
-__all__ = ["NAME", "Framework", "matches", "read", "starting_line", "unbatched", "why_not"]
+__all__ = ["NAME", "Framework", "matches", "read", "starting_line", "why_not"]
 
 NAME = "heads"
 #: Tried only where no family that knows its network matches.
 IS_GENERAL = True
 
 IOU_THRESHOLD, MAX_DETECTIONS = 0.6, 300
+#: At which a network that takes any size is looked at.
+USUAL_SIZE = (384, 512)
+UNIT = Normal((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
 
 
 def matches(source: Source) -> bool:
@@ -93,7 +102,7 @@ def matches(source: Source) -> bool:
     if not _explained(source):
         return False
     shapes = [s for s in _declared_shapes(source).values()]
-    return any(len(s) == 3 or not s for s in shapes)
+    return any(len(s) == 3 or not s for s in shapes) or any_number.is_open(source)
 
 
 def why_not(source: Source) -> str:
@@ -136,6 +145,12 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     outputs = [info.name for info in source.model.graph.output]
     if plugin is not None:
         known, outputs = framework_of(plugin, known), []
+    rows = None
+    if plugin is None:
+        rows = any_number.find_rows(source, _merged(hints.declared, known.declaration(outputs)))
+    if rows is not None:
+        known = _pad(source, rows, known, hints, evidence)
+        outputs = [info.name for info in source.model.graph.output]
     feeds = paddle_feeds(source, hints.size_hw or known.size_hw)
     pixels = find_pixels(source, hints, usual_size=known.size_hw, feeds=feeds)
     if not {*pixels.others} <= feeds.keys():
@@ -143,19 +158,31 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             f"{source.path}: expected images as the only input, found {', '.join(pixels.others)} too; export the model without"
         )
     size_hw = pixels.size_hw or (0, 0)
-    own_size = None if _has_size(source) or hints.size_hw else known.shorter_side
-    _note_input(evidence, pixels, size_hw)
+    shorter_side = None if _has_size(source) or hints.size_hw else known.shorter_side
+    own_size = known.own_size and not _has_size(source) and not hints.size_hw
+    _note_input(evidence, pixels, size_hw if not own_size else None)
     convention = Convention(known.name, known.normal) if known.normal else None
     normal = decide_normalisation(evidence, pixels, hints, convention)
-    preprocessing = _preprocessing(evidence, hints, known, normal, size_hw)
     if own_size:
-        _note_own_size(evidence, known, own_size)
+        if hints.resize or hints.placement or hints.pad_rgb:
+            raise GraphError(
+                f"{source.path}: --resize_mode, --placement and --pad_color go with one size for all pictures, --input_size H,W; this network takes each at "
+                "its own and resizes it itself: name a size, or leave them out"
+            )
+        preprocessing = _as_they_are(normal, size_hw)
+        evidence.add(ev.RESIZE, "none: each picture at its own size", f"{ev.READ}it resizes inside")
+    else:
+        preprocessing = _preprocessing(evidence, hints, known, normal, size_hw)
+    if shorter_side:
+        _note_shorter_side(evidence, known, shorter_side)
     declared = _merged(hints.declared, known.declaration(outputs))
     wanted = [*outputs, *_named(declared, outputs)]
     seen = look(source, pixels, normal, wanted, feeds, size_hw)
-    plan = Reader(source, seen, size_hw, declared, evidence, hints, known).plan()
+    plan = Reader(source, seen, size_hw, declared, evidence, hints, known, rows).plan()
     spec = _spec(plan, preprocessing, hints, known, evidence)
     batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw, feeds)
+    if rows is not None:
+        batch, said = 1, f"{ev.READ}the number of detections follows the picture"
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
     multiple = None if _has_size(source) else _multiple(known, plan, size_hw)
     clips = known.clipped and not plan.selected
@@ -175,29 +202,86 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             shapes={k: seen[v][0].shape for k, v in plan.tensors.items()},
             count=plan.count,
             feeds=feeds,
+            batch="N" if rows is None else 1,
         ),
         feeds=feeds,
         facts=evidence.settle(),
-        notes=() if own_size else known.notes,
+        final=_final(plan, size_hw) if rows is not None and plan.selected else None,
+        notes=() if own_size or shorter_side else known.notes,
         takes=IMAGE_HINTS | {"declared", "num_classes"},
         size_multiple=multiple,
-        shorter_side=own_size,
+        shorter_side=shorter_side,
+        own_size=own_size,
+        one_by_one=rows is not None,
     )
+
+
+def _pad(
+    source: OnnxSource, rows: Rows, known: Framework, hints: Hints, evidence: Evidence
+) -> Framework:
+    """Give outputs whose number of rows follows the picture a fixed one: the most that the model
+    finds, or what is asked for.
+
+    Returns:
+        What is known of the framework, with what these outputs say.
+    """
+    kept = rows.most or hints.max_detections
+    how = f"{ev.READ}its {rows.how}" if rows.most else f"{ev.GIVEN}--max_detections"
+    if kept is None:
+        evidence.ask(ev.KEPT, "--max_detections N, the most of one picture", MAX_DETECTIONS)
+        kept, how = MAX_DETECTIONS, ""
+    if kept > TENSORRT_TOPK:
+        raise GraphError(
+            f"{source.path}: --max_detections: expected at most {TENSORRT_TOPK}, where TensorRT's TopK ends, found {kept}; name fewer"
+        )
+    any_number.pad_rows(source, rows, kept)
+    if how:
+        evidence.add(ev.KEPT, kept, how)
+    changes: dict[str, Any] = {}
+    if rows.is_torchvision and not known.name:
+        changes = {"name": "torchvision", "normal": UNIT, "first_id": 0}
+        changes["declared"] = Declaration(box_format="xyxy", box_units="pixels")
+        evidence.add(ev.FAMILY, "torchvision", f"{ev.READ}boxes [n, 4], int64 labels [n] and scores [n] behind its resize and NMS")  # fmt: skip
+    if rows.resizes:
+        changes |= {"own_size": True, "size_multiple": 1}
+        changes["size_hw"] = known.size_hw or USUAL_SIZE
+    if rows.columns == any_number.PADDLE_COLUMNS:
+        changes |= {"name": known.name or "PaddleDetection", "rows": rows.boxes, "columns": rows.columns}  # fmt: skip
+    return known.with_changes(**changes)
+
+
+def _final(plan: Plan, size_hw: tuple[int, int]) -> Final:
+    """The detections that the source selects itself, padded."""
+    names = [*plan.tensors]
+    height, width = size_hw
+    unit = np.array([width, height] * 2 if plan.is_unit else [1] * 4, np.float32)
+
+    def read_detections(values: Sequence[NDArray[Any]]) -> Found:
+        by_name = {name: value[0] for name, value in zip(names, values, strict=True)}
+        if plan.rows:
+            rows = by_name[ROWS]
+            boxes = rows[:, plan.first_box : plan.first_box + 4]
+            scores = rows[:, plan.first_score]
+            labels = by_name[LABELS] if plan.labels else rows[:, plan.label_column or 0]
+        else:
+            boxes, scores = by_name[BOXES], by_name[SCORES]
+            labels = by_name.get(LABELS, np.full(len(boxes), plan.label_base))
+        corners = to_xyxy(boxes, plan.box_format).astype(np.float32) * unit
+        return Found(corners, scores, labels.astype(np.int64) - plan.label_base)
+
+    return Final(tuple(plan.tensors.values()), read_detections)
 
 
 def _has_size(source: OnnxSource) -> bool:
     return image_hw(source) is not None
 
 
-def _note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int]) -> None:
-    evidence.add(
-        ev.INPUT,
-        f"'{pixels.image}' {pixels.image_layout} {size_hw[0]}x{size_hw[1]}",
-        "read: its shape",
-    )
+def _note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int] | None) -> None:
+    size = f"{size_hw[0]}x{size_hw[1]}" if size_hw else "of any size"
+    evidence.add(ev.INPUT, f"'{pixels.image}' {pixels.image_layout} {size}", "read: its shape")
 
 
-def _note_own_size(evidence: Evidence, known: Framework, shorter_side: tuple[int, int]) -> None:
+def _note_shorter_side(evidence: Evidence, known: Framework, shorter_side: tuple[int, int]) -> None:
     shorter, longer = shorter_side
     evidence.add(
         ev.RESIZE,
@@ -277,6 +361,18 @@ def _preprocessing(
     )
 
 
+def _as_they_are(normal: Normal, size_hw: tuple[int, int]) -> Preprocessing:
+    """Pictures at their own size; those of one batch would be padded to the largest."""
+    return Preprocessing(
+        size_hw,
+        dtype="uint8",
+        mean=normal.mean,
+        std=normal.std,
+        bgr=normal.bgr,
+        rounding="round",
+    )
+
+
 def _spec(
     plan: Plan, preprocessing: Preprocessing, hints: Hints, known: Framework, evidence: Evidence
 ) -> ModelSpec:
@@ -287,14 +383,22 @@ def _spec(
     if coco:
         ids, origin = COCO_80_IDS, "convention: COCO's ids of its 80 classes"
     else:
-        ids, origin = tuple(range(1, plan.num_classes + 1)), "convention: class index + 1"
+        first = known.first_id + (plan.label_base if known.first_id == 0 else 0)
+        ids = tuple(range(first, first + plan.num_classes))
+        origin = (
+            f"{ev.CONVENTION}class index + 1" if known.first_id else f"{ev.CONVENTION}its labels"
+        )
     evidence.add(ev.CATEGORY_IDS, f"{ids[0]}..{ids[-1]}" if ids else "none", origin)
     one_class_each = plan.labels != "" or plan.label_column is not None
     kept = known.kept or (plan.count if plan.selected else MAX_DETECTIONS)
     if plan.selected:
         pairs = plan.count * (1 if one_class_each else max(plan.num_classes, 1))
         kept = min(kept, pairs)
-    how = (
+    if former := next((fact for fact in evidence.facts if fact.name == ev.KEPT), None):
+        how, kept = former.origin, int(former.value)
+    else:
+        how = ""
+    how = how or (
         f"{ev.CONVENTION}{known.name}"
         if known.kept
         else "read: all of its rows"
@@ -327,6 +431,7 @@ def _declare(
     shapes: Mapping[str, tuple[int, ...]],
     count: int,
     feeds: Mapping[str, NDArray[np.float32]],
+    batch: int | str = "N",
 ) -> None:
     """Give the heads the shapes that they were seen to have; how many rows there are follows the
     size where that is dynamic. Inputs beside the images become constants.
@@ -334,7 +439,7 @@ def _declare(
     for tensor in [t for t in graph.inputs if t.name in feeds]:
         graph.inputs.remove(tensor)
         tensor.to_constant(feeds[tensor.name])
-    free = None in (graph.inputs[0].shape or ())[1:]
+    free = None in (graph.inputs[0].shape or ())[1:] and batch == "N"
     for position, (name, shape) in enumerate(shapes.items()):
         tensor = graph.outputs[position]
         if name == LABELS:  # whole numbers: exact in float32
@@ -344,7 +449,7 @@ def _declare(
                 gs.Node("Cast", "labels_float", {"to": TensorProto.FLOAT}, [former], [tensor])
             )
             graph.outputs[position] = tensor
-        tensor.shape = ["N", *(None if free and n == count else n for n in shape[1:])]
+        tensor.shape = [batch, *(None if free and n == count else n for n in shape[1:])]
         tensor.dtype = np.dtype(np.float32)
 
 
@@ -364,7 +469,7 @@ def assemble(
     Args:
         clips: boxes are clipped to the picture; they become corners.
     """
-    count = -1 if spec.preprocessing.size_range else plan.count
+    count = -1 if spec.preprocessing.size_range and not plan.is_padded else plan.count
     if plan.rows:
         rows = build.node("Transpose", "rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
         boxes = build.slice_last("boxes", rows, plan.first_box, plan.first_box + 4)

@@ -173,6 +173,22 @@ def first_convolution(source: OnnxSource, image: str) -> str | None:
     return None
 
 
+def resizes(source: OnnxSource, tensor: str) -> bool:
+    """Whether a Resize leads to a tensor."""
+    producer = {name: node for node in source.model.graph.node for name in node.output}
+    pending, seen = [tensor], set[str]()
+    while pending:
+        name = pending.pop()
+        node = producer.get(name)
+        if node is None or name in seen:
+            continue
+        seen.add(name)
+        if node.op_type == "Resize":
+            return True
+        pending.extend(node.input)
+    return False
+
+
 def _measured(
     source: OnnxSource,
     plain: Pixels,
@@ -203,7 +219,7 @@ def _measured(
     black = see((0, 0, 0))
     shape = black.shape
     layout: Layout = "NCHW" if shape == (3, *size_hw) else "NHWC"
-    whole = shape in ((3, *size_hw), (*size_hw, 3))
+    whole = shape in ((3, *size_hw), (*size_hw, 3)) and not resizes(source, tensor)
     axis = 0 if layout == "NCHW" or not whole else 2
     if black.ndim != 3:
         raise GraphError(
@@ -211,7 +227,11 @@ def _measured(
         )
 
     def channels(value: NDArray[np.float64]) -> NDArray[np.float64]:
-        flat = np.moveaxis(value, axis, 0).reshape(value.shape[axis], -1)
+        maps = np.moveaxis(value, axis, 0)
+        if not whole:  # resized inside, and padded at a border
+            inner = (slice(n // 4, max(n // 2, n // 4 + 1)) for n in maps.shape[1:])
+            maps = maps[(slice(None), *inner)]
+        flat = maps.reshape(len(maps), -1)
         # A convolution with padding of its own, or a Pad before it: the border is left aside.
         if np.ptp(flat, axis=1).max() > 1e-3 * max(1.0, float(np.abs(flat).max())):
             raise _not_affine(source, plain.image)
