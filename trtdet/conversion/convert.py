@@ -36,11 +36,11 @@ from trtdet.graph import deformable_attention, tidy
 from trtdet.graph.builder import Builder
 from trtdet.graph.map_op import OpMapping, custom_ops, map_ops
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
-from trtdet.nms import lowering, plugin
+from trtdet.nms import lowering, plugin, static_rows
 from trtdet.nms.rotated import insert_rotated_nms
 from trtdet.nms.topk import insert_topk
 from trtdet.sources.base import Source, cut_onnx, run_onnx
-from trtdet.sources.onnx_file import OnnxSource
+from trtdet.sources.onnx_file import NEWEST_OPSET, OnnxSource
 from trtdet.spec import PREPROCESSORS, Fact, InputDtype, Layout, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -207,11 +207,17 @@ def assemble(source: Source, reading: Reading, options: Options) -> Converted:
         (None, height, width, 3) if reading.network_layout == "NHWC" else (None, 3, height, width)
     )
     others = {name: value.shape for name, value in reading.feeds.items()}
+    is_static = reading.one_by_one and not options.dynamic_size
+    if is_static:
+        shape = (1, *shape[1:])
+    opset = options.opset or (_with_grid_sample(source) if is_static else None)
     raw = source.extract(
-        {reading.network_input: shape, **others}, list(reading.heads.values()), opset=options.opset
+        {reading.network_input: shape, **others}, list(reading.heads.values()), opset=opset
     )
     if options.raw_path:
         files.write_bytes(options.raw_path, raw.SerializeToString())
+    if is_static:
+        raw = with_fixed_shapes(raw)
     model = finish_network(raw, reading, spec, options.batch or "N")
     spec.attach(model)
     if reading.assemble:
@@ -230,6 +236,30 @@ def assemble(source: Source, reading: Reading, options: Options) -> Converted:
             "--nms_mode best_class: this model's scores are its network's own outputs, and its NMS takes every class of a box; leave it out"
         )
     return Converted(select(model, reading, spec, options), spec, reading)
+
+
+def with_fixed_shapes(raw: onnx.ModelProto) -> onnx.ModelProto:
+    """The network without shapes that follow the picture, which no TensorRT-RTX builds; as it is,
+    with a warning, where there is no such form of it.
+    """
+    if not static_rows.has_data_sizes(raw):
+        return raw
+    try:
+        return static_rows.make_static(raw)
+    except GraphError as error:
+        logger.warning(
+            "shapes inside the model follow the picture, which TensorRT-RTX does not build: %s",
+            error,
+        )
+        return raw
+
+
+def _with_grid_sample(source: Source) -> int | None:
+    """The opset that operators of fixed shapes need, where the source has an older one."""
+    if not isinstance(source, OnnxSource):
+        return None
+    found = next(o.version for o in source.model.opset_import if o.domain in ("", "ai.onnx"))
+    return max(found, NEWEST_OPSET)
 
 
 def finish_network(
