@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from libreyolo_exports import HIDDEN, fill, spread_outputs, thaw
@@ -42,10 +43,10 @@ FIXED, CLASSES = (256, 320), 91
 
 
 def pixels(photo: Path, form: str) -> torch.Tensor:
-    image = Image.open(photo).convert("RGB")
+    image = np.array(Image.open(photo).convert("RGB"))
     if form == "fixed":
-        image = image.resize(FIXED[::-1], Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+        image = cv2.resize(image, FIXED[::-1], interpolation=cv2.INTER_LINEAR)
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
 
 
 def shake(net: nn.Module, images: list[torch.Tensor], seed: int) -> None:

@@ -33,7 +33,7 @@ from trtdet.families.base import (
 )
 from trtdet.families.evidence import BATCH, GIVEN, KEPT, NORMALISATION, SELECTION, with_options
 from trtdet.graph import deformable_attention, tidy
-from trtdet.graph.builder import Builder
+from trtdet.graph.builder import COMPUTE_OPS, POSITIONS_PREFIX, Builder
 from trtdet.graph.map_op import OpMapping, custom_ops, map_ops
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.nms import lowering, plugin, static_rows
@@ -219,6 +219,12 @@ def assemble(source: Source, reading: Reading, options: Options) -> Converted:
     if is_static:
         raw = with_fixed_shapes(raw)
     model = finish_network(raw, reading, spec, options.batch or "N")
+    if is_static:
+        # Where a box is looked at, and on which level of the pyramid.
+        of = {"GridSample": 1, "Where": 0}
+        made = [node for node in model.graph.node if node.name.startswith(POSITIONS_PREFIX)]
+        where = [node.input[of[node.op_type]] for node in made if node.op_type in of]
+        deformable_attention.name_positions(model, [*reading.heads, *where], COMPUTE_OPS)
     spec.attach(model)
     if reading.assemble:
         build = Builder(model, "decode/")
@@ -242,7 +248,7 @@ def with_fixed_shapes(raw: onnx.ModelProto) -> onnx.ModelProto:
     """The network without shapes that follow the picture, which no TensorRT-RTX builds; as it is,
     with a warning, where there is no such form of it.
     """
-    if not static_rows.has_data_sizes(raw):
+    if static_rows.maybe_data_sized(raw) is None:
         return raw
     try:
         return static_rows.make_static(raw)

@@ -18,7 +18,7 @@ A rule that is not known is an error, never a guess; and stage 1 compares what c
 source.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,10 +28,16 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trtdet.errors import GraphError
-from trtdet.graph.builder import Builder
+from trtdet.graph.builder import POSITIONS_PREFIX, Builder
 from trtdet.graph.roi_align import lower_node as lower_roi_align
-from trtdet.nms.lowering import TENSORRT_TOPK, Candidates, pairwise_iou, suppress_by_rounds
-from trtdet.sources.base import run_onnx
+from trtdet.nms.lowering import (
+    GRAPH_CANDIDATES,
+    TENSORRT_TOPK,
+    Candidates,
+    pairwise_iou,
+    suppress_by_rounds,
+)
+from trtdet.sources.base import constants_of, run_onnx
 from trtdet.sources.subgraphs import subgraphs
 from trtdet.spec import Nms
 
@@ -76,16 +82,18 @@ class Known:
     rows: Rows | None = None
 
 
-def has_data_sizes(model: onnx.ModelProto) -> bool:
-    """Whether shapes inside follow the picture; bodies of If and Loop included."""
-    pending = [*model.graph.node]
+def maybe_data_sized(model: onnx.ModelProto) -> onnx.NodeProto | None:
+    """An operator whose result has as many rows as the picture has of something, in bodies of If
+    and Loop too; not the NMS behind the heads.
+    """
+    pending = [node for node in model.graph.node if not node.name.startswith("nms/")]
     while pending:
         node = pending.pop()
         if node.op_type in DATA_SIZED:
-            return True
+            return node
         for body in subgraphs(node):
             pending.extend(body.node)
-    return False
+    return None
 
 
 def make_static(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -105,11 +113,12 @@ class _Lowering:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(model)
-        self.build = Builder(self.model, "rows/")
+        self.build = Builder(self.model, f"{POSITIONS_PREFIX}rows/")
         self.opset = self.build.opset
         self.known: dict[str, Known] = {}
         self.written: set[str] = set()
         self.number = 0
+        self.kept_of = _kept_of(self.model)
 
     def run(self) -> onnx.ModelProto:
         graph = self.model.graph
@@ -347,7 +356,7 @@ class _Lowering:
             raise self._unknown(node, "of several pictures, or of centres")
         _, classes, n = scores.shape
         pairs = classes * n
-        count = min(pairs, TENSORRT_TOPK)
+        count = min(pairs, self._candidates(node))
         limit = int(most.reshape(-1)[0]) if most is not None else 0
         if classes > 1 and limit < n:
             raise self._unknown(node, f"at most {limit} of each class")
@@ -384,6 +393,15 @@ class _Lowering:
             mask = self._made("Slice", "mask_first", mask, *bounds)
         self._renamed(chosen, node.output[0], Rows(0, mask, first=True))
 
+    def _candidates(self, node: onnx.NodeProto) -> int:
+        """How many boxes are looked at: as many as TensorRT's TopK takes, or fewer where the
+        model keeps few of the survivors.
+        """
+        kept = self.kept_of.get(node.output[0])
+        return (
+            TENSORRT_TOPK if kept is None else min(TENSORRT_TOPK, max(GRAPH_CANDIDATES, 4 * kept))
+        )
+
     def _survivors(
         self, node: onnx.NodeProto, anchor: str, class_id: str, rank: str, score: str,
         count: int, overlap: Array | None, classes: int,
@@ -405,9 +423,13 @@ class _Lowering:
 
     def _top_k(self, tensor: str, k: int) -> tuple[str, str]:
         self.number += 1
-        outputs = [f"rows/best_{self.number}/{part}" for part in ("values", "indices")]
+        outputs = [
+            f"{self.build.prefix}best_{self.number}/{part}" for part in ("values", "indices")
+        ]
         sizes = self._own("k", np.array([k], np.int64))
-        node = helper.make_node("TopK", [tensor, sizes], outputs, f"rows/best_{self.number}")
+        node = helper.make_node(
+            "TopK", [tensor, sizes], outputs, f"{self.build.prefix}best_{self.number}"
+        )
         self._keep(node)
         return outputs[0], outputs[1]
 
@@ -458,6 +480,36 @@ class _Lowering:
                 raise self._unknown(node, "rows along two axes")
         assert found is not None
         return found
+
+
+def _kept_of(model: onnx.ModelProto) -> dict[str, int]:
+    """Result of an NMS -> how many of the survivors a Slice behind it keeps; where there is one."""
+    constants = constants_of(model)
+    kept: dict[str, int] = {}
+    for node in model.graph.node:
+        bounds = (
+            [constants.get(name) for name in node.input[1:4]] if node.op_type == "Slice" else []
+        )
+        if len(bounds) < 3 or any(v is None or v.size != 1 for v in bounds):
+            continue
+        start, end, axis = (int(v.reshape(-1)[0]) for v in bounds if v is not None)
+        if start == 0 and axis == 0 and 0 < end < TENSORRT_TOPK:
+            for name in _suppressed_above(model.graph, node.input[0]):
+                kept[name] = end
+    return kept
+
+
+def _suppressed_above(graph: onnx.GraphProto, tensor: str) -> Iterator[str]:
+    """The results of NMS that a tensor is a column of, in bodies of an If too."""
+    producer = {name: node for node in graph.node for name in node.output}
+    node = producer.get(tensor)
+    while node is not None and node.op_type in ("Gather", "Squeeze", "Reshape", "Cast", "Identity"):
+        node = producer.get(node.input[0])
+    if node is not None and node.op_type == "NonMaxSuppression":
+        yield node.output[0]
+    elif node is not None and node.op_type == "If":
+        for body in subgraphs(node):
+            yield from _suppressed_above(body, body.output[0].name)
 
 
 Rule = Callable[[_Lowering, onnx.NodeProto], None]
