@@ -19,8 +19,9 @@ from test_foreign_exports import FLOAT, INT64, constants, info, make, mmdeploy, 
 from test_mutations import IMAGES, pair
 
 from trtdet import about
-from trtdet.commands import create_onnx
+from trtdet.commands import build_engine, create_onnx
 from trtdet.families.outputs import photographs
+from trtdet.nms.static_rows import maybe_data_sized
 from trtdet.run.detect import detect, open_batcher, open_model
 from trtdet.run.options import RunOptions
 from trtdet.sources.base import run_onnx
@@ -136,6 +137,7 @@ def test_what_the_source_finds(name: str, tmp_path: Path) -> None:
     status, out = convert(model, tmp_path, *IMAGES, "--max_detections", "60", *options)
     assert status == 0
     made = onnx.load(out)
+    assert maybe_data_sized(made) is None and maybe_data_sized(model) is not None
     spec = ModelSpec.from_onnx(made)
     assert spec.selection == "topk" and spec.nms.max_output_boxes == 60 and spec.num_classes == 3
     assert made.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
@@ -358,6 +360,26 @@ def test_each_picture_at_its_own_size(tmp_path: Path) -> None:
     assert total >= 50
 
 
+def check_whole(
+    model: onnx.ModelProto, made: onnx.ModelProto, images: list[NDArray[np.uint8]]
+) -> None:
+    """What a file of one size finds is what the source finds."""
+    batch = (None,) if len(model.graph.input[0].type.tensor_type.shape.dim) == 4 else ()
+    total = 0
+    dtype = ModelSpec.from_onnx(made).preprocessing.dtype
+    for image in images:
+        pixels = image.transpose(2, 0, 1).astype(np.float32) / 255
+        fed = {"image": pixels[(*batch,)] if batch else pixels}
+        boxes, labels, scores = run_onnx(model, ["boxes", "labels", "scores"], fed)
+        n, *ours = run_onnx(made, OUTPUT_NAMES, {"input": image[None].astype(dtype)})
+        assert n[0, 0] == len(scores)
+        order = np.argsort(-scores, kind="stable")
+        for found, expected in zip(ours, (boxes, scores, labels), strict=True):
+            np.testing.assert_allclose(found[0, : len(scores)], expected[order], atol=0.01)
+        total += len(scores)
+    assert total >= 50
+
+
 def test_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An export of one size, or one of any size that is asked for another: how pictures come into
     it is asked for.
@@ -367,7 +389,61 @@ def test_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert "nothing in the file says resize; give --resize_mode" in capsys.readouterr().err
         status, out = convert(model, tmp_path, *asked, "--resize_mode", "stretch")
         assert status == 0
-        preprocessing = ModelSpec.from_onnx(onnx.load(out)).preprocessing
+        made = onnx.load(out)
+        preprocessing = ModelSpec.from_onnx(made).preprocessing
         assert preprocessing.size_hw == (120, 160) and not preprocessing.own_size
+        assert maybe_data_sized(made) is None
+        check_whole(model, made, [*photographs((120, 160)), np.zeros((120, 160, 3), np.uint8)])
     assert convert(whole(), tmp_path, "--resize_mode", "stretch")[0] == 1
     assert "go with one size for all pictures, --input_size H,W" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_tensorrt_rtx_builds_it(precision: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs requirements-rtx.txt")
+    status, out = convert(whole(fixed=(120, 160)), tmp_path, "--resize_mode", "stretch")
+    assert status == 0
+    asked = ["--model", str(out), "--engine", str(tmp_path / "a.engine"), "--precision", precision]
+    asked += ["--flavor", "tensorrt_rtx", "--compute_capability", "8.9", "--optimization_level", "0"]  # fmt: skip
+    if precision == "int8":
+        photographs_folder = str(about.PHOTOGRAPH.parent)
+        asked += ["--calib_input", photographs_folder, "--int8_share", "1"]
+    assert build_engine.main(asked) == 0
+    assert (tmp_path / "a.engine").stat().st_size > 50_000
+
+
+def test_no_engine_of_shapes_that_follow_the_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out = convert(whole(), tmp_path)
+    assert status == 0
+    engine = tmp_path / "a.engine"
+    for more in ([], ["--dry_run"]):
+        asked = ["--model", str(out), "--engine", str(engine), "--precision", "fp32", *more]
+        assert build_engine.main(asked) == 1
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert (
+            "makes as many rows as a picture has boxes, and no engine is built of that" in message
+        )
+        assert "create_onnx.py --input_size H,W" in message and not engine.exists()
+
+
+def test_positions_stay_float32(tmp_path: Path) -> None:
+    """Boxes of up to 160 pixels lose a tenth of a pixel in FP16; the network itself is narrowed."""
+    status, out = convert(whole(fixed=(120, 160)), tmp_path, "--resize_mode", "stretch")
+    half = tmp_path / "half.onnx"
+    asked = ["--model", str(out), "--save_onnx", str(half), "--precision", "fp16"]
+    assert status == 0 and build_engine.main(asked) == 0
+    made, narrow = onnx.load(out), onnx.load(half)
+    types = [t.data_type for t in narrow.graph.initializer]
+    assert TensorProto.FLOAT16 in types
+    gaps = []
+    for image in photographs((120, 160)):
+        fed = {"input": image[None].astype(ModelSpec.from_onnx(made).preprocessing.dtype)}
+        (n, boxes, scores), (_, theirs, others) = (
+            run_onnx(m, OUTPUT_NAMES[:3], fed) for m in (made, narrow)
+        )
+        count = int(n[0, 0])
+        same = np.abs(scores - others)[0, :count] < 5e-3
+        gaps.append(np.abs(boxes - theirs)[0, :count][same].max(axis=1))
+    assert np.median(np.concatenate(gaps)) < 0.03

@@ -62,6 +62,8 @@ ALL = (
     "LibreEfficientDet:d0:512",
     "LibreRetinaNet:r50:320",
     "LibreFCOS:r50:320",
+    "LibreFasterRCNN:n:320",
+    "LibreMaskRCNN:r50:320",
     "LibreYOLOX:t:288",
     "LibreYOLONAS:s:256",
     "LibrePICODET:m:320",
@@ -242,8 +244,8 @@ def narrow(model: onnx.ModelProto, dtype: type[np.floating] = np.float16) -> int
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_family": "faster_rcnn"}, "LibreYOLO's faster_rcnn is not converted: the number of its detections differs from picture to picture"),
-        ({"model_family": "mask_rcnn", "task": "segment"}, "LibreYOLO's mask_rcnn is not converted: the number"),
+        ({"model_family": "faster_rcnn"}, "expected boxes [n, 4], scores [n] and labels [n] of LibreYOLO's Faster R-CNN, found output"),
+        ({"model_family": "mask_rcnn", "task": "segment"}, "expected boxes [n, 4], scores [n] and labels [n] of LibreYOLO's Mask R-CNN, found output"),
         ({"model_family": "centernet"}, "LibreYOLO's centernet is not converted: its pictures are warped"),
         ({"task": "segment"}, "found a LibreYOLO model for the task 'segment'; export one for the task 'detect'"),
         ({"nms": "true"}, "one with its output 'raw'; export it with nms=False"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtdet.errors import GraphError
-from trtdet.families import detr, heads
+from trtdet.families import any_number, detr, heads
 from trtdet.families.base import NO_HINTS, Declaration, Hints, Note, Reading
 from trtdet.families.heads import Framework
 from trtdet.families.outputs import Nodes
@@ -89,6 +89,10 @@ def _of_own_size(name: str, columns: tuple[str, ...], kept: int | None = None) -
         name, IMAGENET, resize="letterbox", rounding="floor_axes", pad_rgb=IMAGENET.mean, rounds=False, cut_off=False, declared=_PIXELS, columns=columns,
         kept=kept, selected=False, size_multiple=32, shorter_side=(800, LONGEST),
     )  # fmt: skip
+
+
+#: Families that select their detections themselves, and whose pictures come as they are.
+TWO_STAGES = ("faster_rcnn", "mask_rcnn")
 
 
 def _two_stages(name: str) -> Framework:
@@ -181,13 +185,25 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             raise GraphError(
                 f"{source.path}: expected a LibreYOLO export without NMS, or one with its output '{RAW}'; export it with nms=False"
             )
-        return heads.read(source, hints, framework_of(found, labels))
+        framework = framework_of(found, labels)
+        if family in TWO_STAGES and isinstance(source, OnnxSource):
+            check_selects(source, framework)
+        return heads.read(source, hints, framework)
     how = ""
     if isinstance(source, OnnxSource):
         how = f"to convert it all the same, add --family heads and declare its outputs: {heads.starting_line(source)}"
     raise GraphError(
         f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}'; {how}"
     )
+
+
+def check_selects(source: OnnxSource, framework: Framework) -> None:
+    """Refuse an export of two stages that does not select its detections itself."""
+    outputs = list(source.graph.outputs)
+    if any_number.find_rows(source, framework.declaration(outputs)) is None:
+        raise GraphError(
+            f"{source.path}: expected boxes [n, 4], scores [n] and labels [n] of {framework.name}, found {', '.join(outputs)}; export the model again"
+        )
 
 
 def says(found: Mapping[str, str], key: str) -> bool:
@@ -261,7 +277,7 @@ def framework_of(found: Mapping[str, str], labels: tuple[str, ...]) -> Framework
     if known.shorter_side and len(size) == 2:
         changes["shorter_side"] = (size[0], round(size[0] * LONGEST / 800))
         changes["notes"] = (Note(f"LibreYOLO takes every picture at a size of its own, the shorter side {size[0]} pixels; at one size for all, square pictures alone have its detections, and others are letterboxed", "dynamic"),)  # fmt: skip
-    if found["model_family"] in ("faster_rcnn", "mask_rcnn") and says(found, "dynamic"):
+    if found["model_family"] in TWO_STAGES and says(found, "dynamic"):
         changes["notes"] = (Note("LibreYOLO takes every picture as large as it is; at one size for all, they are stretched to it, as LibreYOLO does with an export of one size", "dynamic"),)  # fmt: skip
     if found.get("letterbox_pad"):
         changes["placement"] = "center" if found["letterbox_pad"] == "center" else "top_left"

@@ -358,8 +358,6 @@ class _Lowering:
         pairs = classes * n
         count = min(pairs, self._candidates(node))
         limit = int(most.reshape(-1)[0]) if most is not None else 0
-        if classes > 1 and limit < n:
-            raise self._unknown(node, f"at most {limit} of each class")
         value, lowest = node.input[1], np.float32(np.finfo(np.float32).min)
         rows = scores.rows or boxes.rows
         if rows:
@@ -378,6 +376,8 @@ class _Lowering:
         start = self._made("Mul", "class_starts", class_id, np.int64(n))
         anchor = self._made("Sub", "anchors", index, start)
         survives = self._survivors(node, anchor, class_id, rank, score, count, overlap, classes)
+        if classes > 1 and limit < n:
+            survives = self._most_of_each(survives, class_id, rank, limit)
         ranked = self._made("Mul", "survivor_ranks", survives, rank)
         best, order = self._top_k(ranked, count)
         positive = self._made("Greater", "survivors", best, np.float32(0))
@@ -387,11 +387,12 @@ class _Lowering:
             columns.append(self._made("GatherElements", "chosen", tensor, order, axis=1))
         columns = [self._made("Reshape", "column", c, np.array([-1, 1], np.int64)) for c in columns]
         chosen = self._made("Concat", "selected", *columns, axis=1)
-        if limit and limit < count:
+        if classes == 1 and 0 < limit < count:
             bounds = [np.array([x], np.int64) for x in (0, limit, 0)]
             chosen = self._made("Slice", "selected_first", chosen, *bounds)
             mask = self._made("Slice", "mask_first", mask, *bounds)
-        self._renamed(chosen, node.output[0], Rows(0, mask, first=True))
+        # Of several classes, ONNX lists one class after the other.
+        self._renamed(chosen, node.output[0], Rows(0, mask, first=classes == 1))
 
     def _candidates(self, node: onnx.NodeProto) -> int:
         """How many boxes are looked at: as many as TensorRT's TopK takes, or fewer where the
@@ -420,6 +421,21 @@ class _Lowering:
         survives = suppress_by_rounds(self.build, iou, found, nms, ROUNDS)
         self.known[survives] = Known((1, count), TensorProto.FLOAT)
         return survives
+
+    def _most_of_each(self, survives: str, class_id: str, rank: str, limit: int) -> str:
+        """Survivors before which there are fewer than `limit` of the same class."""
+        ones = [np.array(x, np.int64) for x in ([1, -1, 1], [1, 1, -1])]
+        ranks = [self._made("Reshape", "ranks_of_pairs", rank, shape) for shape in ones]
+        classes = [self._made("Reshape", "classes_of_pairs", class_id, shape) for shape in ones]
+        better = self._made("Greater", "better_of_pairs", *ranks)
+        same = self._made("Equal", "same_of_pairs", *classes)
+        before = self._made("And", "before_of_pairs", better, same)
+        matrix = self._made("Cast", "before_matrix", before, to=TensorProto.FLOAT)
+        row = self._made("Reshape", "survivors_row", survives, np.array([1, 1, -1], np.int64))
+        number = self._made("MatMul", "number_before", row, matrix)
+        flat = self._made("Reshape", "number_flat", number, np.array([1, -1], np.int64))
+        few = self._made("Less", "is_among_first", flat, np.float32(limit - 0.5))
+        return self._made("Where", "first_survivors", few, survives, np.float32(0))
 
     def _top_k(self, tensor: str, k: int) -> tuple[str, str]:
         self.number += 1
