@@ -447,3 +447,17 @@ def test_positions_stay_float32(tmp_path: Path) -> None:
         same = np.abs(scores - others)[0, :count] < 5e-3
         gaps.append(np.abs(boxes - theirs)[0, :count][same].max(axis=1))
     assert np.median(np.concatenate(gaps)) < 0.03
+
+
+def test_boxes_of_the_resized_picture_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They stay where they are in a picture twice as large."""
+    model = whole()
+    for node in model.graph.node:
+        if "inner_boxes" in node.output:
+            node.output[0] = "boxes"
+        elif "boxes" in node.output:
+            node.output[0], node.input[0] = "unread", "boxes"
+    assert convert(model, tmp_path)[0] == 1
+    assert "its boxes are of the resized ones" in capsys.readouterr().err

@@ -222,8 +222,8 @@ def assemble(source: Source, reading: Reading, options: Options) -> Converted:
     if is_static:
         # Where a box is looked at, and on which level of the pyramid.
         of = {"GridSample": 1, "Where": 0}
-        made = [node for node in model.graph.node if node.name.startswith(POSITIONS_PREFIX)]
-        where = [node.input[of[node.op_type]] for node in made if node.op_type in of]
+        ours = [node for node in model.graph.node if node.name.startswith(POSITIONS_PREFIX)]
+        where = [node.input[of[node.op_type]] for node in ours if node.op_type in of]
         deformable_attention.name_positions(model, [*reading.heads, *where], COMPUTE_OPS)
     spec.attach(model)
     if reading.assemble:

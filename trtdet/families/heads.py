@@ -152,7 +152,8 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         known = _pad(source, rows, known, hints, evidence)
         outputs = [info.name for info in source.model.graph.output]
     feeds = paddle_feeds(source, hints.size_hw or known.size_hw)
-    pixels = find_pixels(source, hints, usual_size=known.size_hw, feeds=feeds)
+    resizes = rows is not None and rows.resizes
+    pixels = find_pixels(source, hints, usual_size=known.size_hw, feeds=feeds, pads=resizes)
     if not {*pixels.others} <= feeds.keys():
         raise GraphError(
             f"{source.path}: expected images as the only input, found {', '.join(pixels.others)} too; export the model without"
@@ -179,6 +180,8 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     wanted = [*outputs, *_named(declared, outputs)]
     seen = look(source, pixels, normal, wanted, feeds, size_hw)
     plan = Reader(source, seen, size_hw, declared, evidence, hints, known, rows).plan()
+    if resizes:
+        _check_scale(source, pixels, normal, plan, known, declared, evidence)
     spec = _spec(plan, preprocessing, hints, known, evidence)
     batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw, feeds)
     if rows is not None:
@@ -248,6 +251,42 @@ def _pad(
     if rows.columns == any_number.PADDLE_COLUMNS:
         changes |= {"name": known.name or "PaddleDetection", "rows": rows.boxes, "columns": rows.columns}  # fmt: skip
     return known.with_changes(**changes)
+
+
+def _check_scale(
+    source: OnnxSource,
+    pixels: Pixels,
+    normal: Normal,
+    plan: Plan,
+    known: Framework,
+    declared: Declaration,
+    evidence: Evidence,
+) -> None:
+    """Of a network that resizes its pictures, whether its boxes are in pixels of the picture: they
+    double where the picture is twice as large.
+
+    Raises:
+        GraphError: they do not.
+    """
+    if plan.is_unit or pixels.size_hw is None:
+        return
+    if _has_size(source):  # nothing to compare with
+        if not known.name and not declared.box_units:
+            evidence.ask(ev.BOXES, "--box_units pixels, if they are of the input", "of the input")
+        return
+    largest = []
+    for times in (1, 2):
+        size_hw = pixels.size_hw[0] * times, pixels.size_hw[1] * times
+        seen = look(source, pixels, normal, [plan.rows or plan.boxes], {}, size_hw)
+        values = [v[0] for found in seen.values() for v in found]
+        boxes = [v[:, plan.first_box : plan.first_box + 4] if plan.rows else v for v in values]
+        corners = to_xyxy(np.concatenate(boxes), plan.box_format)
+        largest.append(float(np.abs(corners).max()))
+    if min(largest) > 0 and not 1.6 < largest[1] / largest[0] < 2.5:
+        raise GraphError(
+            f"{source.path}: expected boxes in pixels of the picture, found up to {largest[0]:.4g}, and {largest[1]:.4g} in pictures twice as large: the "
+            "network resizes them, and its boxes are of the resized ones; export it with boxes of the picture, or for one size"
+        )
 
 
 def _final(plan: Plan, size_hw: tuple[int, int]) -> Final:

@@ -122,12 +122,14 @@ def find_pixels(
     *,
     usual_size: tuple[int, int] | None = None,
     feeds: Mapping[str, NDArray[Any]] | None = None,
+    pads: bool = False,
 ) -> Pixels:
     """The image input and what is done with it before the first convolution.
 
     Args:
         usual_size: of an input of any size, where the file says it elsewhere.
         feeds: of further inputs, for a batch of one.
+        pads: a network that resizes by itself may pad its pictures too.
 
     Raises:
         GraphError: there is no image input, or what is inside is no normalisation.
@@ -152,7 +154,7 @@ def find_pixels(
         )
     if conv is None or conv == name or unknown_ops(source, [conv]):
         return plain
-    return _measured(source, plain, conv, size_hw, feeds or {})
+    return _measured(source, plain, conv, size_hw, feeds or {}, pads=pads)
 
 
 def first_convolution(source: OnnxSource, image: str) -> str | None:
@@ -195,6 +197,8 @@ def _measured(
     tensor: str,
     size_hw: tuple[int, int],
     feeds: Mapping[str, NDArray[Any]],
+    *,
+    pads: bool = False,
 ) -> Pixels:
     # 254: whole numbers have a half of it.
     level, n = (254.0 if _is_integer(source.model, plain.image) else 1.0), plain.batch or 1
@@ -228,9 +232,10 @@ def _measured(
 
     def channels(value: NDArray[np.float64]) -> NDArray[np.float64]:
         maps = np.moveaxis(value, axis, 0)
-        if not whole:  # resized inside, and padded at a border
+        if pads and not whole:  # at a border
             inner = (slice(n // 4, max(n // 2, n // 4 + 1)) for n in maps.shape[1:])
-            maps = maps[(slice(None), *inner)]
+            index = (slice(None), *inner)
+            maps = maps[index]
         flat = maps.reshape(len(maps), -1)
         # A convolution with padding of its own, or a Pad before it: the border is left aside.
         if np.ptp(flat, axis=1).max() > 1e-3 * max(1.0, float(np.abs(flat).max())):
