@@ -18,7 +18,6 @@ is asked for, unless a recognised framework's convention is handed in.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -26,15 +25,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from trtdet.errors import GraphError
-from trtdet.families import any_number, picture
+from trtdet.families import any_number, one_picture, picture
 from trtdet.families import evidence as ev
-from trtdet.families.any_number import Rows
 from trtdet.families.base import (
     IMAGE_HINTS,
     NO_HINTS,
     Declaration,
-    Final,
-    Found,
     Heads,
     Hints,
     Reading,
@@ -60,7 +56,6 @@ from trtdet.families.outputs import (
     batch_of,
     look,
     maybe_levels,
-    to_xyxy,
 )
 from trtdet.families.pixels import (
     Convention,
@@ -72,7 +67,6 @@ from trtdet.families.pixels import (
 )
 from trtdet.graph.builder import Builder
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
-from trtdet.nms.lowering import TENSORRT_TOPK
 from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import (
@@ -87,10 +81,7 @@ NAME = "heads"
 #: Tried only where no family that knows its network matches.
 IS_GENERAL = True
 
-IOU_THRESHOLD, MAX_DETECTIONS = 0.6, 300
-#: At which a network that takes any size is looked at.
-USUAL_SIZE = (384, 512)
-UNIT = Normal((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
+IOU_THRESHOLD = 0.6
 
 
 def matches(source: Source) -> bool:
@@ -149,7 +140,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     if plugin is None:
         rows = any_number.find_rows(source, _merged(hints.declared, known.declaration(outputs)))
     if rows is not None:
-        known = _pad(source, rows, known, hints, evidence)
+        known = one_picture.pad(source, rows, known, hints, evidence)
         outputs = [info.name for info in source.model.graph.output]
     feeds = paddle_feeds(source, hints.size_hw or known.size_hw)
     resizes = rows is not None and rows.resizes
@@ -170,7 +161,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
                 f"{source.path}: --resize_mode, --placement and --pad_color go with one size for all pictures, --input_size H,W; this network takes each at "
                 "its own and resizes it itself: name a size, or leave them out"
             )
-        preprocessing = _as_they_are(normal, size_hw)
+        preprocessing = one_picture.as_they_are(normal, size_hw)
         evidence.add(ev.RESIZE, "none: each picture at its own size", f"{ev.READ}it resizes inside")
     else:
         preprocessing = _preprocessing(evidence, hints, known, normal, size_hw)
@@ -181,7 +172,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     seen = look(source, pixels, normal, wanted, feeds, size_hw)
     plan = Reader(source, seen, size_hw, declared, evidence, hints, known, rows).plan()
     if resizes:
-        _check_scale(source, pixels, normal, plan, known, declared, evidence)
+        one_picture.check_scale(source, pixels, normal, plan, known, declared, evidence)
     spec = _spec(plan, preprocessing, hints, known, evidence)
     batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw, feeds)
     if rows is not None:
@@ -209,7 +200,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         ),
         feeds=feeds,
         facts=evidence.settle(),
-        final=_final(plan, size_hw) if rows is not None and plan.selected else None,
+        final=one_picture.final(plan, size_hw) if rows is not None and plan.selected else None,
         notes=() if own_size or shorter_side else known.notes,
         takes=IMAGE_HINTS | {"declared", "num_classes"},
         size_multiple=multiple,
@@ -217,98 +208,6 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         own_size=own_size,
         one_by_one=rows is not None,
     )
-
-
-def _pad(
-    source: OnnxSource, rows: Rows, known: Framework, hints: Hints, evidence: Evidence
-) -> Framework:
-    """Give outputs whose number of rows follows the picture a fixed one: the most that the model
-    finds, or what is asked for.
-
-    Returns:
-        What is known of the framework, with what these outputs say.
-    """
-    kept = rows.most or hints.max_detections
-    how = f"{ev.READ}its {rows.how}" if rows.most else f"{ev.GIVEN}--max_detections"
-    if kept is None:
-        evidence.ask(ev.KEPT, "--max_detections N, the most of one picture", MAX_DETECTIONS)
-        kept, how = MAX_DETECTIONS, ""
-    if kept > TENSORRT_TOPK:
-        raise GraphError(
-            f"{source.path}: --max_detections: expected at most {TENSORRT_TOPK}, where TensorRT's TopK ends, found {kept}; name fewer"
-        )
-    any_number.pad_rows(source, rows, kept)
-    if how:
-        evidence.add(ev.KEPT, kept, how)
-    changes: dict[str, Any] = {}
-    if rows.is_torchvision and not known.name:
-        changes = {"name": "torchvision", "normal": UNIT, "first_id": 0}
-        changes["declared"] = Declaration(box_format="xyxy", box_units="pixels")
-        evidence.add(ev.FAMILY, "torchvision", f"{ev.READ}boxes [n, 4], int64 labels [n] and scores [n] behind its resize and NMS")  # fmt: skip
-    if rows.resizes:
-        changes |= {"own_size": True, "size_multiple": 1}
-        changes["size_hw"] = known.size_hw or USUAL_SIZE
-    if rows.columns == any_number.PADDLE_COLUMNS:
-        changes |= {"name": known.name or "PaddleDetection", "rows": rows.boxes, "columns": rows.columns}  # fmt: skip
-    return known.with_changes(**changes)
-
-
-def _check_scale(
-    source: OnnxSource,
-    pixels: Pixels,
-    normal: Normal,
-    plan: Plan,
-    known: Framework,
-    declared: Declaration,
-    evidence: Evidence,
-) -> None:
-    """Of a network that resizes its pictures, whether its boxes are in pixels of the picture: they
-    double where the picture is twice as large.
-
-    Raises:
-        GraphError: they do not.
-    """
-    if plan.is_unit or pixels.size_hw is None:
-        return
-    if _has_size(source):  # nothing to compare with
-        if not known.name and not declared.box_units:
-            evidence.ask(ev.BOXES, "--box_units pixels, if they are of the input", "of the input")
-        return
-    largest = []
-    for times in (1, 2):
-        size_hw = pixels.size_hw[0] * times, pixels.size_hw[1] * times
-        seen = look(source, pixels, normal, [plan.rows or plan.boxes], {}, size_hw)
-        values = [v[0] for found in seen.values() for v in found]
-        boxes = [v[:, plan.first_box : plan.first_box + 4] if plan.rows else v for v in values]
-        corners = to_xyxy(np.concatenate(boxes), plan.box_format)
-        largest.append(float(np.abs(corners).max()))
-    if min(largest) > 0 and not 1.6 < largest[1] / largest[0] < 2.5:
-        raise GraphError(
-            f"{source.path}: expected boxes in pixels of the picture, found up to {largest[0]:.4g}, and {largest[1]:.4g} in pictures twice as large: the "
-            "network resizes them, and its boxes are of the resized ones; export it with boxes of the picture, or for one size"
-        )
-
-
-def _final(plan: Plan, size_hw: tuple[int, int]) -> Final:
-    """The detections that the source selects itself, padded."""
-    names = [*plan.tensors]
-    height, width = size_hw
-    unit = np.array([width, height] * 2 if plan.is_unit else [1] * 4, np.float32)
-
-    def read_detections(values: Sequence[NDArray[Any]]) -> Found:
-        by_name = {name: value[0] for name, value in zip(names, values, strict=True)}
-        if plan.rows:
-            rows = by_name[ROWS]
-            boxes = rows[:, plan.first_box : plan.first_box + 4]
-            scores = rows[:, plan.first_score]
-            labels = by_name[LABELS] if plan.labels else rows[:, plan.label_column or 0]
-        else:
-            boxes, scores = by_name[BOXES], by_name[SCORES]
-            labels = by_name.get(LABELS, np.full(len(boxes), plan.label_base))
-        corners = to_xyxy(boxes, plan.box_format).astype(np.float32) * unit
-        return Found(corners, scores, labels.astype(np.int64) - plan.label_base)
-
-    return Final(tuple(plan.tensors.values()), read_detections)
 
 
 def _has_size(source: OnnxSource) -> bool:
@@ -400,18 +299,6 @@ def _preprocessing(
     )
 
 
-def _as_they_are(normal: Normal, size_hw: tuple[int, int]) -> Preprocessing:
-    """Pictures at their own size; those of one batch would be padded to the largest."""
-    return Preprocessing(
-        size_hw,
-        dtype="uint8",
-        mean=normal.mean,
-        std=normal.std,
-        bgr=normal.bgr,
-        rounding="round",
-    )
-
-
 def _spec(
     plan: Plan, preprocessing: Preprocessing, hints: Hints, known: Framework, evidence: Evidence
 ) -> ModelSpec:
@@ -429,7 +316,7 @@ def _spec(
         )
     evidence.add(ev.CATEGORY_IDS, f"{ids[0]}..{ids[-1]}" if ids else "none", origin)
     one_class_each = plan.labels != "" or plan.label_column is not None
-    kept = known.kept or (plan.count if plan.selected else MAX_DETECTIONS)
+    kept = known.kept or (plan.count if plan.selected else one_picture.MAX_DETECTIONS)
     if plan.selected:
         pairs = plan.count * (1 if one_class_each else max(plan.num_classes, 1))
         kept = min(kept, pairs)
