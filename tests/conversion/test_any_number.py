@@ -20,11 +20,14 @@ from test_mutations import IMAGES, pair
 
 from trtdet import about
 from trtdet.commands import build_engine, create_onnx
+from trtdet.errors import GraphError
+from trtdet.families.any_number import mend_reshapes
 from trtdet.families.outputs import photographs
 from trtdet.nms.static_rows import maybe_data_sized
 from trtdet.run.detect import detect, open_batcher, open_model
 from trtdet.run.options import RunOptions
 from trtdet.sources.base import run_onnx
+from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 #: (boxes x1 y1 x2 y2, scores, labels) of one picture.
@@ -50,6 +53,13 @@ def triple() -> onnx.ModelProto:
         info("their_labels", INT64, ["n"]),
         info("their_scores", FLOAT, ["n"]),
     )
+
+
+def nothing_found() -> onnx.ModelProto:
+    model = triple()
+    (least,) = [t for t in model.graph.initializer if t.name == "least"]
+    least.CopyFrom(numpy_helper.from_array(np.float32(2), "least"))
+    return model
 
 
 def without_names() -> onnx.ModelProto:
@@ -224,6 +234,7 @@ def test_the_best_of_them(tmp_path: Path) -> None:
     [
         (mmdeploy, IMAGES, "nothing in the file says detections kept; give --max_detections N, the most of one picture"),
         (triple, (*IMAGES, *XYXY, "--max_detections", "60", "--input_shape", "2,64,64,3"), "so it takes one picture at a time: give 1, or leave it out"),
+        (nothing_found, (*IMAGES, "--max_detections", "60"), "it finds nothing at all on four photographs, so nothing can be measured"),
         (triple, (*IMAGES, "--max_detections", "5000"), "--max_detections: expected at most 3840"),
         (lambda: rows(6), IMAGES, "--rows_output found --columns label,score,x1,y1,x2,y2"),
         (lambda: rows(7), IMAGES, "--rows_output found --columns unused,x1,y1,x2,y2,label,score"),
@@ -461,3 +472,36 @@ def test_boxes_of_the_resized_picture_are_refused(
             node.output[0], node.input[0] = "unread", "boxes"
     assert convert(model, tmp_path)[0] == 1
     assert "its boxes are of the resized ones" in capsys.readouterr().err
+
+
+def test_a_picture_without_any_rows(tmp_path: Path) -> None:
+    """torch reshapes rows to [n, -1], which is an error where n is 0."""
+    nodes = [
+        make("Greater", ["values", "least"], ["is_above"]),
+        make("NonZero", ["is_above"], ["index"]),
+        make("Squeeze", ["index", "zero"], ["kept"]),
+        make("Gather", ["table", "kept"], ["some"]),
+        make("Shape", ["kept"], ["n"]),
+        make("Concat", ["n", "rest"], ["shape"], axis=0),
+        make("Reshape", ["some", "shape"], ["found"]),
+    ]
+    values = {
+        "least": np.float32(0.5), "zero": np.array([0]), "rest": np.array([-1, 2]),
+        "table": np.arange(48, dtype=np.float32).reshape(8, 6),
+    }  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "rows", [info("values", FLOAT, [8])], [info("found", FLOAT, ["n", 3, 2])],
+        [numpy_helper.from_array(v, k) for k, v in values.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = tmp_path / "rows.onnx"
+    onnx.save(model, path)
+    source = OnnxSource(path)
+    some, none = np.linspace(0, 1, 8, dtype=np.float32), np.zeros(8, np.float32)
+    with pytest.raises(GraphError, match="Reshape"):
+        source.run(["found"], {"values": none})
+    (before,) = source.run(["found"], {"values": some})
+    assert mend_reshapes(source, [{"values": some}, {"values": some[::-1]}]) == 1
+    (after,) = source.run(["found"], {"values": some})
+    assert (after == before).all() and after.shape == (4, 3, 2)
+    assert source.run(["found"], {"values": none})[0].shape == (0, 3, 2)

@@ -123,7 +123,7 @@ def share_found(
                     hits += 1
                     del free[i]
                     break
-    assert total >= 100
+    assert total >= 200
     return hits / total
 
 

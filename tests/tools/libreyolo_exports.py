@@ -85,6 +85,8 @@ def shake(detector: Any, pixels: int, photos: list[Path], seed: int, small: bool
             with torch.no_grad():
                 if fan > 1 and not bins:
                     gain = 1.2 if module.bias is None or HIDDEN.search(name) else 0.03
+                    if ".fpn." in name and hasattr(net, "roi_heads"):  # two stages behind it
+                        gain = 0.3
                     fill(weight, (gain / fan) ** 0.5, small)
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1)

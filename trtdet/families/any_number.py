@@ -12,12 +12,13 @@ score 0.
 Such a model takes one picture at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trtdet.families.base import Declaration
@@ -25,7 +26,7 @@ from trtdet.families.outputs import OF_NO_USE, Nodes, attribute
 from trtdet.families.pixels import first_convolution, maybe_image, resizes
 from trtdet.sources.batch_axis import rename_inputs
 from trtdet.sources.onnx_file import OnnxSource
-from trtdet.sources.subgraphs import subgraphs
+from trtdet.sources.subgraphs import reads, subgraphs
 
 #: Operators whose result has as many rows as the picture has of something.
 DATA_SIZED = frozenset(("NonMaxSuppression", "NonZero", "Compress", "Unique"))
@@ -154,6 +155,60 @@ def pad_rows(source: OnnxSource, rows: Rows, kept: int) -> None:
     del model.graph.output[:]
     model.graph.output.extend(others)
     source.read_again()
+
+
+def mend_reshapes(source: OnnxSource, pictures: Sequence[Mapping[str, NDArray[Any]]]) -> int:
+    """Reshapes of rows to a number of rows that is computed beside -1, as torch writes them, get
+    the numbers behind it: [n, -1] is an error where n is 0, [-1, 364] is none.
+
+    Args:
+        pictures: what is fed, for pictures of several sizes with detections.
+
+    Returns:
+        How many there were.
+    """
+    nodes = source.model.graph.node
+    nodes_by_name = Nodes(source.model)
+    follows = _following(source.model)
+    computed = [
+        node
+        for node in nodes
+        if node.op_type == "Reshape"
+        and node.output[0] in follows
+        and _counts_rows(nodes_by_name, node.input[1])
+    ]
+    names = [node.output[0] for node in computed]
+    if not names:
+        return 0
+    shapes = [[value.shape for value in source.run(names, fed)] for fed in pictures]
+    make, mended = _Nodes(source.model), 0
+    for node, seen in zip(computed, zip(*shapes, strict=True), strict=True):
+        behind = {shape[1:] for shape in seen}
+        if len(behind) == 1 and 0 not in (rest := behind.pop()) and rest:
+            node.input[1] = make.shape(-1, *rest)
+            mended += 1
+    if mended:
+        source.read_again()
+    return mended
+
+
+def _counts_rows(nodes: Nodes, shape: str) -> bool:
+    """Whether a shape is put together of a number that is computed, and constants behind it."""
+    node = nodes.producer.get(shape)
+    if node is None or node.op_type != "Concat" or len(node.input) < 2:
+        return False
+    known = [nodes.value(name) is not None for name in node.input]
+    return not known[0] and all(known[1:])
+
+
+def _following(model: onnx.ModelProto) -> set[str]:
+    """Tensors that follow from how much a picture has of something."""
+    reached: set[str] = set()
+    for node in model.graph.node:  # in topological order
+        bodies = [inner.op_type for body in subgraphs(node) for inner in body.node]
+        if DATA_SIZED.intersection((node.op_type, *bodies)) or reached & reads(node):
+            reached.update(node.output)
+    return reached
 
 
 def _padded(make: "_Nodes", tensor: str, width: Sequence[int], kept: int, elem_type: int) -> str:

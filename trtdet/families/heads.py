@@ -169,6 +169,8 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         _note_shorter_side(evidence, known, shorter_side)
     declared = _merged(hints.declared, known.declaration(outputs))
     wanted = [*outputs, *_named(declared, outputs)]
+    if own_size:
+        one_picture.mend(source, pixels, normal)
     seen = look(source, pixels, normal, wanted, feeds, size_hw)
     plan = Reader(source, seen, size_hw, declared, evidence, hints, known, rows).plan()
     if resizes:

@@ -40,6 +40,8 @@ class Reader(Finder):
             plan = self._of_rows(d.rows)
         elif d.boxes:
             plan = self._of_pair(d.boxes, d.scores, d.labels)
+        elif self.rows is not None and not self.rows.columns:
+            plan = self._of_pair(self.rows.boxes, self.rows.scores, self.rows.labels)
         else:
             plan = self._by_shapes()
         left = unexplained(self.source, list(plan.tensors.values()), self.seen)
@@ -49,6 +51,10 @@ class Reader(Finder):
             )
         if self.rows is not None:
             plan = dataclasses.replace(plan, is_padded=True)
+            if not any(s.any() for s in self.score_values(plan)):
+                raise GraphError(
+                    f"{self.source.path}: it finds nothing at all on four photographs, so nothing can be measured; export a trained model"
+                )
         else:
             self._check_count(plan)
         return self._classes(self._scores(self._selected(self._boxes(plan))))

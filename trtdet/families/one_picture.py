@@ -16,7 +16,7 @@ from trtdet.families.any_number import Rows
 from trtdet.families.base import Declaration, Final, Found, Hints
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import BOXES, LABELS, ROWS, SCORES, Framework, Plan, image_hw
-from trtdet.families.outputs import look, to_xyxy
+from trtdet.families.outputs import look, photographs, prepared, to_xyxy
 from trtdet.families.pixels import Normal, Pixels
 from trtdet.nms.lowering import TENSORRT_TOPK
 from trtdet.sources.onnx_file import OnnxSource
@@ -61,6 +61,18 @@ def pad(
     if rows.columns == any_number.PADDLE_COLUMNS:
         changes |= {"name": known.name or "PaddleDetection", "rows": rows.boxes, "columns": rows.columns}  # fmt: skip
     return known.with_changes(**changes)
+
+
+def mend(source: OnnxSource, pixels: Pixels, normal: Normal) -> None:
+    """Let a picture be one without any proposal, in a model of two stages."""
+    height, width = pixels.size_hw or USUAL_SIZE
+    sizes = ((height, width), (height, width * 3 // 2))
+    pictures = [
+        {pixels.tensor: prepared(image, pixels.layout, normal, 1)}
+        for size_hw in sizes
+        for image in photographs(size_hw)[:2]
+    ]
+    any_number.mend_reshapes(source, pictures)
 
 
 def check_scale(
