@@ -308,7 +308,10 @@ def whole(*, fixed: tuple[int, int] | None = None) -> onnx.ModelProto:
         make("GatherND", ["classes", "class_column"], ["label_column"]),
         make("Reshape", ["label_column", "flat"], ["labels"]),
         make("Slice", ["at_most", "one", "all", "one"], ["box_column"]),
-        make("GatherND", ["corners", "box_column"], ["inner_boxes"]),
+        make("GatherND", ["corners", "box_column"], ["picked"]),
+        make("Shape", ["labels"], ["picked_number"]),
+        make("Concat", ["picked_number", "minus"], ["picked_shape"], axis=0),
+        make("Reshape", ["picked", "picked_shape"], ["inner_boxes"]),  # as torch does it
         make("Shape", ["image"], ["shape"]),
         make("Gather", ["shape", "wh"], ["sides"]),
         make("Cast", ["sides"], ["outer_wh"], to=TensorProto.FLOAT),
@@ -326,7 +329,7 @@ def whole(*, fixed: tuple[int, int] | None = None) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes, "stand-in", [info("image", FLOAT, dims)],
         [info("boxes", FLOAT, ["n", 4]), info("labels", INT64, ["n"]), info("scores", FLOAT, ["n"])],
-        [numpy_helper.from_array(np.asarray(v), k) for k, v in values.items() if k != "minus"],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in values.items()],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)

@@ -225,7 +225,8 @@ class _Nodes:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
-        self.number = 0
+        # Others may have been here before.
+        self.number = len(model.graph.node) + len(model.graph.initializer)
 
     def node(self, op: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         self.number += 1
