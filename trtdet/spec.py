@@ -102,6 +102,7 @@ class Preprocessing:
     # Dynamic size: the shorter side of every picture, and the most that its longer side may have
     # (torchvision's detectors); None: pictures fill the network input.
     shorter_side: tuple[int, int] | None = None
+    own_size: bool = False  # dynamic size: every picture stays as large as it is
 
     def __post_init__(self) -> None:
         sizes = {"size_hw": self.size_hw}
@@ -124,6 +125,8 @@ class Preprocessing:
             checks.whole("shorter_side[1]", longer, shorter, LARGEST_SIDE)
             if self.size_range is None or self.resize != "letterbox":
                 raise ValueError("shorter_side: expected size_range, and resize letterbox")
+        if self.own_size and (self.size_range is None or self.resize != "letterbox"):
+            raise ValueError("own_size: expected size_range, and resize letterbox")
         smallest, largest = self.size_range or (self.size_hw, self.size_hw)
         for low, side, high in zip(smallest, self.size_hw, largest, strict=True):
             if not low <= side <= high:
@@ -135,7 +138,9 @@ class Preprocessing:
         Raises:
             ValueError: the network does not take it.
         """
-        fixed = dataclasses.replace(self, size_hw=size_hw, size_range=None, shorter_side=None)
+        fixed = dataclasses.replace(
+            self, size_hw=size_hw, size_range=None, shorter_side=None, own_size=False
+        )
         if not self.takes(fixed.image_shape):
             smallest, largest = self.size_range or (self.size_hw, self.size_hw)
             said = "x".join(str(n) for n in smallest)

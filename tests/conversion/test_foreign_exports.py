@@ -187,10 +187,6 @@ def test_suppression_over_all_classes(tmp_path: Path) -> None:
         (lambda: efficient("TRT", box_coding=1), IMAGES, "has cxcywh: the boxes are xyxy"),
         (lambda: efficient("TRT", score_activation=1), IMAGES, "have their activation already"),
         (lambda: plugin("EfficientNMS_TRT", "TRT", others=("scores_out",)), IMAGES, "export the model without it"),
-        (mmdeploy, IMAGES, "the number of rows of 'dets' differs from picture to picture"),
-        (mmdeploy, (*IMAGES, "--selected", "--num_classes", "3"), "the number of rows of 'dets' differs from picture to picture"),
-        (lambda: rows(6), IMAGES, "'found' has no batch axis"),
-        (lambda: rows(7), IMAGES, "'found' has no batch axis"),
     ],
 )  # fmt: skip
 def test_refused(

@@ -44,9 +44,11 @@ BOXES = re.compile(
     r"(bbox_reg|pred_reg|gfl_reg|rtm_reg|reg_pred|reg_preds|cv2|box_net\.predict\.conv_pw)(\.\d+)*$"
 )
 #: Layers of a head before its last one, with a bias and no batch normalisation behind them.
-HIDDEN = re.compile(r"_head\.conv\.\d+(\.0)?$")
+HIDDEN = re.compile(r"(_head\.conv\.\d+(\.0)?|rpn\.head\.conv\.\d+\.0|box_head\.(fc)?\d)$")
 #: Layers that give scores alone, of several boxes.
-SCORES_ALONE = re.compile(r"(class_net\.predict\.conv_pw|cls_logits)$")
+SCORES_ALONE = re.compile(r"(class_net\.predict\.conv_pw|cls_logits|cls_score)$")
+#: Layers that score what a second stage looks at.
+PROPOSALS = re.compile(r"rpn\.head\.cls_logits$")
 #: Mean and largest value of their outputs; of scores the largest differs from class to class by
 #: about 1.
 SCORE_SPREAD, BOX_SPREAD = (-6.0, 0.0), (0.8, 2.0)
@@ -83,6 +85,8 @@ def shake(detector: Any, pixels: int, photos: list[Path], seed: int, small: bool
             with torch.no_grad():
                 if fan > 1 and not bins:
                     gain = 1.2 if module.bias is None or HIDDEN.search(name) else 0.03
+                    if ".fpn." in name and hasattr(net, "roi_heads"):  # two stages behind it
+                        gain = 0.3
                     fill(weight, (gain / fan) ** 0.5, small)
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1)
@@ -117,24 +121,26 @@ def thaw(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
     norm.bias.zero_()
 
 
-def settle(module: nn.Conv2d, out: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+def settle(module: nn.Conv2d | nn.Linear, out: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
     """Change a layer so that each of its outputs has the mean and the largest value wanted;
     returns the outputs.
     """
     assert module.bias is not None
-    mean = out.mean(dim=(0, 2, 3))
-    factor = (to[:, 1] - to[:, 0]) / (out.amax(dim=(0, 2, 3)) - mean).clamp(min=1e-6)
+    places = (0, *range(2, out.ndim))
+    mean = out.mean(dim=places)
+    factor = (to[:, 1] - to[:, 0]) / (out.amax(dim=places) - mean).clamp(min=1e-6)
     factor = factor.clamp(max=MOST_GAIN)  # an output that hardly varies would be rounding alone
     module.bias.copy_((module.bias - mean) * factor + to[:, 0])
-    module.weight.mul_(factor[:, None, None, None])
-    return (out - mean[:, None, None]) * factor[:, None, None] + to[:, 0, None, None]
+    module.weight.mul_(factor.reshape(-1, *[1] * (module.weight.ndim - 1)))
+    sides = (-1, *[1] * (out.ndim - 2))
+    return (out - mean.reshape(sides)) * factor.reshape(sides) + to[:, 0].reshape(sides)
 
 
 def settle_once(to: torch.Tensor) -> Any:
     """A forward hook: `settle` at the first of several levels that share a layer."""
-    calls: list[nn.Conv2d] = []
+    calls: list[nn.Module] = []
 
-    def hook(module: nn.Conv2d, _: Any, out: torch.Tensor) -> torch.Tensor:
+    def hook(module: nn.Conv2d | nn.Linear, _: Any, out: torch.Tensor) -> torch.Tensor:
         calls.append(module)
         return settle(module, out, to) if len(calls) == 1 else out
 
@@ -146,11 +152,13 @@ def spread_outputs(net: nn.Module) -> Iterator[None]:
     """While it is open, the layers of `SCORES` and `BOXES` are settled as they run."""
     handles = []
     for name, module in net.named_modules():
-        if not isinstance(module, nn.Conv2d) or module.bias is None:
+        if not isinstance(module, nn.Conv2d | nn.Linear) or module.bias is None:
             continue
-        n = module.out_channels
+        n = len(module.bias)
         to = torch.tensor(BOX_SPREAD).repeat(n, 1)
-        if SCORES_ALONE.search(name):
+        if PROPOSALS.search(name):
+            to[:] = torch.tensor((-1.0, 3.0))
+        elif SCORES_ALONE.search(name):
             to[:] = torch.tensor(SCORE_SPREAD)
             to[:, 1] += torch.randn(n)
         elif SCORES.search(name) and n >= NUM_CLASSES:

@@ -211,6 +211,7 @@ def options_from(args: argparse.Namespace) -> Options:
             placement=args.placement,
             pad_rgb=args.pad_color,
             num_classes=args.num_classes,
+            max_detections=args.max_detections,
             declared=declaration_from(args),
             assume=args.assume,
         ),

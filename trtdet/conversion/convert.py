@@ -33,14 +33,14 @@ from trtdet.families.base import (
 )
 from trtdet.families.evidence import BATCH, GIVEN, KEPT, NORMALISATION, SELECTION, with_options
 from trtdet.graph import deformable_attention, tidy
-from trtdet.graph.builder import Builder
+from trtdet.graph.builder import COMPUTE_OPS, POSITIONS_PREFIX, Builder
 from trtdet.graph.map_op import OpMapping, custom_ops, map_ops
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
-from trtdet.nms import lowering, plugin
+from trtdet.nms import lowering, plugin, static_rows
 from trtdet.nms.rotated import insert_rotated_nms
 from trtdet.nms.topk import insert_topk
 from trtdet.sources.base import Source, cut_onnx, run_onnx
-from trtdet.sources.onnx_file import OnnxSource
+from trtdet.sources.onnx_file import NEWEST_OPSET, OnnxSource
 from trtdet.spec import PREPROCESSORS, Fact, InputDtype, Layout, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -151,8 +151,15 @@ def convert(source: Source, options: Options) -> Converted:
         GraphError: the source is not what a family expects, or an option contradicts it.
     """
     reading = read_source(source, options)
-    if reading.shorter_side and options.size_hw is None:
+    if (reading.shorter_side or reading.own_size) and options.size_hw is None:
         options = dataclasses.replace(options, dynamic_size=True)
+    if reading.one_by_one:
+        if options.batch not in (None, 1):
+            raise GraphError(
+                f"--input_shape asks for a batch of {options.batch}; the number of this model's detections follows the picture, so it takes one "
+                "picture at a time: give 1, or leave it out"
+            )
+        options = dataclasses.replace(options, batch=1)
     for note in reading.notes:
         if note.option not in options.given:
             logger.warning(note.text)
@@ -200,12 +207,24 @@ def assemble(source: Source, reading: Reading, options: Options) -> Converted:
         (None, height, width, 3) if reading.network_layout == "NHWC" else (None, 3, height, width)
     )
     others = {name: value.shape for name, value in reading.feeds.items()}
+    is_static = reading.one_by_one and not options.dynamic_size
+    if is_static:
+        shape = (1, *shape[1:])
+    opset = options.opset or (_with_grid_sample(source) if is_static else None)
     raw = source.extract(
-        {reading.network_input: shape, **others}, list(reading.heads.values()), opset=options.opset
+        {reading.network_input: shape, **others}, list(reading.heads.values()), opset=opset
     )
     if options.raw_path:
         files.write_bytes(options.raw_path, raw.SerializeToString())
+    if is_static:
+        raw = with_fixed_shapes(raw)
     model = finish_network(raw, reading, spec, options.batch or "N")
+    if is_static:
+        # Where a box is looked at, and on which level of the pyramid.
+        of = {"GridSample": 1, "Where": 0}
+        ours = [node for node in model.graph.node if node.name.startswith(POSITIONS_PREFIX)]
+        where = [node.input[of[node.op_type]] for node in ours if node.op_type in of]
+        deformable_attention.name_positions(model, [*reading.heads, *where], COMPUTE_OPS)
     spec.attach(model)
     if reading.assemble:
         build = Builder(model, "decode/")
@@ -225,6 +244,30 @@ def assemble(source: Source, reading: Reading, options: Options) -> Converted:
     return Converted(select(model, reading, spec, options), spec, reading)
 
 
+def with_fixed_shapes(raw: onnx.ModelProto) -> onnx.ModelProto:
+    """The network without shapes that follow the picture, which no TensorRT-RTX builds; as it is,
+    with a warning, where there is no such form of it.
+    """
+    if static_rows.maybe_data_sized(raw) is None:
+        return raw
+    try:
+        return static_rows.make_static(raw)
+    except GraphError as error:
+        logger.warning(
+            "shapes inside the model follow the picture, which TensorRT-RTX does not build: %s",
+            error,
+        )
+        return raw
+
+
+def _with_grid_sample(source: Source) -> int | None:
+    """The opset that operators of fixed shapes need, where the source has an older one."""
+    if not isinstance(source, OnnxSource):
+        return None
+    found = next(o.version for o in source.model.opset_import if o.domain in ("", "ai.onnx"))
+    return max(found, NEWEST_OPSET)
+
+
 def finish_network(
     raw: onnx.ModelProto, reading: Reading, spec: ModelSpec, batch: int | str
 ) -> onnx.ModelProto:
@@ -242,7 +285,8 @@ def finish_network(
                 tidy.make_static_batch_dynamic(body, tensor, last)
             tensor.shape = [batch, len(reading.anchors), last]
         tensor.name, tensor.dtype = name, np.dtype(np.float32)
-    tidy.make_batch_dynamic(body, reading.batch)
+    if not reading.one_by_one:
+        tidy.make_batch_dynamic(body, reading.batch)
     tidy.set_input(body, spec.preprocessing, batch)
     model = gs.export_onnx(body)
     model.ir_version = min(model.ir_version, IR_VERSION)
@@ -302,7 +346,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
     )
     if options.dynamic_size:
         multiple = reading.size_multiple
-        if found.selection != "nms":
+        if found.selection != "nms" and not reading.one_by_one:
             raise GraphError(
                 f"--input_shape asks for a dynamic size, which goes with EfficientNMS alone; this model ends in {found.selection}: name a size"
             )
@@ -317,6 +361,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
             size_range=((multiple, multiple), (largest, largest)),
             size_multiple=multiple,
             shorter_side=reading.shorter_side,
+            own_size=reading.own_size,
         )
     if options.preprocessor:
         mean, std = PREPROCESSORS[options.preprocessor]

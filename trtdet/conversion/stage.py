@@ -10,7 +10,7 @@ from trtdet.conversion.comparison import compare_to_the_end
 from trtdet.conversion.convert import Options, convert, open_source, provenance, size_text
 from trtdet.conversion.verification import Difference, verify
 from trtdet.families.evidence import table
-from trtdet.onnx_files import check_apart
+from trtdet.onnx_files import check_apart, fixed_batch
 from trtdet.sources.saved_model_folder import find_saved_model
 from trtdet.spec import ModelSpec
 
@@ -66,7 +66,7 @@ def convert_file(
     files.write_bytes(onnx_path, done.model.SerializeToString())
     logger.info(
         "%s %s, batch %s, %d classes, mean %s, std %s",
-        spec.family, size_text(spec.preprocessing.size_hw), options.batch or "dynamic", spec.num_classes,
+        spec.family, size_text(spec.preprocessing.size_hw), fixed_batch(done.model) or "dynamic", spec.num_classes,
         spec.preprocessing.mean, spec.preprocessing.std,
     )  # fmt: skip
     form = options.nms_form if spec.selection == "nms" else spec.selection

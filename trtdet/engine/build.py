@@ -46,7 +46,7 @@ from trtdet.engine.sidecar import EngineInfo
 from trtdet.engine.support import check_options, local_compute_capability, weakly_typed
 from trtdet.errors import EngineError, GraphError
 from trtdet.graph.builder import fix_size
-from trtdet.nms import lowering
+from trtdet.nms import lowering, static_rows
 from trtdet.precision.options import Precision
 from trtdet.precision.prepare import Prepared
 from trtdet.precision.quantization import QuantizationReport
@@ -77,6 +77,21 @@ def check_batch(model: onnx.ModelProto, options: BuildOptions) -> None:
         raise GraphError(
             f"--batch_size {options.batch}: the ONNX file has a fixed batch of {fixed}; "
             f"use --batch_size {fixed}, or convert it with a dynamic batch (create_onnx.py without --input_shape)"
+        )
+
+
+def check_shapes(model: onnx.ModelProto) -> None:
+    """Refuse a model inside which shapes follow the picture: an engine would have to find out how
+    many boxes there are before it goes on, and TensorRT-RTX builds none of these operators.
+
+    Raises:
+        GraphError: names one of them, and what to do.
+    """
+    node = static_rows.maybe_data_sized(model)
+    if node is not None:
+        raise GraphError(
+            f"{node.op_type} '{node.name}' in the ONNX file makes as many rows as a picture has boxes, and no engine is built of that; convert the "
+            "model for one size, create_onnx.py --input_size H,W, which gives it fixed shapes, or run the ONNX file itself"
         )
 
 

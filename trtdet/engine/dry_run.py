@@ -75,6 +75,7 @@ def plan_file(
     flavor, about = _flavor(flavor_name, options) if engine_path else (None, "none: the ONNX file alone is written")  # fmt: skip
     model, spec = load_model(onnx_path)
     build.check_batch(model, options)
+    build.check_shapes(model)
     preprocessing = build.choose_size(spec.preprocessing, options.size)
     spec = spec.replace(preprocessing=preprocessing)
     body = Body(model, spec)

@@ -112,6 +112,7 @@ def build_file(
     logger.info("%s", flavor)
     model, spec = load_model(onnx_path)
     build.check_batch(model, options)
+    build.check_shapes(model)
     size = build.choose_size(spec.preprocessing, options.size)
     spec = spec.replace(preprocessing=size)
     prepared = prepare(

@@ -86,6 +86,7 @@ class Hints:
         deformable_attention: how GridSample is written.
         channel_order: of the network's input. placement, pad_rgb: of a letterboxed image.
         num_classes: of a model that holds class ids alone.
+        max_detections: of a model whose number of detections follows the picture.
         declared: what its outputs are.
         assume: take the usual choice for what nothing says.
     """
@@ -100,6 +101,7 @@ class Hints:
     placement: Placement | None = None
     pad_rgb: tuple[float, float, float] | None = None
     num_classes: int | None = None
+    max_detections: int | None = None
     declared: "Declaration | None" = None
     assume: bool = False
 
@@ -172,6 +174,9 @@ class Reading:
             of any size; None: its size is fixed.
         shorter_side: what the shorter side of every picture gets, and the longer at most, in a
             network that takes each at a size of its own: kept dynamic unless a size is asked for.
+        own_size: the network takes each picture as large as it is: kept dynamic unless a size is
+            asked for.
+        one_by_one: it takes one picture at a time.
         facts: where all of it comes from.
         final: how the source's own detections are read; None: it has none.
         takes: the fields of `Hints` that say something of this model; the others are refused, so
@@ -194,6 +199,8 @@ class Reading:
     feeds: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     size_multiple: int | None = None
     shorter_side: tuple[int, int] | None = None
+    own_size: bool = False
+    one_by_one: bool = False
     facts: tuple[Fact, ...] = ()
     final: "Final | None" = None
     takes: frozenset[str] = frozenset()

@@ -7,6 +7,7 @@ shapes, values and the graph.
 | boxes [N, A, 4], scores [N, A, C] or [N, C, A] | YOLO-NAS, PP-YOLOE, PicoDet, DAMO-YOLO, RTMDet |
 | boxes [N, K, 4], scores [N, K], labels [N, K] | exports that select by themselves |
 | dets [N, K, 5], labels [N, K] | MMDeploy |
+| the same of one picture, K of which follows the picture | `trtdet.families.any_number` |
 | one of rows: x1 y1 x2 y2 score label; box and scores; box, objectness and scores | DeepStream's users, PicoDet, RTMDet, YOLO without metadata |
 
 What a box is, whether scores are probabilities, whether rows are selected already, is measured on
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from trtdet.errors import GraphError
+from trtdet.families import any_number, one_picture, picture
 from trtdet.families import evidence as ev
-from trtdet.families import picture
 from trtdet.families.base import (
     IMAGE_HINTS,
     NO_HINTS,
@@ -48,7 +49,6 @@ from trtdet.families.heads_plan import (
     image_hw,
     paddle_feeds,
     starting_line,
-    unbatched,
 )
 from trtdet.families.heads_reader import Reader
 from trtdet.families.nms_plugin import framework_of, maybe_plugin
@@ -75,13 +75,13 @@ from trtdet.spec import (
     Preprocessing,
 )
 
-__all__ = ["NAME", "Framework", "matches", "read", "starting_line", "unbatched", "why_not"]
+__all__ = ["NAME", "Framework", "matches", "read", "starting_line", "why_not"]
 
 NAME = "heads"
 #: Tried only where no family that knows its network matches.
 IS_GENERAL = True
 
-IOU_THRESHOLD, MAX_DETECTIONS = 0.6, 300
+IOU_THRESHOLD = 0.6
 
 
 def matches(source: Source) -> bool:
@@ -93,7 +93,7 @@ def matches(source: Source) -> bool:
     if not _explained(source):
         return False
     shapes = [s for s in _declared_shapes(source).values()]
-    return any(len(s) == 3 or not s for s in shapes)
+    return any(len(s) == 3 or not s for s in shapes) or any_number.is_open(source)
 
 
 def why_not(source: Source) -> str:
@@ -136,26 +136,49 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     outputs = [info.name for info in source.model.graph.output]
     if plugin is not None:
         known, outputs = framework_of(plugin, known), []
+    rows = None
+    if plugin is None:
+        rows = any_number.find_rows(source, _merged(hints.declared, known.declaration(outputs)))
+    if rows is not None:
+        known = one_picture.pad(source, rows, known, hints, evidence)
+        outputs = [info.name for info in source.model.graph.output]
     feeds = paddle_feeds(source, hints.size_hw or known.size_hw)
-    pixels = find_pixels(source, hints, usual_size=known.size_hw, feeds=feeds)
+    resizes = rows is not None and rows.resizes
+    pixels = find_pixels(source, hints, usual_size=known.size_hw, feeds=feeds, pads=resizes)
     if not {*pixels.others} <= feeds.keys():
         raise GraphError(
             f"{source.path}: expected images as the only input, found {', '.join(pixels.others)} too; export the model without"
         )
     size_hw = pixels.size_hw or (0, 0)
-    own_size = None if _has_size(source) or hints.size_hw else known.shorter_side
-    _note_input(evidence, pixels, size_hw)
+    shorter_side = None if _has_size(source) or hints.size_hw else known.shorter_side
+    own_size = known.own_size and not _has_size(source) and not hints.size_hw
+    _note_input(evidence, pixels, size_hw if not own_size else None)
     convention = Convention(known.name, known.normal) if known.normal else None
     normal = decide_normalisation(evidence, pixels, hints, convention)
-    preprocessing = _preprocessing(evidence, hints, known, normal, size_hw)
     if own_size:
-        _note_own_size(evidence, known, own_size)
+        if hints.resize or hints.placement or hints.pad_rgb:
+            raise GraphError(
+                f"{source.path}: --resize_mode, --placement and --pad_color go with one size for all pictures, --input_size H,W; this network takes each at "
+                "its own and resizes it itself: name a size, or leave them out"
+            )
+        preprocessing = one_picture.as_they_are(normal, size_hw)
+        evidence.add(ev.RESIZE, "none: each picture at its own size", f"{ev.READ}it resizes inside")
+    else:
+        preprocessing = _preprocessing(evidence, hints, known, normal, size_hw)
+    if shorter_side:
+        _note_shorter_side(evidence, known, shorter_side)
     declared = _merged(hints.declared, known.declaration(outputs))
     wanted = [*outputs, *_named(declared, outputs)]
+    if own_size:
+        one_picture.mend(source, pixels, normal)
     seen = look(source, pixels, normal, wanted, feeds, size_hw)
-    plan = Reader(source, seen, size_hw, declared, evidence, hints, known).plan()
+    plan = Reader(source, seen, size_hw, declared, evidence, hints, known, rows).plan()
+    if resizes:
+        one_picture.check_scale(source, pixels, normal, plan, known, declared, evidence)
     spec = _spec(plan, preprocessing, hints, known, evidence)
     batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw, feeds)
+    if rows is not None:
+        batch, said = 1, f"{ev.READ}the number of detections follows the picture"
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
     multiple = None if _has_size(source) else _multiple(known, plan, size_hw)
     clips = known.clipped and not plan.selected
@@ -175,13 +198,17 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             shapes={k: seen[v][0].shape for k, v in plan.tensors.items()},
             count=plan.count,
             feeds=feeds,
+            batch="N" if rows is None else 1,
         ),
         feeds=feeds,
         facts=evidence.settle(),
-        notes=() if own_size else known.notes,
+        final=one_picture.final(plan, size_hw) if rows is not None and plan.selected else None,
+        notes=() if own_size or shorter_side else known.notes,
         takes=IMAGE_HINTS | {"declared", "num_classes"},
         size_multiple=multiple,
-        shorter_side=own_size,
+        shorter_side=shorter_side,
+        own_size=own_size,
+        one_by_one=rows is not None,
     )
 
 
@@ -189,15 +216,12 @@ def _has_size(source: OnnxSource) -> bool:
     return image_hw(source) is not None
 
 
-def _note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int]) -> None:
-    evidence.add(
-        ev.INPUT,
-        f"'{pixels.image}' {pixels.image_layout} {size_hw[0]}x{size_hw[1]}",
-        "read: its shape",
-    )
+def _note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int] | None) -> None:
+    size = f"{size_hw[0]}x{size_hw[1]}" if size_hw else "of any size"
+    evidence.add(ev.INPUT, f"'{pixels.image}' {pixels.image_layout} {size}", "read: its shape")
 
 
-def _note_own_size(evidence: Evidence, known: Framework, shorter_side: tuple[int, int]) -> None:
+def _note_shorter_side(evidence: Evidence, known: Framework, shorter_side: tuple[int, int]) -> None:
     shorter, longer = shorter_side
     evidence.add(
         ev.RESIZE,
@@ -287,14 +311,22 @@ def _spec(
     if coco:
         ids, origin = COCO_80_IDS, "convention: COCO's ids of its 80 classes"
     else:
-        ids, origin = tuple(range(1, plan.num_classes + 1)), "convention: class index + 1"
+        first = known.first_id + (plan.label_base if known.first_id == 0 else 0)
+        ids = tuple(range(first, first + plan.num_classes))
+        origin = (
+            f"{ev.CONVENTION}class index + 1" if known.first_id else f"{ev.CONVENTION}its labels"
+        )
     evidence.add(ev.CATEGORY_IDS, f"{ids[0]}..{ids[-1]}" if ids else "none", origin)
     one_class_each = plan.labels != "" or plan.label_column is not None
-    kept = known.kept or (plan.count if plan.selected else MAX_DETECTIONS)
+    kept = known.kept or (plan.count if plan.selected else one_picture.MAX_DETECTIONS)
     if plan.selected:
         pairs = plan.count * (1 if one_class_each else max(plan.num_classes, 1))
         kept = min(kept, pairs)
-    how = (
+    if former := next((fact for fact in evidence.facts if fact.name == ev.KEPT), None):
+        how, kept = former.origin, int(former.value)
+    else:
+        how = ""
+    how = how or (
         f"{ev.CONVENTION}{known.name}"
         if known.kept
         else "read: all of its rows"
@@ -327,6 +359,7 @@ def _declare(
     shapes: Mapping[str, tuple[int, ...]],
     count: int,
     feeds: Mapping[str, NDArray[np.float32]],
+    batch: int | str = "N",
 ) -> None:
     """Give the heads the shapes that they were seen to have; how many rows there are follows the
     size where that is dynamic. Inputs beside the images become constants.
@@ -334,7 +367,7 @@ def _declare(
     for tensor in [t for t in graph.inputs if t.name in feeds]:
         graph.inputs.remove(tensor)
         tensor.to_constant(feeds[tensor.name])
-    free = None in (graph.inputs[0].shape or ())[1:]
+    free = None in (graph.inputs[0].shape or ())[1:] and batch == "N"
     for position, (name, shape) in enumerate(shapes.items()):
         tensor = graph.outputs[position]
         if name == LABELS:  # whole numbers: exact in float32
@@ -344,7 +377,7 @@ def _declare(
                 gs.Node("Cast", "labels_float", {"to": TensorProto.FLOAT}, [former], [tensor])
             )
             graph.outputs[position] = tensor
-        tensor.shape = ["N", *(None if free and n == count else n for n in shape[1:])]
+        tensor.shape = [batch, *(None if free and n == count else n for n in shape[1:])]
         tensor.dtype = np.dtype(np.float32)
 
 
@@ -364,7 +397,7 @@ def assemble(
     Args:
         clips: boxes are clipped to the picture; they become corners.
     """
-    count = -1 if spec.preprocessing.size_range else plan.count
+    count = -1 if spec.preprocessing.size_range and not plan.is_padded else plan.count
     if plan.rows:
         rows = build.node("Transpose", "rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
         boxes = build.slice_last("boxes", rows, plan.first_box, plan.first_box + 4)

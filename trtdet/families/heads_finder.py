@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
+from trtdet.families.any_number import Rows
 from trtdet.families.base import Declaration, Hints
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import (
@@ -18,7 +19,6 @@ from trtdet.families.heads_plan import (
     is_boxes,
     paddle_feeds,
     rows_in,
-    unbatched,
     zeros,
 )
 from trtdet.families.outputs import (
@@ -48,9 +48,11 @@ class Finder:
         evidence: Evidence,
         hints: Hints,
         known: Framework,
+        rows: Rows | None = None,
     ) -> None:
         self.source, self.seen, self.size_hw = source, seen, size_hw
         self.declared, self.evidence, self.hints, self.known = declared, evidence, hints, known
+        self.rows = rows
         self.nodes = Nodes(source.model)
         self.outputs = [info.name for info in source.model.graph.output]
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -136,10 +138,8 @@ class Finder:
             )
         shape, other = self.seen[boxes][0].shape, self.seen[scores][0].shape
         if not is_boxes(shape):
-            why = unbatched(self.source)
             raise GraphError(
                 f"{self.source.path}: expected boxes [N, A, 4] in '{boxes}', found {list(shape)}"
-                + (f"; {why}" if why else "")
             )
         count = rows_in(shape)
         if labels:
@@ -290,10 +290,17 @@ class Finder:
         """Shapes of inner tensors, measured once each."""
         missing = [t for t in tensors if t not in self._shapes]
         if missing:
-            found = maybe_image(self.source)
-            image = found[0] if found else self.source.graph.inputs[0]
-            fed = {image: zeros(self.source, image, self.size_hw)}
-            fed |= paddle_feeds(self.source, self.size_hw)
-            for t, value in zip(missing, self.source.run(missing, fed), strict=True):
+            for t, value in zip(missing, self._on_black(missing), strict=True):
                 self._shapes[t] = value.shape
         return [self._shapes[t] for t in tensors]
+
+    def _value(self, tensor: str) -> NDArray[Any]:
+        """An inner tensor, of a black picture."""
+        return self._on_black([tensor])[0]
+
+    def _on_black(self, tensors: list[str]) -> list[NDArray[Any]]:
+        found = maybe_image(self.source)
+        image = found[0] if found else self.source.graph.inputs[0]
+        fed = {image: zeros(self.source, image, self.size_hw)}
+        fed |= paddle_feeds(self.source, self.size_hw)
+        return self.source.run(tensors, fed)

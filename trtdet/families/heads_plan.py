@@ -26,6 +26,11 @@ from trtdet.spec import (
 
 #: Inputs of PaddleDetection's exports beside the images.
 PADDLE_INPUTS = frozenset(("im_shape", "scale_factor"))
+#: Columns of rows [n, width] without a batch axis, as PaddleDetection and DAMO-YOLO write them.
+OF_ONE_PICTURE = {
+    6: "label,score,x1,y1,x2,y2",
+    7: "unused,x1,y1,x2,y2,label,score",
+}
 BOXES, SCORES, LABELS, ROWS = "foreign_boxes", "foreign_scores", "foreign_labels", "foreign_rows"
 
 
@@ -52,6 +57,8 @@ class Framework:
             number.
         shorter_side: of every picture, and the most that its longer side may have, where each is
             taken at a size of its own; both are padded to a multiple of `size_multiple`.
+        own_size: pictures come as large as they are.
+        first_id: category id of the first class.
         notes: what its users should know.
     """
 
@@ -80,6 +87,8 @@ class Framework:
     cut_off: bool = True
     shorter_side: tuple[int, int] | None = None
     size_multiple: int | None = None
+    own_size: bool = False
+    first_id: int = 1
     notes: tuple[Note, ...] = ()
 
     def with_changes(self, **changes: Any) -> "Framework":
@@ -103,6 +112,7 @@ class Plan:
         box_columns: the columns of four numbers in `boxes`; objectness, score_columns,
             label_column: in `rows`.
         transposed: rows [N, M, A].
+        is_padded: detections whose number follows the picture, padded to `count`.
     """
 
     boxes: str
@@ -124,6 +134,7 @@ class Plan:
     selected: bool = False
     num_classes: int = 0
     count: int = 0
+    is_padded: bool = False
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -178,9 +189,7 @@ def paddle_feeds(
 def describe_outputs(
     source: OnnxSource, seen: Mapping[str, Sequence[NDArray[Any]]] | None = None
 ) -> str:
-    """Inputs and outputs with their shapes, and the command line to start from, or why there is
-    none.
-    """
+    """Inputs and outputs with their shapes, and the command line to start from."""
     inputs = ", ".join(
         f"{i.name} {_dims(i)}" for i in source.model.graph.input if i.name in source.graph.inputs
     )
@@ -189,30 +198,9 @@ def describe_outputs(
         shapes = {name: str(list(seen[name][0].shape)) for name in shapes if name in seen}
     outputs = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:8])
     outputs += f" and {len(shapes) - 8} more" if len(shapes) > 8 else ""
-    how = unbatched(source) or f"Declare them: {starting_line(source, seen)}"
-    return f"its inputs: {inputs}; its outputs: {outputs}. {how}"
-
-
-def unbatched(source: OnnxSource) -> str:
-    """Why no option can declare the outputs: boxes, or rows that begin with one, without a batch
-    axis. Empty: they have one, or the file does not declare their shapes.
-    """
-    outputs = list(source.model.graph.output)
-    ranks = [_rank(info) for info in outputs]
-    batches = {_dim(i, 0) for i in source.model.graph.input if i.name in source.graph.inputs}
-    for info in outputs:
-        if _rank(info) != 2 or _dim(info, 0) in batches:
-            continue
-        width, is_alone = _dim(info, 1), 3 not in ranks
-        is_named = "box" in info.name.lower()
-        if (width == 4 and (is_named or (is_alone and 1 in ranks))) or (
-            width in (5, 6, 7) and is_alone
-        ):
-            return (
-                f"'{info.name}' has no batch axis, so the options that declare outputs cannot read it: export the model with a batch "
-                "axis in its outputs, or its raw heads, boxes [N, A, 4] and scores [N, A, classes], from before it selects detections"
-            )
-    return ""
+    return (
+        f"its inputs: {inputs}; its outputs: {outputs}. Declare them: {starting_line(source, seen)}"
+    )
 
 
 def _rank(info: Any) -> int:
@@ -231,11 +219,7 @@ def starting_line(
     """Options to declare the outputs, with the names of the file."""
     names = [info.name for info in source.model.graph.output]
     ranks = {i.name: _rank(i) for i in source.model.graph.output}
-    boxes = [
-        n
-        for n in names
-        if (seen and n in seen and is_boxes(seen[n][0].shape)) or "box" in n.lower()
-    ]
+    boxes = [n for n in names if _may_be_boxes(source, n, seen)]
     if boxes and len(names) > 1:
         others = [n for n in names if n != boxes[0]]
         scores = next(
@@ -246,16 +230,29 @@ def starting_line(
             ),
             others[0],
         )
-        labels = [n for n in others if n != scores and "label" in n.lower()]
+        flat = [n for n in others if ranks[n] == 1 and ranks[boxes[0]] == 2]
+        labels = [n for n in others if n != scores and ("label" in n.lower() or n in flat)]
         line = f"--boxes_output {boxes[0]} --scores_output {scores}" + (
             f" --labels_output {labels[0]}" if labels else ""
         )
     else:
-        rows = next((n for n in names if ranks[n] == 3), names[0])
+        rows = next((n for n in names if ranks[n] in (2, 3)), names[0])
         width = _width(source, seen, rows)
-        columns = "score,label" if width in (None, 6) else "scores"
-        line = f"--rows_output {rows} --columns x1,y1,x2,y2,{columns}"
+        columns = f"x1,y1,x2,y2,{'score,label' if width in (None, 6) else 'scores'}"
+        if ranks[rows] == 2 and width in OF_ONE_PICTURE:
+            columns = OF_ONE_PICTURE[width]
+        line = f"--rows_output {rows} --columns {columns}"
     return line + " --box_format xyxy --preprocessor unit --resize_mode stretch"
+
+
+def _may_be_boxes(
+    source: OnnxSource, name: str, seen: Mapping[str, Sequence[NDArray[Any]]] | None
+) -> bool:
+    """By its shape as seen, or its name, or as the only one declared [n, 4]."""
+    if seen and name in seen and is_boxes(seen[name][0].shape):
+        return True
+    infos = [i for i in source.model.graph.output if _rank(i) == 2 and _dim(i, 1) == 4]
+    return "box" in name.lower() or (len(infos) == 1 and infos[0].name == name)
 
 
 def _width(

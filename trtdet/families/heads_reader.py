@@ -40,6 +40,8 @@ class Reader(Finder):
             plan = self._of_rows(d.rows)
         elif d.boxes:
             plan = self._of_pair(d.boxes, d.scores, d.labels)
+        elif self.rows is not None and not self.rows.columns:
+            plan = self._of_pair(self.rows.boxes, self.rows.scores, self.rows.labels)
         else:
             plan = self._by_shapes()
         left = unexplained(self.source, list(plan.tensors.values()), self.seen)
@@ -47,7 +49,14 @@ class Reader(Finder):
             raise self.nothing_fits(
                 f"it explains {', '.join(plan.tensors.values())}, but not {', '.join(left)}"
             )
-        self._check_count(plan)
+        if self.rows is not None:
+            plan = dataclasses.replace(plan, is_padded=True)
+            if not any(s.any() for s in self.score_values(plan)):
+                raise GraphError(
+                    f"{self.source.path}: it finds nothing at all on four photographs, so nothing can be measured; export a trained model"
+                )
+        else:
+            self._check_count(plan)
         return self._classes(self._scores(self._selected(self._boxes(plan))))
 
     def _check_count(self, plan: Plan) -> None:
@@ -175,12 +184,14 @@ class Reader(Finder):
         d, best = self.declared, [s.max(axis=1) for s in self.score_values(plan)]
         if d.selected is not None:
             selected, origin = d.selected, self._origin("selected", "")
+        elif self.rows is not None and self.rows.is_selected:
+            selected, origin = True, f"{ev.READ}its NonMaxSuppression"
         elif maybe_levels(plan.count, self.size_hw):
             selected, origin = (
                 False,
                 f"{ev.MEASURED}a row for each of {plan.count} cells of a grid, nothing selected",
             )
-        elif is_sorted(best):
+        elif self.rows is None and is_sorted(best):
             selected, origin = (
                 True,
                 f"{ev.MEASURED}the rows are sorted by score, so the model selects them",
@@ -227,6 +238,11 @@ class Reader(Finder):
         if probabilities and float(np.ptp(np.concatenate([v.ravel() for v in values]))) == 0:
             raise GraphError(
                 f"{self.source.path}: all scores in '{plan.scores}' are {low:.3g} on four photographs; export a trained model"
+            )
+        if self.rows is not None and activation != "none":
+            raise GraphError(
+                f"{self.source.path}: expected probabilities in '{plan.scores}', found {low:.3g} to {high:.3g}; "
+                "export the model with its activation"
             )
         if origin:
             former = next((f.value + ": " for f in self.evidence.facts if f.name == ev.SCORES), "")
@@ -277,10 +293,12 @@ class Reader(Finder):
         else:
             found = [r[:, plan.label_column or 0] for r in self.rows_of(plan)]
             tensor = plan.rows
-        largest = int(max(v.max() for v in found))
+        largest = int(max((v.max() for v in found if v.size), default=0))
         base = self.declared.label_base
         chosen = self._argmax_width(tensor)
         names = len(self.known.labels) or len(self.hints.labels) or self.hints.num_classes or 0
+        if base is None and self.rows is not None and chosen and names == chosen - 1:
+            base = 1  # the model counts its background as class 0
         if names:
             count, origin = (
                 names,
@@ -289,7 +307,7 @@ class Reader(Finder):
                 else f"{ev.GIVEN}{'--labels' if self.hints.labels else '--num_classes'}",
             )
         elif chosen:
-            count, origin = chosen, f"read: its ArgMax is over {chosen} classes"
+            count, origin = chosen, f"read: its labels are chosen from {chosen} classes"
         else:
             self.evidence.ask(ev.CLASSES, "--labels FILE or --num_classes N", largest + 1)
             count, origin = largest + 1, ""
@@ -308,17 +326,25 @@ class Reader(Finder):
         return dataclasses.replace(plan, num_classes=count, label_base=base or 0)
 
     def _argmax_width(self, tensor: str) -> int | None:
-        """How many classes the labels are chosen from: the width of the ArgMax, or the divisor
-        of the TopK over all pairs.
+        """How many classes the labels are chosen from: the width of the ArgMax or of the NMS, the
+        divisor of the TopK over all pairs, and in torchvision's detectors that of the softmax.
         """
         for node in self.nodes.above([tensor]):
+            is_torchvision = self.rows is not None and self.rows.is_torchvision
+            if is_torchvision and node.op_type == "Softmax":
+                shape = self._sizes([node.input[0]])[0]
+                return int(shape[attribute(node, "axis", -1)])
+            if node.op_type == "NonMaxSuppression" and not is_torchvision:
+                width = int(self._sizes([node.input[1]])[0][1])
+                if width > 1:
+                    return width
             if node.op_type == "ArgMax":
                 shape = self._sizes([node.input[0]])[0]
                 return int(shape[attribute(node, "axis", 0)])
-            if (
-                node.op_type == "Mod"
-                and (divisor := self.nodes.value(node.input[1])) is not None
-                and divisor.size == 1
-            ):
-                return int(divisor.reshape(-1)[0])
+            if node.op_type == "Mod":
+                divisor = self.nodes.value(node.input[1])
+                if divisor is None and self.rows is not None:  # follows from a shape
+                    divisor = self._value(node.input[1])
+                if divisor is not None and divisor.size == 1:
+                    return int(divisor.reshape(-1)[0])
         return None

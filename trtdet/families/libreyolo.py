@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtdet.errors import GraphError
-from trtdet.families import detr, heads
+from trtdet.families import any_number, detr, heads
 from trtdet.families.base import NO_HINTS, Declaration, Hints, Note, Reading
 from trtdet.families.heads import Framework
 from trtdet.families.outputs import Nodes
@@ -91,6 +91,17 @@ def _of_own_size(name: str, columns: tuple[str, ...], kept: int | None = None) -
     )  # fmt: skip
 
 
+#: Families that select their detections themselves, and whose pictures come as they are.
+TWO_STAGES = ("faster_rcnn", "mask_rcnn")
+
+
+def _two_stages(name: str) -> Framework:
+    """torchvision's: pictures come as they are, unless the export has one size alone."""
+    return Framework(
+        name, UNIT, resize="stretch", declared=Declaration(box_format="xyxy", box_units="pixels")
+    )
+
+
 def _darknet(name: str) -> Framework:
     return _dense(
         name, UNIT, agnostic=True, resize="letterbox", rounding="floor64", antialias=True, pad_rgb=(128.0, 128.0, 128.0), declared=_PIXELS, columns=_ROWS,
@@ -112,6 +123,8 @@ DENSE: Mapping[str, Framework] = {
     "efficientdet": _dense("EfficientDet", IMAGENET, resize="letterbox", rounding="floor64", antialias=True, pad_rgb=(124.0, 116.0, 104.0), declared=_PIXELS, columns=("x1", "y1", "x2", "y2", "score", "label"), selected=False),
     "retinanet": _of_own_size("RetinaNet", _ROWS),
     "fcos": _of_own_size("FCOS", ("x1", "y1", "x2", "y2", "level", "scores"), kept=100),
+    "faster_rcnn": _two_stages("Faster R-CNN"),
+    "mask_rcnn": _two_stages("Mask R-CNN"),
     "picodet": _dense("PicoDet", IMAGENET, resize="stretch", declared=_PIXELS, columns=_ROWS),
     "ppyoloe": _dense("PP-YOLOE", IMAGENET, resize="stretch", declared=_PIXELS),
     "rtmdet": _dense("RTMDet", MMDET_BGR, resize="letterbox", rounding="floor64", antialias=True, declared=_PIXELS, columns=_ROWS),
@@ -119,11 +132,8 @@ DENSE: Mapping[str, Framework] = {
 
 
 _INSTEAD = "retinanet, fcos or rtdetrv2"
-_ANY_NUMBER = "the number of its detections differs from picture to picture, which no engine of stage 2 can hold"
 #: Families that are not converted, and why.
 REFUSED: Mapping[str, str] = {
-    "faster_rcnn": _ANY_NUMBER,
-    "mask_rcnn": _ANY_NUMBER,
     "centernet": "its pictures are warped, not resized, by an affine matrix",
 }
 
@@ -147,7 +157,7 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
         raise GraphError(
             f"{source.path}: LibreYOLO's {family} is not converted: {REFUSED[family]}; take another of its families, such as {_INSTEAD}"
         )
-    if task != "detect":
+    if task != "detect" and family != "mask_rcnn":
         raise GraphError(
             f"{source.path}: expected a detector, found a LibreYOLO model for the task '{task}'; export one for the task 'detect'"
         )
@@ -175,13 +185,25 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             raise GraphError(
                 f"{source.path}: expected a LibreYOLO export without NMS, or one with its output '{RAW}'; export it with nms=False"
             )
-        return heads.read(source, hints, framework_of(found, labels))
-    how = heads.unbatched(source) if isinstance(source, OnnxSource) else ""
-    if isinstance(source, OnnxSource) and not how:
+        framework = framework_of(found, labels)
+        if family in TWO_STAGES and isinstance(source, OnnxSource):
+            check_selects(source, framework)
+        return heads.read(source, hints, framework)
+    how = ""
+    if isinstance(source, OnnxSource):
         how = f"to convert it all the same, add --family heads and declare its outputs: {heads.starting_line(source)}"
     raise GraphError(
         f"{source.path}: expected one of LibreYOLO's families {', '.join([*DENSE, 'detr', *SETS])}, found '{family}'; {how}"
     )
+
+
+def check_selects(source: OnnxSource, framework: Framework) -> None:
+    """Refuse an export of two stages that does not select its detections itself."""
+    outputs = list(source.graph.outputs)
+    if any_number.find_rows(source, framework.declaration(outputs)) is None:
+        raise GraphError(
+            f"{source.path}: expected boxes [n, 4], scores [n] and labels [n] of {framework.name}, found {', '.join(outputs)}; export the model again"
+        )
 
 
 def says(found: Mapping[str, str], key: str) -> bool:
@@ -255,6 +277,8 @@ def framework_of(found: Mapping[str, str], labels: tuple[str, ...]) -> Framework
     if known.shorter_side and len(size) == 2:
         changes["shorter_side"] = (size[0], round(size[0] * LONGEST / 800))
         changes["notes"] = (Note(f"LibreYOLO takes every picture at a size of its own, the shorter side {size[0]} pixels; at one size for all, square pictures alone have its detections, and others are letterboxed", "dynamic"),)  # fmt: skip
+    if found["model_family"] in TWO_STAGES and says(found, "dynamic"):
+        changes["notes"] = (Note("LibreYOLO takes every picture as large as it is; at one size for all, they are stretched to it, as LibreYOLO does with an export of one size", "dynamic"),)  # fmt: skip
     if found.get("letterbox_pad"):
         changes["placement"] = "center" if found["letterbox_pad"] == "center" else "top_left"
     return known.with_changes(**changes)

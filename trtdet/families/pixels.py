@@ -122,12 +122,14 @@ def find_pixels(
     *,
     usual_size: tuple[int, int] | None = None,
     feeds: Mapping[str, NDArray[Any]] | None = None,
+    pads: bool = False,
 ) -> Pixels:
     """The image input and what is done with it before the first convolution.
 
     Args:
         usual_size: of an input of any size, where the file says it elsewhere.
         feeds: of further inputs, for a batch of one.
+        pads: a network that resizes by itself may pad its pictures too.
 
     Raises:
         GraphError: there is no image input, or what is inside is no normalisation.
@@ -152,7 +154,7 @@ def find_pixels(
         )
     if conv is None or conv == name or unknown_ops(source, [conv]):
         return plain
-    return _measured(source, plain, conv, size_hw, feeds or {})
+    return _measured(source, plain, conv, size_hw, feeds or {}, pads=pads)
 
 
 def first_convolution(source: OnnxSource, image: str) -> str | None:
@@ -173,12 +175,30 @@ def first_convolution(source: OnnxSource, image: str) -> str | None:
     return None
 
 
+def resizes(source: OnnxSource, tensor: str) -> bool:
+    """Whether a Resize leads to a tensor."""
+    producer = {name: node for node in source.model.graph.node for name in node.output}
+    pending, seen = [tensor], set[str]()
+    while pending:
+        name = pending.pop()
+        node = producer.get(name)
+        if node is None or name in seen:
+            continue
+        seen.add(name)
+        if node.op_type == "Resize":
+            return True
+        pending.extend(node.input)
+    return False
+
+
 def _measured(
     source: OnnxSource,
     plain: Pixels,
     tensor: str,
     size_hw: tuple[int, int],
     feeds: Mapping[str, NDArray[Any]],
+    *,
+    pads: bool = False,
 ) -> Pixels:
     # 254: whole numbers have a half of it.
     level, n = (254.0 if _is_integer(source.model, plain.image) else 1.0), plain.batch or 1
@@ -203,7 +223,7 @@ def _measured(
     black = see((0, 0, 0))
     shape = black.shape
     layout: Layout = "NCHW" if shape == (3, *size_hw) else "NHWC"
-    whole = shape in ((3, *size_hw), (*size_hw, 3))
+    whole = shape in ((3, *size_hw), (*size_hw, 3)) and not resizes(source, tensor)
     axis = 0 if layout == "NCHW" or not whole else 2
     if black.ndim != 3:
         raise GraphError(
@@ -211,7 +231,12 @@ def _measured(
         )
 
     def channels(value: NDArray[np.float64]) -> NDArray[np.float64]:
-        flat = np.moveaxis(value, axis, 0).reshape(value.shape[axis], -1)
+        maps = np.moveaxis(value, axis, 0)
+        if pads and not whole:  # at a border
+            inner = (slice(n // 4, max(n // 2, n // 4 + 1)) for n in maps.shape[1:])
+            index = (slice(None), *inner)
+            maps = maps[index]
+        flat = maps.reshape(len(maps), -1)
         # A convolution with padding of its own, or a Pad before it: the border is left aside.
         if np.ptp(flat, axis=1).max() > 1e-3 * max(1.0, float(np.abs(flat).max())):
             raise _not_affine(source, plain.image)

@@ -30,7 +30,7 @@ output is [N,Q,M,D]. It samples as GridSample does with align_corners=0 and zero
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -113,12 +113,17 @@ def rewrite(model: onnx.ModelProto, mode: Mode) -> onnx.ModelProto:
     return lower(pruned) if mode == "gather" else pruned
 
 
-def name_positions(model: onnx.ModelProto, tensors: Sequence[str]) -> None:
+def name_positions(
+    model: onnx.ModelProto, tensors: Sequence[str], layers: Collection[str] = _LAYERS
+) -> None:
     """Put `POSITIONS_PREFIX` before the names of what leads from the network's layers to the
     tensors, in place.
 
     Precision leaves nodes of that name in float32: FP16 resolves a position within 1333 pixels to
     half a pixel.
+
+    Args:
+        layers: operators at which the way back ends.
     """
     producer = {name: node for node in model.graph.node for name in node.output}
     public = {info.name for info in model.graph.output}
@@ -126,7 +131,9 @@ def name_positions(model: onnx.ModelProto, tensors: Sequence[str]) -> None:
     pending, renamed = list(tensors), dict[str, str]()
     while pending:
         node = producer.get(pending.pop())
-        if node is None or node.op_type in _LAYERS or node.output[0] in renamed:
+        if node is None or node.output[0] in renamed:
+            continue
+        if node.op_type in layers and not node.name.startswith(POSITIONS_PREFIX):
             continue
         for old in node.output:
             renamed[old] = old if old in public else _position_name(old)

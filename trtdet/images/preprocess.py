@@ -69,6 +69,17 @@ class ShorterSide:
         return self.canvas(extremes, preprocessing)
 
 
+@dataclass(frozen=True)
+class OwnSize(ShorterSide):
+    """Every image as large as it is, for a network that resizes by itself."""
+
+    def scale(self, source_hw: tuple[int, ...]) -> float:
+        return 1.0
+
+    def largest_canvas(self, preprocessing: Preprocessing) -> tuple[int, int]:
+        return (preprocessing.size_range or (preprocessing.size_hw,) * 2)[1]
+
+
 def choose_input(
     preprocessing: Preprocessing,
     *,
@@ -82,6 +93,9 @@ def choose_input(
         ValueError: the model does not take it.
     """
     if size is None and resize is None:
+        if preprocessing.own_size and preprocessing.size_range:
+            largest = max(preprocessing.size_range[1])
+            return preprocessing, OwnSize(largest, largest)
         if preprocessing.shorter_side is None:
             return preprocessing, None
         resize, max_size = preprocessing.shorter_side

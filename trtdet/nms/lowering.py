@@ -236,7 +236,7 @@ def _lower_node(
     if form == "onnx":
         survives = _suppress_by_operator(build, corners, found, nms)
     else:
-        iou = _pairwise_iou(build, corners)
+        iou = pairwise_iou(build, corners)
         survives = suppress_by_rounds(build, iou, found, nms, rounds)
     emit(build, node.output, types, corners, survives, found, nms)
 
@@ -342,7 +342,7 @@ def pairwise(build: Builder, op: str, name: str, column: str) -> str:
     return build.node(op, name, column, row)
 
 
-def _pairwise_iou(build: Builder, corners: str) -> str:
+def pairwise_iou(build: Builder, corners: str) -> str:
     """IoU [N, count, count] of corner boxes [N, count, 4]."""
 
     def side(name: str, low: str, high: str) -> str:

@@ -168,7 +168,7 @@ class ConvertedSide(Closing):
         batch = fixed_batch(model) or 1
 
         def read(some: Sequence[str], image: ImageArray) -> list[NDArray[Any]]:
-            pixels, _ = preprocess(image, self.info.spec.preprocessing)
+            pixels, _ = preprocess(image, at_own_size(self.info.spec.preprocessing, image))
             values = part.run(some, feed_of(model, pixels))
             ones = [_first(value, batch) for value in values]
             return [self._scaled_back(n, v) for n, v in zip(some, ones, strict=True)]
@@ -287,7 +287,7 @@ class TrainedSide(Closing):
 
     def _feed(self, image: ImageArray) -> tuple[dict[str, NDArray[Any]], ResizeTransform]:
         """What the model is fed for an image, and how the image lies in its network input."""
-        reading, preprocessing = self._reading, self.info.spec.preprocessing
+        reading, preprocessing = self._reading, at_own_size(self.info.spec.preprocessing, image)
         placed, transform = preprocess(image, dataclasses.replace(preprocessing, layout="NHWC"))
         fed: NDArray[Any]
         if reading.image_input == reading.network_input:  # an export without preprocessing
@@ -306,6 +306,12 @@ class TrainedSide(Closing):
         self._source.__exit__(None, None, None)
 
 
+def at_own_size(preprocessing: Preprocessing, image: ImageArray) -> Preprocessing:
+    """For one image, of a model that takes each as large as it is."""
+    height, width = image.shape[:2]
+    return preprocessing.at((height, width)) if preprocessing.own_size else preprocessing
+
+
 def open_trained(path: Path, model: onnx.ModelProto | None) -> Source:
     """A SavedModel, or an ONNX file that was read already."""
     if model is None:
@@ -321,10 +327,11 @@ def conversion_options(like: ModelSpec | None) -> conversion.Options:
     if like is None:
         return conversion.Options()
     chosen = conversion.as_chosen(like)
+    one_size = not like.preprocessing.own_size
     hints = dataclasses.replace(
         chosen.hints,
-        size_hw=like.preprocessing.size_hw,
-        resize=like.preprocessing.resize,
+        size_hw=like.preprocessing.size_hw if one_size else None,
+        resize=like.preprocessing.resize if one_size else None,
         rotated_nms=like.rotated_mode if like.selection == "rotated_nms" else None,
     )
     given = frozenset(("resize_mode", "preprocessor"))

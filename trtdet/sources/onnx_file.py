@@ -26,6 +26,7 @@ from trtdet.sources.base import (
     run_onnx,
     run_part,
 )
+from trtdet.sources.batch_axis import add_batch_axis
 from trtdet.sources.half import widen
 from trtdet.spec import ModelSpec
 
@@ -61,7 +62,13 @@ class OnnxSource(Closing):
             logger.info("%s is in half precision: stage 1 computes it in float32", path)
         if edit:
             edit(self.model)
+        if self.spec is None and add_batch_axis(self.model):
+            logger.info("%s takes one picture without a batch axis: it gets one", path)
         self._lower = lower
+        self.read_again()
+
+    def read_again(self) -> None:
+        """Look at `model` anew, after an edit."""
         self._opened: tuple[object, Session] | None = None
         self.graph = _read_onnx_graph(self.model)
         self._dtypes = {
