@@ -44,7 +44,7 @@ Layout = Literal["NHWC", "NCHW"]
 InputDtype = Literal["float32", "uint8"]
 ResizeMode = Literal["letterbox", "stretch"]
 Placement = Literal["top_left", "center"]
-Rounding = Literal["floor", "floor64", "floor_axes", "round"]
+Rounding = Literal["floor", "floor64", "floor_axes", "round", "none"]
 Sampling = Literal["half_pixel", "corner"]
 #: What follows the heads: EfficientNMS, NMS of rotated boxes, or the best K without suppression.
 Selection = Literal["nms", "rotated_nms", "topk"]
@@ -86,6 +86,7 @@ class Preprocessing:
     rounding: Rounding = (
         "floor"  # of its size: AutoML truncates in float32, ODTK in float64, YOLO rounds
         # "floor_axes": as ODTK, each axis then has the scale that this left it (torchvision)
+        # "none": size and place are fractions of pixels, an affine warp does it (CenterNet)
     )
     sampling: Sampling = (
         "half_pixel"  # where pixels have their centres; "corner": TensorFlow 1's resize
@@ -124,10 +125,17 @@ class Preprocessing:
             checks.whole("shorter_side[1]", longer, shorter, LARGEST_SIDE)
             if self.size_range is None or self.resize != "letterbox":
                 raise ValueError("shorter_side: expected size_range, and resize letterbox")
+        if self.is_warped and self.antialias:
+            raise ValueError("antialias: expected false where rounding is none")
         smallest, largest = self.size_range or (self.size_hw, self.size_hw)
         for low, side, high in zip(smallest, self.size_hw, largest, strict=True):
             if not low <= side <= high:
                 raise ValueError(f"size_hw: expected {list(smallest)} to {list(largest)} (size_range), found {list(self.size_hw)}")  # fmt: skip
+
+    @property
+    def is_warped(self) -> bool:
+        """Whether images lie at fractions of pixels, and their edges blend with the padding."""
+        return self.resize == "letterbox" and self.rounding == "none"
 
     def at(self, size_hw: tuple[int, int]) -> Preprocessing:
         """The same for one size.

@@ -258,7 +258,8 @@ def _preprocessing(
             evidence.ask(ev.RESIZE, " ".join(options), "letterbox, centred on 114")
         else:
             colour = ",".join(f"{x:g}" for x in pad)
-            evidence.add(ev.RESIZE, f"letterbox, {placement.replace('_', ' ')} on {colour}", origin)
+            kind = "affine warp" if known.rounding == "none" else "letterbox"
+            evidence.add(ev.RESIZE, f"{kind}, {placement.replace('_', ' ')} on {colour}", origin)
         placement, pad = placement or "center", pad or (114.0, 114.0, 114.0)
     else:
         evidence.add(ev.RESIZE, "stretch", origin)
@@ -273,6 +274,7 @@ def _preprocessing(
         pad_rgb=pad or (0.0, 0.0, 0.0),
         rounding=known.rounding,
         antialias=known.antialias,
+        sampling=known.sampling,
         longest=known.longest if known.longest and known.longest < min(size_hw) else None,
     )
 
