@@ -66,8 +66,9 @@ from trtdet.families.pixels import (
     maybe_image,
 )
 from trtdet.graph.builder import Builder
+from trtdet.graph.static_shapes import fix_shapes, knows_sizes
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
-from trtdet.sources.base import Source
+from trtdet.sources.base import Shape, Source
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import (
     ModelSpec,
@@ -175,6 +176,8 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             shapes={k: seen[v][0].shape for k, v in plan.tensors.items()},
             count=plan.count,
             feeds=feeds,
+            batch=batch,
+            images=pixels.shape if _has_size(source) else None,
         ),
         feeds=feeds,
         facts=evidence.settle(),
@@ -329,13 +332,21 @@ def _declare(
     shapes: Mapping[str, tuple[int, ...]],
     count: int,
     feeds: Mapping[str, NDArray[np.float32]],
+    batch: int | None,
+    images: Shape | None,
 ) -> None:
     """Give the heads the shapes that they were seen to have; how many rows there are follows the
-    size where that is dynamic. Inputs beside the images become constants.
+    size where that is dynamic. Inputs beside the images become constants. Sizes that the network
+    computes become constants where they hide the size of a feature map, as INT8 wants to know it.
+
+    Args:
+        images: the shape of its input; None: of any size.
     """
     for tensor in [t for t in graph.inputs if t.name in feeds]:
         graph.inputs.remove(tensor)
         tensor.to_constant(feeds[tensor.name])
+    if images:
+        _fix_sizes(graph, images, batch)
     free = None in (graph.inputs[0].shape or ())[1:]
     for position, (name, shape) in enumerate(shapes.items()):
         tensor = graph.outputs[position]
@@ -348,6 +359,17 @@ def _declare(
             graph.outputs[position] = tensor
         tensor.shape = ["N", *(None if free and n == count else n for n in shape[1:])]
         tensor.dtype = np.dtype(np.float32)
+
+
+def _fix_sizes(graph: gs.Graph, images: Shape, batch: int | None) -> None:
+    for tensor in graph.outputs:
+        tensor.dtype = tensor.dtype or np.dtype(np.float32)
+    model = gs.export_onnx(graph)
+    if knows_sizes(model):
+        return
+    fixed = gs.import_onnx(fix_shapes(model, {graph.inputs[0].name: images}, batch=batch))
+    graph.nodes, graph.inputs, graph.outputs = fixed.nodes, fixed.inputs, fixed.outputs
+    graph.opset, graph.import_domains = fixed.opset, fixed.import_domains
 
 
 # ---- from the outputs to boxes and scores

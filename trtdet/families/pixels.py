@@ -87,6 +87,12 @@ class Pixels:
     unit: float = 1.0
     others: tuple[str, ...] = ()
 
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        """Of `tensor`, of a fixed size; the batch is open."""
+        height, width = self.size_hw or (None, None)
+        return (None, 3, height, width) if self.layout == "NCHW" else (None, height, width, 3)
+
 
 def declared_shapes(source: OnnxSource) -> dict[str, tuple[int | None, ...]]:
     """Input -> its shape; None where it is free, which some exporters write as -1."""
