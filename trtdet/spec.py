@@ -29,6 +29,29 @@ PREPROCESSORS = {
     "raw": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # 0 to 255
 }
 
+Triple = tuple[float, float, float]
+
+
+def parse_preprocessor(text: str) -> tuple[Triple, Triple]:
+    """Mean and standard deviation of a --preprocessor: a name, or MEAN/STD of three numbers each,
+    RGB 0-255.
+
+    Raises:
+        ValueError: something else.
+    """
+    if text in PREPROCESSORS:
+        return PREPROCESSORS[text]
+    try:
+        mean, std = (tuple(float(n) for n in part.split(",")) for part in text.split("/"))
+    except ValueError:
+        mean, std = (), ()
+    if len(mean) != 3 or len(std) != 3 or not all(abs(n) < 1e6 for n in mean) or not all(1e-6 <= n < 1e6 for n in std):  # fmt: skip
+        raise ValueError(
+            f"expected {', '.join(sorted(PREPROCESSORS))}, or R,G,B/R,G,B, mean and standard deviation on the scale of 0 to 255, got {text[:60]!r}"
+        )
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
 #: The `metadata_props` key under which the JSON of a `ModelSpec` stands.
 METADATA_KEY = "trtdet.model_spec"
 #: What to do with a spec that cannot be read.

@@ -53,6 +53,8 @@ def add_declaring_options(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--channel_order", choices=["rgb", "bgr"], help="order of the colours in the network's input (default: as its family takes it, else rgb)")
     images.add_argument("--placement", choices=["top_left", "center"], help="where a letterboxed picture lies in the input (default: as its family places it, else you must give it)")
     images.add_argument("--pad_color", type=parse_color, metavar="R,G,B", help="colour of the padding beside a letterboxed picture, 0-255 (default: as its family pads, else you must give it)")
+    images.add_argument("--rounding", choices=["floor", "round"], help="how the size of a letterboxed picture becomes whole numbers (default: as its family does it, else round)")
+    images.add_argument("--antialias", action="store_true", help="images were resized in training with averaging over the area, as Pillow does it (default: as its family does it, else not)")
     outputs = parser.add_argument_group("outputs of any other detector (ONNX)")
     outputs.add_argument("--boxes_output", metavar="NAME", help="boxes [N, A, 4]; goes with --scores_output (default: detected by shape)")
     outputs.add_argument("--scores_output", metavar="NAME", help="scores [N, A, C] or [N, C, A]; with --labels_output [N, A] (default: detected by shape)")
@@ -67,8 +69,18 @@ def add_declaring_options(parser: argparse.ArgumentParser) -> None:
     outputs.add_argument("--label_base", type=non_negative_int, choices=[0, 1], help="number of the first class (default: 0)")
     outputs.add_argument("--num_classes", type=positive_int, metavar="N", help="number of classes, of a model that outputs only class ids; --labels gives it too (default: read from the graph)")
     outputs.add_argument("--selected", nargs="?", const="yes", choices=["yes", "no"], help="yes: the detections need no NMS; no: they do (default: measured)")
+    outputs.add_argument("--clip_boxes", action="store_true", help="boxes are clipped to the picture before the NMS, and those of which nothing is left are dropped (default: they are not)")
     outputs.add_argument("--assume", action="store_true", help="take the usual choice where the file does not say, with a warning for each")
     # fmt: on
+
+
+def placing_from(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `Hints` that say how a letterboxed picture lies in the input."""
+    if args.resize_mode == "warp":
+        placement, color = args.placement or "center", args.pad_color or (0.0, 0.0, 0.0)
+        return {"placement": placement, "pad_rgb": color, "rounding": "none"}
+    rounding = "floor64" if args.rounding == "floor" else args.rounding
+    return {"placement": args.placement, "pad_rgb": args.pad_color, "rounding": rounding}
 
 
 def declaration_from(args: argparse.Namespace) -> Declaration | None:
@@ -104,3 +116,5 @@ def check_declaring(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error("--columns names the columns of --rows_output; give both")
     if args.labels_output and not args.boxes_output:
         parser.error("--labels_output goes with --boxes_output and --scores_output")
+    if args.rounding and args.resize_mode in ("warp", "stretch"):
+        parser.error(f"--rounding is of a letterbox, not of --resize_mode {args.resize_mode}")

@@ -19,7 +19,16 @@ from trtdet.errors import GraphError
 from trtdet.graph.builder import Builder
 from trtdet.graph.tidy import NETWORK_INPUT
 from trtdet.sources.base import Source
-from trtdet.spec import BoxFormat, Fact, Layout, ModelSpec, Placement, ResizeMode, RotatedMode
+from trtdet.spec import (
+    BoxFormat,
+    Fact,
+    Layout,
+    ModelSpec,
+    Placement,
+    ResizeMode,
+    RotatedMode,
+    Rounding,
+)
 
 #: Tensors that stage 1 writes whatever follows them: [N, A, 4] (rotated: 5) boxes in the coding of
 #: `spec.nms`, and [N, A, C] logits, or probabilities where `spec.nms.score_activation` is off.
@@ -84,7 +93,9 @@ class Hints:
         resize: how images come into the network's shape.
         rotated_nms: true polygon overlap, that of ODTK's own kernel, or that of Ultralytics.
         deformable_attention: how GridSample is written.
-        channel_order: of the network's input. placement, pad_rgb: of a letterboxed image.
+        channel_order: of the network's input. placement, pad_rgb, rounding: of a letterboxed image;
+            rounding "none" is an affine warp. antialias: as images were resized in training.
+        clipped: boxes are clipped to the picture before the NMS.
         num_classes: of a model that holds class ids alone.
         declared: what its outputs are.
         assume: take the usual choice for what nothing says.
@@ -99,6 +110,9 @@ class Hints:
     channel_order: Literal["rgb", "bgr"] | None = None
     placement: Placement | None = None
     pad_rgb: tuple[float, float, float] | None = None
+    rounding: Rounding | None = None
+    antialias: bool | None = None
+    clipped: bool | None = None
     num_classes: int | None = None
     declared: "Declaration | None" = None
     assume: bool = False
@@ -125,7 +139,7 @@ class Hints:
 
 NO_HINTS = Hints()
 #: The fields of `Hints` that say how images come into a network.
-IMAGE_HINTS = frozenset(("channel_order", "placement", "pad_rgb"))
+IMAGE_HINTS = frozenset(("channel_order", "placement", "pad_rgb", "rounding", "antialias"))
 
 
 @dataclass(frozen=True)

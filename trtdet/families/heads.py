@@ -125,7 +125,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         raise GraphError(
             f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
-    known = framework or Framework("")
+    known = _as_said(framework or Framework(""), hints)
     evidence = Evidence(str(source.path), hints.assume)
     plugin = maybe_plugin(source)
     origin = f"{ev.MEASURED}the shapes of its outputs"
@@ -182,10 +182,19 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         feeds=feeds,
         facts=evidence.settle(),
         notes=() if own_size else known.notes,
-        takes=IMAGE_HINTS | {"declared", "num_classes"},
+        takes=IMAGE_HINTS | {"declared", "num_classes", "clipped"},
         size_multiple=multiple,
         shorter_side=own_size,
     )
+
+
+def _as_said(known: Framework, hints: Hints) -> Framework:
+    """What is known, with what the command line says of how images and boxes are treated."""
+    said = {name: getattr(hints, name) for name in ("rounding", "antialias", "clipped")}
+    changes = {name: value for name, value in said.items() if value is not None}
+    if hints.rounding == "none":
+        changes["sampling"] = "corner"
+    return known.with_changes(**changes)
 
 
 def _has_size(source: OnnxSource) -> bool:
@@ -243,7 +252,8 @@ def _preprocessing(
     resize, placement, pad = hints.resize, hints.placement, hints.pad_rgb
     if resize is None and (placement or pad):
         resize = "letterbox"
-    origin = f"{ev.GIVEN}--resize_mode {resize}"
+    mode = "warp" if hints.rounding == "none" else resize
+    origin = f"{ev.GIVEN}--resize_mode {mode}"
     if resize is None and known.resize:
         resize, origin = known.resize, ev.CONVENTION + known.name
     if resize is None:
@@ -262,10 +272,11 @@ def _preprocessing(
         else:
             colour = ",".join(f"{x:g}" for x in pad)
             kind = "affine warp" if known.rounding == "none" else "letterbox"
-            evidence.add(ev.RESIZE, f"{kind}, {placement.replace('_', ' ')} on {colour}", origin)
+            text = f"{kind}, {placement.replace('_', ' ')} on {colour}"
+            evidence.add(ev.RESIZE, text + _how_resized(known), origin)
         placement, pad = placement or "center", pad or (114.0, 114.0, 114.0)
     else:
-        evidence.add(ev.RESIZE, "stretch", origin)
+        evidence.add(ev.RESIZE, "stretch" + _how_resized(known), origin)
     return Preprocessing(
         size_hw,
         dtype="uint8" if known.rounds else "float32",
@@ -279,6 +290,14 @@ def _preprocessing(
         antialias=known.antialias,
         sampling=known.sampling,
         longest=known.longest if known.longest and known.longest < min(size_hw) else None,
+    )
+
+
+def _how_resized(known: Framework) -> str:
+    """What the table of facts says beside the placement."""
+    truncated = known.resize != "stretch" and known.rounding.startswith("floor")
+    return (", its size rounded down" if truncated else "") + (
+        ", antialiased" if known.antialias else ""
     )
 
 

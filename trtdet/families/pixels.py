@@ -29,14 +29,14 @@ from trtdet.families.evidence import (
 from trtdet.geometry import in_layout
 from trtdet.graph.map_op import unknown_ops
 from trtdet.sources.onnx_file import OnnxSource
-from trtdet.spec import PREPROCESSORS, Layout, Preprocessing
+from trtdet.spec import PREPROCESSORS, Layout, Preprocessing, parse_preprocessor
 
 Triple = tuple[float, float, float]
 
 #: Standard deviations (0-255) of a normalisation that anybody would train with; and 1, of pixels as
 #: they are.
 PLAUSIBLE_STD = (30.0, 300.0)
-PREPROCESSOR_OPTION = f"--preprocessor {'|'.join(sorted(PREPROCESSORS))} (with --channel_order bgr for a network that takes BGR)"
+PREPROCESSOR_OPTION = f"--preprocessor {'|'.join(sorted(PREPROCESSORS))} or R,G,B/R,G,B, mean and deviation (with --channel_order bgr for a network that takes BGR)"
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,7 @@ def decide_normalisation(
     """
     bgr = hints.channel_order == "bgr"
     if hints.preprocessor and not pixels.kept:
-        mean, std = PREPROCESSORS[hints.preprocessor]
+        mean, std = parse_preprocessor(hints.preprocessor)
         order = bgr if hints.channel_order else bool(convention and convention.normal.bgr)
         normal = Normal(mean, std, order)
         option = f"--preprocessor {hints.preprocessor}" + (" --channel_order bgr" if bgr else "")
