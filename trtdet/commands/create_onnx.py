@@ -224,6 +224,7 @@ def options_from(args: argparse.Namespace) -> Options:
             channel_order=args.channel_order,
             **placing_from(args),
             antialias=args.antialias or None,
+            longest=args.longest_side,
             clipped=args.clip_boxes or None,
             num_classes=args.num_classes,
             declared=declaration_from(args),

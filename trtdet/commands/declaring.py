@@ -54,6 +54,7 @@ def add_declaring_options(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--placement", choices=["top_left", "center"], help="where a letterboxed picture lies in the input (default: as its family places it, else you must give it)")
     images.add_argument("--pad_color", type=parse_color, metavar="R,G,B", help="colour of the padding beside a letterboxed picture, 0-255 (default: as its family pads, else you must give it)")
     images.add_argument("--rounding", choices=["floor", "round"], help="how the size of a letterboxed picture becomes whole numbers (default: as its family does it, else round)")
+    images.add_argument("--longest_side", type=positive_int, metavar="PIXELS", help="where the longer side of a letterboxed picture ends, in an input that is larger: 636 of 640 for YOLO-NAS (default: as its family does it, else at the input's)")
     images.add_argument("--antialias", action="store_true", help="images were resized in training with averaging over the area, as Pillow does it (default: as its family does it, else not)")
     outputs = parser.add_argument_group("outputs of any other detector (ONNX)")
     outputs.add_argument("--boxes_output", metavar="NAME", help="boxes [N, A, 4]; goes with --scores_output (default: detected by shape)")

@@ -95,6 +95,7 @@ class Hints:
         deformable_attention: how GridSample is written.
         channel_order: of the network's input. placement, pad_rgb, rounding: of a letterboxed image;
             rounding "none" is an affine warp. antialias: as images were resized in training.
+        longest: where the longer side of a letterboxed image ends, in an input that is larger.
         clipped: boxes are clipped to the picture before the NMS.
         num_classes: of a model that holds class ids alone.
         declared: what its outputs are.
@@ -112,6 +113,7 @@ class Hints:
     pad_rgb: tuple[float, float, float] | None = None
     rounding: Rounding | None = None
     antialias: bool | None = None
+    longest: int | None = None
     clipped: bool | None = None
     num_classes: int | None = None
     declared: "Declaration | None" = None
@@ -139,7 +141,9 @@ class Hints:
 
 NO_HINTS = Hints()
 #: The fields of `Hints` that say how images come into a network.
-IMAGE_HINTS = frozenset(("channel_order", "placement", "pad_rgb", "rounding", "antialias"))
+IMAGE_HINTS = frozenset(
+    ("channel_order", "placement", "pad_rgb", "rounding", "antialias", "longest")
+)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ READ, MEASURED, GIVEN, CONVENTION, ASSUMED, CHOSEN = (
 )
 #: What says how pictures are placed.
 RESIZE_OPTION = (
-    "--resize_mode stretch, or warp, or letterbox with --placement top_left|center and --pad_color R,G,B (and, where its framework does that, "
-    "--rounding floor, --antialias, --clip_boxes)"
+    "--resize_mode stretch, or warp, or letterbox with --placement top_left|center and --pad_color R,G,B (where its framework does so, also "
+    "--rounding floor, --longest_side, --antialias, --clip_boxes)"
 )
 
 

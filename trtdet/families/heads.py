@@ -190,7 +190,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
 
 def _as_said(known: Framework, hints: Hints) -> Framework:
     """What is known, with what the command line says of how images and boxes are treated."""
-    said = {name: getattr(hints, name) for name in ("rounding", "antialias", "clipped")}
+    said = {name: getattr(hints, name) for name in ("rounding", "antialias", "longest", "clipped")}
     changes = {name: value for name, value in said.items() if value is not None}
     if hints.rounding == "none":
         changes["sampling"] = "corner"
@@ -296,9 +296,9 @@ def _preprocessing(
 def _how_resized(known: Framework) -> str:
     """What the table of facts says beside the placement."""
     truncated = known.resize != "stretch" and known.rounding.startswith("floor")
-    return (", its size rounded down" if truncated else "") + (
-        ", antialiased" if known.antialias else ""
-    )
+    said = [", its size rounded down"] if truncated else []
+    said += [f", its longer side {known.longest}"] if known.longest else []
+    return "".join([*said, ", antialiased" if known.antialias else ""])
 
 
 def _spec(

@@ -50,6 +50,7 @@ def preprocessing_of(
             ("--pad_color", hints.pad_rgb),
             ("--rounding", hints.rounding),
             ("--antialias", hints.antialias),
+            ("--longest_side", hints.longest),
         )
         if value
     ]
@@ -75,6 +76,7 @@ def preprocessing_of(
         rounding=hints.rounding or base.rounding,
         sampling="corner" if hints.rounding == "none" else base.sampling,
         antialias=bool(hints.antialias),
+        longest=hints.longest,
     )
 
 
