@@ -125,7 +125,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         raise GraphError(
             f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
-    known = _as_said(framework or Framework(""), hints)
+    known = as_said(framework or Framework(""), hints)
     evidence = Evidence(str(source.path), hints.assume)
     plugin = maybe_plugin(source)
     origin = f"{ev.MEASURED}the shapes of its outputs"
@@ -144,11 +144,11 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             f"{source.path}: expected images as the only input, found {', '.join(pixels.others)} too; export the model without"
         )
     size_hw = pixels.size_hw or (0, 0)
-    own_size = None if _has_size(source) or hints.size_hw else known.shorter_side
-    _note_input(evidence, pixels, size_hw)
+    own_size = None if has_size(source) or hints.size_hw else known.shorter_side
+    note_input(evidence, pixels, size_hw)
     convention = Convention(known.name, known.normal) if known.normal else None
     normal = decide_normalisation(evidence, pixels, hints, convention)
-    preprocessing = _preprocessing(evidence, hints, known, normal, size_hw)
+    preprocessing = preprocessing_of(evidence, hints, known, normal, size_hw)
     if own_size:
         _note_own_size(evidence, known, own_size)
     declared = _merged(hints.declared, known.declaration(outputs))
@@ -158,7 +158,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     spec = _spec(plan, preprocessing, hints, known, evidence)
     batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw, feeds)
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
-    multiple = None if _has_size(source) else _multiple(known, plan, size_hw)
+    multiple = None if has_size(source) else _multiple(known, plan, size_hw)
     clips = known.clipped and not plan.selected
     if clips:
         spec = spec.replace(nms=dataclasses.replace(spec.nms, box_coding=0))
@@ -177,7 +177,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             count=plan.count,
             feeds=feeds,
             batch=batch,
-            images=pixels.shape if _has_size(source) else None,
+            images=pixels.shape if has_size(source) else None,
         ),
         feeds=feeds,
         facts=evidence.settle(),
@@ -188,7 +188,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     )
 
 
-def _as_said(known: Framework, hints: Hints) -> Framework:
+def as_said(known: Framework, hints: Hints) -> Framework:
     """What is known, with what the command line says of how images and boxes are treated."""
     said = {name: getattr(hints, name) for name in ("rounding", "antialias", "longest", "clipped")}
     changes = {name: value for name, value in said.items() if value is not None}
@@ -197,11 +197,11 @@ def _as_said(known: Framework, hints: Hints) -> Framework:
     return known.with_changes(**changes)
 
 
-def _has_size(source: OnnxSource) -> bool:
+def has_size(source: OnnxSource) -> bool:
     return image_hw(source) is not None
 
 
-def _note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int]) -> None:
+def note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int]) -> None:
     evidence.add(
         ev.INPUT,
         f"'{pixels.image}' {pixels.image_layout} {size_hw[0]}x{size_hw[1]}",
@@ -246,7 +246,7 @@ def _named(declared: Declaration, outputs: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name and name not in outputs]
 
 
-def _preprocessing(
+def preprocessing_of(
     evidence: Evidence, hints: Hints, known: Framework, normal: Normal, size_hw: tuple[int, int]
 ) -> Preprocessing:
     resize, placement, pad = hints.resize, hints.placement, hints.pad_rgb
@@ -364,8 +364,7 @@ def _declare(
     for tensor in [t for t in graph.inputs if t.name in feeds]:
         graph.inputs.remove(tensor)
         tensor.to_constant(feeds[tensor.name])
-    if images:
-        _fix_sizes(graph, images, batch)
+    fix_sizes(graph, images, batch)
     free = None in (graph.inputs[0].shape or ())[1:]
     for position, (name, shape) in enumerate(shapes.items()):
         tensor = graph.outputs[position]
@@ -380,7 +379,14 @@ def _declare(
         tensor.dtype = np.dtype(np.float32)
 
 
-def _fix_sizes(graph: gs.Graph, images: Shape, batch: int | None) -> None:
+def fix_sizes(graph: gs.Graph, images: Shape | None, batch: int | None) -> None:
+    """Sizes that the network computes become constants where they hide that of a feature map.
+
+    Args:
+        images: the shape of its input; None: of any size, nothing is done.
+    """
+    if images is None:
+        return
     for tensor in graph.outputs:
         tensor.dtype = tensor.dtype or np.dtype(np.float32)
     model = gs.export_onnx(graph)

@@ -38,6 +38,9 @@ Kind = Literal["softmax", "sigmoid", "rtdetr", "rfdetr"]
 LOGITS, BOXES = ("logits", "pred_logits", "labels"), ("pred_boxes", "dets")
 #: Operators of deformable attention.
 DEFORMABLE_OPS = frozenset(["GridSample", PLUGIN_OP])
+PRODUCTS = frozenset(["MatMul", "Einsum", "Gemm"])
+#: Operators between a Softmax and the product that it weighs.
+PASSING_ON = frozenset(["Cast", "Dropout", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Where"])  # fmt: skip
 #: Nodes above the outputs that are looked at for the heads before post-processing.
 NEAR = 250
 
@@ -163,14 +166,17 @@ def maybe_outputs(source: Source, hints: Hints, *, trusted: bool = False) -> Set
 
 
 def has_attention(source: OnnxSource) -> bool:
-    """Whether a Softmax weighs something: its result goes into a matrix product (deformable
-    attention: into a product or a sum).
+    """Whether a Softmax weighs something: its result goes into a matrix product, as it is or
+    cast and reshaped (deformable attention: into a product or a sum).
     """
-    reached = {out for n in source.model.graph.node if n.op_type == "Softmax" for out in n.output}
-    return any(
-        n.op_type in ("MatMul", "Einsum", "Gemm") and reached.intersection(n.input)
-        for n in source.model.graph.node
-    ) or any(n.op_type in DEFORMABLE_OPS for n in source.model.graph.node)
+    reached: set[str] = set()
+    for node in source.model.graph.node:
+        follows = bool(reached.intersection(node.input))
+        if node.op_type in DEFORMABLE_OPS or (follows and node.op_type in PRODUCTS):
+            return True
+        if node.op_type == "Softmax" or (follows and node.op_type in PASSING_ON):
+            reached.update(node.output)
+    return False
 
 
 def _by_name(source: OnnxSource) -> SetOutputs | None:
