@@ -64,7 +64,7 @@ def add_declaring_options(parser: argparse.ArgumentParser) -> None:
     outputs.add_argument("--columns", type=parse_columns, metavar="NAMES", help="the columns of --rows_output, such as x1,y1,x2,y2,score,label or cx,cy,w,h,objectness,scores (default: read from the graph)")
     outputs.add_argument("--box_format", choices=["xyxy", "yxyx", "xywh", "cxcywh"], help="corners, corner and size, or centre and size (default: measured)")
     outputs.add_argument("--box_units", choices=["pixels", "unit"], help="pixels of the network input, or 0 to 1 (default: measured)")
-    outputs.add_argument("--score_activation", choices=["none", "sigmoid", "softmax"], help="what turns the scores into probabilities (default: none if they are probabilities)")
+    outputs.add_argument("--score_activation", choices=["none", "sigmoid", "softmax", "clip"], help="what turns the scores into probabilities; clip: they are cut to 0..1, as those of YOLOv1, which nothing holds there (default: none if they are probabilities)")
     outputs.add_argument("--background", choices=["first", "last", "none"], help="which score means no object (default: none, unless the scores add up to 1: then you must give it)")
     outputs.add_argument("--scores_layout", choices=["NAC", "NCA"], help="boxes before classes, or after (default: by the number of boxes)")
     outputs.add_argument("--label_base", type=non_negative_int, choices=[0, 1], help="number of the first class (default: 0)")

@@ -74,7 +74,7 @@ class Declaration:
     columns: tuple[str, ...] = ()
     box_format: BoxFormat | None = None
     box_units: Literal["pixels", "unit"] | None = None
-    activation: Literal["none", "sigmoid", "softmax"] | None = None
+    activation: Literal["none", "sigmoid", "softmax", "clip"] | None = None
     background: Literal["first", "last", "none"] | None = None
     scores_layout: Literal["NAC", "NCA"] | None = None
     label_base: Literal[0, 1] | None = None

@@ -443,7 +443,7 @@ def assemble(
         scores = build.slice_last("foreground", scores, first, first + spec.num_classes)
     if plan.labels or plan.label_column is not None:
         scores = _one_hot(build, spec, plan, scores)
-    if known.linear:
+    if known.linear or plan.activation == "clip":
         scores = build.node("Clip", "scores_of_0_to_1", scores, np.float32(0), np.float32(1))
     if known.best_class or (known.agnostic and not plan.selected):
         scores = best_class_only(build, scores)
