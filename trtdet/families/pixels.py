@@ -360,6 +360,7 @@ class Convention:
 
     of: str  # the family, for the origin
     normal: Normal = field(default_factory=lambda: Normal((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)))
+    is_known: bool = True  # its normalisation
 
 
 def decide_normalisation(
@@ -386,7 +387,7 @@ def decide_normalisation(
         )
     if pixels.inside:
         return _inside(evidence, pixels, hints, convention)
-    if convention:
+    if convention and convention.is_known:
         normal = convention.normal
         if hints.channel_order:
             normal = Normal(normal.mean, normal.std, bgr)
