@@ -26,6 +26,7 @@ from trtdet.commands.declaring import (
     add_declaring_options,
     check_declaring,
     declaration_from,
+    maybe_yes,
     placing_from,
 )
 from trtdet.commands.options import add, add_verbose
@@ -223,7 +224,7 @@ def options_from(args: argparse.Namespace) -> Options:
             deformable_attention=args.deformable_attention,
             channel_order=args.channel_order,
             **placing_from(args),
-            antialias=args.antialias or None,
+            antialias=maybe_yes(args.antialias),
             longest=args.longest_side,
             clipped=args.clip_boxes or None,
             num_classes=args.num_classes,

@@ -55,7 +55,7 @@ def add_declaring_options(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--pad_color", type=parse_color, metavar="R,G,B", help="colour of the padding beside a letterboxed picture, 0-255 (default: as its family pads, else you must give it)")
     images.add_argument("--rounding", choices=["floor", "round"], help="how the size of a letterboxed picture becomes whole numbers (default: as its family does it, else round)")
     images.add_argument("--longest_side", type=positive_int, metavar="PIXELS", help="where the longer side of a letterboxed picture ends, in an input that is larger: 636 of 640 for YOLO-NAS (default: as its family does it, else at the input's)")
-    images.add_argument("--antialias", action="store_true", help="images were resized in training with averaging over the area, as Pillow does it (default: as its family does it, else not)")
+    images.add_argument("--antialias", nargs="?", const="yes", choices=["yes", "no"], help="yes: images were resized in training with averaging over the area, as Pillow does it; no: as OpenCV does it (default: as its family does it, else no)")
     outputs = parser.add_argument_group("outputs of any other detector (ONNX)")
     outputs.add_argument("--boxes_output", metavar="NAME", help="boxes [N, A, 4]; goes with --scores_output (default: detected by shape)")
     outputs.add_argument("--scores_output", metavar="NAME", help="scores [N, A, C] or [N, C, A]; with --labels_output [N, A] (default: detected by shape)")
@@ -84,6 +84,11 @@ def placing_from(args: argparse.Namespace) -> dict[str, Any]:
     return {"placement": args.placement, "pad_rgb": args.pad_color, "rounding": rounding}
 
 
+def maybe_yes(text: str | None) -> bool | None:
+    """Of an option that is yes, no, or left out."""
+    return None if text is None else text == "yes"
+
+
 def declaration_from(args: argparse.Namespace) -> Declaration | None:
     """What was declared of the outputs; None: nothing."""
     from trtdet.families.base import Declaration
@@ -100,7 +105,7 @@ def declaration_from(args: argparse.Namespace) -> Declaration | None:
         "background": args.background,
         "scores_layout": args.scores_layout,
         "label_base": args.label_base,
-        "selected": None if args.selected is None else args.selected == "yes",
+        "selected": maybe_yes(args.selected),
     }
     return Declaration(**found) if any(v not in (None, "", ()) for v in found.values()) else None
 

@@ -121,7 +121,9 @@ class Hints:
 
     def to_dict(self) -> dict[str, Any]:
         """What was said, JSON-ready; `from_dict` reads it."""
-        said = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+        said = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        if not self.assume:
+            del said["assume"]
         if self.declared:
             declared = vars(self.declared).items()
             said["declared"] = {k: v for k, v in declared if v not in (None, "", ())}

@@ -38,7 +38,9 @@ LOWEST = np.float32(-80)
 #: Of an offset within its cell, with what a network is beside it; in cells.
 WITHIN = (-1.0, 2.0)
 #: What CenterNet's own code does with images.
-OWN = "--preprocessor 119.85,113.985,104.04/70.89,69.87,73.695 --channel_order bgr --resize_mode warp"
+OWN = (
+    "--preprocessor 119.85,113.985,104.04/70.89,69.87,73.695 --channel_order bgr --resize_mode warp"
+)
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,7 @@ def _share_within(values: NDArray[np.float32]) -> float:
     return float(((values >= WITHIN[0]) & (values <= WITHIN[1])).mean())
 
 
-def _spec(
-    maps: Maps, preprocessing: Preprocessing, hints: Hints, evidence: Evidence
-) -> ModelSpec:
+def _spec(maps: Maps, preprocessing: Preprocessing, hints: Hints, evidence: Evidence) -> ModelSpec:
     count = maps.num_classes
     labels = fit_labels(hints.labels, count)
     coco = labels == COCO_80_LABELS or (not labels and count == len(COCO_80_IDS))

@@ -25,7 +25,6 @@ from trtdet.spec import (
     BoxFormat,
 )
 
-
 #: What the table of facts says of each.
 ACTIVATIONS = {
     "none": "probabilities",

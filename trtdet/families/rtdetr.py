@@ -49,7 +49,7 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
     """See `trtdet.families.base.Family.read`."""
     if isinstance(source, OnnxSource) and yolo.is_set_prediction(source):
         return heads.read(source, hints, of_ultralytics(source))
-    kind = next((k for k in KINDS if detr.kind_is(source, k)), "rtdetr")
+    kind: Kind = next((k for k in KINDS if detr.kind_is(source, k)), "rtdetr")
     convention, how = KINDS[kind]
     return detr.read_sigmoid(
         source, hints, family=NAME, convention=convention, kept=MAX_DETECTIONS, how=f"read: {how}"

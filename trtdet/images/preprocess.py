@@ -250,7 +250,6 @@ class Placer:
         _resize(image, resized, self._resample, self._preprocessing.sampling)
         cv2.split(resized, [plane[top:bottom, left:right] for plane in out])
 
-
     def _warp(self, image: ImageArray, out: NDArray[Any], transform: ResizeTransform) -> None:
         """As OpenCV's warpAffine does it: beyond the image everything has the padding colour."""
         matrix = np.zeros((2, 3))
