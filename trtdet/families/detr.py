@@ -310,7 +310,11 @@ def describe(
         facts=evidence.settle(),
         final=final_of(export),
         takes=frozenset(
-            ["channel_order", "antialias", *(["deformable_attention"] if is_deformable(source) else [])]
+            [
+                "channel_order",
+                "antialias",
+                *(["deformable_attention"] if is_deformable(source) else []),
+            ]
         ),
     )
 

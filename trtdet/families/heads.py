@@ -148,7 +148,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     note_input(evidence, pixels, size_hw)
     convention = Convention(known.name, known.normal) if known.normal else None
     normal = decide_normalisation(evidence, pixels, hints, convention)
-    preprocessing = preprocessing_of(evidence, hints, known, normal, size_hw)
+    preprocessing = preprocessing_of(evidence, hints, known, normal, size_hw, clips=True)
     if own_size:
         _note_own_size(evidence, known, own_size)
     declared = _merged(hints.declared, known.declaration(outputs))
@@ -247,8 +247,20 @@ def _named(declared: Declaration, outputs: Sequence[str]) -> list[str]:
 
 
 def preprocessing_of(
-    evidence: Evidence, hints: Hints, known: Framework, normal: Normal, size_hw: tuple[int, int]
+    evidence: Evidence,
+    hints: Hints,
+    known: Framework,
+    normal: Normal,
+    size_hw: tuple[int, int],
+    *,
+    clips: bool = False,
 ) -> Preprocessing:
+    """How images come in: given, else by convention, else asked for.
+
+    Args:
+        clips: of a model whose boxes may be clipped.
+    """
+    option = ev.RESIZE_OPTION + (f", {ev.CLIP_OPTION}" if clips else "")
     resize, placement, pad = hints.resize, hints.placement, hints.pad_rgb
     if resize is None and (placement or pad):
         resize = "letterbox"
@@ -257,7 +269,7 @@ def preprocessing_of(
     if resize is None and known.resize:
         resize, origin = known.resize, ev.CONVENTION + known.name
     if resize is None:
-        evidence.ask(ev.RESIZE, ev.RESIZE_OPTION, "stretch")
+        evidence.ask(ev.RESIZE, option, "stretch")
         resize = "stretch"
     elif resize == "letterbox":
         placement = placement or (known.placement if known.resize else None)
