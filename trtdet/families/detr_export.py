@@ -11,7 +11,7 @@ from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
 from trtdet.families.base import Hints
 from trtdet.families.evidence import Evidence
-from trtdet.families.outputs import batch_of
+from trtdet.families.outputs import Nodes, batch_of
 from trtdet.families.pixels import Pixels, declared_shapes, find_pixels, maybe_image
 from trtdet.families.set_outputs import SetOutputs, maybe_outputs, other_feeds
 from trtdet.geometry import in_layout
@@ -80,7 +80,7 @@ def read_export(
     shapes = declared_shapes(source)
     image = maybe_image(source)
     masks = [name for name, shape in shapes.items() if len(shape) == 3 and "mask" in name.lower()]
-    sizes = [name for name, shape in shapes.items() if len(shape) == 2]
+    sizes = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] in (2, None)]
     if (
         image is None
         or 1 + len(masks) + len(sizes) != len(shapes)
@@ -107,6 +107,12 @@ def read_export(
             f"{source.path}: expected logits [N, queries, classes] and boxes [N, queries, 4], centre and size from 0 to 1, and no other output, "
             f"found {', '.join(i.name for i in graph.output)}; export the model with these outputs, or declare them with --boxes_output and "
             "--scores_output"
+        )
+    above = Nodes(source.model).tensors_above([outputs.logits, outputs.boxes])
+    if prompts := [other for other in sizes if other in above]:
+        raise GraphError(
+            f"{source.path}: expected detections that follow from the image alone, but they follow from '{prompts[0]}' too; a detector that "
+            "takes a text is not converted"
         )
     mask = masks[0] if masks else ""
     sides = shapes[mask][1:] if mask else size_hw
