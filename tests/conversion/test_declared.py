@@ -107,6 +107,9 @@ def test_a_normalisation_in_numbers(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found.is_warped and (found.placement, found.sampling) == ("center", "corner")
     facts = {fact.name: (fact.value, fact.origin) for fact in spec.evidence}
     assert facts["resize"] == ("affine warp, center on 0,0,0", "given: --resize_mode warp")
+    with pytest.raises(SystemExit):
+        convert(source, "--resize_mode", "warp", "--antialias")
+    assert "--antialias: an affine warp has none; leave it out" in capsys.readouterr().err
     for text in ("1,2,3", "1,2,3/4,5", "1,2,3/4,5,0", "a,2,3/4,5,6", "1,2,3/4,5,inf"):
         with pytest.raises(SystemExit):
             convert(source, *IMAGES[2:], "--preprocessor", text)

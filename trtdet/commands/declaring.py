@@ -122,5 +122,7 @@ def check_declaring(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error("--columns names the columns of --rows_output; give both")
     if args.labels_output and not args.boxes_output:
         parser.error("--labels_output goes with --boxes_output and --scores_output")
+    if args.antialias == "yes" and args.resize_mode == "warp":
+        parser.error("--antialias: an affine warp has none; leave it out")
     if args.rounding and args.resize_mode in ("warp", "stretch"):
         parser.error(f"--rounding is of a letterbox, not of --resize_mode {args.resize_mode}")
