@@ -2,6 +2,7 @@
 """Inputs and outputs of an ONNX export of a set prediction: image, mask, heads, sizes."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,12 +109,7 @@ def read_export(
             f"found {', '.join(i.name for i in graph.output)}; export the model with these outputs, or declare them with --boxes_output and "
             "--scores_output"
         )
-    above = Nodes(source.model).tensors_above([outputs.logits, outputs.boxes])
-    if prompts := [other for other in sizes if other in above]:
-        raise GraphError(
-            f"{source.path}: expected detections that follow from the image alone, but they follow from '{prompts[0]}' too; a detector that "
-            "takes a text is not converted"
-        )
+    _check_prompts(source, outputs, sizes)
     mask = masks[0] if masks else ""
     sides = shapes[mask][1:] if mask else size_hw
     entry = find_pixels(source, hints, feeds=other_feeds(source, size_hw))
@@ -137,6 +133,20 @@ def read_export(
     batch, said = batch_of(source, entry, [export.logits, export.boxes], size_hw, masks_fed)
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
     return dataclasses.replace(export, batch=batch)
+
+
+def _check_prompts(source: OnnxSource, outputs: SetOutputs, others: Sequence[str]) -> None:
+    """Refuse detections that follow from a further input.
+
+    Raises:
+        GraphError: they do.
+    """
+    above = Nodes(source.model).tensors_above([outputs.logits, outputs.boxes])
+    if prompts := [name for name in others if name in above]:
+        raise GraphError(
+            f"{source.path}: expected detections that follow from the image alone, but they follow from '{prompts[0]}' too; a detector that "
+            "takes a text is not converted"
+        )
 
 
 def _run_as_it_is(

@@ -159,8 +159,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     batch, said = batch_of(source, pixels, list(plan.tensors.values()), size_hw, feeds)
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
     multiple = None if has_size(source) else _multiple(known, plan, size_hw)
-    clips = known.clipped and not plan.selected
-    if clips:
+    if clips := known.clipped and not plan.selected:
         spec = spec.replace(nms=dataclasses.replace(spec.nms, box_coding=0))
     return Reading(
         spec=spec,
