@@ -29,6 +29,29 @@ PREPROCESSORS = {
     "raw": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # 0 to 255
 }
 
+Triple = tuple[float, float, float]
+
+
+def parse_preprocessor(text: str) -> tuple[Triple, Triple]:
+    """Mean and standard deviation of a --preprocessor: a name, or MEAN/STD of three numbers each,
+    RGB 0-255.
+
+    Raises:
+        ValueError: something else.
+    """
+    if text in PREPROCESSORS:
+        return PREPROCESSORS[text]
+    try:
+        mean, std = (tuple(float(n) for n in part.split(",")) for part in text.split("/"))
+    except ValueError:
+        mean, std = (), ()
+    if len(mean) != 3 or len(std) != 3 or not all(abs(n) < 1e6 for n in mean) or not all(1e-6 <= n < 1e6 for n in std):  # fmt: skip
+        raise ValueError(
+            f"expected {', '.join(sorted(PREPROCESSORS))}, or R,G,B/R,G,B, mean and standard deviation on the scale of 0 to 255, got {text[:60]!r}"
+        )
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
 #: The `metadata_props` key under which the JSON of a `ModelSpec` stands.
 METADATA_KEY = "trtdet.model_spec"
 #: What to do with a spec that cannot be read.
@@ -44,7 +67,7 @@ Layout = Literal["NHWC", "NCHW"]
 InputDtype = Literal["float32", "uint8"]
 ResizeMode = Literal["letterbox", "stretch"]
 Placement = Literal["top_left", "center"]
-Rounding = Literal["floor", "floor64", "floor_axes", "round"]
+Rounding = Literal["floor", "floor64", "floor_axes", "round", "none"]
 Sampling = Literal["half_pixel", "corner"]
 #: What follows the heads: EfficientNMS, NMS of rotated boxes, or the best K without suppression.
 Selection = Literal["nms", "rotated_nms", "topk"]
@@ -86,6 +109,7 @@ class Preprocessing:
     rounding: Rounding = (
         "floor"  # of its size: AutoML truncates in float32, ODTK in float64, YOLO rounds
         # "floor_axes": as ODTK, each axis then has the scale that this left it (torchvision)
+        # "none": size and place are fractions of pixels, an affine warp does it (CenterNet)
     )
     sampling: Sampling = (
         "half_pixel"  # where pixels have their centres; "corner": TensorFlow 1's resize
@@ -127,10 +151,17 @@ class Preprocessing:
                 raise ValueError("shorter_side: expected size_range, and resize letterbox")
         if self.own_size and (self.size_range is None or self.resize != "letterbox"):
             raise ValueError("own_size: expected size_range, and resize letterbox")
+        if self.is_warped and self.antialias:
+            raise ValueError("antialias: expected false where rounding is none")
         smallest, largest = self.size_range or (self.size_hw, self.size_hw)
         for low, side, high in zip(smallest, self.size_hw, largest, strict=True):
             if not low <= side <= high:
                 raise ValueError(f"size_hw: expected {list(smallest)} to {list(largest)} (size_range), found {list(self.size_hw)}")  # fmt: skip
+
+    @property
+    def is_warped(self) -> bool:
+        """Whether images lie at fractions of pixels, and their edges blend with the padding."""
+        return self.resize == "letterbox" and self.rounding == "none"
 
     def at(self, size_hw: tuple[int, int]) -> Preprocessing:
         """The same for one size.

@@ -65,6 +65,74 @@ def test_two_outputs(tmp_path: Path) -> None:
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_scores_that_nothing_holds_to_0_to_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of YOLOv1: declared, they are cut."""
+    model = pair()
+    graph = model.graph
+    scaled = [
+        helper.make_node("Mul", ["plain", "factor"], ["more"]),
+        helper.make_node("Sub", ["more", "less"], ["scores_out"]),
+    ]
+    graph.node[-1].output[0] = "plain"
+    graph.node.extend(scaled)
+    constants = {"factor": np.float32(1.4), "less": np.float32(0.2)}
+    graph.initializer.extend(numpy_helper.from_array(np.array(v), k) for k, v in constants.items())
+    source = save(model, tmp_path / "linear.onnx")
+    assert convert(source, *DECLARED)[0] == 1
+    assert "--score_activation sigmoid|softmax|clip" in error_of(capsys)
+    assert convert(source, *DECLARED, "--score_activation", "none")[0] == 1
+    assert "no probabilities; clip cuts them to 0..1" in error_of(capsys)
+    status, out = convert(source, *DECLARED, "--score_activation", "clip")
+    assert status == 0
+    wanted = found_by(convert(save(pair(), tmp_path / "pair.onnx"), *DECLARED)[1])[1]
+    np.testing.assert_allclose(found_by(out)[1], np.clip(1.4 * wanted - 0.2, 0, 1), atol=1e-5)
+    graph.initializer[-2].CopyFrom(numpy_helper.from_array(np.array(np.float32(9)), "factor"))
+    source = save(model, tmp_path / "logits.onnx")
+    assert convert(source, *DECLARED, "--score_activation", "clip")[0] == 1
+    assert "no probabilities that go a little beyond 0..1" in error_of(capsys)
+
+
+def test_a_normalisation_in_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(pair(), tmp_path / "pair.onnx")
+    status, out = convert(
+        source, "--resize_mode", "warp", "--channel_order", "bgr", "--preprocessor", "1,2,3/4,5,6",
+        "--score_activation", "none", "--box_format", "xyxy", "--box_units", "pixels",
+    )  # fmt: skip
+    assert status == 0
+    spec = ModelSpec.from_onnx(onnx.load(out))
+    found = spec.preprocessing
+    assert (found.mean, found.std, found.bgr) == ((1, 2, 3), (4, 5, 6), True)
+    assert found.is_warped and (found.placement, found.sampling) == ("center", "corner")
+    facts = {fact.name: (fact.value, fact.origin) for fact in spec.evidence}
+    assert facts["resize"] == ("affine warp, center on 0,0,0", "given: --resize_mode warp")
+    with pytest.raises(SystemExit):
+        convert(source, "--resize_mode", "warp", "--antialias")
+    assert "--antialias: an affine warp has none; leave it out" in capsys.readouterr().err
+    for text in ("1,2,3", "1,2,3/4,5", "1,2,3/4,5,0", "a,2,3/4,5,6", "1,2,3/4,5,inf"):
+        with pytest.raises(SystemExit):
+            convert(source, *IMAGES[2:], "--preprocessor", text)
+        assert f"mean and standard deviation on the scale of 0 to 255, got '{text}'" in capsys.readouterr().err  # fmt: skip
+
+
+def test_how_a_letterbox_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(pair(), tmp_path / "pair.onnx")
+    asked = ["--preprocessor", "unit", "--resize_mode", "letterbox", "--placement", "center"]
+    asked += ["--pad_color", "9", "--rounding", "floor", "--longest_side", "30", "--antialias"]
+    status, out = convert(source, *asked, "--clip_boxes")
+    assert status == 0
+    spec = ModelSpec.from_onnx(onnx.load(out))
+    found = spec.preprocessing
+    assert (found.rounding, found.longest, found.antialias) == ("floor64", 30, True)
+    facts = {fact.name: fact.value for fact in spec.evidence}
+    assert facts["resize"] == "letterbox, center on 9,9,9, its size rounded down, its longer side 30, antialiased"  # fmt: skip
+    assert "boxes clipped to the picture" in facts["selection"]
+    with pytest.raises(SystemExit):
+        convert(source, *IMAGES, "--rounding", "floor")
+    assert "--rounding is of a letterbox, not of --resize_mode stretch" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -420,7 +488,8 @@ def test_compare_finds_a_family_file_again(
 def test_the_choices_of_the_command_line_come_back() -> None:
     declared = Declaration(rows="rows", columns=("x1", "y1", "x2", "y2", "score"), label_base=0)
     hints = Hints(
-        size_hw=(64, 96), preprocessor="unit", pad_rgb=(1.0, 2.0, 3.0), declared=declared, assume=True
+        size_hw=(64, 96), preprocessor="unit", pad_rgb=(1.0, 2.0, 3.0), antialias=False, rounding="none", longest=90, clipped=True,
+        declared=declared, assume=True,
     )  # fmt: skip
     text = json.dumps(hints.to_dict())
     assert Hints.from_dict(json.loads(text), "choices") == hints
@@ -436,6 +505,8 @@ def test_the_choices_of_the_command_line_come_back() -> None:
         ("detr_tiny", ("--placement", "center"), "--placement: how images come into this detr model is known"),
         ("deformable_detr_tiny", ("--boxes_output", "pred_boxes", "--scores_output", "logits", "--family", "deformable_detr"),
          "the outputs of this deformable_detr model are known"),
+        ("detr_tiny", ("--rounding", "floor"), "--rounding: how images come into this detr model is known"),
+        ("v8", ("--clip_boxes",), "--clip_boxes: what this yolo model does with boxes is known"),
         ("v8", ("--num_classes", "3"), "--num_classes: how many classes this yolo model has is known"),
         ("v8", ("--rotated_nms", "exact"), "--rotated_nms: this yolo model has no rotated boxes"),
         ("v8", ("--deformable_attention", "keep"), "--deformable_attention: this yolo model has none"),

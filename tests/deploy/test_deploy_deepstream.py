@@ -3,6 +3,7 @@
 and planted mistakes.
 """
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -122,6 +123,16 @@ def test_padding_in_another_colour_is_said(tmp_path, capsys):
         "nvinfer pads with black, this model was trained on padding of (123.7, 116.3, 103.5)"
         in (capsys.readouterr().err)
     )
+
+
+def test_warped_images_are_said(tmp_path, capsys):
+    said = "nvinfer places pictures at whole pixels of the network input, this model's are warped"
+    assert write(tmp_path / "a") == 0
+    assert said not in capsys.readouterr().err
+    warped = dataclasses.replace(D0.preprocessing, placement="center", rounding="none")
+    assert write(tmp_path / "b", D0.replace(preprocessing=warped)) == 0
+    assert said in capsys.readouterr().err
+    assert "symmetric-padding=1" in next((tmp_path / "b").rglob("config_infer*.txt")).read_text()
 
 
 def test_padding_that_was_made_good_is_not(tmp_path, capsys):

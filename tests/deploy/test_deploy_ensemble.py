@@ -179,8 +179,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def combinations() -> Iterator[Preprocessing]:
+    """All of them but a warp with antialiasing, which there is not."""
     for values in itertools.product(*CHOICES.values()):
-        yield Preprocessing((48, 64), **dict(zip(CHOICES, values, strict=True)))
+        chosen = dict(zip(CHOICES, values, strict=True))
+        is_warped = (chosen["resize"], chosen["rounding"]) == ("letterbox", "none")
+        if not (is_warped and chosen["antialias"]):
+            yield Preprocessing((48, 64), **chosen)
 
 
 def test_every_field_is_varied() -> None:
@@ -209,7 +213,7 @@ def test_every_preprocessing_equals_the_host_pipeline(tmp_path: Path) -> None:
             assert response.outputs["input"].dtype == expected.dtype
             assert response.outputs["transform"][row].tolist() == np.float32(numbers).tolist()
             compared += 1
-    assert compared == 1024 * 52
+    assert compared == 1216 * 52
 
 
 @pytest.mark.parametrize(

@@ -251,3 +251,7 @@ def test_matches_needs_both_heads_put_together(tmp_path: Path) -> None:
         )  # fmt: skip
         write_model(path, text)
         assert automl.matches(OnnxSource(path)) == whole
+        # torch numbers the modules of a list.
+        write_model(path, text.replace("class_net/a", "class_net/conv_rep.0/a"))
+        assert not automl.matches(OnnxSource(path))
+        assert automl.why_not(OnnxSource(path)) == "its heads are of an EfficientDet in PyTorch"

@@ -64,6 +64,7 @@ ALL = (
     "LibreFCOS:r50:320",
     "LibreFasterRCNN:n:320",
     "LibreMaskRCNN:r50:320",
+    "LibreCenterNet:resdcn18:512",
     "LibreYOLOX:t:288",
     "LibreYOLONAS:s:256",
     "LibrePICODET:m:320",
@@ -74,6 +75,7 @@ ALL = (
     "LibreDFINE:n:320",
     "LibreDEIM:n:320",
     "LibreDEIMv2:atto:320",
+    "LibreDEIMv2:s:320",
     "LibreEC:s:320",
     "LibreGTR:s:320",
     "LibreTinyFormer:s:320",
@@ -255,7 +257,6 @@ def narrow(model: onnx.ModelProto, dtype: type[np.floating] = np.float16) -> int
     [
         ({"model_family": "faster_rcnn"}, "expected boxes [n, 4], scores [n] and labels [n] of LibreYOLO's Faster R-CNN, found output"),
         ({"model_family": "mask_rcnn", "task": "segment"}, "expected boxes [n, 4], scores [n] and labels [n] of LibreYOLO's Mask R-CNN, found output"),
-        ({"model_family": "centernet"}, "LibreYOLO's centernet is not converted: its pictures are warped"),
         ({"task": "segment"}, "found a LibreYOLO model for the task 'segment'; export one for the task 'detect'"),
         ({"nms": "true"}, "one with its output 'raw'; export it with nms=False"),
         ({"model_family": "yolo99"}, "found 'yolo99'; to convert it all the same, add --family heads"),
@@ -271,6 +272,46 @@ def test_refused(
     onnx.save(model, source)
     assert create_onnx.main(["--source_onnx", str(source), "--onnx", str(out)]) == 1
     assert said in capsys.readouterr().err and not out.exists()
+
+
+LETTERBOX = (
+    "--resize_mode letterbox --placement top_left --pad_color 114 --rounding floor --clip_boxes"
+)
+#: What says of each what its metadata would.
+SAID = {
+    "LibrePICODET_s": "--preprocessor imagenet --resize_mode stretch --clip_boxes",
+    "LibreYOLOX_n": f"--preprocessor raw --channel_order bgr {LETTERBOX} --antialias --nms_mode best_class",
+    "LibreYOLO9_t": f"--preprocessor 0,0,0/255,255,255 {LETTERBOX}",
+    "LibreRTMDet_t": f"--preprocessor 123.675,116.28,103.53/58.395,57.12,57.375 --channel_order bgr {LETTERBOX} --antialias",
+    "LibreDFINE_n": "",
+    "LibreDEIMv2_atto": "",
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_without_metadata(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options say what its metadata would; a set prediction is told by its structure. Without
+    them nothing is written.
+    """
+    folder = DATA / name
+    model = onnx.load_from_string(lzma.decompress((folder / "model.onnx.xz").read_bytes()))
+    del model.metadata_props[:]
+    source, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    onnx.save(model, source)
+    reference = json.loads((folder / "reference.json").read_text())
+    asked = ["--source_onnx", str(source), "--onnx", str(out), *SAID[name].split()]
+    if SMALL[name] == "nms":
+        assert create_onnx.main(asked[:4]) == 1 and not out.exists()
+        said = capsys.readouterr().err
+        assert "--rounding floor, --longest_side, --antialias" in said and "--clip_boxes" in said
+        asked += ["--iou_threshold", str(reference["iou"])]
+        asked += ["--score_threshold", str(reference["confidence"])]
+    assert create_onnx.main(asked) == 0
+    photographs = {path.name: path for path in about.PHOTOGRAPHS}
+    assert share_found(out, reference, photographs) >= LEAST
+    facts = {fact.name: fact.value for fact in ModelSpec.from_onnx(onnx.load(out)).evidence}
+    assert ("antialiased" in facts["resize"]) == ("--antialias" in asked or SMALL[name] == "topk")
+    assert ("boxes clipped to the picture" in facts["selection"]) == ("--clip_boxes" in asked)
 
 
 def test_objectness_is_found_without_metadata(tmp_path: Path) -> None:

@@ -503,7 +503,9 @@ def test_rows_that_no_framework_is_known_by_do_not_say_how_pictures_are_placed(
     del model.metadata_props[:]
     source = source_of(model, tmp_path)
     unit = Hints(preprocessor="unit", channel_order="rgb")
-    with pytest.raises(GraphError, match=r"--resize_mode stretch, or letterbox with --placement"):
+    with pytest.raises(
+        GraphError, match=r"--resize_mode stretch, or warp, or letterbox with --placement"
+    ):
         yolo.read(source, unit)
     placed = dataclasses.replace(unit, placement="top_left", pad_rgb=(114.0, 114.0, 114.0))
     reading = yolo.read(source, placed)

@@ -230,6 +230,26 @@ def test_a_batch_baked_into_other_reshapes_is_freed() -> None:
     np.testing.assert_array_equal(got, x.reshape(3, 2, 2, 1))
 
 
+def test_a_grid_has_no_batch() -> None:
+    """Cells that follow from the size of the input: [4, 2] becomes [1, 4, 2] at every batch."""
+    model = parse(
+        """
+        g (float[N,4,2] x) => (float[N,4,2] y) {
+          size = Shape(x)
+          tail = Slice(size, one, three)
+          cells = Expand(half, tail)
+          grid = Reshape(cells, shape)
+          y = Add(x, grid)
+        }""",
+        one=np.array([1], np.int64), three=np.array([3], np.int64), half=np.float32(0.5), shape=np.array([1, 4, 2], np.int64),
+    )  # fmt: skip
+    surgeon = gs.import_onnx(model)
+    tidy.make_batch_dynamic(surgeon, 1)
+    x = weights(3, 4, 2)
+    (got,) = run_onnx(gs.export_onnx(surgeon), ["y"], {"x": x})
+    np.testing.assert_array_equal(got, x + np.float32(0.5))
+
+
 def test_channels_first_stays_where_a_layout_is_unknown() -> None:
     """z may be anything: its sum with a channels-last tensor is not moved."""
     model = parse(

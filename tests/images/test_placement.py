@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How images come into the network input: placement, rounding, and inputs of dynamic size."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,61 @@ def test_yolo_letterbox(
     np.testing.assert_array_equal(seen[top:bottom, left:right], resized)
     corners = transform.to_source(np.array([[left, top, right, bottom]], np.float32))
     np.testing.assert_allclose(corners, [[0, 0, source_hw[1], source_hw[0]]], atol=1e-4)
+
+
+WARPED = Preprocessing(
+    (96, 96), pad_rgb=(9, 8, 7), placement="center", rounding="none", sampling="corner"
+)
+
+
+def smooth(height: int, width: int) -> NDArray[np.uint8]:
+    """No two neighbours differ by more than a few levels, but for the edges."""
+    y, x, c = np.mgrid[:height, :width, :3]
+    return np.uint8(127 + 60 * np.sin(x / 9 + c) + 60 * np.cos(y / 7 - c))
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("source_hw", [(50, 101), (333, 200), (97, 130), (96, 96), (20, 31)])
+def test_affine_warp(source_hw: tuple[int, int], layout: Any, dtype: Any) -> None:
+    """CenterNet's: the middle of the image comes to the middle of the input, its longer side to
+    that of the input; three points give OpenCV's matrix.
+    """
+    preprocessing = dataclasses.replace(WARPED, layout=layout, dtype=dtype)
+    image = smooth(*source_hw)
+    seen, transform = preprocess(image, preprocessing)
+    seen = seen if layout == "NHWC" else seen.transpose(1, 2, 0)
+    height, width = source_hw
+    half = np.float32(max(source_hw) / 2)
+    middle = np.array([width / 2, height / 2], np.float32)
+    source = np.stack([middle, middle - [0, half], middle - [half, half]]).astype(np.float32)
+    matrix = cv2.getAffineTransform(source, np.array([[48, 48], [48, 0], [0, 0]], np.float32))
+    wanted = cv2.warpAffine(image.astype(dtype), matrix, (96, 96), borderValue=(9, 8, 7))
+    assert np.abs(seen.astype(np.float64) - wanted).max() <= (1 if dtype == "uint8" else 0.01)
+    corners = np.array([[0, 0, 1], [width, height, 1]]) @ matrix.T
+    found = transform.to_source(corners.reshape(1, 4).astype(np.float32), clip=False)
+    np.testing.assert_allclose(found, [[0, 0, width, height]], atol=1e-3)
+
+
+def test_affine_warp_by_hand() -> None:
+    """Twice as large: odd pixels lie halfway between two of the image, or between its edge and the
+    padding; with centres at half pixels a quarter and three quarters of the way.
+    """
+    image = np.full((2, 4, 3), 100, np.uint8)
+    image[:, 1] = 200
+    row, _ = preprocess(image, dataclasses.replace(WARPED, size_hw=(8, 8), pad_rgb=(0, 0, 0)))
+    np.testing.assert_allclose(row[2, :, 0], [100, 150, 200, 150, 100, 100, 100, 50], atol=0.1)
+    np.testing.assert_allclose(row[:, 0, 0], [0, 50, 100, 100, 100, 50, 0, 0], atol=0.1)
+    centred = dataclasses.replace(WARPED, size_hw=(8, 8), sampling="half_pixel", pad_rgb=(0, 0, 0))
+    row, _ = preprocess(image, centred)
+    np.testing.assert_allclose(row[3, :3, 0], [75, 125, 175], atol=0.1)
+
+
+def test_affine_warp_is_bilinear_alone() -> None:
+    with pytest.raises(ValueError, match="this model's images are warped, which is bilinear alone"):
+        preprocess(noise(50, 60), WARPED, resample="antialias")
+    with pytest.raises(ValueError, match="antialias: expected false where rounding is none"):
+        dataclasses.replace(WARPED, antialias=True)
 
 
 def test_antialias_belongs_to_the_model() -> None:

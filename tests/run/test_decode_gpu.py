@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """--decode through infer.py, eval_coco.py and the API, on stand-ins for CUDA and nvImageCodec."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import toy_network
 from conftest import EXAMPLES
@@ -22,6 +24,7 @@ from trtdet.images.files import load_image
 from trtdet.results import writer
 from trtdet.run import detect
 from trtdet.runtimes import gpu_images
+from trtdet.spec import ModelSpec
 
 COUNT = len(list(EXAMPLES.glob("images/*")))
 
@@ -212,3 +215,28 @@ def test_the_rest_of_a_run_is_decoded_as_its_beginning(
     decoder[1].decoded.clear()
     assert run(engine, photos, out, "--resume") == wanted
     assert sum(decoder[1].decoded) == 2
+
+
+@pytest.mark.parametrize("decoder", [{"devices": 1}], indirect=True)
+def test_warped_images_are_left_to_the_cpu(
+    decoder: tuple[Rig, StandinDecoder],
+    uint8_onnx: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(detect, "MANY_IMAGES", 1)
+    model = onnx.load(uint8_onnx)
+    spec = ModelSpec.from_onnx(model)
+    warped = dataclasses.replace(spec.preprocessing, rounding="none", placement="center")
+    spec.replace(preprocessing=warped).attach(model)
+    onnx.save(model, tmp_path / "warped.onnx")
+    engine = write_network_engine(tmp_path / "network.engine", tmp_path / "warped.onnx")
+    run(engine, photos, tmp_path / "out")
+    assert not decoder[1].decoded
+    said = "this model's are warped, which the GPU's kernel does not do"
+    assert f"images are decoded on the CPU: {said}" in capsys.readouterr().err
+    arguments = ["--model", str(engine), "--input", str(photos), "--output", str(tmp_path / "o")]
+    assert infer.main([*arguments, "--decode", "gpu"]) == 1
+    assert f"--decode gpu: {said}" in capsys.readouterr().err

@@ -32,17 +32,20 @@ from typing import Any
 import libreyolo
 import numpy as np
 import torch
+from libreyolo.models.centernet.nn import set_portable_dcn
 from PIL import Image
 from torch import nn
 
 #: Layers that give class scores, and those that give boxes, of the families that have both as
 #: convolutions.
 SCORES = re.compile(
-    r"(bbox_ctrness|pred_cls|gfl_cls|rtm_cls|cls_pred|cls_preds|obj_preds|cv3)(\.\d+)*$"
+    r"(bbox_ctrness|pred_cls|gfl_cls|rtm_cls|cls_pred|cls_preds|obj_preds|cv3|^hm\.2)(\.\d+)*$"
 )
 BOXES = re.compile(
-    r"(bbox_reg|pred_reg|gfl_reg|rtm_reg|reg_pred|reg_preds|cv2|box_net\.predict\.conv_pw)(\.\d+)*$"
+    r"(bbox_reg|pred_reg|gfl_reg|rtm_reg|reg_pred|reg_preds|cv2|box_net\.predict\.conv_pw|^reg\.2)(\.\d+)*$"
 )
+#: CenterNet's width and height, in cells of the heatmap: their mean and largest value.
+SIDES, SIDE_SPREAD = re.compile(r"^wh\.2$"), (9.0, 30.0)
 #: Layers of a head before its last one, with a bias and no batch normalisation behind them.
 HIDDEN = re.compile(r"(_head\.conv\.\d+(\.0)?|rpn\.head\.conv\.\d+\.0|box_head\.(fc)?\d)$")
 #: Layers that give scores alone, of several boxes.
@@ -155,7 +158,8 @@ def spread_outputs(net: nn.Module) -> Iterator[None]:
         if not isinstance(module, nn.Conv2d | nn.Linear) or module.bias is None:
             continue
         n = len(module.bias)
-        to = torch.tensor(BOX_SPREAD).repeat(n, 1)
+        sides = SIDES.search(name) is not None
+        to = torch.tensor(SIDE_SPREAD if sides else BOX_SPREAD).repeat(n, 1)
         if PROPOSALS.search(name):
             to[:] = torch.tensor((-1.0, 3.0))
         elif SCORES_ALONE.search(name):
@@ -166,11 +170,11 @@ def spread_outputs(net: nn.Module) -> Iterator[None]:
             to[:NUM_CLASSES, 1] += torch.randn(NUM_CLASSES)
         elif SCORES.search(name) and n == 1:
             to[:] = torch.tensor((-1.0, 3.0))
-        elif not BOXES.search(name):
+        elif not (sides or BOXES.search(name)):
             continue
         values = n - NUM_CLASSES if n > NUM_CLASSES and SCORES.search(name) else n
-        if BOXES.search(name) or values < n:
-            bins = values // 4
+        bins = values // 4 if BOXES.search(name) or values < n else 0
+        if bins:
             to[n - values :] -= FALL * torch.arange(bins).repeat(4)[:, None]
         handles.append(module.register_forward_hook(settle_once(to)))
     try:
@@ -185,6 +189,8 @@ def export(
 ) -> None:
     weights = {} if cls == "LibreRFDETR" else None  # whose None asks the net for some
     detector = getattr(libreyolo, cls)(weights, size=size)
+    if cls == "LibreCenterNet":  # as it is exported, without torchvision's compiled operators
+        set_portable_dcn(detector.model, True)
     shake(detector, pixels, photos, seed, small)
     folder = out / f"{cls}_{size}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,13 +22,19 @@ from typing import TYPE_CHECKING
 from trtdet import files
 from trtdet.commands import cli
 from trtdet.commands.cli import ArgumentParser
-from trtdet.commands.declaring import add_declaring_options, check_declaring, declaration_from
+from trtdet.commands.declaring import (
+    add_declaring_options,
+    check_declaring,
+    declaration_from,
+    maybe_yes,
+    placing_from,
+)
 from trtdet.commands.options import add, add_verbose
 from trtdet.commands.values import positive_int
 from trtdet.families import FAMILIES
 from trtdet.files import printable
 from trtdet.labels import read_labels
-from trtdet.spec import PREPROCESSORS, Layout
+from trtdet.spec import PREPROCESSORS, Layout, parse_preprocessor
 
 if TYPE_CHECKING:
     from trtdet.conversion.convert import Options
@@ -45,6 +51,15 @@ def run(source_path: Path, onnx_path: Path, options: Options, *, is_onnx: bool) 
     for line in done.compared:
         print(printable(line))
     print(done.path)
+
+
+def checked_preprocessor(text: str) -> str:
+    """argparse type: a name, or six numbers."""
+    try:
+        parse_preprocessor(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def parse_input_shape(text: str) -> tuple[int | None, tuple[int, int] | None, Layout]:
@@ -111,8 +126,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # fmt: off
     shape.add_argument("--input_format", "-f", choices=["NHWC", "NCHW"], help="the layout, without a shape (default: NHWC)")
     shape.add_argument("--input_dtype", choices=["float32", "uint8"], help="uint8 moves a quarter of the bytes (default: as the model's own code resizes: uint8 for YOLO, else float32)")
-    shape.add_argument("--preprocessor", "-p", choices=sorted(PREPROCESSORS), help="normalisation, in place of the model's own; unit: 0 to 1, raw: 0 to 255 (default: the model's, or the convention of its family)")
-    shape.add_argument("--resize_mode", choices=["letterbox", "stretch"], help="keep the aspect ratio of images or not (default: as the model was trained)")
+    shape.add_argument("--preprocessor", "-p", type=checked_preprocessor, metavar="|".join([*sorted(PREPROCESSORS), "MEAN/STD"]), help="normalisation, in place of the model's own; unit: 0 to 1, raw: 0 to 255; or six numbers, R,G,B/R,G,B, on the scale of 0 to 255 (default: the model's, or the convention of its family)")
+    shape.add_argument("--resize_mode", choices=["letterbox", "stretch", "warp"], help="keep the aspect ratio of images or not; warp: keep it, by an affine warp, as CenterNet does (default: as the model was trained)")
     # fmt: on
     detections = parser.add_argument_group("detections")
     add(detections, "--score_threshold", "--nms_threshold", "-t")
@@ -203,13 +218,15 @@ def options_from(args: argparse.Namespace) -> Options:
         hints=Hints(
             size_hw=size_hw,
             preprocessor=args.preprocessor,
-            resize=args.resize_mode,
+            resize="letterbox" if args.resize_mode == "warp" else args.resize_mode,
             labels=labels,
             rotated_nms=args.rotated_nms,
             deformable_attention=args.deformable_attention,
             channel_order=args.channel_order,
-            placement=args.placement,
-            pad_rgb=args.pad_color,
+            **placing_from(args),
+            antialias=maybe_yes(args.antialias),
+            longest=args.longest_side,
+            clipped=args.clip_boxes or None,
             num_classes=args.num_classes,
             max_detections=args.max_detections,
             declared=declaration_from(args),

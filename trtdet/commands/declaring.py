@@ -53,6 +53,9 @@ def add_declaring_options(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--channel_order", choices=["rgb", "bgr"], help="order of the colours in the network's input (default: as its family takes it, else rgb)")
     images.add_argument("--placement", choices=["top_left", "center"], help="where a letterboxed picture lies in the input (default: as its family places it, else you must give it)")
     images.add_argument("--pad_color", type=parse_color, metavar="R,G,B", help="colour of the padding beside a letterboxed picture, 0-255 (default: as its family pads, else you must give it)")
+    images.add_argument("--rounding", choices=["floor", "round"], help="how the size of a letterboxed picture becomes whole numbers (default: as its family does it, else round)")
+    images.add_argument("--longest_side", type=positive_int, metavar="PIXELS", help="where the longer side of a letterboxed picture ends, in an input that is larger: 636 of 640 for YOLO-NAS (default: as its family does it, else at the input's)")
+    images.add_argument("--antialias", nargs="?", const="yes", choices=["yes", "no"], help="yes: images were resized in training with averaging over the area, as Pillow does it; no: as OpenCV does it (default: as its family does it, else no)")
     outputs = parser.add_argument_group("outputs of any other detector (ONNX)")
     outputs.add_argument("--boxes_output", metavar="NAME", help="boxes [N, A, 4]; goes with --scores_output (default: detected by shape)")
     outputs.add_argument("--scores_output", metavar="NAME", help="scores [N, A, C] or [N, C, A]; with --labels_output [N, A] (default: detected by shape)")
@@ -61,14 +64,29 @@ def add_declaring_options(parser: argparse.ArgumentParser) -> None:
     outputs.add_argument("--columns", type=parse_columns, metavar="NAMES", help="the columns of --rows_output, such as x1,y1,x2,y2,score,label or cx,cy,w,h,objectness,scores (default: read from the graph)")
     outputs.add_argument("--box_format", choices=["xyxy", "yxyx", "xywh", "cxcywh"], help="corners, corner and size, or centre and size (default: measured)")
     outputs.add_argument("--box_units", choices=["pixels", "unit"], help="pixels of the network input, or 0 to 1 (default: measured)")
-    outputs.add_argument("--score_activation", choices=["none", "sigmoid", "softmax"], help="what turns the scores into probabilities (default: none if they are probabilities)")
+    outputs.add_argument("--score_activation", choices=["none", "sigmoid", "softmax", "clip"], help="what turns the scores into probabilities; clip: they are cut to 0..1, as those of YOLOv1, which nothing holds there (default: none if they are probabilities)")
     outputs.add_argument("--background", choices=["first", "last", "none"], help="which score means no object (default: none, unless the scores add up to 1: then you must give it)")
     outputs.add_argument("--scores_layout", choices=["NAC", "NCA"], help="boxes before classes, or after (default: by the number of boxes)")
     outputs.add_argument("--label_base", type=non_negative_int, choices=[0, 1], help="number of the first class (default: 0)")
     outputs.add_argument("--num_classes", type=positive_int, metavar="N", help="number of classes, of a model that outputs only class ids; --labels gives it too (default: read from the graph)")
     outputs.add_argument("--selected", nargs="?", const="yes", choices=["yes", "no"], help="yes: the detections need no NMS; no: they do (default: measured)")
+    outputs.add_argument("--clip_boxes", action="store_true", help="boxes are clipped to the picture before the NMS, and those of which nothing is left are dropped (default: they are not)")
     outputs.add_argument("--assume", action="store_true", help="take the usual choice where the file does not say, with a warning for each")
     # fmt: on
+
+
+def placing_from(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `Hints` that say how a letterboxed picture lies in the input."""
+    if args.resize_mode == "warp":
+        placement, color = args.placement or "center", args.pad_color or (0.0, 0.0, 0.0)
+        return {"placement": placement, "pad_rgb": color, "rounding": "none"}
+    rounding = "floor64" if args.rounding == "floor" else args.rounding
+    return {"placement": args.placement, "pad_rgb": args.pad_color, "rounding": rounding}
+
+
+def maybe_yes(text: str | None) -> bool | None:
+    """Of an option that is yes, no, or left out."""
+    return None if text is None else text == "yes"
 
 
 def declaration_from(args: argparse.Namespace) -> Declaration | None:
@@ -87,7 +105,7 @@ def declaration_from(args: argparse.Namespace) -> Declaration | None:
         "background": args.background,
         "scores_layout": args.scores_layout,
         "label_base": args.label_base,
-        "selected": None if args.selected is None else args.selected == "yes",
+        "selected": maybe_yes(args.selected),
     }
     return Declaration(**found) if any(v not in (None, "", ()) for v in found.values()) else None
 
@@ -104,3 +122,7 @@ def check_declaring(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error("--columns names the columns of --rows_output; give both")
     if args.labels_output and not args.boxes_output:
         parser.error("--labels_output goes with --boxes_output and --scores_output")
+    if args.antialias == "yes" and args.resize_mode == "warp":
+        parser.error("--antialias: an affine warp has none; leave it out")
+    if args.rounding and args.resize_mode in ("warp", "stretch"):
+        parser.error(f"--rounding is of a letterbox, not of --resize_mode {args.resize_mode}")

@@ -118,6 +118,11 @@ def deploy_deepstream(args: argparse.Namespace) -> None:
         stream_wh=(args.stream_width, args.stream_height),
     )
     padding = model.spec.preprocessing
+    if padding.is_warped:
+        logger.warning(
+            "nvinfer places pictures at whole pixels of the network input, this model's are warped, to fractions of them: boxes differ by up to "
+            "a pixel of the input; Triton has the model's own pixels"
+        )
     painted = SOURCE_KEY in model.spec.source
     if padding.resize == "letterbox" and any(padding.pad_rgb) and not painted:
         logger.warning(

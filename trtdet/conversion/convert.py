@@ -41,7 +41,7 @@ from trtdet.nms.rotated import insert_rotated_nms
 from trtdet.nms.topk import insert_topk
 from trtdet.sources.base import Source, cut_onnx, run_onnx
 from trtdet.sources.onnx_file import NEWEST_OPSET, OnnxSource
-from trtdet.spec import PREPROCESSORS, Fact, InputDtype, Layout, ModelSpec
+from trtdet.spec import Fact, InputDtype, Layout, ModelSpec, parse_preprocessor
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,10 @@ WITHOUT_EFFECT = {
     "channel_order": ("--channel_order", "how images come into this {} model is known; leave it out"),
     "placement": ("--placement", "how images come into this {} model is known; leave it out"),
     "pad_rgb": ("--pad_color", "how images come into this {} model is known; leave it out"),
+    "rounding": ("--rounding", "how images come into this {} model is known; leave it out"),
+    "antialias": ("--antialias", "how images come into this {} model is known; leave it out"),
+    "longest": ("--longest_side", "how images come into this {} model is known; leave it out"),
+    "clipped": ("--clip_boxes", "what this {} model does with boxes is known; leave it out"),
     "num_classes": ("--num_classes", "how many classes this {} model has is known; leave it out"),
     "declared": ("--boxes_output, --rows_output and the like", "the outputs of this {} model are known; leave them out, or add --family heads"),
 }  # fmt: skip
@@ -364,7 +368,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
             own_size=reading.own_size,
         )
     if options.preprocessor:
-        mean, std = PREPROCESSORS[options.preprocessor]
+        mean, std = parse_preprocessor(options.preprocessor)
         pad_rgb = preprocessing.pad_rgb
         if pad_rgb == preprocessing.mean:  # zeros behind the normalisation
             pad_rgb = mean
@@ -426,8 +430,10 @@ def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:
     if options.max_detections is not None:
         given[KEPT] = (str(options.max_detections), "--max_detections")
     if options.nms_mode != "model":
+        former = next((f.value for f in reading.facts if f.name == SELECTION), "")
+        _, comma, more = former.partition(", ")  # that boxes are clipped
         given[SELECTION] = (
-            f"NMS, {options.nms_mode.replace('_', ' ')}",
+            f"NMS, {options.nms_mode.replace('_', ' ')}{comma}{more}",
             f"--nms_mode {options.nms_mode}",
         )
     if options.preprocessor and not any(

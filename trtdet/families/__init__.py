@@ -25,6 +25,7 @@ FAMILIES = (
     "rtdetr",
     "rfdetr",
     "libreyolo",
+    "centernet",
     "heads",
 )
 

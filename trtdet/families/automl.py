@@ -10,6 +10,7 @@ Source of the conventions: google/automl efficientdet, inference.py, dataloader.
 tf2/postprocess.py, tf2/anchors.py @6a54c874.
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -52,11 +53,17 @@ BOX_SCOPE = "box_net/"
 DEFAULT_IOU_THRESHOLD = (
     0.5  # AutoML's for hard NMS; a gaussian export carries 1.0, which hard NMS cannot use
 )
+#: torch numbers the modules of a list: class_net/conv_rep.0.
+OF_TORCH = re.compile(r"(class|box)_net/\w+\.\d+(/|$)")
 NMS_OPS = ("NonMaxSuppression", "CombinedNonMaxSuppression")
 
 
 def matches(source: Source) -> bool:
-    """Whether both heads are there, their levels put together."""
+    """Whether both heads are there, their levels put together; not those of a network in
+    PyTorch, which are called the same and come with other images.
+    """
+    if any(OF_TORCH.search(node.name) for node in source.graph.nodes.values()):
+        return False
     try:
         return all(find_head(source.graph, scope, NAME) for scope in (CLASS_SCOPE, BOX_SCOPE))
     except GraphError:
@@ -68,6 +75,8 @@ def why_not(source: Source) -> str:
     names = [node.name for node in source.graph.nodes.values()]
     if not any(scope in name for name in names for scope in (CLASS_SCOPE, BOX_SCOPE)):
         return ""
+    if any(OF_TORCH.search(name) for name in names):
+        return "its heads are of an EfficientDet in PyTorch"
     return f"its levels are not put together below {CLASS_SCOPE} and {BOX_SCOPE}"
 
 

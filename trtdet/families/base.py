@@ -19,7 +19,16 @@ from trtdet.errors import GraphError
 from trtdet.graph.builder import Builder
 from trtdet.graph.tidy import NETWORK_INPUT
 from trtdet.sources.base import Source
-from trtdet.spec import BoxFormat, Fact, Layout, ModelSpec, Placement, ResizeMode, RotatedMode
+from trtdet.spec import (
+    BoxFormat,
+    Fact,
+    Layout,
+    ModelSpec,
+    Placement,
+    ResizeMode,
+    RotatedMode,
+    Rounding,
+)
 
 #: Tensors that stage 1 writes whatever follows them: [N, A, 4] (rotated: 5) boxes in the coding of
 #: `spec.nms`, and [N, A, C] logits, or probabilities where `spec.nms.score_activation` is off.
@@ -65,7 +74,7 @@ class Declaration:
     columns: tuple[str, ...] = ()
     box_format: BoxFormat | None = None
     box_units: Literal["pixels", "unit"] | None = None
-    activation: Literal["none", "sigmoid", "softmax"] | None = None
+    activation: Literal["none", "sigmoid", "softmax", "clip"] | None = None
     background: Literal["first", "last", "none"] | None = None
     scores_layout: Literal["NAC", "NCA"] | None = None
     label_base: Literal[0, 1] | None = None
@@ -84,7 +93,10 @@ class Hints:
         resize: how images come into the network's shape.
         rotated_nms: true polygon overlap, that of ODTK's own kernel, or that of Ultralytics.
         deformable_attention: how GridSample is written.
-        channel_order: of the network's input. placement, pad_rgb: of a letterboxed image.
+        channel_order: of the network's input. placement, pad_rgb, rounding: of a letterboxed image;
+            rounding "none" is an affine warp. antialias: as images were resized in training.
+        longest: where the longer side of a letterboxed image ends, in an input that is larger.
+        clipped: boxes are clipped to the picture before the NMS.
         num_classes: of a model that holds class ids alone.
         max_detections: of a model whose number of detections follows the picture.
         declared: what its outputs are.
@@ -100,6 +112,10 @@ class Hints:
     channel_order: Literal["rgb", "bgr"] | None = None
     placement: Placement | None = None
     pad_rgb: tuple[float, float, float] | None = None
+    rounding: Rounding | None = None
+    antialias: bool | None = None
+    longest: int | None = None
+    clipped: bool | None = None
     num_classes: int | None = None
     max_detections: int | None = None
     declared: "Declaration | None" = None
@@ -107,7 +123,9 @@ class Hints:
 
     def to_dict(self) -> dict[str, Any]:
         """What was said, JSON-ready; `from_dict` reads it."""
-        said = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+        said = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        if not self.assume:
+            del said["assume"]
         if self.declared:
             declared = vars(self.declared).items()
             said["declared"] = {k: v for k, v in declared if v not in (None, "", ())}
@@ -127,7 +145,9 @@ class Hints:
 
 NO_HINTS = Hints()
 #: The fields of `Hints` that say how images come into a network.
-IMAGE_HINTS = frozenset(("channel_order", "placement", "pad_rgb"))
+IMAGE_HINTS = frozenset(
+    ("channel_order", "placement", "pad_rgb", "rounding", "antialias", "longest")
+)
 
 
 @dataclass(frozen=True)

@@ -248,9 +248,11 @@ def describe(
 ) -> Reading:
     """Everything but what is selected from the heads."""
     resize: ResizeMode = hints.resize or ("letterbox" if export.mask else "stretch")
+    antialias = antialias if hints.antialias is None else hints.antialias
     normal = decide_normalisation(evidence, export.entry, hints, convention)
     mean, std, notes = normal.mean, normal.std, list[Note]()
     note_facts(evidence, export, hints, resize, convention.of, kept)
+    _note_antialias(evidence, hints, antialias=antialias)
     evidence.add(
         ev.CLASSES, num_classes,
         "read: the number of logits" + (", less the background class" if num_classes < export.num_logits else ""),
@@ -308,9 +310,23 @@ def describe(
         facts=evidence.settle(),
         final=final_of(export),
         takes=frozenset(
-            ["channel_order", *(["deformable_attention"] if is_deformable(source) else [])]
+            [
+                "channel_order",
+                "antialias",
+                *(["deformable_attention"] if is_deformable(source) else []),
+            ]
         ),
     )
+
+
+def _note_antialias(evidence: Evidence, hints: Hints, *, antialias: bool) -> None:
+    """Beside how images are resized."""
+    (former,) = [fact for fact in evidence.facts if fact.name == ev.RESIZE]
+    origin = former.origin
+    if hints.antialias is not None:
+        option = f"--antialias {'yes' if antialias else 'no'}"
+        origin = f"{origin} {option}" if origin.startswith(ev.GIVEN) else f"{origin}; {option}"
+    evidence.add(ev.RESIZE, former.value + (", antialiased" if antialias else ""), origin)
 
 
 def note_facts(

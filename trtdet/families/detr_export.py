@@ -2,6 +2,7 @@
 """Inputs and outputs of an ONNX export of a set prediction: image, mask, heads, sizes."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
 from trtdet.families.base import Hints
 from trtdet.families.evidence import Evidence
-from trtdet.families.outputs import batch_of
+from trtdet.families.outputs import Nodes, batch_of
 from trtdet.families.pixels import Pixels, declared_shapes, find_pixels, maybe_image
 from trtdet.families.set_outputs import SetOutputs, maybe_outputs, other_feeds
 from trtdet.geometry import in_layout
@@ -80,7 +81,7 @@ def read_export(
     shapes = declared_shapes(source)
     image = maybe_image(source)
     masks = [name for name, shape in shapes.items() if len(shape) == 3 and "mask" in name.lower()]
-    sizes = [name for name, shape in shapes.items() if len(shape) == 2]
+    sizes = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] in (2, None)]
     if (
         image is None
         or 1 + len(masks) + len(sizes) != len(shapes)
@@ -108,6 +109,7 @@ def read_export(
             f"found {', '.join(i.name for i in graph.output)}; export the model with these outputs, or declare them with --boxes_output and "
             "--scores_output"
         )
+    _check_prompts(source, outputs, sizes)
     mask = masks[0] if masks else ""
     sides = shapes[mask][1:] if mask else size_hw
     entry = find_pixels(source, hints, feeds=other_feeds(source, size_hw))
@@ -131,6 +133,20 @@ def read_export(
     batch, said = batch_of(source, entry, [export.logits, export.boxes], size_hw, masks_fed)
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
     return dataclasses.replace(export, batch=batch)
+
+
+def _check_prompts(source: OnnxSource, outputs: SetOutputs, others: Sequence[str]) -> None:
+    """Refuse detections that follow from a further input.
+
+    Raises:
+        GraphError: they do.
+    """
+    above = Nodes(source.model).tensors_above([outputs.logits, outputs.boxes])
+    if prompts := [name for name in others if name in above]:
+        raise GraphError(
+            f"{source.path}: expected detections that follow from the image alone, but they follow from '{prompts[0]}' too; a detector that "
+            "takes a text is not converted"
+        )
 
 
 def _run_as_it_is(

@@ -33,9 +33,11 @@ READ, MEASURED, GIVEN, CONVENTION, ASSUMED, CHOSEN = (
     "ASSUMED: ",
     "default: ",
 )
-#: What says how pictures are placed.
+#: What says how pictures are placed; and whether boxes are clipped to them.
+CLIP_OPTION = "--clip_boxes where boxes are clipped to the picture before the NMS"
 RESIZE_OPTION = (
-    "--resize_mode stretch, or letterbox with --placement top_left|center and --pad_color R,G,B"
+    "--resize_mode stretch, or warp, or letterbox with --placement top_left|center and --pad_color R,G,B (where its framework does so, also "
+    "--rounding floor, --longest_side, --antialias)"
 )
 
 

@@ -66,8 +66,9 @@ from trtdet.families.pixels import (
     maybe_image,
 )
 from trtdet.graph.builder import Builder
+from trtdet.graph.static_shapes import fix_shapes, knows_sizes
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
-from trtdet.sources.base import Source
+from trtdet.sources.base import Shape, Source
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import (
     ModelSpec,
@@ -124,7 +125,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         raise GraphError(
             f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
-    known = framework or Framework("")
+    known = as_said(framework or Framework(""), hints)
     evidence = Evidence(str(source.path), hints.assume)
     plugin = maybe_plugin(source)
     origin = f"{ev.MEASURED}the shapes of its outputs"
@@ -150,9 +151,9 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             f"{source.path}: expected images as the only input, found {', '.join(pixels.others)} too; export the model without"
         )
     size_hw = pixels.size_hw or (0, 0)
-    shorter_side = None if _has_size(source) or hints.size_hw else known.shorter_side
-    own_size = known.own_size and not _has_size(source) and not hints.size_hw
-    _note_input(evidence, pixels, size_hw if not own_size else None)
+    shorter_side = None if has_size(source) or hints.size_hw else known.shorter_side
+    own_size = known.own_size and not has_size(source) and not hints.size_hw
+    note_input(evidence, pixels, size_hw if not own_size else None)
     convention = Convention(known.name, known.normal) if known.normal else None
     normal = decide_normalisation(evidence, pixels, hints, convention)
     if own_size:
@@ -164,7 +165,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         preprocessing = one_picture.as_they_are(normal, size_hw)
         evidence.add(ev.RESIZE, "none: each picture at its own size", f"{ev.READ}it resizes inside")
     else:
-        preprocessing = _preprocessing(evidence, hints, known, normal, size_hw)
+        preprocessing = preprocessing_of(evidence, hints, known, normal, size_hw, clips=True)
     if shorter_side:
         _note_shorter_side(evidence, known, shorter_side)
     declared = _merged(hints.declared, known.declaration(outputs))
@@ -180,9 +181,8 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     if rows is not None:
         batch, said = 1, f"{ev.READ}the number of detections follows the picture"
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
-    multiple = None if _has_size(source) else _multiple(known, plan, size_hw)
-    clips = known.clipped and not plan.selected
-    if clips:
+    multiple = None if has_size(source) else _multiple(known, plan, size_hw)
+    if clips := known.clipped and not plan.selected:
         spec = spec.replace(nms=dataclasses.replace(spec.nms, box_coding=0))
     return Reading(
         spec=spec,
@@ -198,13 +198,15 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             shapes={k: seen[v][0].shape for k, v in plan.tensors.items()},
             count=plan.count,
             feeds=feeds,
-            batch="N" if rows is None else 1,
+            batch=batch,
+            images=pixels.shape if has_size(source) and rows is None else None,
+            padded=rows is not None,
         ),
         feeds=feeds,
         facts=evidence.settle(),
         final=one_picture.final(plan, size_hw) if rows is not None and plan.selected else None,
         notes=() if own_size or shorter_side else known.notes,
-        takes=IMAGE_HINTS | {"declared", "num_classes"},
+        takes=IMAGE_HINTS | {"declared", "num_classes", "clipped"},
         size_multiple=multiple,
         shorter_side=shorter_side,
         own_size=own_size,
@@ -212,11 +214,20 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     )
 
 
-def _has_size(source: OnnxSource) -> bool:
+def as_said(known: Framework, hints: Hints) -> Framework:
+    """What is known, with what the command line says of how images and boxes are treated."""
+    said = {name: getattr(hints, name) for name in ("rounding", "antialias", "longest", "clipped")}
+    changes = {name: value for name, value in said.items() if value is not None}
+    if hints.rounding == "none":
+        changes["sampling"] = "corner"
+    return known.with_changes(**changes)
+
+
+def has_size(source: OnnxSource) -> bool:
     return image_hw(source) is not None
 
 
-def _note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int] | None) -> None:
+def note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int] | None) -> None:
     size = f"{size_hw[0]}x{size_hw[1]}" if size_hw else "of any size"
     evidence.add(ev.INPUT, f"'{pixels.image}' {pixels.image_layout} {size}", "read: its shape")
 
@@ -258,17 +269,30 @@ def _named(declared: Declaration, outputs: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name and name not in outputs]
 
 
-def _preprocessing(
-    evidence: Evidence, hints: Hints, known: Framework, normal: Normal, size_hw: tuple[int, int]
+def preprocessing_of(
+    evidence: Evidence,
+    hints: Hints,
+    known: Framework,
+    normal: Normal,
+    size_hw: tuple[int, int],
+    *,
+    clips: bool = False,
 ) -> Preprocessing:
+    """How images come in: given, else by convention, else asked for.
+
+    Args:
+        clips: of a model whose boxes may be clipped.
+    """
+    option = ev.RESIZE_OPTION + (f", {ev.CLIP_OPTION}" if clips else "")
     resize, placement, pad = hints.resize, hints.placement, hints.pad_rgb
     if resize is None and (placement or pad):
         resize = "letterbox"
-    origin = f"{ev.GIVEN}--resize_mode {resize}"
+    mode = "warp" if hints.rounding == "none" else resize
+    origin = f"{ev.GIVEN}--resize_mode {mode}"
     if resize is None and known.resize:
         resize, origin = known.resize, ev.CONVENTION + known.name
     if resize is None:
-        evidence.ask(ev.RESIZE, ev.RESIZE_OPTION, "stretch")
+        evidence.ask(ev.RESIZE, option, "stretch")
         resize = "stretch"
     elif resize == "letterbox":
         placement = placement or (known.placement if known.resize else None)
@@ -282,10 +306,12 @@ def _preprocessing(
             evidence.ask(ev.RESIZE, " ".join(options), "letterbox, centred on 114")
         else:
             colour = ",".join(f"{x:g}" for x in pad)
-            evidence.add(ev.RESIZE, f"letterbox, {placement.replace('_', ' ')} on {colour}", origin)
+            kind = "affine warp" if known.rounding == "none" else "letterbox"
+            text = f"{kind}, {placement.replace('_', ' ')} on {colour}"
+            evidence.add(ev.RESIZE, text + _how_resized(known), origin)
         placement, pad = placement or "center", pad or (114.0, 114.0, 114.0)
     else:
-        evidence.add(ev.RESIZE, "stretch", origin)
+        evidence.add(ev.RESIZE, "stretch" + _how_resized(known), origin)
     return Preprocessing(
         size_hw,
         dtype="uint8" if known.rounds else "float32",
@@ -297,8 +323,17 @@ def _preprocessing(
         pad_rgb=pad or (0.0, 0.0, 0.0),
         rounding=known.rounding,
         antialias=known.antialias,
+        sampling=known.sampling,
         longest=known.longest if known.longest and known.longest < min(size_hw) else None,
     )
+
+
+def _how_resized(known: Framework) -> str:
+    """What the table of facts says beside the placement."""
+    truncated = known.resize != "stretch" and known.rounding.startswith("floor")
+    said = [", its size rounded down"] if truncated else []
+    said += [f", its longer side {known.longest}"] if known.longest else []
+    return "".join([*said, ", antialiased" if known.antialias else ""])
 
 
 def _spec(
@@ -359,15 +394,23 @@ def _declare(
     shapes: Mapping[str, tuple[int, ...]],
     count: int,
     feeds: Mapping[str, NDArray[np.float32]],
-    batch: int | str = "N",
+    batch: int | None,
+    images: Shape | None,
+    padded: bool,
 ) -> None:
     """Give the heads the shapes that they were seen to have; how many rows there are follows the
-    size where that is dynamic. Inputs beside the images become constants.
+    size where that is dynamic. Inputs beside the images become constants. Sizes that the network
+    computes become constants where they hide the size of a feature map, as INT8 wants to know it.
+
+    Args:
+        images: the shape of its input; None: of any size.
+        padded: to a fixed number of rows, of one picture.
     """
     for tensor in [t for t in graph.inputs if t.name in feeds]:
         graph.inputs.remove(tensor)
         tensor.to_constant(feeds[tensor.name])
-    free = None in (graph.inputs[0].shape or ())[1:] and batch == "N"
+    fix_sizes(graph, images, batch)
+    free = None in (graph.inputs[0].shape or ())[1:] and not padded
     for position, (name, shape) in enumerate(shapes.items()):
         tensor = graph.outputs[position]
         if name == LABELS:  # whole numbers: exact in float32
@@ -377,8 +420,29 @@ def _declare(
                 gs.Node("Cast", "labels_float", {"to": TensorProto.FLOAT}, [former], [tensor])
             )
             graph.outputs[position] = tensor
-        tensor.shape = [batch, *(None if free and n == count else n for n in shape[1:])]
+        tensor.shape = [
+            1 if padded else "N",
+            *(None if free and n == count else n for n in shape[1:]),
+        ]
         tensor.dtype = np.dtype(np.float32)
+
+
+def fix_sizes(graph: gs.Graph, images: Shape | None, batch: int | None) -> None:
+    """Sizes that the network computes become constants where they hide that of a feature map.
+
+    Args:
+        images: the shape of its input; None: of any size, nothing is done.
+    """
+    if images is None:
+        return
+    for tensor in graph.outputs:
+        tensor.dtype = tensor.dtype or np.dtype(np.float32)
+    model = gs.export_onnx(graph)
+    if knows_sizes(model):
+        return
+    fixed = gs.import_onnx(fix_shapes(model, {graph.inputs[0].name: images}, batch=batch))
+    graph.nodes, graph.inputs, graph.outputs = fixed.nodes, fixed.inputs, fixed.outputs
+    graph.opset, graph.import_domains = fixed.opset, fixed.import_domains
 
 
 # ---- from the outputs to boxes and scores
@@ -427,7 +491,7 @@ def assemble(
         scores = build.slice_last("foreground", scores, first, first + spec.num_classes)
     if plan.labels or plan.label_column is not None:
         scores = _one_hot(build, spec, plan, scores)
-    if known.linear:
+    if known.linear or plan.activation == "clip":
         scores = build.node("Clip", "scores_of_0_to_1", scores, np.float32(0), np.float32(1))
     if known.best_class or (known.agnostic and not plan.selected):
         scores = best_class_only(build, scores)

@@ -22,6 +22,8 @@ from trtdet.spec import (
     BoxFormat,
     Placement,
     ResizeMode,
+    Rounding,
+    Sampling,
 )
 
 #: Inputs of PaddleDetection's exports beside the images.
@@ -40,7 +42,7 @@ class Framework:
     its name.
 
     Attributes:
-        normal, resize, placement, pad_rgb, rounding, antialias: how it prepares images.
+        normal, resize, placement, pad_rgb, rounding, antialias, sampling: how it prepares images.
         rounds: a resized picture has whole levels, 0 to 255.
         declared: what it says of its outputs.
         labels: class names. kept: how many detections it keeps. iou_threshold, score_threshold: of
@@ -67,8 +69,9 @@ class Framework:
     resize: ResizeMode | None = None
     placement: Placement = "top_left"
     pad_rgb: tuple[float, float, float] = (114.0, 114.0, 114.0)
-    rounding: Any = "round"
+    rounding: Rounding = "round"
     antialias: bool = False
+    sampling: Sampling = "half_pixel"
     rounds: bool = True
     declared: Declaration = field(default_factory=Declaration)
     labels: tuple[str, ...] = ()

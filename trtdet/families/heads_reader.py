@@ -25,6 +25,14 @@ from trtdet.spec import (
     BoxFormat,
 )
 
+#: What the table of facts says of each.
+ACTIVATIONS = {
+    "none": "probabilities",
+    "clip": "cut to 0..1",
+    "sigmoid": "sigmoid of logits",
+    "softmax": "softmax of logits",
+}
+
 
 class Reader(Finder):
     """Completes a `Plan`: format and units of boxes, activation, background, selection, classes."""
@@ -216,9 +224,15 @@ class Reader(Finder):
         padded = plan.selected and low >= -1 and high <= 1 + 1e-6
         sums = np.concatenate([v.sum(axis=1) for v in values])
         is_softmax = probabilities and plan.num_scores > 1 and bool(np.abs(sums - 1).max() < 1e-3)
+        if d.activation == "clip" and not (low >= -1 and high <= 2):
+            raise GraphError(
+                f"{self.source.path}: {self._said('activation')}: the scores in '{plan.scores}' are {low:.3g} to {high:.3g}, no probabilities that "
+                "go a little beyond 0..1"
+            )
         if d.activation == "none" and not (probabilities or padded or self.known.linear):
             raise GraphError(
-                f"{self.source.path}: {self._said('activation')}: the scores in '{plan.scores}' are {low:.3g} to {high:.3g}, no probabilities"
+                f"{self.source.path}: {self._said('activation')}: the scores in '{plan.scores}' are {low:.3g} to {high:.3g}, no probabilities; "
+                "clip cuts them to 0..1"
             )
         if (
             d.activation in ("sigmoid", "softmax")
@@ -233,7 +247,7 @@ class Reader(Finder):
         elif probabilities or padded:
             activation, origin = "none", f"{ev.MEASURED}probabilities, {low:.3g} to {high:.3g}"
         else:
-            self.evidence.ask(ev.SCORES, "--score_activation sigmoid|softmax", "sigmoid")
+            self.evidence.ask(ev.SCORES, "--score_activation sigmoid|softmax|clip", "sigmoid")
             activation, origin = "sigmoid", ""
         if probabilities and float(np.ptp(np.concatenate([v.ravel() for v in values]))) == 0:
             raise GraphError(
@@ -248,7 +262,7 @@ class Reader(Finder):
             former = next((f.value + ": " for f in self.evidence.facts if f.name == ev.SCORES), "")
             self.evidence.add(
                 ev.SCORES,
-                f"{former}{'probabilities' if activation == 'none' else activation + ' of logits'}",
+                former + ACTIVATIONS[activation],
                 origin,
             )
         if d.background:

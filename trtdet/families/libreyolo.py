@@ -39,6 +39,10 @@ MMDET_BGR = Normal(detr.IMAGENET_MEAN, detr.IMAGENET_STD, bgr=True)
 RAW = "raw"
 #: SSD300's: the mean alone.
 SSD = Normal((0.48235 * 255, 0.45882 * 255, 0.40784 * 255), (1.0, 1.0, 1.0))
+#: CenterNet's, in the order of RGB.
+CENTERNET = Normal(
+    (0.470 * 255, 0.447 * 255, 0.408 * 255), (0.278 * 255, 0.274 * 255, 0.289 * 255), bgr=True
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ DENSE: Mapping[str, Framework] = {
     "yolo7": _dense("YOLOv7", UNIT, agnostic=True, resize="letterbox", rounding="floor64", antialias=True, declared=_PIXELS, columns=_ROWS),
     "ssd": _dense("SSD", SSD, resize="stretch", rounds=False, selected=False, declared=_PIXELS, columns=_ROWS),
     "efficientdet": _dense("EfficientDet", IMAGENET, resize="letterbox", rounding="floor64", antialias=True, pad_rgb=(124.0, 116.0, 104.0), declared=_PIXELS, columns=("x1", "y1", "x2", "y2", "score", "label"), selected=False),
+    "centernet": Framework("CenterNet", CENTERNET, resize="letterbox", placement="center", rounding="none", sampling="corner", pad_rgb=(0.0, 0.0, 0.0), declared=_PIXELS, columns=("x1", "y1", "x2", "y2", "score", "label"), selected=True, kept=100),
     "retinanet": _of_own_size("RetinaNet", _ROWS),
     "fcos": _of_own_size("FCOS", ("x1", "y1", "x2", "y2", "level", "scores"), kept=100),
     "faster_rcnn": _two_stages("Faster R-CNN"),
@@ -129,13 +134,6 @@ DENSE: Mapping[str, Framework] = {
     "ppyoloe": _dense("PP-YOLOE", IMAGENET, resize="stretch", declared=_PIXELS),
     "rtmdet": _dense("RTMDet", MMDET_BGR, resize="letterbox", rounding="floor64", antialias=True, declared=_PIXELS, columns=_ROWS),
 }  # fmt: skip
-
-
-_INSTEAD = "retinanet, fcos or rtdetrv2"
-#: Families that are not converted, and why.
-REFUSED: Mapping[str, str] = {
-    "centernet": "its pictures are warped, not resized, by an affine matrix",
-}
 
 
 def matches(source: Source) -> bool:
@@ -153,10 +151,6 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
     """See `trtdet.families.base.Family.read`."""
     found = metadata_of(source)
     family, task = found.get("model_family", ""), found.get("task", "detect")
-    if family in REFUSED:
-        raise GraphError(
-            f"{source.path}: LibreYOLO's {family} is not converted: {REFUSED[family]}; take another of its families, such as {_INSTEAD}"
-        )
     if task != "detect" and family != "mask_rcnn":
         raise GraphError(
             f"{source.path}: expected a detector, found a LibreYOLO model for the task '{task}'; export one for the task 'detect'"

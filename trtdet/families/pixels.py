@@ -29,14 +29,14 @@ from trtdet.families.evidence import (
 from trtdet.geometry import in_layout
 from trtdet.graph.map_op import unknown_ops
 from trtdet.sources.onnx_file import OnnxSource
-from trtdet.spec import PREPROCESSORS, Layout, Preprocessing
+from trtdet.spec import PREPROCESSORS, Layout, Preprocessing, parse_preprocessor
 
 Triple = tuple[float, float, float]
 
 #: Standard deviations (0-255) of a normalisation that anybody would train with; and 1, of pixels as
 #: they are.
 PLAUSIBLE_STD = (30.0, 300.0)
-PREPROCESSOR_OPTION = f"--preprocessor {'|'.join(sorted(PREPROCESSORS))} (with --channel_order bgr for a network that takes BGR)"
+PREPROCESSOR_OPTION = f"--preprocessor {'|'.join(sorted(PREPROCESSORS))} or R,G,B/R,G,B, mean and deviation (with --channel_order bgr for a network that takes BGR)"
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,12 @@ class Pixels:
     kept: bool = False
     unit: float = 1.0
     others: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        """Of `tensor`, of a fixed size; the batch is open."""
+        height, width = self.size_hw or (None, None)
+        return (None, 3, height, width) if self.layout == "NCHW" else (None, height, width, 3)
 
 
 def declared_shapes(source: OnnxSource) -> dict[str, tuple[int | None, ...]]:
@@ -379,6 +385,7 @@ class Convention:
 
     of: str  # the family, for the origin
     normal: Normal = field(default_factory=lambda: Normal((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)))
+    is_known: bool = True  # its normalisation
 
 
 def decide_normalisation(
@@ -392,7 +399,7 @@ def decide_normalisation(
     """
     bgr = hints.channel_order == "bgr"
     if hints.preprocessor and not pixels.kept:
-        mean, std = PREPROCESSORS[hints.preprocessor]
+        mean, std = parse_preprocessor(hints.preprocessor)
         order = bgr if hints.channel_order else bool(convention and convention.normal.bgr)
         normal = Normal(mean, std, order)
         option = f"--preprocessor {hints.preprocessor}" + (" --channel_order bgr" if bgr else "")
@@ -405,7 +412,7 @@ def decide_normalisation(
         )
     if pixels.inside:
         return _inside(evidence, pixels, hints, convention)
-    if convention:
+    if convention and convention.is_known:
         normal = convention.normal
         if hints.channel_order:
             normal = Normal(normal.mean, normal.std, bgr)

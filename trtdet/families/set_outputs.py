@@ -8,9 +8,13 @@ the two inner tensors that explain its labels, boxes and scores.
 | kind | told by |
 |---|---|
 | softmax (DETR, YOLOS) | boxes are the sigmoid of a linear layer alone: no reference points |
-| rtdetr (RT-DETR, D-FINE, DEIM) | a convolutional backbone, and convolutions behind attention (the hybrid encoder) |
-| rfdetr (RF-DETR, LW-DETR) | a patch embedding, and convolutions behind attention (the projector) |
+| rtdetr (RT-DETR, D-FINE, DEIM) | a convolutional backbone, and either convolutions behind attention (the hybrid encoder) or boxes from distributions |
+| edge (EC, DEIMv2 on DINOv3) | a vision transformer, and boxes from distributions |
+| rfdetr (RF-DETR, LW-DETR) | a vision transformer whose first convolution cuts patches, and convolutions behind it (the projector) |
+| transformer | a vision transformer of another kind, and convolutions behind it: how its images come in is not known |
 | sigmoid (Conditional, DAB, Deformable DETR) | reference points, and none of these |
+
+A vision transformer is attention upon attention, and convolutions behind; a hybrid encoder has one.
 """
 
 import weakref
@@ -32,12 +36,17 @@ from trtdet.graph.deformable_attention import PLUGIN_OP
 from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource
 
-Kind = Literal["softmax", "sigmoid", "rtdetr", "rfdetr"]
+Kind = Literal["softmax", "sigmoid", "rtdetr", "rfdetr", "edge", "transformer"]
 
 #: Names by which the outputs are known where the model cannot be run to look at them.
 LOGITS, BOXES = ("logits", "pred_logits", "labels"), ("pred_boxes", "dets")
 #: Operators of deformable attention.
 DEFORMABLE_OPS = frozenset(["GridSample", PLUGIN_OP])
+#: Attention upon attention that a hybrid encoder has before its convolutions, at most.
+MOST_HYBRID = 3
+PRODUCTS = frozenset(["MatMul", "Einsum", "Gemm"])
+#: Operators between a Softmax and the product that it weighs.
+PASSING_ON = frozenset(["Cast", "Dropout", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Where"])  # fmt: skip
 #: Nodes above the outputs that are looked at for the heads before post-processing.
 NEAR = 250
 
@@ -163,14 +172,17 @@ def maybe_outputs(source: Source, hints: Hints, *, trusted: bool = False) -> Set
 
 
 def has_attention(source: OnnxSource) -> bool:
-    """Whether a Softmax weighs something: its result goes into a matrix product (deformable
-    attention: into a product or a sum).
+    """Whether a Softmax weighs something: its result goes into a matrix product, as it is or
+    cast and reshaped (deformable attention: into a product or a sum).
     """
-    reached = {out for n in source.model.graph.node if n.op_type == "Softmax" for out in n.output}
-    return any(
-        n.op_type in ("MatMul", "Einsum", "Gemm") and reached.intersection(n.input)
-        for n in source.model.graph.node
-    ) or any(n.op_type in DEFORMABLE_OPS for n in source.model.graph.node)
+    reached: set[str] = set()
+    for node in source.model.graph.node:
+        follows = bool(reached.intersection(node.input))
+        if node.op_type in DEFORMABLE_OPS or (follows and node.op_type in PRODUCTS):
+            return True
+        if node.op_type == "Softmax" or (follows and node.op_type in PASSING_ON):
+            reached.update(node.output)
+    return False
 
 
 def _by_name(source: OnnxSource) -> SetOutputs | None:
@@ -316,9 +328,12 @@ def kind_of(source: OnnxSource, outputs: SetOutputs) -> Kind:
     nodes = Nodes(source.model)
     if is_linear_sigmoid(nodes, outputs.boxes):
         return "softmax"
-    if not _convolves_attention(source, nodes, outputs):
-        return "sigmoid"
-    return "rfdetr" if _embeds_patches(source) else "rtdetr"
+    depth, is_distributed = _attention_before_convolutions(source, nodes, outputs), _sums_distributions(nodes, outputs)  # fmt: skip
+    if depth > MOST_HYBRID:
+        if is_distributed:
+            return "edge"
+        return "rfdetr" if _embeds_patches(source) else "transformer"
+    return "rtdetr" if depth or is_distributed else "sigmoid"
 
 
 def is_linear_sigmoid(nodes: Nodes, boxes: str) -> bool:
@@ -375,18 +390,34 @@ def is_deformable(source: Source) -> bool:
     return any(node.op in DEFORMABLE_OPS for node in source.graph.nodes.values())
 
 
-def _convolves_attention(source: OnnxSource, nodes: Nodes, outputs: SetOutputs) -> bool:
-    """Whether a convolution of maps follows from a Softmax: of a hybrid encoder, or of what
-    gathers the maps of a vision transformer.
+def _attention_before_convolutions(source: OnnxSource, nodes: Nodes, outputs: SetOutputs) -> int:
+    """How many Softmax follow one upon another before a convolution of maps: of a hybrid encoder,
+    or of what gathers the maps of a vision transformer.
+    """
+    depths: dict[str, int] = {}
+    relevant = {id(n) for n in nodes.above([outputs.logits, outputs.boxes])}
+    deepest = 0
+    for node in source.model.graph.node:
+        if id(node) not in relevant:
+            continue
+        depth = max((depths.get(name, 0) for name in node.input), default=0)
+        if node.op_type == "Conv":
+            deepest = max(deepest, depth)
+        depths.update(dict.fromkeys(node.output, depth + (node.op_type == "Softmax")))
+    return deepest
+
+
+def _sums_distributions(nodes: Nodes, outputs: SetOutputs) -> bool:
+    """Whether boxes are sums over distributions, as D-FINE's: a Softmax meets constants in a
+    matrix product.
     """
     reached: set[str] = set()
-    relevant = {id(n) for n in nodes.above([outputs.logits, outputs.boxes])}
-    for node in source.model.graph.node:
-        if node.op_type == "Softmax" and id(node) in relevant:
-            reached.update(node.output)
-        elif reached.intersection(node.input):
-            if node.op_type == "Conv" and id(node) in relevant:
+    for node in reversed(list(nodes.above([outputs.boxes]))):
+        follows = reached.intersection(node.input)
+        if follows and node.op_type == "MatMul":
+            if any(nodes.value(name) is not None for name in node.input):
                 return True
+        elif node.op_type == "Softmax" or (follows and node.op_type in PASSING_ON):
             reached.update(node.output)
     return False
 

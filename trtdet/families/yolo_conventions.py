@@ -48,6 +48,9 @@ def preprocessing_of(
             ("--resize_mode", hints.resize),
             ("--placement", hints.placement),
             ("--pad_color", hints.pad_rgb),
+            ("--rounding", hints.rounding),
+            ("--antialias", hints.antialias),
+            ("--longest_side", hints.longest),
         )
         if value
     ]
@@ -70,6 +73,10 @@ def preprocessing_of(
         resize=resize,
         placement=placement,
         pad_rgb=pad,
+        rounding=hints.rounding or base.rounding,
+        sampling="corner" if hints.rounding == "none" else base.sampling,
+        antialias=bool(hints.antialias),
+        longest=hints.longest,
     )
 
 

@@ -54,6 +54,17 @@ SIZE_INPUTS: Mapping[str, int] = {
 }
 
 
+def knows_sizes(model: onnx.ModelProto) -> bool:
+    """Whether shape inference knows the size of what every convolution returns."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {
+        info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim[2:]]
+        for info in (*graph.value_info, *graph.output)
+    }
+    convolved = [node.output[0] for node in model.graph.node if node.op_type == "Conv"]
+    return all(all(shapes.get(name, [0])) for name in convolved)
+
+
 def fix_shapes(
     model: onnx.ModelProto, inputs: Mapping[str, Shape], *, batch: int | None
 ) -> onnx.ModelProto:

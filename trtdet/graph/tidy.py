@@ -9,7 +9,7 @@ a tensor comes from.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx
@@ -370,10 +370,14 @@ def make_batch_dynamic(graph: gs.Graph, batch: int | None) -> None:
     """Make all other reshapes independent of it: Reshape(x, [batch, ...])  ->  Reshape(x, [0,
     ...]), for constant shapes.
 
-    A plain tf2onnx conversion bakes the batch into its squeeze-and-excite blocks.
+    A plain tf2onnx conversion bakes the batch into its squeeze-and-excite blocks. What follows from
+    the size of the input alone, such as a grid of cells [1, A, 2], has no batch and stays.
     """
+    images = _following_from(graph.inputs)
     for node in graph.nodes:
         if node.op != "Reshape" or not isinstance(node.inputs[1], gs.Constant):
+            continue
+        if id(node.inputs[0]) not in images:
             continue
         shape = node.inputs[1].values
         if (
@@ -384,6 +388,19 @@ def make_batch_dynamic(graph: gs.Graph, batch: int | None) -> None:
         ):
             freed = np.array([0, *shape[1:]], np.int64)
             node.inputs[1] = gs.Constant(f"{node.outputs[0].name}/shape", freed)
+
+
+def _following_from(tensors: Sequence[gs.Tensor]) -> set[int]:
+    """`id` of the tensors whose values follow from those of others, not from their shapes alone."""
+    found, pending = {id(t) for t in tensors}, list(tensors)
+    while pending:
+        for node in pending.pop().outputs:
+            if node.op in ("Shape", "Size"):
+                continue
+            new = [t for t in node.outputs if id(t) not in found]
+            found.update(map(id, new))
+            pending.extend(new)
+    return found
 
 
 def _can_move(node: gs.Node, twins: dict[int, gs.Variable]) -> bool:

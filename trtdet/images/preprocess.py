@@ -136,6 +136,7 @@ def preprocess(
     or in the centre, the rest filled with `pad_rgb`. Top left and truncated is what AutoML's own
     graph does, in the same float32 arithmetic, but for the order: AutoML normalises first. A linear
     resize commutes with that, and padding with the mean equals its padding with zeros afterwards.
+    With rounding "none" it is an affine warp of that scale, and edges blend with the padding.
     stretch: both axes are resized to the full input, each with its own scale.
 
     Args:
@@ -174,6 +175,10 @@ class Placer:
     def __init__(self, preprocessing: Preprocessing, resample: Resample | None = None) -> None:
         if resample not in (None, "bilinear", "antialias"):
             raise ValueError(f"resample: expected bilinear or antialias, got {resample!r}")
+        if resample == "antialias" and preprocessing.is_warped:
+            raise ValueError(
+                "resample antialias: this model's images are warped, which is bilinear alone; leave it out"
+            )
         self._preprocessing = preprocessing
         self._resample: Resample = resample or (
             "antialias" if preprocessing.antialias else "bilinear"
@@ -186,6 +191,7 @@ class Placer:
             color = np.rint(color)
         # The padding colour, once per pixel of an input row.
         self._pad_row = np.tile(color.astype(preprocessing.dtype), preprocessing.size_hw[1])
+        self._color = tuple(float(level) for level in color)
         self._places: dict[tuple[int, int, float | None], tuple[_Rect, ResizeTransform]] = {}
 
     def place(
@@ -199,7 +205,9 @@ class Placer:
                 f"out: expected {self._shape} {self._dtype}, C-contiguous, got {out.shape} {out.dtype}"
             )
         rect, transform = self._place_of(image.shape[0], image.shape[1], scale)
-        if self._is_nhwc:
+        if self._preprocessing.is_warped:
+            self._warp(image, out, transform)
+        elif self._is_nhwc:
             self._write_pixels(image, out, rect)
         else:
             self._write_planes(image, out, rect)
@@ -256,6 +264,25 @@ class Placer:
         _resize(image, resized, self._resample, self._preprocessing.sampling)
         cv2.split(resized, [plane[top:bottom, left:right] for plane in out])
 
+    def _warp(self, image: ImageArray, out: NDArray[Any], transform: ResizeTransform) -> None:
+        """As OpenCV's warpAffine does it: beyond the image everything has the padding colour."""
+        matrix = np.zeros((2, 3))
+        for axis, (scale, offset) in enumerate(zip(transform.scale_xy, transform.offset_xy, strict=True)):  # fmt: skip
+            from_corner = self._preprocessing.sampling == "corner"
+            matrix[axis, axis] = scale
+            matrix[axis, 2] = offset + (0 if from_corner else (scale - 1) / 2)
+        pixels: NDArray[Any] = image
+        if self._dtype == _FLOAT32:
+            pixels = _scratch("source", image.size, _FLOAT32).reshape(image.shape)
+            np.copyto(pixels, image)
+        height, width = self._preprocessing.size_hw
+        warped = out
+        if not self._is_nhwc:
+            warped = _scratch("planes", out.size, self._dtype).reshape(height, width, 3)
+        cv2.warpAffine(pixels, matrix, (width, height), dst=warped, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=self._color)  # fmt: skip
+        if not self._is_nhwc:
+            cv2.split(warped, list(out))
+
 
 @lru_cache(maxsize=16)
 def placer(preprocessing: Preprocessing, resample: Resample | None = None) -> Placer:
@@ -266,7 +293,9 @@ def placer(preprocessing: Preprocessing, resample: Resample | None = None) -> Pl
 def placement_of(
     source_hw: tuple[int, ...], preprocessing: Preprocessing, ratio: float | None = None
 ) -> tuple[tuple[int, int], ResizeTransform]:
-    """Height and width of the image inside the network input, and the transform."""
+    """Height and width of the image inside the network input, and the transform. Where these are
+    fractions of pixels: the nearest whole numbers.
+    """
     source_h, source_w = source_hw
     input_h, input_w = preprocessing.size_hw
     # float32 as in AutoML's graph: in float64 some sizes come out one pixel larger.
@@ -287,6 +316,13 @@ def placement_of(
         ratio = ratio or min(input_h / source_h, input_w / source_w)
         height, width = max(1, int(source_h * ratio)), max(1, int(source_w * ratio))
         scale_xy = (ratio, ratio)
+    elif preprocessing.rounding == "none":
+        ratio = ratio or min(input_h / source_h, input_w / source_w)
+        middle = (0.0, 0.0)
+        if preprocessing.placement == "center":
+            middle = ((input_w - source_w * ratio) / 2, (input_h - source_h * ratio) / 2)
+        height, width = max(1, round(source_h * ratio)), max(1, round(source_w * ratio))
+        return (height, width), ResizeTransform((source_w, source_h), (ratio, ratio), middle)
     else:  # in float64, and each axis then has the scale that rounding left it
         ratio = ratio or min(input_h / source_h, input_w / source_w)
         whole = int if preprocessing.rounding == "floor_axes" else round

@@ -151,7 +151,9 @@ def decodes_on_gpu(runtime: Runtime, paths: Sequence[Path], decode: Decode) -> b
             return False
     from trtdet.runtimes.gpu_images import missing
 
-    why = missing(runtime.images_on)
+    why = "this model's are warped, which the GPU's kernel does not do"
+    if not runtime.spec.preprocessing.is_warped:
+        why = missing(runtime.images_on)
     if why and decode == "gpu":
         raise EngineError(f"--decode gpu: {why}")
     if why:
