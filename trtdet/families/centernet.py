@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
-from trtdet.families import heads
+from trtdet.families import heads, heads_images
 from trtdet.families.base import IMAGE_HINTS, NO_HINTS, Heads, Hints, Reading
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import Framework
@@ -86,14 +86,14 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
     """See `trtdet.families.base.Family.read`."""
     if not isinstance(source, OnnxSource):
         raise GraphError(f"{source.path}: {NAME}: expected an ONNX file, found a SavedModel")
-    known = heads.as_said(Framework(""), hints)
+    known = heads_images.as_said(Framework(""), hints)
     evidence = Evidence(str(source.path), hints.assume)
     pixels = find_pixels(source, hints)
     size_hw = pixels.size_hw or (0, 0)
     evidence.add(ev.FAMILY, "CenterNet", "read: three maps, of centres, sizes and offsets")
-    heads.note_input(evidence, pixels, size_hw)
+    heads_images.note_input(evidence, pixels, size_hw)
     normal = decide_normalisation(evidence, pixels, hints, None)
-    preprocessing = heads.preprocessing_of(evidence, hints, known, normal, size_hw)
+    preprocessing = heads_images.preprocessing_of(evidence, hints, known, normal, size_hw)
     outputs = [info.name for info in source.model.graph.output]
     maps = maps_of(source, look(source, pixels, normal, outputs, {}, size_hw), evidence)
     stride = [a / b for a, b in zip(size_hw, maps.size_hw, strict=True)]
@@ -119,7 +119,9 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
         assemble=partial(assemble, maps=maps, stride=stride[0]),
         batch=batch,
         rewrite=partial(
-            heads.fix_sizes, images=pixels.shape if heads.has_size(source) else None, batch=batch
+            heads.fix_sizes,
+            images=pixels.shape if heads_images.has_size(source) else None,
+            batch=batch,
         ),
         facts=facts,
         takes=IMAGE_HINTS,

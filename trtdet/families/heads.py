@@ -25,28 +25,31 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from trtdet.errors import GraphError
-from trtdet.families import any_number, one_picture, picture
+from trtdet.families import any_number, one_picture
 from trtdet.families import evidence as ev
 from trtdet.families.base import (
     IMAGE_HINTS,
     NO_HINTS,
     Declaration,
-    Heads,
     Hints,
     Reading,
-    best_class_only,
 )
 from trtdet.families.evidence import Evidence
+from trtdet.families.heads_assembly import assemble
+from trtdet.families.heads_images import (
+    as_said,
+    as_they_are,
+    has_size,
+    note_input,
+    note_shorter_side,
+    preprocessing_of,
+)
 from trtdet.families.heads_plan import (
-    BOXES,
     LABELS,
     PADDLE_INPUTS,
-    ROWS,
-    SCORES,
     Framework,
     Plan,
     describe_outputs,
-    image_hw,
     paddle_feeds,
     starting_line,
 )
@@ -59,13 +62,10 @@ from trtdet.families.outputs import (
 )
 from trtdet.families.pixels import (
     Convention,
-    Normal,
-    Pixels,
     decide_normalisation,
     find_pixels,
     maybe_image,
 )
-from trtdet.graph.builder import Builder
 from trtdet.graph.static_shapes import fix_shapes, knows_sizes
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.sources.base import Shape, Source
@@ -157,17 +157,11 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     convention = Convention(known.name, known.normal) if known.normal else None
     normal = decide_normalisation(evidence, pixels, hints, convention)
     if own_size:
-        if hints.resize or hints.placement or hints.pad_rgb:
-            raise GraphError(
-                f"{source.path}: --resize_mode, --placement and --pad_color go with one size for all pictures, --input_size H,W; this network takes each at "
-                "its own and resizes it itself: name a size, or leave them out"
-            )
-        preprocessing = one_picture.as_they_are(normal, size_hw)
-        evidence.add(ev.RESIZE, "none: each picture at its own size", f"{ev.READ}it resizes inside")
+        preprocessing = as_they_are(source, evidence, hints, normal, size_hw)
     else:
         preprocessing = preprocessing_of(evidence, hints, known, normal, size_hw, clips=True)
     if shorter_side:
-        _note_shorter_side(evidence, known, shorter_side)
+        note_shorter_side(evidence, known, shorter_side)
     declared = _merged(hints.declared, known.declaration(outputs))
     wanted = [*outputs, *_named(declared, outputs)]
     if own_size:
@@ -214,33 +208,6 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     )
 
 
-def as_said(known: Framework, hints: Hints) -> Framework:
-    """What is known, with what the command line says of how images and boxes are treated."""
-    said = {name: getattr(hints, name) for name in ("rounding", "antialias", "longest", "clipped")}
-    changes = {name: value for name, value in said.items() if value is not None}
-    if hints.rounding == "none":
-        changes["sampling"] = "corner"
-    return known.with_changes(**changes)
-
-
-def has_size(source: OnnxSource) -> bool:
-    return image_hw(source) is not None
-
-
-def note_input(evidence: Evidence, pixels: Pixels, size_hw: tuple[int, int] | None) -> None:
-    size = f"{size_hw[0]}x{size_hw[1]}" if size_hw else "of any size"
-    evidence.add(ev.INPUT, f"'{pixels.image}' {pixels.image_layout} {size}", "read: its shape")
-
-
-def _note_shorter_side(evidence: Evidence, known: Framework, shorter_side: tuple[int, int]) -> None:
-    shorter, longer = shorter_side
-    evidence.add(
-        ev.RESIZE,
-        f"shorter side {shorter}, longer at most {longer}; padded below and right to a multiple of {known.size_multiple}",
-        ev.CONVENTION + known.name,
-    )
-
-
 def _multiple(known: Framework, plan: Plan, size_hw: tuple[int, int]) -> int | None:
     """What the sides of an input of any size must be a multiple of."""
     levels = maybe_levels(plan.count, size_hw)
@@ -267,73 +234,6 @@ def _named(declared: Declaration, outputs: Sequence[str]) -> list[str]:
     """Declared tensors that are no outputs."""
     names = (declared.boxes, declared.scores, declared.labels, declared.rows)
     return [name for name in dict.fromkeys(names) if name and name not in outputs]
-
-
-def preprocessing_of(
-    evidence: Evidence,
-    hints: Hints,
-    known: Framework,
-    normal: Normal,
-    size_hw: tuple[int, int],
-    *,
-    clips: bool = False,
-) -> Preprocessing:
-    """How images come in: given, else by convention, else asked for.
-
-    Args:
-        clips: of a model whose boxes may be clipped.
-    """
-    option = ev.RESIZE_OPTION + (f", {ev.CLIP_OPTION}" if clips else "")
-    resize, placement, pad = hints.resize, hints.placement, hints.pad_rgb
-    if resize is None and (placement or pad):
-        resize = "letterbox"
-    mode = "warp" if hints.rounding == "none" else resize
-    origin = f"{ev.GIVEN}--resize_mode {mode}"
-    if resize is None and known.resize:
-        resize, origin = known.resize, ev.CONVENTION + known.name
-    if resize is None:
-        evidence.ask(ev.RESIZE, option, "stretch")
-        resize = "stretch"
-    elif resize == "letterbox":
-        placement = placement or (known.placement if known.resize else None)
-        pad = pad or (known.pad_rgb if known.resize else None)
-        if placement is None or pad is None:
-            options = [
-                o
-                for o, v in (("--placement top_left|center", placement), ("--pad_color R,G,B", pad))
-                if v is None
-            ]
-            evidence.ask(ev.RESIZE, " ".join(options), "letterbox, centred on 114")
-        else:
-            colour = ",".join(f"{x:g}" for x in pad)
-            kind = "affine warp" if known.rounding == "none" else "letterbox"
-            text = f"{kind}, {placement.replace('_', ' ')} on {colour}"
-            evidence.add(ev.RESIZE, text + _how_resized(known), origin)
-        placement, pad = placement or "center", pad or (114.0, 114.0, 114.0)
-    else:
-        evidence.add(ev.RESIZE, "stretch" + _how_resized(known), origin)
-    return Preprocessing(
-        size_hw,
-        dtype="uint8" if known.rounds else "float32",
-        mean=normal.mean,
-        std=normal.std,
-        bgr=normal.bgr,
-        resize=resize,
-        placement=placement or "top_left",
-        pad_rgb=pad or (0.0, 0.0, 0.0),
-        rounding=known.rounding,
-        antialias=known.antialias,
-        sampling=known.sampling,
-        longest=known.longest if known.longest and known.longest < min(size_hw) else None,
-    )
-
-
-def _how_resized(known: Framework) -> str:
-    """What the table of facts says beside the placement."""
-    truncated = known.resize != "stretch" and known.rounding.startswith("floor")
-    said = [", its size rounded down"] if truncated else []
-    said += [f", its longer side {known.longest}"] if known.longest else []
-    return "".join([*said, ", antialiased" if known.antialias else ""])
 
 
 def _spec(
@@ -443,83 +343,3 @@ def fix_sizes(graph: gs.Graph, images: Shape | None, batch: int | None) -> None:
     fixed = gs.import_onnx(fix_shapes(model, {graph.inputs[0].name: images}, batch=batch))
     graph.nodes, graph.inputs, graph.outputs = fixed.nodes, fixed.inputs, fixed.outputs
     graph.opset, graph.import_domains = fixed.opset, fixed.import_domains
-
-
-# ---- from the outputs to boxes and scores
-
-
-def assemble(
-    build: Builder,
-    spec: ModelSpec,
-    *,
-    plan: Plan,
-    known: Framework,
-    clips: bool = False,
-) -> Heads:
-    """boxes [N, A, 4] and scores [N, A, C] of the outputs, as the plan says.
-
-    Args:
-        clips: boxes are clipped to the picture; they become corners.
-    """
-    count = -1 if spec.preprocessing.size_range and not plan.is_padded else plan.count
-    if plan.rows:
-        rows = build.node("Transpose", "rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
-        boxes = build.slice_last("boxes", rows, plan.first_box, plan.first_box + 4)
-        scores = build.slice_last(
-            "row_scores", rows, plan.first_score, plan.first_score + plan.num_scores
-        )
-        if plan.objectness is not None:
-            objectness = build.slice_last("objectness", rows, plan.objectness, plan.objectness + 1)
-            scores = build.node("Mul", "joint_scores", objectness, scores)
-    else:
-        boxes = build.reshape("boxes", BOXES, [0, count, 4])
-        scores = (
-            build.node("Transpose", "class_scores", SCORES, perm=[0, 2, 1]) if plan.nca else SCORES
-        )
-        if plan.labels or plan.num_scores == 1:
-            scores = build.reshape("score", scores, [0, count, 1])
-    if plan.box_format == "xywh":
-        corner = build.slice_last("corner", boxes, 0, 2)
-        size = build.slice_last("size", boxes, 2, 4)
-        boxes = build.node(
-            "Concat", "corners", corner, build.node("Add", "far_corner", corner, size), axis=-1
-        )
-    if plan.activation == "softmax":
-        scores = build.node("Softmax", "probabilities", scores, axis=-1)
-    if plan.background != "none":
-        first = int(plan.background == "first")
-        scores = build.slice_last("foreground", scores, first, first + spec.num_classes)
-    if plan.labels or plan.label_column is not None:
-        scores = _one_hot(build, spec, plan, scores)
-    if known.linear or plan.activation == "clip":
-        scores = build.node("Clip", "scores_of_0_to_1", scores, np.float32(0), np.float32(1))
-    if known.best_class or (known.agnostic and not plan.selected):
-        scores = best_class_only(build, scores)
-    if clips:
-        limits = picture.limits(
-            build,
-            spec.preprocessing,
-            plan.box_format == "yxyx",
-            is_unit=plan.is_unit,
-            cut_off=known.cut_off,
-        )
-        centred = plan.box_format == "cxcywh"
-        return Heads(*picture.clip(build, limits, boxes, scores, centred=centred))
-    return Heads(boxes, scores)
-
-
-def _one_hot(build: Builder, spec: ModelSpec, plan: Plan, score: str) -> str:
-    """scores [N, A, C] of a score [N, A, 1] and a label: the score at its class, 0 elsewhere."""
-    if plan.label_column is not None:
-        rows = (
-            build.node("Transpose", "label_rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
-        )
-        label = build.slice_last("label", rows, plan.label_column, plan.label_column + 1)
-    else:
-        label = build.reshape("label", LABELS, [0, plan.count, 1])
-    every = np.arange(plan.label_base, plan.label_base + spec.num_classes, dtype=np.float32)[
-        None, None
-    ]
-    return build.node(
-        "Where", "scores", build.node("Equal", "is_class", label, every), score, np.float32(0)
-    )
