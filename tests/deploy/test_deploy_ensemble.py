@@ -190,7 +190,7 @@ def combinations() -> Iterator[Preprocessing]:
 def test_every_field_is_varied() -> None:
     """A new field of `Preprocessing` has to be put into CHOICES, or here, with the reason."""
     in_the_graph = {"mean", "std", "bgr"}
-    of_the_size = {"size_hw", "size_range", "size_multiple", "shorter_side"}
+    of_the_size = {"size_hw", "size_range", "size_multiple", "shorter_side", "own_size"}
     assert {f.name for f in dataclasses.fields(Preprocessing)} == CHOICES.keys() | in_the_graph | of_the_size  # fmt: skip
     assert len(set(SIZES)) == 52
 
