@@ -252,6 +252,72 @@ def test_refused(
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def behind(output: str, *nodes: onnx.NodeProto, **values: Any) -> onnx.ModelProto:
+    """`triple` with nodes between what an output was, "raw", and what it is."""
+    model = triple()
+    for node in model.graph.node:
+        node.output[:] = ["raw" if name == output else name for name in node.output]
+    constants(model, **values)
+    model.graph.node.extend(nodes)
+    return model
+
+
+def negative_scores() -> onnx.ModelProto:
+    """Padding would rank before them."""
+    return behind("their_scores", make("Sub", ["raw", "much"], ["their_scores"]), much=np.float32(0.6))  # fmt: skip
+
+
+def equal_scores() -> onnx.ModelProto:
+    return behind(
+        "their_scores",
+        make("Mul", ["raw", "nought"], ["nothing"]),
+        make("Add", ["nothing", "half_"], ["their_scores"]),
+        nought=np.float32(0),
+        half_=np.float32(0.5),
+    )
+
+
+def mixed_units() -> onnx.ModelProto:
+    """x from 0 to 1, y in pixels."""
+    scale = np.array([1 / 64, 1, 1 / 64, 1], np.float32)
+    return behind("their_boxes", make("Mul", ["raw", "scale_"], ["their_boxes"]), scale_=scale)
+
+
+OUTPUTS = ("--boxes_output", "their_boxes", "--scores_output", "their_scores")
+WITH_LABELS = (*OUTPUTS, "--labels_output", "their_labels")
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "said"),
+    [
+        (negative_scores, (*WITH_LABELS, *XYXY), "expected probabilities in 'their_scores', found -0."),
+        (equal_scores, (*WITH_LABELS, *XYXY), "all scores in 'their_scores' are 0.5 on four photographs"),
+        (mixed_units, (*WITH_LABELS, *XYXY), "found the first and third number in unit, the second and fourth in pixels"),
+        (triple, (*OUTPUTS, *XYXY), "output 'their_labels' has a whole number for each box, as labels are: add --labels_output their_labels"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_itself_is_refused(
+    form: Callable[[], onnx.ModelProto],
+    options: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, out = convert(form(), tmp_path, *IMAGES, "--max_detections", "60", *options)
+    assert status == 1 and not out.exists()
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_one_class_needs_no_labels(tmp_path: Path) -> None:
+    """Said by its number; and rows without a label column."""
+    options = (*IMAGES, "--max_detections", "60")
+    status, out = convert(triple(), tmp_path, *options, *OUTPUTS, *XYXY, "--num_classes", "1")
+    assert status == 0 and ModelSpec.from_onnx(onnx.load(out)).num_classes == 1
+    columns = "unused,score,x1,y1,x2,y2"
+    status, out = convert(rows(6), tmp_path, *options, "--rows_output", "found", "--columns", columns)  # fmt: skip
+    assert status == 0 and ModelSpec.from_onnx(onnx.load(out)).num_classes == 1
+
+
 # ---- networks that resize their pictures
 
 

@@ -9,13 +9,37 @@ import pytest
 
 from trtdet.families import set_outputs
 from trtdet.families.base import NO_HINTS, Hints
-from trtdet.families.outputs import measure_units
+from trtdet.families.outputs import formats_that_fit, measure_format, measure_units, to_xyxy
 from trtdet.sources.onnx_file import OnnxSource
 
 
 @pytest.mark.parametrize(("scale", "units"), [(1, "unit"), (100, "pixels"), (2, None)])
 def test_units_of_photographs_with_different_numbers_of_boxes(scale: int, units: str) -> None:
     assert measure_units([np.full((n, 4), scale) for n in (3, 5)]) == units
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize(("kind", "fits"), [("xyxy", ["xyxy"]), ("yxyx", ["yxyx"]), ("cxcywh", ["cxcywh"]), ("xywh", ["xywh"])])  # fmt: skip
+def test_formats_that_fit_an_input_that_is_no_square(kind: str, fits: list[str], unit: bool) -> None:  # fmt: skip
+    """Boxes all over 60 x 240 pixels: from 0 to 1, nothing tells x from y."""
+    rng = np.random.default_rng(0)
+    photographs = []
+    for count in (40, 1, 57):  # of each photograph another number
+        size = rng.uniform(0.2, 0.5, (count, 2)) * (240, 60)
+        first = rng.uniform(0, 1, (count, 2)) * ((240, 60) - size)
+        first[: count // 4] = (240, 60) - size[: count // 4]  # some end with the picture
+        parts = {"xyxy": (first, first + size), "cxcywh": (first + size / 2, size), "xywh": (first, size)}  # fmt: skip
+        boxes = np.concatenate(parts["xyxy" if kind == "yxyx" else kind], axis=1)
+        boxes = boxes / ((240, 60, 240, 60) if unit else 1)
+        photographs.append(boxes[:, [1, 0, 3, 2]] if kind == "yxyx" else boxes)
+    either = ["xyxy", "yxyx"] if unit and kind in ("xyxy", "yxyx") else fits
+    found = formats_that_fit(photographs, (60, 240), is_unit=unit)
+    assert [f for f in found if f in either] == either
+    assert not {"xyxy", "yxyx"} & {*found} or kind in ("xyxy", "yxyx")
+    measured, _ = measure_format(photographs, (60, 240), is_unit=unit)
+    assert measured == (None if len(found) > 1 else kind)
+    corners = to_xyxy(photographs[0], kind)  # type: ignore[arg-type]
+    assert corners.max() <= (1 if unit else 240) + 1e-9
 
 
 def source_of(text: str, folder: Path) -> OnnxSource:

@@ -42,6 +42,11 @@ BY_FIRST_INPUT = frozenset(
 ALL = 1 << 31
 
 
+#: Ranks before what `trtdet.nms.static_rows` leaves out, which has the lowest number, and behind
+#: every score, negative ones too, that the reading then sees; in float16 as well.
+BEHIND = -1e4
+
+
 @dataclass(frozen=True)
 class Rows:
     """Outputs whose number of rows follows the picture.
@@ -120,6 +125,15 @@ def is_open(source: OnnxSource) -> bool:
     return rows is not None and rows.width <= 7
 
 
+def undeclared_labels(source: OnnxSource, rows: Rows) -> str:
+    """An output that may be the labels of rows without; "" where there is none."""
+    if rows.labels or "label" in rows.columns:
+        return ""
+    others = [i for i in source.model.graph.output if i.name not in rows.tensors]
+    whole = (TensorProto.INT64, TensorProto.INT32)
+    return next((i.name for i in others if _is_flat(i) and _elem_type(i) in whole), "")
+
+
 def pad_rows(source: OnnxSource, rows: Rows, kept: int) -> None:
     """Give the outputs of a source a batch axis of 1 and `kept` rows, the best first; zeros behind
     the detections.
@@ -139,7 +153,7 @@ def pad_rows(source: OnnxSource, rows: Rows, kept: int) -> None:
         column = make.constant("score_column", np.array(score_column, np.int64))
         flat = make.node("Reshape", scores, make.shape(-1, rows.width))
         scores = make.node("Gather", flat, column, axis=1)
-    padded = _padded(make, scores, (), kept, types[rows.scores])
+    padded = _padded(make, scores, (), kept, types[rows.scores], value=BEHIND)
     in_float = make.node("Cast", padded, to=TensorProto.FLOAT)
     best = make.best(in_float, kept)
     for name in rows.tensors:
@@ -211,11 +225,20 @@ def _following(model: onnx.ModelProto) -> set[str]:
     return reached
 
 
-def _padded(make: "_Nodes", tensor: str, width: Sequence[int], kept: int, elem_type: int) -> str:
+def _padded(
+    make: "_Nodes",
+    tensor: str,
+    width: Sequence[int],
+    kept: int,
+    elem_type: int,
+    *,
+    value: float = 0,
+) -> str:
+    """`kept` more rows of a value."""
     flat = make.node("Reshape", tensor, make.shape(-1, *width))
     dtype = helper.tensor_dtype_to_np_dtype(elem_type)
-    zeros = make.constant("zeros", np.zeros((kept, *width), dtype))
-    return make.node("Concat", flat, zeros, axis=0)
+    filling = make.constant("filling", np.full((kept, *width), value, dtype))
+    return make.node("Concat", flat, filling, axis=0)
 
 
 class _Nodes:

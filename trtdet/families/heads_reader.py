@@ -4,6 +4,7 @@ against what was declared.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from trtdet.families.heads_finder import Finder
 from trtdet.families.heads_plan import Plan
 from trtdet.families.outputs import (
     attribute,
+    formats_that_fit,
     is_sorted,
     maybe_levels,
     measure_format,
@@ -32,6 +34,12 @@ ACTIVATIONS = {
     "sigmoid": "sigmoid of logits",
     "softmax": "softmax of logits",
 }
+
+
+#: Attributes of a declaration whose option has another name.
+OPTIONS = {"activation": "score_activation"}
+#: Detections that may have one score by chance.
+FEW = 3
 
 
 class Reader(Finder):
@@ -57,6 +65,7 @@ class Reader(Finder):
             raise self.nothing_fits(
                 f"it explains {', '.join(plan.tensors.values())}, but not {', '.join(left)}"
             )
+        self._check_labels(plan, left)
         if self.rows is not None:
             plan = dataclasses.replace(plan, is_padded=True)
             if not any(s.any() for s in self.score_values(plan)):
@@ -66,6 +75,18 @@ class Reader(Finder):
         else:
             self._check_count(plan)
         return self._classes(self._scores(self._selected(self._boxes(plan))))
+
+    def _check_labels(self, plan: Plan, left: Sequence[str]) -> None:
+        """Refuse boxes of one score each beside an output that has their labels."""
+        if plan.num_scores != 1 or plan.labels or plan.label_column is not None:
+            return
+        for name in left:
+            values = [np.asarray(v, np.float64) for v in self.seen[name]]
+            whole = all(v.size == plan.count and (v == np.rint(v)).all() for v in values)
+            if whole and max((v.max() for v in values if v.size), default=0) > 0:
+                raise GraphError(
+                    f"{self.source.path}: output '{name}' has a whole number for each box, as labels are: add --labels_output {name}"
+                )
 
     def _check_count(self, plan: Plan) -> None:
         """Refuse rows whose number follows the picture, as an NMS inside that does not fill up
@@ -107,26 +128,33 @@ class Reader(Finder):
             raise GraphError(
                 f"{self.source.path}: --box_units {d.box_units}: the boxes are in {units}, up to {max(np.abs(b).max() for b in boxes):.4g}"
             )
+        axes = [measure_units([b[m][:, axis::2] for b, m in zip(boxes, live, strict=True)]) for axis in (0, 1)] if units else []  # fmt: skip
+        if {*axes} == {"unit", "pixels"}:
+            raise GraphError(
+                f"{self.source.path}: expected boxes in pixels or in 0 to 1, found the first and third number in {axes[0]}, the second and fourth in {axes[1]}"
+            )
         how_units = self._origin("box_units", f"{ev.MEASURED}the largest coordinates")
         if not (d.box_units or units):
             self.evidence.ask(ev.BOXES, "--box_units pixels|unit", "pixels")
         units = d.box_units or units or "pixels"
-        scale = np.array([*self.size_hw[::-1]] * 2) if units == "unit" else 1.0
-        pixels = [b * scale for b in boxes]
-        all_live = all(m.all() for m in live)
+        is_unit = units == "unit"
+        seen = boxes
+        if not all(m.all() for m in live):
+            seen = [b[m] for b, m in zip(boxes, live, strict=True) if m.any()]
         measured, how = (
-            measure_format(
-                pixels
-                if all_live
-                else [p[m] for p, m in zip(pixels, live, strict=True) if m.any()],
-                self.size_hw,
-            )
-            if any(m.any() for m in live)
+            measure_format(seen, self.size_hw, is_unit=is_unit)
+            if seen
             else (None, "no detections on the photographs")
         )
         if d.box_format and measured and measured != d.box_format:
             raise GraphError(
                 f"{self.source.path}: {self._said('box_format')}: the boxes are {measured}: {how}; leave it out, or declare the other"
+            )
+        fitting = formats_that_fit(seen, self.size_hw, is_unit=is_unit) if seen else []
+        if d.box_format and fitting and not measured and d.box_format not in fitting:
+            raise GraphError(
+                f"{self.source.path}: {self._said('box_format')}: such boxes do not lie within the pictures, those of {' and '.join(fitting)} do; "
+                "declare --box_format as one of these"
             )
         if not d.box_format and measured is None:
             self.evidence.ask(ev.BOXES, "--box_format xyxy|yxyx|xywh|cxcywh", "xyxy")
@@ -138,7 +166,7 @@ class Reader(Finder):
             if d.box_format or measured
             else how_units,
         )
-        return dataclasses.replace(plan, box_format=found, is_unit=units == "unit")
+        return dataclasses.replace(plan, box_format=found, is_unit=is_unit)
 
     def _live_rows(self, plan: Plan) -> list[NDArray[np.bool_]]:
         """Rows that are no padding behind the detections: of exports that fill up with zeros or
@@ -161,7 +189,7 @@ class Reader(Finder):
 
     def _origin(self, attribute_name: str, measured: str) -> str:
         if self.hints.declared and getattr(self.hints.declared, attribute_name) is not None:
-            return f"{ev.GIVEN}--{attribute_name}"
+            return f"{ev.GIVEN}--{OPTIONS.get(attribute_name, attribute_name)}"
         if attribute_name == "box_format" and self.hints.declared and self.hints.declared.columns:
             return f"{ev.GIVEN}--columns"
         if getattr(self.declared, attribute_name) is not None:
@@ -171,7 +199,7 @@ class Reader(Finder):
     def _said(self, attribute_name: str) -> str:
         value = getattr(self.declared, attribute_name)
         if self.hints.declared and getattr(self.hints.declared, attribute_name, None):
-            return f"--{attribute_name} {value}"
+            return f"--{OPTIONS.get(attribute_name, attribute_name)} {value}"
         if self.hints.declared and self.hints.declared.columns:
             return f"--columns says {value}"
         return f"{self.known.name} has {value}"
@@ -221,7 +249,7 @@ class Reader(Finder):
         d, values = self.declared, self.score_values(plan)
         low, high = min(v.min() for v in values), max(v.max() for v in values)
         probabilities = low >= -1e-6 and high <= 1 + 1e-6
-        padded = plan.selected and low >= -1 and high <= 1 + 1e-6
+        padded = plan.selected and self.rows is None and low >= -1 and high <= 1 + 1e-6
         sums = np.concatenate([v.sum(axis=1) for v in values])
         is_softmax = probabilities and plan.num_scores > 1 and bool(np.abs(sums - 1).max() < 1e-3)
         if d.activation == "clip" and not (low >= -1 and high <= 2):
@@ -249,9 +277,11 @@ class Reader(Finder):
         else:
             self.evidence.ask(ev.SCORES, "--score_activation sigmoid|softmax|clip", "sigmoid")
             activation, origin = "sigmoid", ""
-        if probabilities and float(np.ptp(np.concatenate([v.ravel() for v in values]))) == 0:
+        every = np.concatenate([v.ravel() for v in values])
+        positive = every[every > 0] if self.rows is not None else every  # without our padding
+        if probabilities and len(positive) > FEW and float(np.ptp(positive)) == 0:
             raise GraphError(
-                f"{self.source.path}: all scores in '{plan.scores}' are {low:.3g} on four photographs; export a trained model"
+                f"{self.source.path}: all scores in '{plan.scores}' are {positive[0]:.3g} on four photographs; export a trained model"
             )
         if self.rows is not None and activation != "none":
             raise GraphError(

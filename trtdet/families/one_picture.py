@@ -47,6 +47,11 @@ def pad(
         raise GraphError(
             f"{source.path}: --max_detections: expected at most {TENSORRT_TOPK}, where TensorRT's TopK ends, found {kept}; name fewer"
         )
+    labels = any_number.undeclared_labels(source, rows)
+    if labels and hints.num_classes != 1:
+        raise GraphError(
+            f"{source.path}: output '{labels}' has a whole number for each box, as labels are: add --labels_output {labels}, or --num_classes 1 where there is one class"
+        )
     any_number.pad_rows(source, rows, kept)
     if how:
         evidence.add(ev.KEPT, kept, how)
@@ -123,7 +128,9 @@ def final(plan: Plan, size_hw: tuple[int, int]) -> Final:
             rows = by_name[ROWS]
             boxes = rows[:, plan.first_box : plan.first_box + 4]
             scores = rows[:, plan.first_score]
-            labels = by_name[LABELS] if plan.labels else rows[:, plan.label_column or 0]
+            labels = by_name.get(LABELS, np.full(len(rows), plan.label_base))
+            if plan.label_column is not None:
+                labels = rows[:, plan.label_column]
         else:
             boxes, scores = by_name[BOXES], by_name[SCORES]
             labels = by_name.get(LABELS, np.full(len(boxes), plan.label_base))

@@ -356,17 +356,20 @@ def measure_units(boxes: Sequence[NDArray[Any]]) -> str | None:
 
 
 def measure_format(
-    boxes: Sequence[NDArray[Any]], size_hw: tuple[int, int]
+    boxes: Sequence[NDArray[Any]], size_hw: tuple[int, int], *, is_unit: bool = False
 ) -> tuple[BoxFormat | None, str]:
-    """What four numbers are, from boxes (a, 4) in pixels for several photographs; and how that was
-    seen.
+    """What four numbers are, from boxes (a, 4) for several photographs; and how that was seen.
 
     On a grid a box lies about its cell: of the formats that put boxes there, the nearest.
     Elsewhere, the only format whose boxes have positive sides and lie within the picture.
+
+    Args:
+        is_unit: boxes are 0 to 1; else in pixels.
     """
-    levels = maybe_levels(boxes[0].shape[0], size_hw)
+    counts = {len(b) for b in boxes}
+    levels = maybe_levels(len(boxes[0]), size_hw) if len(counts) == 1 else None
     if levels is not None:
-        distances = {f: _distance(boxes, f, levels) for f in FORMATS}
+        distances = {f: _distance(_in_pixels(boxes, f, size_hw, is_unit), f, levels) for f in FORMATS}  # fmt: skip
         best, second = sorted(FORMATS, key=lambda f: distances[f])[:2]
         if distances[best] < 2 and distances[second] > max(
             1.5 * distances[best], distances[best] + 0.2
@@ -375,10 +378,29 @@ def measure_format(
                 best,
                 f"boxes lie {distances[best]:.2f} strides from their cells, as {second} {distances[second]:.2f}",
             )
-    valid = [f for f in FORMATS if _lies_within(boxes, f, size_hw)]
+    valid = formats_that_fit(boxes, size_hw, is_unit=is_unit)
     if len(valid) == 1:
         return valid[0], "no other format has boxes with positive sides within the pictures"
     return None, f"{len(valid)} formats fit"
+
+
+def formats_that_fit(
+    boxes: Sequence[NDArray[Any]], size_hw: tuple[int, int], *, is_unit: bool = False
+) -> list[BoxFormat]:
+    """The formats whose boxes have positive sides and lie within the picture; see
+    `measure_format`.
+    """
+    return [f for f in FORMATS if _lies_within(_in_pixels(boxes, f, size_hw, is_unit), f, size_hw)]
+
+
+def _in_pixels(
+    boxes: Sequence[NDArray[Any]], box_format: BoxFormat, size_hw: tuple[int, int], is_unit: bool
+) -> Sequence[NDArray[Any]]:
+    """Boxes of 0 to 1 times the side that each number belongs to."""
+    if not is_unit:
+        return boxes
+    sides = size_hw if box_format == "yxyx" else size_hw[::-1]
+    return [b * np.array([*sides] * 2) for b in boxes]
 
 
 def _distance(boxes: Sequence[NDArray[Any]], box_format: BoxFormat, levels: Levels) -> float:
