@@ -198,7 +198,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         ),
         feeds=feeds,
         facts=evidence.settle(),
-        final=one_picture.final(plan, size_hw) if rows is not None and plan.selected else None,
+        final=one_picture.final(plan, size_hw) if one_picture.has_final(plan) else None,
         notes=() if own_size or shorter_side else known.notes,
         takes=IMAGE_HINTS | {"declared", "num_classes", "clipped"},
         size_multiple=multiple,

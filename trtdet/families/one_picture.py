@@ -116,8 +116,13 @@ def check_scale(
         )
 
 
+def has_final(plan: Plan) -> bool:
+    """Whether the outputs are detections as they are: one score for each box, a probability."""
+    return plan.selected and plan.num_scores == 1 and plan.activation == "none"
+
+
 def final(plan: Plan, size_hw: tuple[int, int]) -> Final:
-    """The detections that the source selects itself, padded."""
+    """The detections that the source selects itself."""
     names = [*plan.tensors]
     height, width = size_hw
     unit = np.array([width, height] * 2 if plan.is_unit else [1] * 4, np.float32)
