@@ -14,14 +14,13 @@ environment has torch and libreyolo 1.6.0, which brings another OpenCV: an envir
 
 import json
 import lzma
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from export_tools import run_tool
 from onnx import TensorProto, helper, numpy_helper
 
 from trtdet import about
@@ -34,7 +33,6 @@ from trtdet.sources.base import run_onnx
 from trtdet.spec import ModelSpec
 
 DATA = Path(__file__).parents[1] / "data" / "libreyolo"
-TOOL = Path(__file__).parents[1] / "tools" / "libreyolo_exports.py"
 #: The least share of LibreYOLO's detections that are ours too: class, score to .02, box to 1 pixel.
 LEAST = 0.98
 
@@ -340,15 +338,8 @@ def test_small_exports_stay_small() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", ALL)
 def test_every_family(wanted: str, tmp_path: Path) -> None:
-    python = os.environ.get("TRTDET_LIBREYOLO_PYTHON")
-    if not python:
-        pytest.skip("needs TRTDET_LIBREYOLO_PYTHON, the Python of an environment with libreyolo")
+    run_tool("libreyolo_exports.py", tmp_path, wanted, "--seed", "11")
     photographs = {path.name: path for path in about.PHOTOGRAPHS}
-    made = subprocess.run(
-        [python, str(TOOL), str(tmp_path), wanted, "--photos", str(about.PHOTOGRAPH.parent), "--seed", "11"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stdout[-2000:]
     folder = tmp_path / "_".join(wanted.split(":")[:2])
     reference = json.loads((folder / "reference.json").read_text())
     suppresses = re.match(

@@ -6,12 +6,11 @@ torch and torchvision too (tests/tools/torchvision_exports.py).
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import onnx
 import pytest
+from export_tools import run_tool
 from test_libreyolo import LEAST, share_found
 
 from trtdet import about
@@ -19,7 +18,6 @@ from trtdet.commands import create_onnx
 from trtdet.nms.static_rows import maybe_data_sized
 from trtdet.spec import ModelSpec
 
-TOOL = Path(__file__).parents[1] / "tools" / "torchvision_exports.py"
 #: MODEL:FORM, and the most detections of one picture.
 ALL = {
     "ssd300_vgg16:any_size": 200,
@@ -40,15 +38,8 @@ ALL = {
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", ALL)
 def test_every_model(wanted: str, tmp_path: Path) -> None:
-    python = os.environ.get("TRTDET_LIBREYOLO_PYTHON")
-    if not python:
-        pytest.skip("needs TRTDET_LIBREYOLO_PYTHON, the Python of an environment with torchvision")
     name, form = wanted.split(":")
-    made = subprocess.run(
-        [python, str(TOOL), str(tmp_path), name, "--form", form, "--photos", str(about.PHOTOGRAPH.parent), "--seed", "3"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stdout[-2000:] + made.stderr[-2000:]
+    run_tool("torchvision_exports.py", tmp_path, name, "--form", form, "--seed", "3")
     folder, out = tmp_path / f"{name}_{form}", tmp_path / "out.onnx"
     asked = ["--source_onnx", str(folder / "model.onnx"), "--onnx", str(out)]
     fixed = form == "fixed"

@@ -24,7 +24,7 @@ import lzma
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,23 @@ def found(backend: Any, photo: Path) -> dict[str, Any]:
     }
 
 
+def photographs_of(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix in (".jpg", ".png"))[:4]
+
+
+def export_each(wanted: Sequence[str], export_one: Callable[[str], None]) -> int:
+    """The exit status: 1 where one of them failed, which is printed."""
+    failed = 0
+    for text in wanted:
+        try:
+            export_one(text)
+        except Exception as error:
+            failed += 1
+            print("FAILED", text, type(error).__name__, str(error)[:600], flush=True)
+            traceback.print_exc(limit=-3)
+    return int(failed > 0)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
@@ -242,17 +259,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    photos = sorted(p for p in args.photos.iterdir() if p.suffix in (".jpg", ".png"))[:4]
-    failed = 0
-    for text in args.wanted:
+    photos = photographs_of(args.photos)
+
+    def one(text: str) -> None:
         cls, size, pixels = text.split(":")
-        try:
-            export(cls, size, int(pixels), args.out, photos, args.seed, args.small)
-        except Exception as error:
-            failed += 1
-            print("FAILED", text, type(error).__name__, str(error)[:600], flush=True)
-            traceback.print_exc(limit=-3)
-    return int(failed > 0)
+        export(cls, size, int(pixels), args.out, photos, args.seed, args.small)
+
+    return export_each(args.wanted, one)
 
 
 if __name__ == "__main__":

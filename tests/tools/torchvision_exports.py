@@ -14,14 +14,13 @@ its pixels. The forms are any_size, of an input [3, H, W]; batched, of [1, 3, H,
 
 import argparse
 import json
-import traceback
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from libreyolo_exports import HIDDEN, fill, spread_outputs, thaw
+from libreyolo_exports import HIDDEN, export_each, fill, photographs_of, spread_outputs, thaw
 from PIL import Image
 from torch import nn
 from torchvision.models import detection
@@ -133,16 +132,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--form", choices=["any_size", "batched", "fixed"], default="any_size")
     args = parser.parse_args()
-    photos = sorted(p for p in args.photos.iterdir() if p.suffix in (".jpg", ".png"))[:4]
-    failed = 0
-    for name in args.wanted:
-        try:
-            export(name, args.form, args.out, photos, args.seed)
-        except Exception as error:
-            failed += 1
-            print("FAILED", name, type(error).__name__, str(error)[:300], flush=True)
-            traceback.print_exc(limit=-3)
-    return int(failed > 0)
+    photos = photographs_of(args.photos)
+    return export_each(
+        args.wanted, lambda name: export(name, args.form, args.out, photos, args.seed)
+    )
 
 
 if __name__ == "__main__":
