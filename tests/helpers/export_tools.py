@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the scripts in tests/tools that export frameworks' models, in an environment of their own."""
+"""Runs the scripts in tests/tools, which export models of frameworks, in their environment."""
 
 import os
 import subprocess
