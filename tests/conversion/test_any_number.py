@@ -72,6 +72,14 @@ def without_names() -> onnx.ModelProto:
     return model
 
 
+def without_shapes() -> onnx.ModelProto:
+    """Outputs whose shapes the file leaves out."""
+    model = triple()
+    for output in model.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    return model
+
+
 def paddle_rows() -> onnx.ModelProto:
     """label score x1 y1 x2 y2, boxes over the scale of the picture, beside their number."""
     model = rows(6)
@@ -109,9 +117,11 @@ def read_7(found: Any) -> Found:
 
 
 XYXY = ("--box_format", "xyxy")
+WITHOUT_SHAPES = "without shapes"
 FORMS: dict[str, tuple[Callable[[], onnx.ModelProto], Callable[..., Found], tuple[str, ...]]] = {
     "boxes, labels, scores": (triple, read_triple, XYXY),
     "other names": (without_names, read_triple, XYXY),
+    WITHOUT_SHAPES: (without_shapes, read_triple, XYXY),
     "declared": (triple, read_triple, ("--boxes_output", "their_boxes", "--scores_output", "their_scores", "--labels_output", "their_labels", "--selected", *XYXY)),
     "dets, labels": (mmdeploy, read_dets, ()),
     "rows of 6": (lambda: rows(6), read_6, ("--rows_output", "found", "--columns", "label,score,x1,y1,x2,y2")),
@@ -143,7 +153,8 @@ def pictures(spec: ModelSpec) -> list[NDArray[np.uint8]]:
 def test_what_the_source_finds(name: str, tmp_path: Path) -> None:
     form, read, options = FORMS[name]
     model = form()
-    onnx.checker.check_model(model)
+    if name != WITHOUT_SHAPES:  # ONNX Runtime takes it all the same
+        onnx.checker.check_model(model)
     status, out = convert(model, tmp_path, *IMAGES, "--max_detections", "60", *options)
     assert status == 0
     made = onnx.load(out)
@@ -260,6 +271,18 @@ def mixed_units() -> onnx.ModelProto:
     return behind("their_boxes", make("Mul", ["raw", "scale_"], ["their_boxes"]), scale_=scale)
 
 
+def with_a_batch_axis() -> onnx.ModelProto:
+    """rows [1, n, 6] of an NMS, as no exporter known here names them."""
+    model = rows(6)
+    constants(model, front=[0])
+    model.graph.node.append(make("Unsqueeze", ["found", "front"], ["rows_out"]))
+    return with_outputs(model, info("rows_out", FLOAT, [1, "n", 6]))
+
+
+def labels_from_1() -> onnx.ModelProto:
+    return behind("their_labels", make("Add", ["raw", "one_"], ["their_labels"]), one_=np.int64(1))
+
+
 OUTPUTS = ("--boxes_output", "their_boxes", "--scores_output", "their_scores")
 WITH_LABELS = (*OUTPUTS, "--labels_output", "their_labels")
 SIXTY = (*IMAGES, "--max_detections", "60")
@@ -274,9 +297,17 @@ SIXTY = (*IMAGES, "--max_detections", "60")
         (triple, (*IMAGES, "--max_detections", "5000"), "--max_detections: expected at most 3840"),
         (lambda: rows(6), IMAGES, "--rows_output found --columns label,score,x1,y1,x2,y2"),
         (lambda: rows(7), IMAGES, "--rows_output found --columns unused,x1,y1,x2,y2,label,score"),
-        (negative_scores, (*SIXTY, *WITH_LABELS, *XYXY), "expected probabilities in 'their_scores', found -0."),
+        (negative_scores, (*SIXTY, *WITH_LABELS, *XYXY), "expected probabilities in 'their_scores', as an NMS inside selects by them, found -0."),
         (equal_scores, (*SIXTY, *WITH_LABELS, *XYXY), "all scores in 'their_scores' are 0.5 on four photographs"),
         (mixed_units, (*SIXTY, *WITH_LABELS, *XYXY), "found the first and third number in unit, the second and fourth in pixels"),
+        (with_a_batch_axis, SIXTY, "and nothing says what they are; its inputs: images [1, 3, 32, 64]; its outputs: rows_out [1, "),
+        (labels_from_1, (*SIXTY, *WITH_LABELS, *XYXY, "--num_classes", "3"), "expected labels of 0 to 2, found 3 in 'their_labels'; --label_base 1 where the first class is 1"),
+        (triple, (*SIXTY, *WITH_LABELS, *XYXY, "--num_classes", "3", "--label_base", "1"), "--label_base 1: there is a detection of class 0 in 'their_labels'"),
+        (triple, (*SIXTY, *OUTPUTS, "--labels_output", "labls", *XYXY), "--labels_output labls: nothing in the file has that name; its outputs are their_boxes, their_labels, their_scores"),
+        (triple, (*SIXTY, *WITH_LABELS, *XYXY, "--background", "last"), "--background last: there is one score a box, and none is for no object; leave it out"),
+        (triple, (*SIXTY, *WITH_LABELS, *XYXY, "--scores_layout", "NCA"), "--scores_layout NCA: there is one score a box"),
+        (triple, (*SIXTY, *WITH_LABELS, *XYXY, "--clip_boxes"), "--clip_boxes: the model selects its detections itself, so no NMS follows"),
+        (triple, (*SIXTY, *WITH_LABELS, *XYXY, "--nms_mode", "class_agnostic"), "--nms_mode class_agnostic: this heads model needs no suppression"),
         (triple, (*SIXTY, *OUTPUTS, *XYXY), "output 'their_labels' has a whole number for each box, as labels are: add --labels_output their_labels"),
     ],
 )  # fmt: skip
@@ -290,6 +321,22 @@ def test_refused(
     status, out = convert(form(), tmp_path, *options)
     assert status == 1 and not out.exists()
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_labels_from_1(tmp_path: Path) -> None:
+    """Said by an option: the same classes as those of the model with labels from 0."""
+    options = (*SIXTY, *WITH_LABELS, *XYXY, "--num_classes", "3")
+    classes = []
+    for number, form in enumerate((triple, labels_from_1)):
+        (folder := tmp_path / str(number)).mkdir()
+        status, out = convert(form(), folder, *options, *(("--label_base", "1") * number))
+        assert status == 0
+        model = onnx.load(out)
+        (image,) = pictures(ModelSpec.from_onnx(model))[:1]
+        fed = {"input": image[None].astype(ModelSpec.from_onnx(model).preprocessing.dtype)}
+        n, found = run_onnx(model, ["num_detections", "detection_classes"], fed)
+        classes.append(found[0, : n[0, 0]].tolist())
+    assert classes[0] == classes[1] and {*classes[0]} == {0, 1, 2}
 
 
 def test_one_class_needs_no_labels(tmp_path: Path) -> None:

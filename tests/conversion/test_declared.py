@@ -143,6 +143,8 @@ def test_how_a_letterbox_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[s
             ("--scores_layout", "NCA"),
             "--scores_layout NCA: 'scores_out' is [1, 42, 3] for 42 boxes",
         ),
+        (("--label_base", "1"), "--label_base 1: the outputs hold no labels"),
+        (("--num_classes", "4"), "--num_classes 4: there are 3, one for each score of a box"),
     ],
 )
 def test_what_is_measured_contradicts_what_is_declared(
@@ -233,6 +235,26 @@ def test_outputs_with_a_batch_axis_are_not_said_to_have_none(
     assert "Declare them: --boxes_output boxes --scores_output scores" in describe_outputs(source)
 
 
+def test_columns_of_y_and_x(tmp_path: Path) -> None:
+    """y1,x1,y2,x2 are told from x1,y1,x2,y2 by their order."""
+    options = (*IMAGES, "--rows_output", "rows_out", "--columns", "y1,x1,y2,x2,scores")
+    model = pair()
+    order = numpy_helper.from_array(np.array([1, 0, 3, 2]), "order")
+    model.graph.initializer.append(order)
+    model.graph.node.extend([
+        helper.make_node("Gather", ["boxes_out", "order"], ["turned"], axis=2),
+        helper.make_node("Concat", ["turned", "scores_out"], ["rows_out"], axis=2),
+    ])  # fmt: skip
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("rows_out", 1, [1, 42, 7]))
+    status, out = convert(save(model, tmp_path / "rows.onnx"), *options)
+    assert status == 0 and ModelSpec.from_onnx(onnx.load(out)).box_order == "yxyx"
+    wanted = found_by(convert(save(pair(), tmp_path / "pair.onnx"), *DECLARED)[1])
+    boxes, scores = found_by(out)
+    np.testing.assert_allclose(boxes[..., [1, 0, 3, 2]], wanted[0], atol=1e-4)
+    np.testing.assert_allclose(scores, wanted[1], atol=1e-4)
+
+
 def test_a_wrong_reading_of_columns_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +266,20 @@ def test_a_wrong_reading_of_columns_is_refused(
     )
     assert status == 1 and not out.exists()
     assert "the boxes are cxcywh" in error_of(capsys)
+
+
+def test_a_batch_of_1_that_was_freed_is_said_to_be_dynamic(tmp_path: Path) -> None:
+    model = pair()
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    for options, said in (
+        ((), ("dynamic", "measured: 1 in the source, but its network takes any")),
+        (("--input_shape", "1,32,64,3"), ("1", "read: the shape of the input")),
+        (("--input_shape", "4,32,64,3"), ("4", "given: --input_shape")),
+    ):
+        status, out = convert(save(model, tmp_path / "pair.onnx"), *DECLARED, *options)
+        assert status == 0
+        facts = {f.name: (f.value, f.origin) for f in ModelSpec.from_onnx(onnx.load(out)).evidence}
+        assert facts["batch"] == said
 
 
 def test_assume_is_loud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,6 +130,9 @@ def test_an_ap_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     for found in ([wrong], [wrong | {"image_id": 9}], []):
         check_matches(Run(found, [1], 0, {}), annotations, {"AP": 0.0})
     assert not caplog.records
+    check_matches(Run([detection], [1], 0, {}, (1, 5)), annotations, {"AP": 0.0})
+    assert "no detection is of the categories of the objects in these images (1)" in caplog.text
+    caplog.clear()
     more = dataclasses.replace(annotations, categories={**annotations.categories, 5: "x"})
     check_matches(Run([detection], [1], 0, {}), more, {"AP": 0.0})
     assert "no detection is of the categories of the objects in these images (1)" in caplog.text

@@ -39,6 +39,7 @@ from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.nms import lowering, plugin, static_rows
 from trtdet.nms.rotated import insert_rotated_nms
 from trtdet.nms.topk import insert_topk
+from trtdet.onnx_files import fixed_batch
 from trtdet.sources.base import Source, cut_onnx, run_onnx
 from trtdet.sources.onnx_file import NEWEST_OPSET, OnnxSource
 from trtdet.spec import Fact, InputDtype, Layout, ModelSpec, parse_preprocessor
@@ -174,6 +175,12 @@ def convert(source: Source, options: Options) -> Converted:
             reading.batch,
         )
         done = assemble(source, reading, dataclasses.replace(options, batch=reading.batch))
+    if options.batch is None and reading.batch and fixed_batch(done.model) is None:
+        freed = Fact(
+            BATCH, "dynamic", f"measured: {reading.batch} in the source, but its network takes any"
+        )
+        facts = tuple(freed if fact.name == BATCH else fact for fact in done.spec.evidence)
+        done = dataclasses.replace(done, spec=done.spec.replace(evidence=facts))
     return done
 
 
@@ -463,6 +470,10 @@ def refuse_without_effect(reading: Reading, options: Options) -> None:
     if found.selection == "topk" and "iou_threshold" in options.given:
         raise GraphError(
             f"--iou_threshold: this {found.family} model needs no suppression and gets none; leave it out"
+        )
+    if found.selection == "topk" and options.nms_mode in ("per_class", "class_agnostic"):
+        raise GraphError(
+            f"--nms_mode {options.nms_mode}: this {found.family} model needs no suppression and gets none; leave it out"
         )
 
 

@@ -83,7 +83,7 @@ def find_rows(source: OnnxSource, declared: Declaration) -> Rows | None:
     None where the outputs have a batch axis and rows that do not follow the picture, or where
     nothing says which is which.
     """
-    infos = {info.name: info for info in source.model.graph.output}
+    infos = _outputs(source.model)
     found = _declared(declared, infos) or _pair(infos) or _lone(source, infos)
     if found is None or not {*found.tensors} <= infos.keys():
         return None
@@ -110,6 +110,18 @@ def find_rows(source: OnnxSource, declared: Declaration) -> Rows | None:
         found.boxes, found.scores, found.labels, found.width, found.columns, most, how,
         "NonMaxSuppression" in ops, is_torchvision, _resizes_images(source),
     )  # fmt: skip
+
+
+def _outputs(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
+    """The outputs by name; shapes that the file leaves out are inferred from its operators."""
+    infos = {info.name: info for info in model.graph.output}
+    if all(info.type.tensor_type.HasField("shape") for info in infos.values()):
+        return infos
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model)
+    except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: more than 2 GB
+        return infos
+    return {info.name: info for info in inferred.graph.output}
 
 
 def _resizes_images(source: OnnxSource) -> bool:

@@ -36,6 +36,7 @@ from trtdet.families.base import (
 )
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_assembly import assemble
+from trtdet.families.heads_declared import check_names, refuse_unused
 from trtdet.families.heads_images import (
     as_said,
     as_they_are,
@@ -125,6 +126,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         raise GraphError(
             f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
+    check_names(source, hints.declared)
     known = as_said(framework or Framework(""), hints)
     evidence = Evidence(str(source.path), hints.assume)
     plugin = maybe_plugin(source)
@@ -168,6 +170,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         one_picture.mend(source, pixels, normal)
     seen = look(source, pixels, normal, wanted, feeds, size_hw)
     plan = Reader(source, seen, size_hw, declared, evidence, hints, known, rows).plan()
+    refuse_unused(plan, hints, str(source.path))
     if resizes:
         one_picture.check_scale(source, pixels, normal, plan, known, declared, evidence)
     spec = _spec(plan, preprocessing, hints, known, evidence)

@@ -138,8 +138,9 @@ class Finder:
             )
         shape, other = self.seen[boxes][0].shape, self.seen[scores][0].shape
         if not is_boxes(shape):
+            of_one = "; where they are of one picture, export the model with their number, and no other axis, dynamic"
             raise GraphError(
-                f"{self.source.path}: expected boxes [N, A, 4] in '{boxes}', found {list(shape)}"
+                f"{self.source.path}: expected boxes [N, A, 4] in '{boxes}', found {list(shape)}{of_one if len(shape) == 2 else ''}"
             )
         count = rows_in(shape)
         if labels:
@@ -258,12 +259,12 @@ class Finder:
         for column in columns:
             at[column] = position
             position += open_width if column == "scores" else 1
-        box = next((f for f in COLUMN_NAMES if all(c in at for c in COLUMN_NAMES[f])), None)
-        if box is None or [at[c] for c in COLUMN_NAMES[box]] != list(
-            range(at[COLUMN_NAMES[box][0]], at[COLUMN_NAMES[box][0]] + 4)
-        ):
+        fours = [columns[i : i + 4] for i in range(len(columns) - 3)]
+        box = next((f for f, names in COLUMN_NAMES.items() if names in fours), None)
+        if box is None:
+            forms = " or ".join(",".join(names) for names in COLUMN_NAMES.values())
             raise GraphError(
-                f"--columns: expected four columns of a box side by side, such as x1,y1,x2,y2 or cx,cy,w,h, found {','.join(columns)}"
+                f"--columns: expected the four columns of a box side by side, {forms}, found {','.join(columns)}"
             )
         score = at.get("scores", at.get("score"))
         if score is None:

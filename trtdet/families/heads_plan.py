@@ -223,6 +223,7 @@ def starting_line(
     names = [info.name for info in source.model.graph.output]
     ranks = {i.name: _rank(i) for i in source.model.graph.output}
     boxes = [n for n in names if _may_be_boxes(source, n, seen)]
+    note = ""
     if boxes and len(names) > 1:
         others = [n for n in names if n != boxes[0]]
         scores = next(
@@ -233,26 +234,28 @@ def starting_line(
             ),
             others[0],
         )
-        flat = [n for n in others if ranks[n] == 1 and ranks[boxes[0]] == 2]
-        labels = [n for n in others if n != scores and ("label" in n.lower() or n in flat)]
+        labels = [n for n in others if n != scores and ("label" in n.lower() or ranks[n] == 1)]
         line = f"--boxes_output {boxes[0]} --scores_output {scores}" + (
             f" --labels_output {labels[0]}" if labels else ""
         )
     else:
         rows = next((n for n in names if ranks[n] in (2, 3)), names[0])
         width = _width(source, seen, rows)
-        columns = f"x1,y1,x2,y2,{'score,label' if width in (None, 6) else 'scores'}"
+        behind = {None: "score,label", 5: "score", 6: "score,label"}.get(width, "scores")
+        columns = f"x1,y1,x2,y2,{behind}"
         if ranks[rows] == 2 and width in OF_ONE_PICTURE:
             columns = OF_ONE_PICTURE[width]
         line = f"--rows_output {rows} --columns {columns}"
-    return line + " --box_format xyxy --preprocessor unit --resize_mode stretch"
+        note = " (the columns in the order that the file has)" if behind == "score,label" else ""
+    return f"{line} --box_format xyxy --preprocessor unit --resize_mode stretch{note}"
 
 
 def _may_be_boxes(
     source: OnnxSource, name: str, seen: Mapping[str, Sequence[NDArray[Any]]] | None
 ) -> bool:
     """By its shape as seen, or its name, or as the only one declared [n, 4]."""
-    if seen and name in seen and is_boxes(seen[name][0].shape):
+    shape = seen[name][0].shape if seen and name in seen else ()
+    if is_boxes(shape) or (len(shape) == 2 and shape[1] == 4):
         return True
     infos = [i for i in source.model.graph.output if _rank(i) == 2 and _dim(i, 1) == 4]
     return "box" in name.lower() or (len(infos) == 1 and infos[0].name == name)

@@ -22,7 +22,7 @@ from trtdet.families.outputs import (
     measure_units,
     unexplained,
 )
-from trtdet.labels import fit_labels
+from trtdet.labels import COCO_80_LABELS, fit_labels
 from trtdet.spec import (
     BoxFormat,
 )
@@ -99,9 +99,8 @@ class Reader(Finder):
             shapes = dict.fromkeys([*(v.shape for v in self.seen[name]), black])
             if len(shapes) > 1:
                 found = " and ".join(str(list(s)) for s in shapes)
-                raise GraphError(
-                    f"{self.source.path}: the number of rows of '{name}' differs from picture to picture, {found}; export the model with a fixed "
-                    "number of them, or from before it selects detections"
+                raise self.nothing_fits(
+                    f"the number of rows of '{name}' differs from picture to picture, {found}, and nothing says what they are"
                 )
 
     # ---- what they are
@@ -283,10 +282,10 @@ class Reader(Finder):
             raise GraphError(
                 f"{self.source.path}: all scores in '{plan.scores}' are {positive[0]:.3g} on four photographs; export a trained model"
             )
-        if self.rows is not None and activation != "none":
+        if self.rows is not None and activation not in ("none", "clip"):
             raise GraphError(
-                f"{self.source.path}: expected probabilities in '{plan.scores}', found {low:.3g} to {high:.3g}; "
-                "export the model with its activation"
+                f"{self.source.path}: expected probabilities in '{plan.scores}', as an NMS inside selects by them, found {low:.3g} to {high:.3g}; "
+                "export the model with its activation, or --score_activation clip where they go a little beyond 0..1"
             )
         if origin:
             former = next((f.value + ": " for f in self.evidence.facts if f.name == ev.SCORES), "")
@@ -337,10 +336,14 @@ class Reader(Finder):
         else:
             found = [r[:, plan.label_column or 0] for r in self.rows_of(plan)]
             tensor = plan.rows
+        live = [v[m] for v, m in zip(found, self._live_rows(plan), strict=True)]
         largest = int(max((v.max() for v in found if v.size), default=0))
+        smallest = int(min((v.min() for v in live if v.size), default=0))
         base = self.declared.label_base
         chosen = self._argmax_width(tensor)
-        names = len(self.known.labels) or len(self.hints.labels) or self.hints.num_classes or 0
+        coco = len(COCO_80_LABELS)  # with or without a class for the background
+        given = fit_labels(self.hints.labels, coco if chosen in (coco, coco + 1) else 0)
+        names = len(self.known.labels) or len(given) or self.hints.num_classes or 0
         if base is None and self.rows is not None and chosen and names == chosen - 1:
             base = 1  # the model counts its background as class 0
         if names:
@@ -355,13 +358,23 @@ class Reader(Finder):
         else:
             self.evidence.ask(ev.CLASSES, "--labels FILE or --num_classes N", largest + 1)
             count, origin = largest + 1, ""
+        if chosen and names > chosen:
+            raise GraphError(
+                f"{self.source.path}: expected {chosen} classes, as its labels are chosen from so many, found {names}: {origin}; leave the option "
+                "out, or give the classes of this model"
+            )
         if base is None and largest >= count and names:
             raise GraphError(
                 f"{self.source.path}: expected labels of 0 to {count - 1}, found {largest} in '{tensor}'; --label_base 1 where the first class is 1"
             )
         if largest - (base or 0) >= count:
             raise GraphError(
-                f"{self.source.path}: expected labels below {count + (base or 0)}, found {largest} in '{tensor}'"
+                f"{self.source.path}: expected labels of {base or 0} to {count + (base or 0) - 1}, found {largest} in '{tensor}'; --label_base says "
+                "the first, --num_classes or --labels how many"
+            )
+        if self.declared.label_base and smallest < self.declared.label_base:
+            raise GraphError(
+                f"{self.source.path}: --label_base {base}: there is a detection of class {smallest} in '{tensor}'; leave it out where the first class is 0"
             )
         if base is None and not chosen and not names:
             base = 0

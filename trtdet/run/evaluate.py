@@ -56,12 +56,14 @@ class Run:
         image_ids: the images that were looked at.
         skipped: how many of them could not be read.
         report: what metrics.json says besides the metrics.
+        category_ids: all that the model can find; empty: not known.
     """
 
     results: list[coco.Result]
     image_ids: Collection[int]
     skipped: int
     report: dict[str, Any]
+    category_ids: Collection[int] = ()
 
 
 def run_model(
@@ -112,7 +114,7 @@ def run_model(
             "score_threshold": kept,
             "seconds": seconds,
         }
-    return Run(results, image_ids.values(), skipped, report)
+    return Run(results, image_ids.values(), skipped, report, category_ids)
 
 
 def read_detections(
@@ -265,12 +267,14 @@ def check_matches(run: Run, annotations: coco.Annotations, metrics: dict[str, fl
     """Whether an AP of 0 says something of the model, or only that nothing could match.
 
     Raises:
-        ValueError: no detection is of a category that the annotations have.
+        ValueError: the model, or where its categories are not known, no detection, has a category
+            that the annotations have.
     """
     if metrics.get("AP", -1) > 0 or not run.results:
         return
     found = {r["category_id"] for r in run.results}
-    if not found & annotations.categories.keys():
+    known = {*run.category_ids} or found
+    if not known & annotations.categories.keys():
         raise ValueError(
             f"AP is {metrics['AP']:g} because no detection is of the annotated categories: detections have {some(sorted(found))}, "
             f"{annotations.path} has {some(sorted(annotations.categories))}; give the annotations of this model's classes"
