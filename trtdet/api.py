@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from trtdet import detections as results
 from trtdet.closing import Closing
-from trtdet.conversion.convert import Options
+from trtdet.conversion.options import Options
 from trtdet.conversion.stage import Conversion, convert_file
 from trtdet.engine.options import BuildOptions
 from trtdet.engine.stage import EngineBuild, build_file
@@ -326,7 +326,7 @@ def convert(source: str | Path, output: str | Path, **options: Any) -> Conversio
     Args:
         source: a SavedModel folder or an ONNX file.
         output: the ONNX file to write.
-        options: of `trtdet.conversion.convert.Options`, and of `trtdet.families.base.Hints` for
+        options: of `trtdet.conversion.options.Options`, and of `trtdet.families.base.Hints` for
             what a file cannot say.
 
     Raises:

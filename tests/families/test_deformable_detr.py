@@ -8,7 +8,8 @@ import onnx
 import pytest
 from detr_data import assert_detections, detect, load
 
-from trtdet.conversion import convert as conversion
+from trtdet.conversion.convert import convert as convert_source
+from trtdet.conversion.options import Options
 from trtdet.conversion.verification import verify
 from trtdet.errors import GraphError
 from trtdet.families import deformable_detr, detr
@@ -39,8 +40,8 @@ def converted(tiny, tmp_path_factory):
     def of(resize, mode):
         if (resize, mode) not in models:
             hints = Hints(resize=resize, deformable_attention=mode)
-            options = conversion.Options(family=deformable_detr.NAME, hints=hints)
-            done = conversion.convert(source, options)
+            options = Options(family=deformable_detr.NAME, hints=hints)
+            done = convert_source(source, options)
             assert max(d.maximum for d in verify(source, done)) < 1e-4
             models[resize, mode] = done.model
         return models[resize, mode]
@@ -72,7 +73,7 @@ def test_the_attention_is_written_as_asked_for(converted):
 def test_the_default_needs_no_plugin(tiny, tmp_path):
     path = tmp_path / "source.onnx"
     onnx.save(tiny[0], path)
-    done = conversion.convert(OnnxSource(path), conversion.Options())  # recognised, too
+    done = convert_source(OnnxSource(path), Options())  # recognised, too
     model, spec = done.model, done.spec
     assert (spec.family, spec.preprocessing.resize) == ("deformable_detr", "letterbox")
     assert (spec.nms.score_activation, spec.nms.class_agnostic) == (True, False)

@@ -11,7 +11,8 @@ import pytest
 from detr_data import HEIGHT, WIDTH, assert_detections, detect, load
 from onnx import helper, numpy_helper
 
-from trtdet.conversion import convert as conversion
+from trtdet.conversion.convert import convert as convert_source
+from trtdet.conversion.options import Options
 from trtdet.conversion.verification import verify
 from trtdet.errors import GraphError
 from trtdet.families import deformable_detr, detr
@@ -36,10 +37,8 @@ def convert(model, tmp_path, **options):
     hints = Hints(
         **{k: options.pop(k) for k in ("resize", "preprocessor", "size_hw") if k in options}
     )
-    chosen = conversion.Options(
-        family="detr", hints=hints, preprocessor=hints.preprocessor, **options
-    )
-    done = conversion.convert(source, chosen)
+    chosen = Options(family="detr", hints=hints, preprocessor=hints.preprocessor, **options)
+    done = convert_source(source, chosen)
     return done, source
 
 

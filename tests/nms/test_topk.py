@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, checker, helper
 
 from trtdet.errors import GraphError
-from trtdet.nms.lowering import TENSORRT_TOPK
+from trtdet.nms.candidates import TENSORRT_TOPK
 from trtdet.nms.topk import insert_topk
 from trtdet.spec import OUTPUT_NAMES, Nms
 

@@ -37,7 +37,7 @@ from trtdet.labels import read_labels
 from trtdet.spec import PREPROCESSORS, Layout, parse_preprocessor
 
 if TYPE_CHECKING:
-    from trtdet.conversion.convert import Options
+    from trtdet.conversion.options import Options
     from trtdet.graph.map_op import OpMapping
 
 
@@ -190,7 +190,7 @@ def options_from(args: argparse.Namespace) -> Options:
     Raises:
         ValueError, OSError: the label file cannot be read.
     """
-    from trtdet.conversion.convert import Options
+    from trtdet.conversion.options import Options
     from trtdet.families.base import Hints
 
     batch: int | None = None

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,84 +18,37 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtdet import about, files
+from trtdet.conversion.options import Options
+from trtdet.conversion.specify import specify
 from trtdet.errors import GraphError
 from trtdet.families import load_families, load_family
 from trtdet.families.base import (
     ANCHORS,
     CLASS_LOGITS,
-    NO_HINTS,
     RAW_BOXES,
-    Hints,
     Reading,
     best_class_only,
     pick_family,
     read_converted,
 )
-from trtdet.families.evidence import BATCH, GIVEN, KEPT, NORMALISATION, SELECTION, with_options
+from trtdet.families.evidence import BATCH
 from trtdet.graph import deformable_attention, tidy
 from trtdet.graph.builder import COMPUTE_OPS, POSITIONS_PREFIX, Builder
 from trtdet.graph.map_op import OpMapping, custom_ops, map_ops
-from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.nms import lowering, plugin, static_rows
+from trtdet.nms.candidates import TENSORRT_TOPK
 from trtdet.nms.rotated import insert_rotated_nms
 from trtdet.nms.topk import insert_topk
 from trtdet.onnx_files import fixed_batch
 from trtdet.sources.base import Source, cut_onnx, run_onnx
 from trtdet.sources.onnx_file import NEWEST_OPSET, OnnxSource
-from trtdet.spec import Fact, InputDtype, Layout, ModelSpec, parse_preprocessor
+from trtdet.spec import Fact, ModelSpec
 
 logger = logging.getLogger(__name__)
 
 
-#: Pixels: where the range of an input of dynamic size ends.
-MAX_SIDE = 8192
 #: ONNX's file format of 1.10 (2021), which TensorRT 8.6 reads.
 IR_VERSION = 8
-
-#: Hint -> its option, and what is said where a model has no use for it.
-WITHOUT_EFFECT = {
-    "rotated_nms": ("--rotated_nms", "this {} model has no rotated boxes; leave it out"),
-    "deformable_attention": ("--deformable_attention", "this {} model has none that could be rewritten; leave it out, or convert from the source"),
-    "channel_order": ("--channel_order", "how images come into this {} model is known; leave it out"),
-    "placement": ("--placement", "how images come into this {} model is known; leave it out"),
-    "pad_rgb": ("--pad_color", "how images come into this {} model is known; leave it out"),
-    "rounding": ("--rounding", "how images come into this {} model is known; leave it out"),
-    "antialias": ("--antialias", "how images come into this {} model is known; leave it out"),
-    "longest": ("--longest_side", "how images come into this {} model is known; leave it out"),
-    "clipped": ("--clip_boxes", "what this {} model does with boxes is known; leave it out"),
-    "num_classes": ("--num_classes", "how many classes this {} model has is known; leave it out"),
-    "declared": ("--boxes_output, --rows_output and the like", "the outputs of this {} model are known; leave them out, or add --family heads"),
-}  # fmt: skip
-
-NmsForm = Literal["plugin", "onnx", "graph", "none", "legacy"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for; None takes what the model has."""
-
-    family: str = "auto"
-    batch: int | None = None  # None: dynamic
-    size_hw: tuple[int, int] | None = None
-    dynamic_size: bool = False
-    layout: Layout = "NHWC"
-    input_dtype: InputDtype | None = None
-    preprocessor: str | None = None
-    score_threshold: float | None = None
-    iou_threshold: float | None = None
-    max_detections: int | None = None
-    nms_mode: str = "model"
-    nms_form: NmsForm = "plugin"
-    hints: Hints = NO_HINTS
-    labels: tuple[str, ...] = ()
-    opset: int | None = None  # None: 17, or the source's where that is ONNX
-    raw_path: Path | None = None  # keep the unedited conversion here
-    map_ops: tuple[OpMapping, ...] = ()
-    verify: bool = True
-    signature: str | None = None  # of a SavedModel
-    given: frozenset[str] = (
-        frozenset()
-    )  # options named by the user: what they settle is not warned of
 
 
 def open_source(
@@ -330,155 +283,10 @@ def select(
     else:
         plugin.insert_plugin(model, anchors=reading.anchors, **heads)
         if form == "onnx":  # for TensorRT's INMSLayer: no more candidates than its TopK takes
-            return lowering.lower(model, "onnx", candidates=lowering.TENSORRT_TOPK)
+            return lowering.lower(model, "onnx", candidates=TENSORRT_TOPK)
         if form == "graph":
             return lowering.lower(model, "graph")
     return model
-
-
-def specify(reading: Reading, options: Options) -> ModelSpec:
-    """The spec of the result: the source's, with the options in place of what they override.
-
-    Raises:
-        GraphError: an option contradicts the model.
-    """
-    found = reading.spec
-    refuse_without_effect(reading, options)
-    size_hw = found.preprocessing.size_hw
-    if options.size_hw and options.size_hw != size_hw:
-        raise GraphError(
-            f"--size or --input_shape asks for {size_text(options.size_hw)} (height x width), the model was exported for {size_text(size_hw)}; leave the "
-            "option out, or export the model again at the other size"
-        )
-    preprocessing = dataclasses.replace(
-        found.preprocessing,
-        layout=options.layout,
-        dtype=options.input_dtype or found.preprocessing.dtype,
-    )
-    if options.dynamic_size:
-        multiple = reading.size_multiple
-        if found.selection != "nms" and not reading.one_by_one:
-            raise GraphError(
-                f"--input_shape asks for a dynamic size, which goes with EfficientNMS alone; this model ends in {found.selection}: name a size"
-            )
-        if multiple is None:
-            raise GraphError(
-                f"--input_shape asks for a dynamic size, the model takes {size_text(size_hw)} (height x width) alone; name that size, or export "
-                "the model with dynamic height and width"
-            )
-        largest = MAX_SIDE // multiple * multiple
-        preprocessing = dataclasses.replace(
-            preprocessing,
-            size_range=((multiple, multiple), (largest, largest)),
-            size_multiple=multiple,
-            shorter_side=reading.shorter_side,
-            own_size=reading.own_size,
-        )
-    if options.preprocessor:
-        mean, std = parse_preprocessor(options.preprocessor)
-        pad_rgb = preprocessing.pad_rgb
-        if pad_rgb == preprocessing.mean:  # zeros behind the normalisation
-            pad_rgb = mean
-        preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std, pad_rgb=pad_rgb)
-    settings: dict[str, Any] = {
-        "score_threshold": options.score_threshold,
-        "iou_threshold": options.iou_threshold,
-        "max_output_boxes": options.max_detections,
-        "class_agnostic": None
-        if options.nms_mode == "model"
-        else options.nms_mode == "class_agnostic",
-    }
-    if options.nms_form == "legacy":
-        settings["class_agnostic"] = False  # BatchedNMS has no other mode; insert_legacy warns
-    given = {name: value for name, value in settings.items() if value is not None}
-    labels = fit_labels(options.labels, found.num_classes)
-    if labels and len(labels) != found.num_classes:
-        raise ValueError(
-            f"--labels: expected {found.num_classes} lines, one per class of the model, found {len(labels)}"
-        )
-    category_ids = COCO_80_IDS if labels == COCO_80_LABELS else found.category_ids
-    return found.replace(
-        preprocessing=preprocessing,
-        evidence=evidence_of(reading, options),
-        nms=dataclasses.replace(found.nms, **given),
-        labels=labels or found.labels,
-        category_ids=category_ids,
-        rotated_mode=options.hints.rotated_nms or found.rotated_mode,
-        choices=choices_of(options) or found.choices,
-    )
-
-
-def choices_of(options: Options) -> dict[str, Any]:
-    """What options said of the source, for whoever reads it again; class names stand in the spec
-    already.
-    """
-    said = options.hints.to_dict()
-    if options.labels:
-        said["labels"] = ()
-    return said | ({"family": options.family} if options.family != "auto" else {})
-
-
-def as_chosen(spec: ModelSpec) -> Options:
-    """Options to read the source of a converted model with again: what was said then.
-
-    Raises:
-        GraphError: the spec holds something else.
-    """
-    said = dict(spec.choices)
-    family = str(said.pop("family", "auto"))
-    labels = spec.labels if "labels" in said else ()
-    hints = Hints.from_dict({**said, "labels": labels}, "model spec: choices")
-    return Options(family=family, hints=hints, labels=labels, preprocessor=hints.preprocessor)
-
-
-def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:
-    """The facts of a reading, with those that options replaced."""
-    given: dict[str, tuple[str, str]] = {}
-    if options.max_detections is not None:
-        given[KEPT] = (str(options.max_detections), "--max_detections")
-    if options.nms_mode != "model":
-        former = next((f.value for f in reading.facts if f.name == SELECTION), "")
-        _, comma, more = former.partition(", ")  # that boxes are clipped
-        given[SELECTION] = (
-            f"NMS, {options.nms_mode.replace('_', ' ')}{comma}{more}",
-            f"--nms_mode {options.nms_mode}",
-        )
-    if options.preprocessor and not any(
-        f.name == NORMALISATION and f.origin.startswith(GIVEN) for f in reading.facts
-    ):
-        given[NORMALISATION] = (options.preprocessor, f"--preprocessor {options.preprocessor}")
-    if options.batch is not None and options.batch != reading.batch:
-        given[BATCH] = (str(options.batch), "--input_shape")
-    return with_options(reading.facts, given)
-
-
-def refuse_without_effect(reading: Reading, options: Options) -> None:
-    """Options that the model has no use for are errors, so that nobody believes they did something.
-
-    Raises:
-        GraphError: names the option, and what the model has instead.
-    """
-    hints, found = options.hints, reading.spec
-    for name, (option, why) in WITHOUT_EFFECT.items():
-        if getattr(hints, name) is not None and name not in reading.takes:
-            raise GraphError(f"{option}: {why.format(found.family)}")
-    if hints.resize and hints.resize != found.preprocessing.resize:
-        raise GraphError(
-            f"--resize_mode {hints.resize}: this {found.family} model was trained with {found.preprocessing.resize}, and its boxes go "
-            "with that; leave it out"
-        )
-    if found.selection == "topk" and "iou_threshold" in options.given:
-        raise GraphError(
-            f"--iou_threshold: this {found.family} model needs no suppression and gets none; leave it out"
-        )
-    if found.selection == "topk" and options.nms_mode in ("per_class", "class_agnostic"):
-        raise GraphError(
-            f"--nms_mode {options.nms_mode}: this {found.family} model needs no suppression and gets none; leave it out"
-        )
-
-
-def size_text(size_hw: tuple[int, int]) -> str:
-    return f"{size_hw[0]}x{size_hw[1]}"
 
 
 def provenance(source_path: Path) -> dict[str, str]:

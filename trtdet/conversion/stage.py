@@ -7,7 +7,9 @@ from pathlib import Path
 
 from trtdet import files
 from trtdet.conversion.comparison import compare_to_the_end
-from trtdet.conversion.convert import Options, convert, open_source, provenance, size_text
+from trtdet.conversion.convert import convert, open_source, provenance
+from trtdet.conversion.options import Options
+from trtdet.conversion.specify import size_text
 from trtdet.conversion.verification import Difference, verify
 from trtdet.families.evidence import table
 from trtdet.onnx_files import check_apart, fixed_batch

@@ -18,7 +18,7 @@ from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import BOXES, LABELS, ROWS, SCORES, Framework, Plan, image_hw
 from trtdet.families.outputs import look, photographs, prepared, to_xyxy
 from trtdet.families.pixels import Normal, Pixels
-from trtdet.nms.lowering import TENSORRT_TOPK
+from trtdet.nms.candidates import TENSORRT_TOPK
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import Preprocessing
 

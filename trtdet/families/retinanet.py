@@ -38,7 +38,7 @@ from trtdet.families.pixels import Normal
 from trtdet.graph.builder import Builder
 from trtdet.graph.map_op import inferred_shapes, unknown_ops
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
-from trtdet.nms.lowering import decode_boxes
+from trtdet.nms.boxes import decode_boxes
 from trtdet.sources.base import Source, SourceGraph
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import PREPROCESSORS, Fact, ModelSpec, Nms, Preprocessing

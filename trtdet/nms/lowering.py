@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """EfficientNMS_TRT in ordinary ONNX operators, for runtimes and builders that lack the plugin."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,11 +14,13 @@ from trtdet.graph.builder import (
     PLUGIN_DOMAIN,
     Builder,
     Types,
-    dims_text,
     forget_domain,
     known_types,
 )
-from trtdet.nms.reference import PLUGIN_CANDIDATES, score_limit
+from trtdet.nms.boxes import decode_boxes, head_sizes
+from trtdet.nms.candidates import TENSORRT_TOPK, best_candidates, pad_rows
+from trtdet.nms.reference import PLUGIN_CANDIDATES
+from trtdet.nms.suppression import emit, pairwise_iou, suppress_by_operator, suppress_by_rounds
 from trtdet.spec import Nms
 
 Form = Literal["onnx", "graph"]
@@ -35,11 +35,6 @@ GRAPH_CANDIDATES = 2048
 #: threshold 0.001, the first 100 detections settle within 14 rounds and all 2048 candidates within
 #: 19.
 GRAPH_ROUNDS = 32
-
-#: The largest K that TensorRT's TopK takes.
-TENSORRT_TOPK = 3840
-
-_LOWEST = np.float32(np.finfo(np.float32).min)
 
 
 def has_plugin(model: onnx.ModelProto) -> bool:
@@ -138,71 +133,6 @@ def lower(
     return lowered
 
 
-def head_sizes(types: Types, boxes: str, scores: str, values: int = 4) -> tuple[int | None, int]:
-    """Numbers of anchors (None: it depends on the size of the input) and classes, from the shapes
-    of the two tensors.
-
-    Args:
-        values: of a box; rotated ones have 5.
-
-    Raises:
-        GraphError: unknown shapes, or shapes that do not belong together.
-    """
-    box_dims, score_dims = (types[name][1] if name in types else [] for name in (boxes, scores))
-    anchors, num_classes = score_dims[1:3] if len(score_dims) >= 3 else (None, None)
-    known = {n for n in (anchors, *box_dims[1:2]) if isinstance(n, int)}
-    if (
-        box_dims[2:] not in ([values], [1, values])
-        or len(known) > 1
-        or not isinstance(num_classes, int)
-    ):
-        raise GraphError(
-            f"NMS: expected boxes '{boxes}' [N, anchors, {values}] and scores '{scores}' [N, anchors, classes] with a known number of "
-            f"classes, found {dims_text(box_dims)} and {dims_text(score_dims)}"
-        )
-    return next(iter(known), None), num_classes
-
-
-def decode_boxes(build: Builder, boxes: str, anchors: str | None, box_coding: int) -> str:
-    """`trtdet.nms.reference.decode_boxes` in the graph: boxes (..., 4) to corners, the same
-    operations in the same order.
-    """
-    if box_coding == 0:
-        if anchors is None:
-            return boxes
-        return build.node(
-            "Add", "corners", _in_order(build, "box", boxes), _in_order(build, "anchor", anchors)
-        )
-    centre = build.slice_last("centre_raw", boxes, 0, 2)
-    size = build.slice_last("size_raw", boxes, 2, 4)
-    if anchors is not None:
-        anchor_centre = build.slice_last("anchor_centre", anchors, 0, 2)
-        anchor_size = build.slice_last("anchor_size", anchors, 2, 4)
-        offset = build.node("Mul", "offset", centre, anchor_size)
-        centre = build.node("Add", "centre", offset, anchor_centre)
-        size = build.node("Mul", "size", anchor_size, build.node("Exp", "size_ratio", size))
-    half = build.node("Mul", "half_size", size, np.float32(0.5))
-    first = build.node("Sub", "first_corner", centre, half)
-    second = build.node("Add", "second_corner", centre, half)
-    return build.node("Concat", "corners", first, second, axis=-1)
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The best (anchor, class) pairs of each image, best first.
-
-    The last four are names of tensors [N, count]; with `by_threshold` of `best_candidates` there
-    are as few columns as the images need.
-    """
-
-    count: int
-    num_classes: int
-    score: str
-    anchor: str  # int64
-    class_id: str  # int64
-    rank: str  # float32: count for the best, 1 for the last, 0 for those below the score threshold
-
-
 def _lower_node(
     build: Builder,
     node: onnx.NodeProto,
@@ -219,7 +149,7 @@ def _lower_node(
     boxes, scores, *anchors = (_as_float(build, types, name) for name in names)
     boxes = build.reshape("boxes", boxes, [0, -1, 4])
     if num_anchors is None:
-        boxes = _pad_rows(build, "boxes_padded", boxes, limit, np.float32(0))
+        boxes = pad_rows(build, "boxes_padded", boxes, limit, np.float32(0))
 
     found = best_candidates(
         build, scores, num_anchors, num_classes, nms, limit, by_threshold=by_threshold
@@ -234,232 +164,11 @@ def _lower_node(
             anchor = build.node("Gather", "candidate_anchors", table, found.anchor, axis=0)
     corners = decode_boxes(build, boxes, anchor, nms.box_coding)
     if form == "onnx":
-        survives = _suppress_by_operator(build, corners, found, nms)
+        survives = suppress_by_operator(build, corners, found, nms)
     else:
         iou = pairwise_iou(build, corners)
         survives = suppress_by_rounds(build, iou, found, nms, rounds)
     emit(build, node.output, types, corners, survives, found, nms)
-
-
-def best_candidates(
-    build: Builder,
-    scores: str,
-    num_anchors: int | None,
-    num_classes: int,
-    nms: Nms,
-    limit: int,
-    *,
-    by_threshold: bool = False,
-) -> Candidates:
-    """
-    Args:
-        limit: candidates of an image, at most.
-        by_threshold: leave out the columns in which every score of the batch is below the
-            threshold, but keep `max_output_boxes` of them.
-    """
-    if 0 <= nms.background_class < num_classes:
-        background = np.arange(num_classes)[None, None] == nms.background_class
-        scores = build.node("Where", "scores_foreground", background, _LOWEST, scores)
-    if num_anchors is None:  # so many rows more that there are enough in any case
-        scores = _pad_rows(build, "scores_padded", scores, limit, _LOWEST)
-    shortlist = None
-    if num_classes > 1 and (num_anchors is None or num_anchors > limit):
-        # The best `limit` pairs belong to the best `limit` anchors, each judged by its best class,
-        # so a TopK of the anchors first spares one of all pairs. Ties too: among equals the lower
-        # anchor comes first either way. That is also why the short list goes back to the order of
-        # the anchors; as float, which TopK takes in every release, and exact to 2**24.
-        best_class = build.reduce("ReduceMax", "best_class_score", scores, 2, keepdims=False)
-        some = _reaching(build, "anchors", best_class, nms, limit) if by_threshold else limit
-        _, unordered = build.top_k("best_anchors", best_class, some)
-        as_float = build.cast("best_anchors_float", unordered, TensorProto.FLOAT)
-        ordered, _ = build.top_k("best_anchors_in_order", as_float, some, largest=False)
-        shortlist = build.cast("best_anchors_int", ordered, TensorProto.INT64)
-        scores = build.take_rows("best_anchor_scores", scores, shortlist, num_classes)
-    count = limit if num_anchors is None else min(limit, num_anchors * num_classes)
-    flat = build.reshape("scores_flat", scores, [0, -1])
-    wanted = _reaching(build, "pairs", flat, nms, count) if by_threshold else count
-    score, index = build.top_k("candidates", flat, wanted)
-    row = build.node("Div", "candidate_rows", index, np.int64(num_classes))
-    row_start = build.node("Mul", "candidate_row_starts", row, np.int64(num_classes))
-    class_id = build.node("Sub", "candidate_classes", index, row_start)
-    if shortlist is None:
-        anchor = row
-    else:
-        anchor = build.node("GatherElements", "candidate_anchor_ids", shortlist, row, axis=1)
-    valid = build.node("Greater", "candidate_valid", score, _just_below(score_limit(nms)))
-    ranks: str | np.ndarray = np.arange(count, 0, -1, dtype=np.float32)[None]
-    if isinstance(wanted, str):
-        start, axis = np.array([0], np.int64), np.array([1], np.int64)
-        ranks = build.node("Slice", "best_ranks", ranks, start, wanted, axis)
-    rank = build.node("Where", "candidate_ranks", valid, ranks, np.float32(0))
-    return Candidates(count, num_classes, score, anchor, class_id, rank)
-
-
-def _reaching(build: Builder, what: str, scores: str, nms: Nms, most: int) -> str:
-    """How many of the scores [N, x] of an image reach the threshold, in the image that has most of
-    them: [1] int64; at least `nms.max_output_boxes`, `most` at most.
-    """
-    reaches = build.node("Greater", f"{what}_reach", scores, _just_below(score_limit(nms)))
-    ones = build.cast(f"{what}_ones", reaches, TensorProto.FLOAT)
-    each = build.reduce("ReduceSum", f"{what}_of_each", ones, 1, keepdims=False)
-    largest = build.reduce("ReduceMax", f"{what}_of_one", each, 0, keepdims=True)
-    number = build.cast(f"{what}_number", largest, TensorProto.INT64)
-    least = np.array([min(nms.max_output_boxes, most)], np.int64)
-    number = build.node("Max", f"{what}_at_least", number, least)
-    return build.node("Min", f"{what}_at_most", number, np.array([most], np.int64))
-
-
-def _suppress_by_operator(build: Builder, corners: str, found: Candidates, nms: Nms) -> str:
-    """[N, count] float32: 1 where the candidate survives, by ONNX's NonMaxSuppression."""
-    rank = build.reshape("ranks_row", found.rank, [0, 1, -1])
-    if not nms.class_agnostic:
-        class_id = build.reshape("classes_row", found.class_id, [0, 1, -1])
-        every_class = np.arange(found.num_classes, dtype=np.int64)[None, :, None]
-        is_class = build.node("Equal", "is_class", class_id, every_class)
-        rank = build.node("Where", "class_ranks", is_class, rank, np.float32(0))
-    selected = build.node(
-        "NonMaxSuppression",
-        "selected",
-        corners,
-        rank,
-        np.int64(nms.max_output_boxes),
-        _just_below(np.float32(nms.iou_threshold)),
-        np.float32(0.5),  # between the rank of an absent candidate and that of the last
-    )
-    # [s, 3] image, class, candidate  ->  marks in [N, count]
-    position = build.node("Gather", "selected_positions", selected, np.array([0, 2]), axis=1)
-    image = build.node("Gather", "selected_images", selected, np.int64(0), axis=1)
-    ones = _filled_like(build, "selected_ones", image, 1)
-    zeros = _filled_like(build, "none_selected", found.score, 0)
-    return build.node("ScatterND", "survivors", zeros, position, ones)
-
-
-def pairwise(build: Builder, op: str, name: str, column: str) -> str:
-    """op(x, y) of every pair, [N, count, count] of a column [N, count, 1]: x along axis 1, y
-    along axis 2.
-    """
-    row = build.reshape(f"{name}/row", column, [0, 1, -1])
-    return build.node(op, name, column, row)
-
-
-def pairwise_iou(build: Builder, corners: str) -> str:
-    """IoU [N, count, count] of corner boxes [N, count, 4]."""
-
-    def side(name: str, low: str, high: str) -> str:
-        return build.node("Relu", name, build.node("Sub", f"{name}_signed", high, low))
-
-    boxes = _in_order(build, "candidate", corners)
-    top, left, bottom, right = (
-        build.slice_last(f"{name}_edge", boxes, i, i + 1)
-        for i, name in enumerate(("top", "left", "bottom", "right"))
-    )
-    area = build.node("Mul", "area", side("height", top, bottom), side("width", left, right))
-    shared_height = side(
-        "shared_height",
-        pairwise(build, "Max", "shared_top", top),
-        pairwise(build, "Min", "shared_bottom", bottom),
-    )
-    shared_width = side(
-        "shared_width",
-        pairwise(build, "Max", "shared_left", left),
-        pairwise(build, "Min", "shared_right", right),
-    )
-    shared = build.node("Mul", "shared_area", shared_height, shared_width)
-    return iou_of_areas(build, shared, area)
-
-
-def iou_of_areas(build: Builder, shared: str, area: str) -> str:
-    """IoU [N, count, count] from the shared area of every pair, and the area of each box [N,
-    count, 1].
-    """
-    union = build.node("Sub", "union", pairwise(build, "Add", "area_sum", area), shared)
-    union = build.node("Max", "union_not_0", union, np.float32(1e-37))  # 0 / 0 otherwise
-    return build.node("Div", "iou", shared, union)
-
-
-def suppress_by_rounds(build: Builder, iou: str, found: Candidates, nms: Nms, rounds: int) -> str:
-    """[N, count] float32: 1 where the candidate survives, by `rounds` rounds; axis 1 of `iou`
-    suppresses, axis 2 is suppressed.
-    """
-    suppresses = build.node("Greater", "overlaps", iou, _just_below(np.float32(nms.iou_threshold)))
-    # Of ranks that are data, not constants: a constant matrix of this size would land in the
-    # engine.
-    better = pairwise(
-        build, "Greater", "better", build.reshape("ranks_column", found.rank, [0, -1, 1])
-    )
-    suppresses = build.node("And", "suppresses", better, suppresses)
-    if not nms.class_agnostic:
-        class_id = build.reshape("classes_column", found.class_id, [0, -1, 1])
-        same_class = pairwise(build, "Equal", "same_class", class_id)
-        suppresses = build.node("And", "suppresses_in_class", suppresses, same_class)
-    suppresses = build.cast("suppression_matrix", suppresses, TensorProto.FLOAT)
-
-    # Candidates below the score threshold need no mask: at rank 0 they suppress nothing, and `emit`
-    # leaves them out.
-    one = build.constant("one", np.float32(1))
-    stays = build.constant("all_stay", np.ones((1, 1, found.count), np.float32))
-    for i in range(1, rounds + 1):
-        suppressors = build.node("MatMul", f"round_{i}/suppressors", stays, suppresses)
-        left = build.node("Sub", f"round_{i}/one_less_suppressors", one, suppressors)
-        stays = build.node("Relu", f"round_{i}/stays", left)
-    return build.reshape("survivors", stays, [0, -1])
-
-
-def emit(
-    build: Builder,
-    outputs: Sequence[str],
-    types: Types,
-    corners: str,
-    survives: str,
-    found: Candidates,
-    nms: Nms,
-    box_size: int = 4,
-) -> None:
-    """The four outputs from the survivors' marks [N, count]: the best K in order, zeros behind
-    them.
-
-    Args:
-        outputs: their names, in the order of `OUTPUT_NAMES`; "" for one that is not wanted.
-        types: an output that is float16 there becomes that.
-        corners: [N, count, box_size].
-    """
-    k = min(nms.max_output_boxes, found.count)
-    rank, index = build.top_k("kept", build.node("Mul", "survivor_ranks", survives, found.rank), k)
-    is_kept = build.node("Greater", "is_kept", rank, np.float32(0))
-    kept = build.cast("kept_ones", is_kept, TensorProto.FLOAT)
-    num = build.reduce("ReduceSum", "num_kept", kept, 1, keepdims=True)
-
-    boxes = build.take_rows("kept_boxes", corners, index, box_size)
-    is_kept_box = build.reshape("is_kept_box", is_kept, [0, -1, 1])
-    score = build.node("GatherElements", "kept_scores", found.score, index, axis=1)
-    if nms.score_activation:
-        score = build.node("Sigmoid", "kept_probabilities", score)
-    class_id = build.node("GatherElements", "kept_classes", found.class_id, index, axis=1)
-    class_id = build.cast("kept_classes_int32", class_id, TensorProto.INT32)
-
-    zero = np.float32(0)
-    results = [
-        (build.cast("num_int32", num, TensorProto.INT32), 1),
-        (build.node("Where", "boxes_or_0", is_kept_box, boxes, zero), 3),
-        (build.node("Where", "scores_or_0", is_kept, score, zero), 2),
-        (build.node("Where", "classes_or_0", is_kept, class_id, np.int32(0)), 2),
-    ]
-    missing = nms.max_output_boxes - k
-    for (tensor, rank_), name in zip(results, outputs, strict=True):
-        if rank_ > 1 and missing:
-            ends = [0, missing, 0][:rank_]
-            pads = np.array([0] * rank_ + ends, np.int64)
-            tensor = build.node("Pad", f"{tensor.removeprefix(build.prefix)}/padded", tensor, pads)
-        declared = types.get(name, (TensorProto.FLOAT, []))[0]
-        if declared == TensorProto.FLOAT16:
-            tensor = build.cast(f"{tensor.removeprefix(build.prefix)}/fp16", tensor, declared)
-        if name:
-            build.output(tensor, name)
-
-
-def _pad_rows(build: Builder, name: str, tensor: str, count: int, value: np.float32) -> str:
-    """`count` more rows of `value` along axis 1 of [N, A, x]."""
-    return build.node("Pad", name, tensor, np.array([0, 0, 0, 0, count, 0], np.int64), value)
 
 
 def _nms_of(node: onnx.NodeProto) -> Nms:
@@ -495,25 +204,3 @@ def _as_float(build: Builder, types: Types, name: str) -> str:
     if types[name][0] == TensorProto.FLOAT:
         return name
     return build.cast(f"{name.removeprefix(build.prefix)}/fp32", name, TensorProto.FLOAT)
-
-
-def _in_order(build: Builder, name: str, boxes: str) -> str:
-    """Corner boxes (..., 4) with the smaller coordinates first, as the plugin orders them."""
-    first = build.slice_last(f"{name}_first", boxes, 0, 2)
-    second = build.slice_last(f"{name}_second", boxes, 2, 4)
-    low = build.node("Min", f"{name}_low", first, second)
-    high = build.node("Max", f"{name}_high", first, second)
-    return build.node("Concat", f"{name}_in_order", low, high, axis=-1)
-
-
-def _filled_like(build: Builder, name: str, tensor: str, value: float) -> str:
-    shape = build.node("Shape", f"{name}/shape", tensor)
-    filling = helper.make_tensor("value", TensorProto.FLOAT, [1], [value])
-    return build.node("ConstantOfShape", name, shape, value=filling)
-
-
-def _just_below(threshold: np.float32) -> np.float32:
-    """x > _just_below(t) is x >= t, for float32: ONNX's operators compare strictly, the plugin
-    does not.
-    """
-    return np.nextafter(threshold, np.float32(-np.inf))

@@ -40,7 +40,8 @@ from trtdet.graph.builder import (
     set_outputs,
     value_info,
 )
-from trtdet.nms.lowering import PLUGIN_OP, decode_boxes, head_sizes
+from trtdet.nms.boxes import decode_boxes, head_sizes
+from trtdet.nms.lowering import PLUGIN_OP
 from trtdet.nms.outputs import declare_outputs
 from trtdet.spec import OUTPUT_NAMES, Nms
 

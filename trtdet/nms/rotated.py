@@ -32,17 +32,11 @@ from trtdet.graph.builder import (
     tensor_types,
     value_info,
 )
-from trtdet.nms.lowering import (
-    GRAPH_ROUNDS,
-    TENSORRT_TOPK,
-    best_candidates,
-    emit,
-    iou_of_areas,
-    pairwise,
-    suppress_by_rounds,
-)
+from trtdet.nms.candidates import TENSORRT_TOPK, best_candidates
+from trtdet.nms.lowering import GRAPH_ROUNDS
 from trtdet.nms.outputs import declare_outputs
 from trtdet.nms.rotated_reference import GAUSSIAN_EPSILON, ROTATED_CANDIDATES
+from trtdet.nms.suppression import emit, iou_of_areas, pairwise, suppress_by_rounds
 from trtdet.spec import OUTPUT_NAMES, Nms, RotatedMode
 
 

@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from trtdet.nms.lowering import TENSORRT_TOPK
+from trtdet.nms.candidates import TENSORRT_TOPK
 
 if TYPE_CHECKING:
     from trtdet.nms.static_rows import Lowering

@@ -29,14 +29,10 @@ from onnx import TensorProto, helper, numpy_helper
 from trtdet.errors import GraphError
 from trtdet.graph.builder import POSITIONS_PREFIX, Builder
 from trtdet.graph.roi_align import lower_node as lower_roi_align
-from trtdet.nms.lowering import (
-    GRAPH_CANDIDATES,
-    TENSORRT_TOPK,
-    Candidates,
-    pairwise_iou,
-    suppress_by_rounds,
-)
+from trtdet.nms.candidates import TENSORRT_TOPK, Candidates
+from trtdet.nms.lowering import GRAPH_CANDIDATES
 from trtdet.nms.row_rules import BROADCASTING, RULES, Array, Known, Rows
+from trtdet.nms.suppression import pairwise_iou, suppress_by_rounds
 from trtdet.sources.base import constants_of, run_onnx
 from trtdet.sources.subgraphs import subgraphs
 from trtdet.spec import Nms

@@ -22,7 +22,8 @@ from onnx import TensorProto
 
 from trtdet.errors import GraphError
 from trtdet.graph.builder import Builder, dims_text, known_types
-from trtdet.nms.lowering import TENSORRT_TOPK, decode_boxes, head_sizes
+from trtdet.nms.boxes import decode_boxes, head_sizes
+from trtdet.nms.candidates import TENSORRT_TOPK
 from trtdet.nms.outputs import declare_outputs
 from trtdet.spec import OUTPUT_NAMES, Nms
 

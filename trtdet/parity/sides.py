@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from trtdet import about, files
 from trtdet.closing import Closing
-from trtdet.conversion import convert as conversion
+from trtdet.conversion.convert import convert, open_source
+from trtdet.conversion.options import Options
+from trtdet.conversion.specify import as_chosen
 from trtdet.detections import Detections, decode
 from trtdet.engine.sidecar import read_sidecar
 from trtdet.errors import EngineError, GraphError
@@ -205,7 +207,7 @@ class TrainedSide(Closing):
         model: onnx.ModelProto | None = None,
     ) -> None:
         self._source = open_trained(path, model)
-        done = conversion.convert(self._source, conversion_options(like))
+        done = convert(self._source, conversion_options(like))
         self._reading = done.reading
         spec = with_normalisation(done.spec, self._reading, like)
         package = "onnxruntime" if path.is_file() else "tensorflow"
@@ -315,18 +317,18 @@ def at_own_size(preprocessing: Preprocessing, image: ImageArray) -> Preprocessin
 def open_trained(path: Path, model: onnx.ModelProto | None) -> Source:
     """A SavedModel, or an ONNX file that was read already."""
     if model is None:
-        return conversion.open_source(path, is_onnx=False)
+        return open_source(path, is_onnx=False)
     whole = with_weights(model, path, remedy=EXPORT_AGAIN)
     return OnnxSource(path, lower=deformable_attention.lower, model=whole)
 
 
-def conversion_options(like: ModelSpec | None) -> conversion.Options:
+def conversion_options(like: ModelSpec | None) -> Options:
     """With what the user of create_onnx.py chose for `like`; what the file says itself comes
     first.
     """
     if like is None:
-        return conversion.Options()
-    chosen = conversion.as_chosen(like)
+        return Options()
+    chosen = as_chosen(like)
     one_size = not like.preprocessing.own_size
     hints = dataclasses.replace(
         chosen.hints,
