@@ -22,7 +22,7 @@ resizing, or as uint8, can a picture end in a row that has.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -250,28 +250,17 @@ def describe(
     resize: ResizeMode = hints.resize or ("letterbox" if export.mask else "stretch")
     antialias = antialias if hints.antialias is None else hints.antialias
     normal = decide_normalisation(evidence, export.entry, hints, convention)
-    mean, std, notes = normal.mean, normal.std, list[Note]()
+    mean = normal.mean
     note_facts(evidence, export, hints, resize, convention.of, kept)
     _note_antialias(evidence, hints, antialias=antialias)
     evidence.add(
         ev.CLASSES, num_classes,
         "read: the number of logits" + (", less the background class" if num_classes < export.num_logits else ""),
     )  # fmt: skip
-    if hints.preprocessor and export.mask and not any(mean) and resize == "letterbox":
-        text = "padding is black with this normalisation: black rows and columns at the end of a picture count as padding"
-        notes.append(Note(text, "resize_mode"))
-    if export.mask and hints.resize is None:
-        notes.append(
-            Note(
-                "images keep their aspect, and the mask input is computed in the graph, as the model was trained; --resize_mode stretch "
-                "takes whole images and a mask of ones",
-                "resize_mode",
-            )
-        )
     preprocessing = Preprocessing(
         export.size_hw,
         mean=mean,
-        std=std,
+        std=normal.std,
         bgr=normal.bgr,
         pad_rgb=mean,
         resize=resize,
@@ -298,7 +287,7 @@ def describe(
         network_layout="NCHW",
         heads={},
         batch=export.batch,
-        notes=tuple(notes),
+        notes=tuple(_mask_notes(export, hints, preprocessing)),
         image_layout="NCHW",
         rewrite=partial(
             rewrite_network,
@@ -309,14 +298,25 @@ def describe(
         feeds={export.mask: ones_mask(export, 1)} if export.mask else {},
         facts=evidence.settle(),
         final=final_of(export),
-        takes=frozenset(
-            [
-                "channel_order",
-                "antialias",
-                *(["deformable_attention"] if is_deformable(source) else []),
-            ]
-        ),
+        takes=frozenset(("channel_order", "antialias"))
+        | ({"deformable_attention"} if is_deformable(source) else set()),
     )
+
+
+def _mask_notes(export: Export, hints: Hints, preprocessing: Preprocessing) -> Iterator[Note]:
+    """What users of a network with a mask input should know."""
+    black = not any(preprocessing.mean) and preprocessing.resize == "letterbox"
+    if export.mask and hints.preprocessor and black:
+        yield Note(
+            "padding is black with this normalisation: black rows and columns at the end of a picture count as padding",
+            "resize_mode",
+        )
+    if export.mask and hints.resize is None:
+        yield Note(
+            "images keep their aspect, and the mask input is computed in the graph, as the model was trained; --resize_mode stretch "
+            "takes whole images and a mask of ones",
+            "resize_mode",
+        )
 
 
 def _note_antialias(evidence: Evidence, hints: Hints, *, antialias: bool) -> None:

@@ -76,30 +76,15 @@ def read_export(
         raise GraphError(
             f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
-    graph = source.model.graph
-    inputs = {i.name: i for i in graph.input if i.name in source.graph.inputs}
+    name, layout, mask, sizes = _inputs(source)
     shapes = declared_shapes(source)
-    image = maybe_image(source)
-    masks = [name for name, shape in shapes.items() if len(shape) == 3 and "mask" in name.lower()]
-    sizes = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] in (2, None)]
-    if (
-        image is None
-        or 1 + len(masks) + len(sizes) != len(shapes)
-        or len(masks) > 1
-        or len(sizes) > 1
-    ):
-        found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise GraphError(
-            f"{source.path}: expected an image [N, 3, H, W] and at most a mask [N, H, W] called so, found {found}; export the model "
-            "with these inputs"
-        )
-    name, layout = image
     dims = shapes[name][2:] if layout == "NCHW" else shapes[name][1:3]
     size_hw = (dims[0], dims[1]) if dims[0] and dims[1] else hints.size_hw
     if size_hw is None:
         raise GraphError(
             f"{source.path}: its input takes any size; name the one that it shall have: --size H,W"
         )
+    graph = source.model.graph
     check_runs(source, NAME, [info.name for info in graph.output])
     outputs = maybe_outputs(source, hints, trusted=trusted)
     if outputs is None:
@@ -110,7 +95,6 @@ def read_export(
             "--scores_output"
         )
     _check_prompts(source, outputs, sizes)
-    mask = masks[0] if masks else ""
     sides = shapes[mask][1:] if mask else size_hw
     entry = find_pixels(source, hints, feeds=other_feeds(source, size_hw))
     if entry.layout != "NCHW":
@@ -122,7 +106,9 @@ def read_export(
         entry=entry,
         mask=mask,
         mask_hw=(sides[0] or size_hw[0], sides[1] or size_hw[1]),
-        mask_type=inputs[mask].type.tensor_type.elem_type if mask else TensorProto.INT64,
+        mask_type=next(
+            (i.type.tensor_type.elem_type for i in graph.input if i.name == mask), TensorProto.INT64
+        ),
         size_hw=size_hw,
         batch=shapes[name][0],
     )
@@ -133,6 +119,22 @@ def read_export(
     batch, said = batch_of(source, entry, [export.logits, export.boxes], size_hw, masks_fed)
     evidence.add(ev.BATCH, "dynamic" if batch is None else batch, said)
     return dataclasses.replace(export, batch=batch)
+
+
+def _inputs(source: OnnxSource) -> tuple[str, Layout, str, list[str]]:
+    """The image and its layout, the mask ("": there is none), and sizes of pictures."""
+    shapes = declared_shapes(source)
+    image = maybe_image(source)
+    masks = [name for name, shape in shapes.items() if len(shape) == 3 and "mask" in name.lower()]
+    sizes = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] in (2, None)]
+    known = 1 + len(masks) + len(sizes) == len(shapes)
+    if image is None or not known or len(masks) > 1 or len(sizes) > 1:
+        found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise GraphError(
+            f"{source.path}: expected an image [N, 3, H, W] and at most a mask [N, H, W] called so, found {found}; export the model "
+            "with these inputs"
+        )
+    return *image, "".join(masks), sizes
 
 
 def _check_prompts(source: OnnxSource, outputs: SetOutputs, others: Sequence[str]) -> None:
