@@ -34,7 +34,7 @@ HOMES = {
     "cuda": ("trtdet.cuda", "trtdet.cuda_kernel", "trtdet.runtimes"),
     "nvidia": ("trtdet.runtimes.gpu_decoder",),
     "cv2": ("trtdet.images", "trtdet.results"),
-    "isal": ("trtdet.results.naming",),
+    "fpng": ("trtdet.results.naming",),
     "msgspec": ("trtdet.reading",),
     "matplotlib": ("trtdet.results.coco", "trtdet.precision.sensitivity"),
     "pycocotools": ("trtdet.results.coco",),

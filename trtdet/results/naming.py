@@ -3,7 +3,6 @@
 
 import hashlib
 import os
-import struct
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -166,36 +165,21 @@ def write_picture(path: Path, image: NDArray[np.uint8]) -> None:
 def encode_png(image: NDArray[np.uint8]) -> bytes:
     """A picture as a PNG file.
 
-    By ISA-L where it is installed: in 0.27 of the time that OpenCV takes, and 4 % smaller
+    By fpng where it is installed: in a seventh of the time that OpenCV takes, and 9 % larger
     (photographs of COCO). OpenCV takes a seventh of the time of Pillow's default, and a third more
     space.
     """
-    deflate = _isal_zlib()
-    if deflate is None:
-        return _encode(".png", image)
-    height, width = image.shape[:2]
-    pixels = image.reshape(height, -1)
-    rows = np.empty((height, 1 + pixels.shape[1]), np.uint8)
-    rows[:, 0] = 2  # each row less the row above
-    rows[0, 1:] = pixels[0]
-    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits of RGB
-    chunks = ((b"IHDR", header), (b"IDAT", deflate.compress(rows, 1)), (b"IEND", b""))
-    parts = [b"\x89PNG\r\n\x1a\n"]
-    for kind, data in chunks:
-        check = deflate.crc32(data, deflate.crc32(kind))
-        parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", check)]
-    return b"".join(parts)
+    fpng = _maybe_fpng()
+    return _encode(".png", image) if fpng is None else bytes(fpng.from_ndarray(image))
 
 
 @cache
-def _isal_zlib() -> Any:
-    """ISA-L's deflate; None where it is not installed."""
+def _maybe_fpng() -> Any:
     try:
-        from isal import isal_zlib
+        import fpng
     except ImportError:
         return None
-    return isal_zlib
+    return fpng
 
 
 def _encode(suffix: str, image: NDArray[np.uint8], options: Sequence[int] = ()) -> bytes:
