@@ -18,7 +18,7 @@ from trtdet.results.manifest import RunFolder
 from trtdet.results.options import ImageFormat
 from trtdet.results.writer import result_writer
 from trtdet.run.detect import find, open_batcher, open_model
-from trtdet.run.infer import writes_in_processes
+from trtdet.run.infer import maybe_shared, writes_in_processes
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Outputs, Runtime
 from trtdet.spec import ModelSpec, Nms, Preprocessing
@@ -69,7 +69,10 @@ def detect_files(
     processes = writes_in_processes(runtime, len(paths))
     with (
         folder,
-        open_batcher(runtime, paths, options, keep_sources=pictures and not processes) as batcher,
+        maybe_shared(pictures and processes) as shared,
+        open_batcher(
+            runtime, paths, options, keep_sources=pictures and not processes, shared=shared
+        ) as batcher,
         result_writer(
             output,
             runtime.spec,
@@ -79,6 +82,7 @@ def detect_files(
             folder=folder,
             image_format=image_format or "png",
             processes=processes,
+            shared=shared,
         ) as writer,
     ):
         folder.start()

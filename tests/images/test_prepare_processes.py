@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from trtdet.images import batcher as batcher_module
 from trtdet.images import prepare_processes
 from trtdet.images.batcher import ImageBatcher
-from trtdet.images.prepare_processes import PreparingProcesses, SharedBuffers, can_share
+from trtdet.images.prepare_processes import PreparingProcesses, SharedBuffers
 from trtdet.images.preprocess import ShorterSide
+from trtdet.shared_memory import can_share
 from trtdet.spec import InputDtype, Layout, Preprocessing
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this system has no memory to share")

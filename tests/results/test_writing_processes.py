@@ -5,7 +5,8 @@ import gc
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from trtdet.geometry import ResizeTransform
-from trtdet.images.files import load_image
+from trtdet.images.files import ImageArray, load_image
+from trtdet.images.shared_sources import SharedSources
 from trtdet.processes import Processes, available
 from trtdet.results import writer
 from trtdet.results.found import Found, RawResults
@@ -45,8 +47,8 @@ def outputs(numbers: Sequence[int]) -> RawResults:
     return RawResults(arrays, [ResizeTransform((128, 128), (0.5, 0.5))] * len(numbers), (64, 64))
 
 
-def found(images: Sequence[Path], *, sources: bool = False) -> Found:
-    pixels = [load_image(path) for path in images] if sources else None
+def found(images: Sequence[Path], load: Callable[[Path], ImageArray] | None = None) -> Found:
+    pixels = [load(path) for path in images] if load else None
     return Found(images, outputs([int(path.stem) for path in images]), pixels)
 
 
@@ -70,7 +72,26 @@ def started() -> list[int]:
     return found
 
 
-def write(images: list[Path], output: Path, *, processes: bool, pictures: bool = False, kill: bool = False) -> list[int]:  # fmt: skip
+def spoil(path: Path) -> None:
+    """A file that is none of an image any more, of the same size and time."""
+    before = path.stat()
+    path.write_bytes(b"x" * before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def write(
+    images: list[Path],
+    output: Path,
+    *,
+    processes: bool,
+    pictures: bool = False,
+    kill: bool = False,
+    shared: SharedSources | None = None,
+) -> list[int]:
+    """Returns the processes, of which all are killed in the middle; files of images that are
+    `shared` are spoilt once they are loaded.
+    """
+    load = shared.load if shared else None if processes or not pictures else load_image
     folder = RunFolder(output, [], (".tsv",), {})
     running: list[int] = []
     with (
@@ -85,12 +106,15 @@ def write(images: list[Path], output: Path, *, processes: bool, pictures: bool =
             pictures=pictures,
             folder=folder,
             processes=processes,
+            shared=shared,
         ) as results,
     ):
         folder.start()
         for start in range(0, COUNT, BATCH):
             batch = images[start : start + BATCH]
-            results.write(found(batch, sources=pictures and not processes))
+            results.write(found(batch, load))
+            for path in batch if shared else ():
+                spoil(path)
             if start == COUNT // 2 and processes:
                 running = started()
                 if kill:
@@ -110,15 +134,22 @@ def files_of(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize(("pictures", "kill"), [(False, False), (False, True), (True, False), (True, True)])  # fmt: skip
-def test_files_are_those_of_threads(pictures: bool, kill: bool, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize("pictures", ["no pictures", "read again", "shared"])
+def test_files_are_those_of_threads(
+    pictures: str, kill: bool, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer, "available_cores", lambda: 2)
-    assert write(images, tmp_path / "threads", processes=False, pictures=pictures) == []
-    running = write(images, tmp_path / "processes", processes=True, pictures=pictures, kill=kill)
+    drawn = pictures != "no pictures"
+    assert write(images, tmp_path / "threads", processes=False, pictures=drawn) == []
+    with SharedSources() if pictures == "shared" else nullcontext() as shared:
+        running = write(
+            images, tmp_path / "processes", processes=True, pictures=drawn, kill=kill, shared=shared
+        )
     assert len(running) == 2
     files = files_of(tmp_path / "processes")
     assert files == files_of(tmp_path / "threads")
-    assert len(files) == (2 if pictures else 1) * COUNT + 4  # detections, labels, manifest, lines
+    assert len(files) == (2 if drawn else 1) * COUNT + 4  # detections, labels, manifest, lines
     text = (tmp_path / "processes" / "detections.json").read_text()
     assert [r["image_id"] for r in json.loads(text)] == [
         n for n in range(COUNT) for _ in range(n % 7)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from trtdet import cuda
-from trtdet.images.prepare_processes import SharedBuffers, can_share
+from trtdet.images.prepare_processes import SharedBuffers
+from trtdet.shared_memory import can_share
 
 
 @pytest.mark.gpu

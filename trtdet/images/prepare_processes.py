@@ -7,12 +7,10 @@ OpenCV waits for Python's lock: on 16 cores that takes a quarter of their time.
 
 import logging
 import math
-import mmap
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ from numpy.typing import NDArray
 
 from trtdet.closing import Closing
 from trtdet.images.prepare import Preparer, Result
-from trtdet.processes import Processes, answer_all, available
+from trtdet.processes import Processes, answer_all
+from trtdet.shared_memory import SharedMemory, attach
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +34,6 @@ Pin = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 SHARE = 4
 #: Messages that a process has, so that it goes on while its answer waits.
 AT_ONCE = 2
-#: Addresses for batch buffers, of which memory takes up those alone that are in use.
-ADDRESSES = 1 << 37
-
-
-def can_share() -> bool:
-    """Whether this system has processes, and memory without a name that they all see."""
-    return available() and hasattr(os, "memfd_create")
 
 
 @dataclass(frozen=True)
@@ -61,8 +53,7 @@ class Rows:
 
 
 class SharedBuffers(Closing):
-    """Makes batch buffers in memory without a name, so that nothing is left of it, whatever ends
-    the processes.
+    """Makes batch buffers in memory that processes see.
 
     Raises:
         OSError: no such memory is to be had.
@@ -70,56 +61,33 @@ class SharedBuffers(Closing):
 
     def __init__(self, pin: Pin) -> None:
         self._pin = pin
-        self._size = 0
-        self._offsets: dict[int, int] = {}  # by address
-        self.file = os.memfd_create("trtdet-batches")
-        try:
-            os.truncate(self.file, ADDRESSES)
-            # One mapping for all buffers: each mapping holds a file open.
-            self._all = mmap.mmap(self.file, ADDRESSES)
-        except BaseException:
-            self.close()
-            raise
+        self._memory = SharedMemory("trtdet-batches")
+
+    @property
+    def file(self) -> int:
+        """Of the memory."""
+        return self._memory.file
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """A buffer; its memory is freed with the last array that views it. Where there is no more
         of it, of ordinary memory.
         """
         nbytes = math.prod(shape) * dtype.itemsize
-        offset = self._size
-        try:
-            # Without this, a lack of memory would end the process that writes, by SIGBUS.
-            os.posix_fallocate(self.file, offset, nbytes)
-            memory = np.frombuffer(self._all, np.uint8, nbytes, offset)
-        except (OSError, ValueError) as error:  # ValueError: the addresses are used up
-            logger.debug("a batch that processes do not see: %s", error)
-            memory, offset = np.empty(nbytes, np.uint8), -1
+        offset = self._memory.take(nbytes)
+        if offset is None:
+            memory = np.empty(nbytes, np.uint8)
         else:
-            weakref.finalize(memory, _free, self._all, offset, nbytes).atexit = False
-            self._size += -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        pinned = self._pin(memory)
-        self._offsets[pinned.ctypes.data] = offset
-        return pinned.view(dtype).reshape(shape)
+            memory = self._memory.view(offset, nbytes)
+            weakref.finalize(memory, self._memory.free, offset, nbytes).atexit = False
+        return self._pin(memory).view(dtype).reshape(shape)
 
     def offset_of(self, buffer: NDArray[Any]) -> int:
-        """Where a buffer lies, or the beginning of one as an array of another shape; -1: in
-        ordinary memory.
-        """
-        return self._offsets[buffer.ctypes.data]
+        """Where a buffer lies; -1: in ordinary memory."""
+        return self._memory.offset_of(buffer)
 
     def close(self) -> None:
         """Buffers stay; later ones are of ordinary memory."""
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
-
-
-def _free(memory: mmap.mmap, offset: int, nbytes: int) -> None:
-    """Give the memory of a buffer back. Its addresses are not used again: a process may be writing
-    there, for an iteration that was left.
-    """
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_REMOVE, offset, nbytes)
+        self._memory.close()
 
 
 class PreparingProcesses(Closing):
@@ -173,7 +141,7 @@ class _Answers:
 
     def __init__(self, preparer: Preparer, memory: int) -> None:
         self._preparer = preparer
-        self._memory = np.frombuffer(mmap.mmap(memory, 0), np.uint8)  # all of it
+        self._memory = attach(memory)
 
     def __call__(self, rows: Rows) -> list[Result | None]:
         dtype = np.dtype(rows.dtype)

@@ -75,12 +75,13 @@ class Found:
     """Some images in a row, and what was found in them.
 
     Attributes:
-        sources: (h, w, 3) uint8 RGB each; None where the batcher does not keep them.
+        sources: (h, w, 3) uint8 RGB each; None where the batcher does not keep them, or where a
+            process does not see one.
     """
 
     paths: Sequence[Path]
     results: RawResults | Sequence[Detections]
-    sources: Sequence[ImageArray] | None = None
+    sources: Sequence[ImageArray | None] | None = None
 
     def __len__(self) -> int:
         """The number of images."""

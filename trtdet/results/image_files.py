@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 import cv2
+import numpy as np
+from numpy.typing import NDArray
 
 from trtdet.detections import Detections, coco_text, write_tsv
 from trtdet.files import message_of
 from trtdet.images.files import ImageArray, load_image
+from trtdet.images.shared_sources import SharedSource, SharedSources
 from trtdet.processes import answer_all
 from trtdet.results import draw, naming
 from trtdet.results.found import Found
 from trtdet.results.manifest import PARTIAL, journal_line
 from trtdet.results.options import ImageFormat
+from trtdet.shared_memory import attach
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -32,11 +36,28 @@ class Task:
     Attributes:
         outputs: the names of their files, relative to the output folder, without suffix.
         image_ids: in detections.json; None: the image is left out there.
+        shared: for a process: where it sees the decoded images; None: it reads one again.
     """
 
     found: Found
     outputs: Sequence[str]
     image_ids: Sequence[int | str | None]
+    shared: Sequence[SharedSource | None] = ()
+
+    def for_process(self, memory: SharedSources | None) -> "Task":
+        """The same without pixels, which would have to be sent."""
+        sources = self.found.sources
+        if sources is None or memory is None:
+            return self
+        where = [None if source is None else memory.where(source) for source in sources]
+        return replace(self, found=replace(self.found, sources=None), shared=where)
+
+    def in_process(self, memory: NDArray[np.uint8]) -> "Task":
+        """The same in a process that sees `memory`."""
+        if not self.shared:
+            return self
+        sources = [None if where is None else where.of(memory) for where in self.shared]
+        return replace(self, found=replace(self.found, sources=sources), shared=())
 
 
 @dataclass(frozen=True)
@@ -112,7 +133,7 @@ class ImageFiles:
         """The images of tasks, with what is needed of each."""
         for task in tasks:
             found = task.found
-            sources: Sequence[ImageArray | None] = found.sources or [None] * len(found)
+            sources = found.sources or [None] * len(found)
             results = found.decoded(self.spec)
             yield from zip(found.paths, task.outputs, task.image_ids, results, sources, strict=True)
 
@@ -157,12 +178,15 @@ def _read_again(path: Path) -> ImageArray | None:
 class _Answers:
     """What a process writes, and says of it."""
 
-    def __init__(self, image_files: ImageFiles) -> None:
+    def __init__(self, image_files: ImageFiles, memory: NDArray[np.uint8] | None = None) -> None:
         self._files = image_files
+        self._memory = memory
         self._journal: BinaryIO | None = None
 
     def __call__(self, tasks: Sequence[Task]) -> Written:
         """Write images' files and their lines of the journal."""
+        if self._memory is not None:
+            tasks = [task.in_process(self._memory) for task in tasks]
         with _warnings() as warnings:
             written = self._files.write(tasks)
         try:
@@ -193,8 +217,13 @@ def _warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def serve(pipe_file: int) -> None:
-    """What a process does."""
+def serve(pipe_file: int, *memory: int) -> None:
+    """What a process does.
+
+    Args:
+        memory: the file of `SharedSources`, where there are some.
+    """
     cv2.setNumThreads(1)  # there is a process for each core
     logging.captureWarnings(True)  # Python's own, which are not shown where threads write either
-    answer_all(_Answers, pipe_file)
+    seen = attach(*memory) if memory else None
+    answer_all(lambda image_files: _Answers(image_files, seen), pipe_file)

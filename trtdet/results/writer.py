@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from trtdet import files
+from trtdet.images.shared_sources import SharedSources
 from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
 from trtdet.processes import Processes
@@ -67,6 +68,7 @@ class ResultWriter:
         pictures: bool,
         folder: RunFolder | None,
         processes: Processes | None,
+        shared: SharedSources | None,
     ) -> None:
         self._output = output
         self._folder = folder
@@ -79,6 +81,7 @@ class ResultWriter:
         self._names = names
         self._image_ids = image_ids
         self._processes = processes
+        self._shared = shared
         self._pictures = pictures
         self._share = 0  # of a thread: as its part of a batch comes
         if processes is not None:
@@ -113,7 +116,7 @@ class ResultWriter:
         most = self._share or THREAD_SHARE
         if self._pictures and not self._share:
             most = min(-(-len(found) // self._threads), THREAD_SHARE_PICTURES)
-        largest = max((source.nbytes for source in found.sources or ()), default=0)
+        largest = max(_bytes_of(found), default=0)
         return max(1, min(most, self._share_bytes // max(largest, 1)))
 
     def keep(self, text: str) -> None:
@@ -168,7 +171,7 @@ class ResultWriter:
         """
         if self._processes:
             self.check_output()
-            return self._processes.ask(tasks)
+            return self._processes.ask([task.for_process(self._shared) for task in tasks])
         return self._pool.submit(self._write, tasks)
 
     def _collect(self) -> None:
@@ -233,8 +236,13 @@ class _Pending:
 
 def _size_of(tasks: Sequence[Task]) -> tuple[int, int]:
     """Images, and bytes of their decoded images."""
-    nbytes = sum(source.nbytes for task in tasks for source in task.found.sources or ())
+    nbytes = sum(sum(_bytes_of(task.found)) for task in tasks)
     return sum(len(task.found) for task in tasks), nbytes
+
+
+def _bytes_of(found: Found) -> list[int]:
+    """Of each decoded image that there is."""
+    return [source.nbytes for source in found.sources or () if source is not None]
 
 
 @contextmanager
@@ -277,6 +285,7 @@ def result_writer(
     folder: RunFolder | None = None,
     image_format: ImageFormat = "png",
     processes: bool = False,
+    shared: SharedSources | None = None,
 ) -> Iterator[ResultWriter]:
     """A `ResultWriter`; leaving it waits for every file. detections.json appears only where nothing
     failed.
@@ -288,12 +297,13 @@ def result_writer(
             there.
         labels: [class_id] -> text.
         tsv_header: TSVs get column names and, where there are `labels`, a label column.
-        pictures: draw; what is found has its sources for that, unless there are `processes`, which
-            read the images once more.
+        pictures: draw; what is found has its sources for that, in `shared` where there are
+            `processes`, which read an image once more that is not there.
         draw_threshold: pictures show detections from this score on.
         folder: told of every image that is written.
         image_format: what pictures are written as.
         processes: let processes do it, for very many results a second.
+        shared: what loads the images, so that processes see them.
     """
     threads = available_cores()
     if processes:
@@ -316,7 +326,8 @@ def result_writer(
         started = None
         if processes:
             try:
-                started = Processes(threads, "trtdet.results.image_files", "write results", image_files)  # fmt: skip
+                files_of_memory = [shared.file] if shared else []
+                started = Processes(threads, "trtdet.results.image_files", "write results", image_files, files=files_of_memory)  # fmt: skip
                 resources.enter_context(started)
             except OSError as error:
                 logger.warning("processes that write results do not start: %s", error)
@@ -332,6 +343,7 @@ def result_writer(
             pictures=pictures,
             folder=folder,
             processes=started,
+            shared=shared,
         )
         try:
             yield writer

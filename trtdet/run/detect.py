@@ -18,8 +18,8 @@ from trtdet.images.batch import Batch
 from trtdet.images.batcher import Allocate, ImageBatcher
 from trtdet.images.files import ImageArray
 from trtdet.images.options import Decode
-from trtdet.images.prepare_processes import can_share
 from trtdet.images.preprocess import choose_input
+from trtdet.images.shared_sources import SharedSources
 from trtdet.labels import names_of, read_labels
 from trtdet.machine import available_cores
 from trtdet.results.found import Found, ImageResult, ImageResults, RawResults
@@ -28,6 +28,7 @@ from trtdet.runtimes.base import Runtime, default_batch_size
 from trtdet.runtimes.kinds import check_model
 from trtdet.runtimes.open import open_runtime
 from trtdet.runtimes.options import TritonUrl
+from trtdet.shared_memory import can_share
 from trtdet.spec import ModelSpec
 from trtdet.terminal import no_bar
 
@@ -77,12 +78,14 @@ def open_batcher(
     allocate: Allocate | None = None,
     load: Callable[[Path], ImageArray] | None = None,
     size: Callable[[Path], tuple[int, int] | None] | None = None,
+    shared: SharedSources | None = None,
 ) -> AnyBatcher:
     """An `ImageBatcher` that makes what `runtime` takes, or one that does it on a GPU.
 
     Args:
         allocate: makes the batch buffers; None: the runtime does.
         load, size: what makes an image of a path, and its size before; None: paths are files.
+        shared: where images that are decoded on the CPU are kept; those of a GPU are not.
 
     Raises:
         ValueError: the model does not take batches of `options.batch_size`, or nothing that is on a
@@ -114,6 +117,8 @@ def open_batcher(
             keep_sources=keep_sources,
             pad_to_batch=pad_to_batch,
         )
+    if shared is not None:
+        keep_sources, load = True, shared.load
     in_processes = not (load or allocate or keep_sources) and decodes_in_processes(
         runtime, len(paths)
     )

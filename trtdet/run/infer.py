@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import onnx
 from trtdet import files
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.images.files import Sources, find_images, root_of
+from trtdet.images.shared_sources import SharedSources
 from trtdet.labels import LABELS_FILE, find_classes, read_labels
 from trtdet.machine import available_cores
 from trtdet.onnx_files import external_files, read_onnx
@@ -46,6 +47,7 @@ from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Runtime
 from trtdet.runtimes.kinds import check_model
 from trtdet.runtimes.options import TritonUrl
+from trtdet.shared_memory import can_share
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +246,8 @@ def detect_and_write(
     speed = Speed()
     with (
         folder,
-        open_batcher(runtime, todo, options, keep_sources=outputs.pictures and not processes) as batcher,
+        maybe_shared(processes and outputs.pictures) as shared,
+        open_batcher(runtime, todo, options, keep_sources=outputs.pictures and not processes, shared=shared) as batcher,
         result_writer(
             outputs.folder,
             runtime.spec,
@@ -257,6 +260,7 @@ def detect_and_write(
             folder=folder,
             image_format=outputs.image_format,
             processes=processes,
+            shared=shared,
         ) as writer,
         closing(find(runtime, batcher, score_threshold=threshold, classes=classes)) as found,
         closing(progress(found, len(todo), len)) as results,
@@ -287,6 +291,16 @@ def detect_and_write(
     if kept:
         logger.info(f"{len(kept)} of these images were done before; their detections are not counted")  # fmt: skip
     return {path for path, _ in batcher.failures}
+
+
+def maybe_shared(wanted: bool) -> AbstractContextManager[SharedSources | None]:
+    """Memory for the decoded images; None: it is not wanted, or none is to be had."""
+    if wanted and can_share():
+        try:
+            return SharedSources()
+        except OSError as error:
+            logger.debug("images are decoded once more to draw on them: %s", error)
+    return nullcontext()
 
 
 def writes_in_processes(runtime: Runtime, images: int) -> bool:
