@@ -21,16 +21,17 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from trtdet.closing import Closing
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: What the first process runs.
 _CODE = (
@@ -50,6 +51,26 @@ def available() -> bool:
     """
     frozen = getattr(sys, "frozen", False)
     return sys.platform == "linux" and bool(sys.executable) and not frozen
+
+
+class Answer(Generic[T]):
+    """What will come of a message: a `Future` of one thread, and so without locks."""
+
+    __slots__ = ("_is_there", "_value")
+
+    def __init__(self) -> None:
+        self._is_there = False
+
+    def set_result(self, value: T) -> None:
+        self._value = value
+        self._is_there = True
+
+    def done(self) -> bool:
+        return self._is_there
+
+    def result(self) -> T:
+        """Where it is `done`."""
+        return self._value
 
 
 @dataclass(frozen=True)
@@ -75,7 +96,7 @@ class _Worker:
     number: int
     pipe: Connection | None
     file: int
-    asked: deque[Future[Any]] = field(default_factory=deque)
+    asked: deque[Answer[Any]] = field(default_factory=deque)
     pid: int = 0
 
     def close(self) -> None:
@@ -118,10 +139,11 @@ class Processes(Closing):
         self._workers: list[_Worker] = []
         self._busy: dict[int, _Worker] = {}  # by file
         self._room: deque[_Worker] = deque()  # each once per message that it can still have
-        self._waiting: deque[tuple[object, Future[Any]]] = deque()  # for room
+        self._waiting: deque[tuple[object, Answer[Any]]] = deque()  # for room
         self._poll = select.poll()
         self._ended: dict[int, str] = {}  # how, by number, as far as it was said
         self._none_began = False
+        self._left = self._starting = count  # not known to be gone; and that have not started
         with ExitStack() as theirs, ExitStack() as unless_they_start:
             pipes = []
             for number in range(count):
@@ -137,7 +159,7 @@ class Processes(Closing):
             self._first = self._start(module, control.fileno(), pipes, files)
             unless_they_start.pop_all()
         for worker in self._workers:
-            self._expect(worker, Future())  # that it has started
+            self._expect(worker, Answer())  # that it has started
             self._send(worker, pickle.dumps(first))
 
     @staticmethod
@@ -164,7 +186,7 @@ class Processes(Closing):
 
     def __len__(self) -> int:
         """How many are not known to be gone."""
-        return sum(worker.pipe is not None for worker in self._workers)
+        return self._left
 
     @property
     def pids(self) -> list[int]:
@@ -174,18 +196,18 @@ class Processes(Closing):
     @property
     def ready(self) -> bool:
         """Whether all of them have started, and some are left."""
-        return len(self.pids) == len(self) > 0
+        return self._left > 0 == self._starting
 
-    def ask(self, message: object) -> Future[Any]:
+    def ask(self, message: object) -> Answer[Any]:
         """Queue a message. Its answer is None where the process that had it is gone, or where none
         is left.
         """
-        answer: Future[Any] = Future()
+        answer: Answer[Any] = Answer()
         self._waiting.append((message, answer))
         self.collect()
         return answer
 
-    def wait_for(self, answer: Future[Any]) -> Any:
+    def wait_for(self, answer: Answer[T]) -> T:
         """What `ask` gave, once it is there."""
         while not answer.done():
             self.collect(wait=True)
@@ -233,6 +255,7 @@ class Processes(Closing):
             return
         if not worker.pid:
             worker.pid = answer
+            self._starting -= 1
             self._room.extend([worker] * self._at_once)
         else:
             self._room.append(worker)
@@ -240,7 +263,7 @@ class Processes(Closing):
         if not worker.asked:
             self._forget(worker)
 
-    def _expect(self, worker: _Worker, answer: Future[Any]) -> None:
+    def _expect(self, worker: _Worker, answer: Answer[Any]) -> None:
         worker.asked.append(answer)
         if worker.file not in self._busy:
             self._busy[worker.file] = worker
@@ -254,6 +277,9 @@ class Processes(Closing):
     def _leave(self, worker: _Worker) -> None:
         """Have nothing to do with it any more."""
         self._forget(worker)
+        if worker.pipe is not None:
+            self._left -= 1
+            self._starting -= not worker.pid
         worker.close()
         while worker.asked:
             worker.asked.popleft().set_result(None)

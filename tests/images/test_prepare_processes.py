@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trtdet.images import batcher as batcher_module
 from trtdet.images import prepare_processes
 from trtdet.images.batcher import ImageBatcher
-from trtdet.images.prepare_processes import PreparingProcesses, SharedBuffers
+from trtdet.images.prepare_processes import PreparingProcesses, Rows, SharedBuffers
 from trtdet.images.preprocess import ShorterSide
 from trtdet.shared_memory import can_share
 from trtdet.spec import InputDtype, Layout, Preprocessing
@@ -69,13 +69,13 @@ def assert_equal(found: Any, expected: Any) -> None:
 def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many images each message had."""
     found: list[int] = []
-    start = PreparingProcesses.start
+    start = PreparingProcesses._start
 
-    def note(self: PreparingProcesses, paths: Any, *rest: Any) -> Any:
-        found.append(len(paths))
-        return start(self, paths, *rest)
+    def note(self: PreparingProcesses, rows: Rows) -> Any:
+        found.append(len(rows.paths))
+        return start(self, rows)
 
-    monkeypatch.setattr(PreparingProcesses, "start", note)
+    monkeypatch.setattr(PreparingProcesses, "_start", note)
     yield found
 
 
@@ -88,8 +88,8 @@ def wait_until_ready(batcher: ImageBatcher) -> None:
 @pytest.mark.parametrize(
     ("dtype", "layout", "batch_size", "resize", "expected_messages"),
     [
-        ("uint8", "NHWC", 6, None, [4, 2] * 5),
-        ("float32", "NCHW", 8, None, [4, 4] * 3 + [4, 2]),
+        ("uint8", "NHWC", 6, None, [6] * 5),
+        ("float32", "NCHW", 10, None, [8, 2] * 3),
         ("uint8", "NHWC", 4, ShorterSide(64, 100), [4] * 7 + [2]),
         ("float32", "NHWC", 1, None, [1] * COUNT),
     ],
@@ -111,19 +111,20 @@ def test_batches_are_those_of_threads(dtype: InputDtype, layout: Layout, batch_s
 
 def test_threads_begin_until_processes_have_started(paths: list[Path], messages: list[int], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     preprocessing = Preprocessing((64, 64), "NHWC", "uint8")
+    paths = paths * 2
     with ImageBatcher(paths, preprocessing, 4, workers=2) as threads:
         expected = batches_of(threads)
     collect = prepare_processes.Processes.collect
     with ImageBatcher(paths, preprocessing, 4, workers=2, pin=as_it_is) as processes:
         monkeypatch.setattr(prepare_processes.Processes, "collect", lambda *_, **__: None)
         some = iter(processes)
-        first = next(some)  # of two batches of files, with five more ahead: all for threads
+        first = next(some)  # of two batches of files, with nine more ahead: all for threads
         assert_equal([(first.images, first.paths, first.transforms)], expected[:1])
         assert messages == []
         monkeypatch.setattr(prepare_processes.Processes, "collect", collect)
         wait_until_ready(processes)
         assert_equal([(b.images, b.paths, b.transforms) for b in some], expected[1:])
-        assert messages == [2]
+        assert messages == [4] * 4
 
 
 @pytest.mark.parametrize("killed", [1, 2])
@@ -184,7 +185,10 @@ def test_threads_do_what_processes_cannot(reason: str, paths: list[Path], monkey
     if reason == "memory":
         monkeypatch.setattr(batcher_module, "MOST_AHEAD_BYTES", 5 * 4 * 64 * 64 * 3)
         with ImageBatcher(paths, preprocessing, 4, workers=2, pin=as_it_is) as batches:
-            assert batches._processes is not None
+            assert batches._processes is not None and batches._share == 4
+        monkeypatch.setattr(batcher_module, "MOST_AHEAD_BYTES", 9 * 4 * 64 * 64 * 3)
+        with ImageBatcher(paths, preprocessing, 4, workers=2, pin=as_it_is) as batches:
+            assert batches._processes is not None and batches._share == 8
 
 
 def test_a_buffer_that_finds_no_memory_is_filled_by_threads(paths: list[Path], messages: list[int], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -202,8 +206,8 @@ def test_a_buffer_that_finds_no_memory_is_filled_by_threads(paths: list[Path], m
     with ImageBatcher(paths, preprocessing, 4, workers=2, pin=as_it_is) as processes:
         wait_until_ready(processes)
         assert_equal(batches_of(processes), expected)
-    assert given == [0, 49152] + [98304] * 5  # a try for each buffer
-    assert messages == [4, 4, 2]  # the first two, and one of these again
+    assert given == [0, 49152] + [98304] * 6  # a try for each buffer
+    assert messages == [4, 4]  # the first two
 
 
 def test_an_error_of_any_kind_is_raised_here(paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

@@ -19,7 +19,7 @@ from trtdet.images.shared_sources import SharedSources
 from trtdet.processes import Processes, available
 from trtdet.results import writer
 from trtdet.results.found import Found, RawResults
-from trtdet.results.image_files import ImageFiles, Task, _Answers
+from trtdet.results.image_files import ImageFiles, Sent, Task, _Answers
 from trtdet.results.manifest import PARTIAL, RunFolder
 from trtdet.results.writer import result_writer
 from trtdet.spec import ModelSpec, Nms, Preprocessing
@@ -163,16 +163,16 @@ def answers(folder: Path) -> _Answers:
     return _Answers(ImageFiles(folder, SPEC, (), False, 0.3, "png", True))
 
 
-def task(outputs: RawResults) -> Task:
+def sent(outputs: RawResults) -> Sent:
     count = len(outputs)
     paths = [Path(f"{n}.jpg") for n in range(count)]
-    return Task(Found(paths, outputs), [path.stem for path in paths], range(count))
+    return Sent.of(Task(Found(paths, outputs), [path.stem for path in paths], range(count)), None)
 
 
 def test_a_journal_that_cannot_be_written_is_an_answer(tmp_path: Path) -> None:
     """Not a traceback of the process, behind which the run goes on without it."""
     (tmp_path / PARTIAL).mkdir()
-    written = answers(tmp_path)([task(outputs([1]))])
+    written = answers(tmp_path)([sent(outputs([1]))])
     assert (written.images, written.text, written.boxes) == (0, b"", 0)
     assert isinstance(written.error, IsADirectoryError)
 
@@ -181,13 +181,13 @@ def test_what_a_process_has_to_say_is_in_its_answer(tmp_path: Path) -> None:
     """Its own stderr is nobody's."""
     some = outputs([6, 5])
     some.arrays["detection_boxes"][0, 1] = np.nan
-    written = answers(tmp_path)([task(some)])
+    written = answers(tmp_path)([sent(some)])
     assert (written.images, written.boxes, written.error) == (2, 10, None)
     assert written.warnings == (
         "1 of 6 detections of an image are left out: their boxes or scores are not finite, as of an FP16 model that overflows",
     )
     some.arrays["detection_classes"][1, 0] = 90
-    written = answers(tmp_path)([task(some)])
+    written = answers(tmp_path)([sent(some)])
     assert str(written.error).startswith("detection_classes: expected 0 to 89, found 90; ")
 
 
@@ -200,7 +200,7 @@ def test_warnings_of_python_are_not_shown(
     some.arrays["detection_classes"][0, 8] = np.nan  # beyond what was found
     image_files = ImageFiles(tmp_path, SPEC, (), False, 0.3, "png", False)
     with Processes(1, "trtdet.results.image_files", "write results", image_files) as processes:
-        assert processes.wait_for(processes.ask([task(some)])).boxes == 3
+        assert processes.wait_for(processes.ask([sent(some)])).boxes == 3
     assert capfd.readouterr().err == ""
 
 

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count, islice
@@ -25,9 +24,10 @@ from trtdet.images.batch import Batch, BufferPool, Lease
 from trtdet.images.files import ImageArray, image_size
 from trtdet.images.options import Resample
 from trtdet.images.prepare import Preparer, Result
-from trtdet.images.prepare_processes import AT_ONCE, SHARE, Pin, PreparingProcesses
+from trtdet.images.prepare_processes import AT_ONCE, SHARES, Pin, PreparingProcesses
 from trtdet.images.preprocess import ShorterSide
 from trtdet.machine import available_cores, memory_gib
+from trtdet.processes import Answer
 from trtdet.spec import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class _Filling:
     Attributes:
         memory: what `buffer` lies in, from the pool.
         results: one per path, complete after `wait`.
-        asked: rows that processes do: the first, how many, and what comes of them.
+        asked: shares that processes do: the first row, and what comes of them.
     """
 
     def __init__(self, paths: Sequence[Path], buffer: NDArray[Any], memory: NDArray[Any]) -> None:
@@ -87,7 +87,7 @@ class _Filling:
         self.buffer = buffer
         self.memory = memory
         self.results: list[Result] = [""] * len(paths)
-        self.asked: list[tuple[int, int, Future[Any]]] = []
+        self.asked: list[tuple[int, Answer[Any]]] = []
         self._finished = count(1)  # next() of it is one step: no two threads get the same number
         self._complete = threading.Lock()
         self._complete.acquire()
@@ -195,11 +195,13 @@ class ImageBatcher(Closing):
         else:
             shape = (batch_size, *preprocessing.image_shape)
         self._processes: PreparingProcesses | None = None
-        # As many images as processes can have, and a batch that is waited for.
-        ahead = max(self._ahead, -(-SHARE * AT_ONCE * self._workers // batch_size) + 1)
         nbytes = math.prod(shape) * np.dtype(preprocessing.dtype).itemsize
-        if pin and not (keep_sources or load) and ahead * nbytes <= most_ahead_bytes():
-            self._processes = self._start_processes(pin)
+        for self._share in SHARES if pin and not (keep_sources or load) else ():
+            # As many images as processes can have, and a batch that is waited for.
+            ahead = max(self._ahead, -(-self._share * AT_ONCE * self._workers // batch_size) + 1)
+            if pin and ahead * nbytes <= most_ahead_bytes():
+                self._processes = self._start_processes(pin)
+                break
         if self._processes is not None:
             self._ahead, allocate = ahead, self._processes.buffers.allocate
         self._pool = BufferPool(partial(allocate, shape, np.dtype(preprocessing.dtype)))
@@ -268,11 +270,12 @@ class ImageBatcher(Closing):
         def hand_out(number: int) -> None:
             for filling in islice(fillings, number):
                 waiting.append(filling)
-                if self._processes is not None and self._processes.can_fill(filling.buffer):
-                    self._ask(self._processes, filling)
-                else:
-                    for row in range(len(filling.paths)):
-                        todo.put((filling, row))
+                asked = None
+                if self._processes is not None:
+                    asked = self._processes.fill(filling.paths, filling.buffer, self._share)
+                filling.asked = asked or []
+                for row in range(len(filling.paths)) if asked is None else ():
+                    todo.put((filling, row))
 
         hand_out(self._ahead)
         while waiting:
@@ -283,17 +286,10 @@ class ImageBatcher(Closing):
             filling.wait()
             yield filling
 
-    @staticmethod
-    def _ask(processes: PreparingProcesses, filling: _Filling) -> None:
-        for first in range(0, len(filling.paths), SHARE):
-            paths = filling.paths[first : first + SHARE]
-            answer = processes.start(paths, filling.buffer, first)
-            filling.asked.append((first, len(paths), answer))
-
-    @staticmethod
-    def _take_answers(processes: PreparingProcesses, filling: _Filling, todo: _Todo) -> None:
+    def _take_answers(self, processes: PreparingProcesses, filling: _Filling, todo: _Todo) -> None:
         """What processes did; what they did not do is left to the threads."""
-        for first, number, answer in filling.asked:
+        for first, answer in filling.asked:
+            number = min(self._share, len(filling.paths) - first)
             for row, result in enumerate(processes.results(answer, number), first):
                 if result is None:
                     todo.put((filling, row))

@@ -9,16 +9,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar, TypeAlias
 
 from trtdet import files
 from trtdet.images.shared_sources import SharedSources
 from trtdet.labels import LABELS_FILE
 from trtdet.machine import available_cores
-from trtdet.processes import Processes
+from trtdet.processes import Answer, Processes
 from trtdet.results import coco
 from trtdet.results.found import Found
-from trtdet.results.image_files import ImageFiles, Task, Written
+from trtdet.results.image_files import ImageFiles, Sent, Task, Written
 from trtdet.results.manifest import RunFolder
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.spec import ModelSpec
@@ -34,6 +34,10 @@ THREAD_SHARE, THREAD_SHARE_PICTURES = 8, 2
 #: Processes: of those that write TSVs alone, more do not bring more; those that draw take a core
 #: each, and 10 MiB.
 MOST_PROCESSES, MOST_PROCESSES_PICTURES = 6, 32
+
+
+#: Of a thread, or of a process; None: the process has ended.
+AnyAnswer: TypeAlias = Future[Written | None] | Answer[Written | None]
 
 
 class ResultWriter:
@@ -78,7 +82,7 @@ class ResultWriter:
         self._limit = threads * self.PENDING[processes is not None, pictures]
         self._share_bytes = self.PENDING_BYTES // (4 * threads)  # a share has less than two of it
         self._files = image_files
-        self._names = names
+        self._names = {path: str(name) for path, name in names.items()}
         self._image_ids = image_ids
         self._processes = processes
         self._shared = shared
@@ -102,7 +106,7 @@ class ResultWriter:
         part = self._part_of(found)
         for start in range(0, len(found), part):
             some = found if part >= len(found) else found[start : start + part]
-            names = [str(self._names[path]) for path in some.paths]
+            names = [self._names[path] for path in some.paths]
             ids = [self._image_ids.get(path) for path in some.paths]
             self._tasks.append(Task(some, names, ids))
             images, nbytes = _size_of(self._tasks)
@@ -122,7 +126,7 @@ class ResultWriter:
     def keep(self, text: str) -> None:
         """Queue what an earlier run has for detections.json."""
         self._submit()
-        one: Future[Written | None] = Future()
+        one: Answer[Written | None] = Answer()
         one.set_result(Written(text=text.encode()))
         self._pending.append(_Pending((), 0, 0, one))
 
@@ -165,13 +169,13 @@ class ResultWriter:
             self._images += images
             self._bytes += nbytes
 
-    def _start(self, tasks: Sequence[Task]) -> "Future[Written | None]":
+    def _start(self, tasks: Sequence[Task]) -> "AnyAnswer":
         """Have images' files written. None: by a process that has ended, perhaps in the middle of a
         file.
         """
         if self._processes:
             self.check_output()
-            return self._processes.ask([task.for_process(self._shared) for task in tasks])
+            return self._processes.ask([Sent.of(task, self._shared) for task in tasks])
         return self._pool.submit(self._write, tasks)
 
     def _collect(self) -> None:
@@ -179,7 +183,7 @@ class ResultWriter:
         oldest = self._pending.popleft()
         self._images -= oldest.images
         self._bytes -= oldest.nbytes
-        if self._processes:
+        if isinstance(oldest.written, Answer) and self._processes is not None:
             self._processes.wait_for(oldest.written)
         written = oldest.written.result()
         if written is None:
@@ -231,7 +235,7 @@ class _Pending:
     tasks: Sequence[Task]
     images: int
     nbytes: int
-    written: "Future[Written | None]"
+    written: "AnyAnswer"
 
 
 def _size_of(tasks: Sequence[Task]) -> tuple[int, int]:
