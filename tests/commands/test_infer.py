@@ -360,7 +360,7 @@ def writer(output: Path, count: int) -> Any:
     return results_writer.result_writer(
         output,
         spec,
-        names={path: Path(path.stem) for path in paths},
+        names={path: path.stem for path in paths},
         image_ids={path: int(path.stem) for path in paths},
         pictures=False,
     )

@@ -130,6 +130,7 @@ def test_threads_begin_until_processes_have_started(paths: list[Path], messages:
 @pytest.mark.parametrize("killed", [1, 2])
 def test_a_process_that_is_killed_costs_no_image(killed: int, paths: list[Path], caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     preprocessing = Preprocessing((64, 64), "NHWC", "uint8")
+    paths = paths * 4  # more than are asked for at the start
     with ImageBatcher(paths, preprocessing, 1, workers=2) as threads:
         expected = batches_of(threads)
     caplog.clear()

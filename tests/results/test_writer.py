@@ -32,7 +32,7 @@ def write(output: Path, batch: int, *, pictures: bool, folder: RunFolder | None 
     """One batch, of images in which nothing is found."""
     images = paths(batch)
     sources = [np.zeros((8, 8, 3), np.uint8)] * batch if pictures else None
-    names = {path: Path(path.stem) for path in images}
+    names = {path: path.stem for path in images}
     with result_writer(output, SPEC, names=names, image_ids={}, pictures=pictures, folder=folder) as results:  # fmt: skip
         results.write(Found(images, [NOTHING] * batch, sources))
 

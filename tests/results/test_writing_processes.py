@@ -99,7 +99,7 @@ def write(
         result_writer(
             output,
             SPEC,
-            names={path: Path(path.stem) for path in images},
+            names={path: path.stem for path in images},
             image_ids={path: int(path.stem) for path in images},
             labels=[f"class {n}" for n in range(90)],
             tsv_header=True,
@@ -217,7 +217,7 @@ def test_an_image_that_has_gone_has_no_picture(images: list[Path], tmp_path: Pat
 def test_an_error_of_a_process_is_raised_here(images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(writer, "available_cores", lambda: 1)
     output = tmp_path / "out"
-    names = {path: Path(path.stem) for path in images}
+    names = {path: path.stem for path in images}
     ids = {path: int(path.stem) for path in images}
     with (
         pytest.raises(OSError, match=r"--output: cannot write the results of .*050\.png"),

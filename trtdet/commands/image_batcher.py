@@ -37,7 +37,7 @@ BATCH_SIZE, BATCH_BYTES = 8, 1 << 30
 
 
 def show(
-    names: Mapping[Path, Path],
+    names: Mapping[Path, str],
     output: Path,
     preprocessing: Preprocessing,
     *,
@@ -56,9 +56,9 @@ def show(
     """
     from trtdet.images.batcher import ImageBatcher
     from trtdet.images.preprocess import to_picture
-    from trtdet.results.naming import with_suffix_added, write_picture
+    from trtdet.results.naming import write_picture
 
-    targets = {path: output / with_suffix_added(name, ".png") for path, name in names.items()}
+    targets = {path: output / f"{name}.png" for path, name in names.items()}
     height, width = preprocessing.size_hw
     size = f"of {resize.shorter} to {resize.longer}" if resize else f"{width} x {height}"
     print(

@@ -52,7 +52,7 @@ def run(
     """
     from trtdet.files import check_folder
     from trtdet.images.files import find_images, root_of
-    from trtdet.results.naming import check_apart, output_names, with_suffix_added, write_picture
+    from trtdet.results.naming import check_apart, output_names, write_picture
 
     check_inputs(detections, annotations, font_path)
     paths = find_images(source, recursive=recursive, num_images=num_images)
@@ -72,13 +72,13 @@ def run(
         """False where an image or its TSV cannot be read; an output that cannot be written is an
         error.
         """
-        tsv = detections / with_suffix_added(names[path], ".tsv")
+        tsv = detections / f"{names[path]}.tsv"
         try:
             picture = draw_file(path, tsv, truth)
         except (OSError, ValueError) as error:
             logger.warning("skipped: %s", files.message_of(error))
             return False
-        write_picture(output / with_suffix_added(names[path], ".png"), picture)
+        write_picture(output / f"{names[path]}.png", picture)
         return True
 
     pool = ThreadPoolExecutor(available_cores(), thread_name_prefix="draw")

@@ -73,7 +73,7 @@ def find_images(
     others: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(_images_in(path, recursive=recursive))
+            found += map(Path, sorted(_images_in(path, recursive=recursive), key=_in_order))
         elif path.suffix.lower() in SUFFIXES:
             found.append(path)
         else:
@@ -151,7 +151,12 @@ def expand(sources: Sources, option: str = "--input") -> list[Path]:
     return paths
 
 
-def _images_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
+def _in_order(path: str) -> str:
+    """What sorts paths as `Path` does, part by part, in a fraction of the time."""
+    return path.replace(os.sep, "\0")
+
+
+def _images_in(folder: Path, *, recursive: bool) -> Iterator[str]:
     others: Counter[str] = Counter()
     for inner, subfolders, names in os.walk(folder, onerror=_raise):
         subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
@@ -160,7 +165,7 @@ def _images_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
             if name.startswith("."):
                 continue
             if suffix in SUFFIXES:
-                yield Path(inner, name)
+                yield os.path.join(inner, name)
             else:
                 others[suffix or "no suffix"] += 1
     if others:

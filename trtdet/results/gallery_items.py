@@ -12,15 +12,14 @@ from trtdet.detections import Detections, read_tsv
 from trtdet.geometry import xywh_to_xyxy
 from trtdet.results.coco import Annotations, Result, ground_truth, relative_name
 from trtdet.results.gallery import Item
-from trtdet.results.naming import with_suffix_added
 
 NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
 
-def items_of_run(output: Path, names: Mapping[Path, Path], root: Path) -> list[Item]:
+def items_of_run(output: Path, names: Mapping[Path, str], root: Path) -> list[Item]:
     """Images of a run whose TSVs lie in `output`; `names`: image -> its output name."""
     return [
-        Item(path, relative_name(path, root), read_tsv(with_suffix_added(output / name, ".tsv")))
+        Item(path, relative_name(path, root), read_tsv(output / f"{name}.tsv"))
         for path, name in names.items()
     ]
 

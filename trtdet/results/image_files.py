@@ -134,7 +134,7 @@ class ImageFiles:
                 undrawn += self._write_one(path, output, detections, source)
                 text = "" if image_id is None else self._text(detections, image_id)
                 if self.journal:
-                    lines.append(journal_line(path, Path(output), image_id, text))
+                    lines.append(journal_line(path, output, image_id, text))
                 texts.append(text)
                 boxes += len(detections)
         except (OSError, ValueError) as raised:
@@ -156,9 +156,8 @@ class ImageFiles:
         self, path: Path, output: str, detections: Detections, source: ImageArray | None
     ) -> int:
         """The files of one image; returns how many detections its picture does not show."""
-        name = self.folder / output
         write_tsv(
-            naming.with_suffix_added(name, ".tsv"),
+            self.folder / f"{output}.tsv",
             detections,
             labels=self.labels if self.tsv_header else (),
             header=self.tsv_header,
@@ -169,7 +168,7 @@ class ImageFiles:
             return 0
         threshold = self.draw_threshold
         picture = draw.draw(source, detections, self.labels, score_threshold=threshold)
-        naming.write_picture(naming.with_suffix_added(name, f".{self.image_format}"), picture)
+        naming.write_picture(self.folder / f"{output}.{self.image_format}", picture)
         return len(detections) - len(detections.above(threshold))
 
     def _text(self, detections: Detections, image_id: int | str) -> str:

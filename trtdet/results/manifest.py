@@ -70,9 +70,9 @@ class Done:
     text: str
 
 
-def journal_line(path: Path, name: Path, image_id: int | str | None, text: str) -> str:
+def journal_line(path: Path, name: str, image_id: int | str | None, text: str) -> str:
     """The line of an image whose files are written; see `Done`."""
-    done = Done(name.as_posix(), image_id, fingerprint(path), text)
+    done = Done(name, image_id, fingerprint(path), text)
     return json.dumps(dataclasses.asdict(done)) + "\n"
 
 
@@ -99,11 +99,11 @@ class RunFolder(Closing):
     """
 
     def __init__(
-        self, output: Path, planned: Sequence[Path], suffixes: Sequence[str], run: Mapping[str, Any]
+        self, output: Path, planned: Sequence[str], suffixes: Sequence[str], run: Mapping[str, Any]
     ) -> None:
         self._output = output
         self._suffixes = list(suffixes)
-        self._planned = dict.fromkeys(path.as_posix() for path in planned)
+        self._planned = dict.fromkeys(planned)
         self._run: dict[str, Any] = json.loads(json.dumps(run))  # as it is read
         self._lock = threading.Lock()
         self._partial: TextIO | None = None
@@ -229,7 +229,7 @@ class RunFolder(Closing):
             self._partial.write(line)
             self._partial.flush()
 
-    def finish(self, not_read: Iterable[Path] = ()) -> None:
+    def finish(self, not_read: Iterable[str] = ()) -> None:
         """All is written.
 
         Args:
@@ -238,7 +238,7 @@ class RunFolder(Closing):
         self.close()
         if self.before and LABELS_FILE in self.before.files and LABELS_FILE not in self._planned:
             (self._output / LABELS_FILE).unlink(missing_ok=True)  # of other classes
-        names = [name.as_posix() + suffix for name in not_read for suffix in self._suffixes]
+        names = [name + suffix for name in not_read for suffix in self._suffixes]
         if old := [name for name in names if os.path.isfile(self._output / name)]:
             logger.warning("%s has results of an earlier run of images that could not be read now, such as %s", self._output, old[0])  # fmt: skip
         self._write_manifest(complete=True)

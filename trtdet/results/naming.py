@@ -23,13 +23,12 @@ MAX_NAME_BYTES = 248
 _JPEG = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 
-def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
+def output_names(paths: Sequence[Path], root: Path) -> list[str]:
     """A name without suffix for the outputs of each image, relative to the output folder.
 
     `root/street/a.jpg` -> `street/a`. Where two images of a folder share a stem, both keep their
-    suffix: `a.jpg`, `a.png` -> `a.jpg`, `a.png` (and `a.jpg.tsv`, `a.png.tsv` in the end). Add the
-    suffix with `with_suffix_added`, never with `Path.with_suffix`, which would cut `a.jpg` back to
-    `a`.
+    suffix: `a.jpg`, `a.png` -> `a.jpg`, `a.png` (and `a.jpg.tsv`, `a.png.tsv` in the end). They are
+    text, as runs of a hundred thousand images should begin at once.
 
     Args:
         paths: the images, all different, under `root`.
@@ -49,10 +48,7 @@ def output_names(paths: Sequence[Path], root: Path) -> list[Path]:
         count = Counter(folded)
         again = [keep or count[name] > 1 for keep, name in zip(keeps_suffix, folded, strict=True)]
         if again == keeps_suffix:
-            return [
-                Path(name) if 4 * len(name) <= MAX_NAME_BYTES else _fitting(Path(name))
-                for name in chosen
-            ]
+            return [n if 4 * len(n) <= MAX_NAME_BYTES else _fitting(Path(n)) for n in chosen]
         # A name that just got its suffix back can meet another image's stem (a.jpg and a.jpg.png):
         # look again.
         keeps_suffix = again
@@ -70,27 +66,22 @@ def _without_suffix(name: str) -> str:
     return name[:dot] if dot < len(name) - 1 and name[start:dot].strip(".") else name
 
 
-def _fitting(name: Path) -> Path:
+def _fitting(name: Path) -> str:
     """The same, short enough that a suffix can be added: file systems take 255 bytes, whatever
     the alphabet.
     """
     encoded = os.fsencode(name.name)
     if len(encoded) <= MAX_NAME_BYTES:
-        return name
+        return str(name)
     digest = hashlib.sha256(encoded).hexdigest()[:8]
     start = encoded[: MAX_NAME_BYTES - 9].decode(
         sys.getfilesystemencoding(), "ignore"
     )  # not in the middle of a character
-    return name.with_name(f"{start}~{digest}")
-
-
-def with_suffix_added(path: Path, suffix: str) -> Path:
-    """`a.jpg` and `.tsv` -> `a.jpg.tsv`."""
-    return path.with_name(path.name + suffix)
+    return str(name.with_name(f"{start}~{digest}"))
 
 
 def check_apart(
-    output: Path, names: Mapping[Path, Path], sources: Sources, *, recursive: bool = False
+    output: Path, names: Mapping[Path, str], sources: Sources, *, recursive: bool = False
 ) -> None:
     """Refuse to draw into a folder that images are read from: the next run would read its own
     drawings.
@@ -103,9 +94,9 @@ def check_apart(
     Raises:
         ValueError: names the folder, and another.
     """
-    read = {_real(path.parent) for path in names}
+    read = {_real(Path(folder)) for folder in {os.path.dirname(path) for path in names}}
     searched = {_real(path) for path in expand(sources) if recursive and path.is_dir()}
-    for folder in {(output / name).parent for name in names.values()}:
+    for folder in {output / os.path.dirname(name) for name in names.values()}:
         target = _real(folder)
         if target in read or searched.intersection((target, *target.parents)):
             raise ValueError(
@@ -120,26 +111,32 @@ def _real(path: Path) -> Path:
 
 
 def planned_files(
-    names: Iterable[Path], labels: Sequence[str], suffixes: Sequence[str]
-) -> list[Path]:
+    names: Iterable[str], labels: Sequence[str], suffixes: Sequence[str]
+) -> list[str]:
     """All files of a run, relative to its output folder; of images that cannot be read there will
     be none.
 
     Args:
         suffixes: of the files of an image.
     """
-    found = [with_suffix_added(name, suffix) for name in names for suffix in suffixes]
-    return [*found, Path("detections.json"), *([Path(LABELS_FILE)] if labels else [])]
+    found = [name + suffix for name in names for suffix in suffixes]
+    return [*found, "detections.json", *([LABELS_FILE] if labels else [])]
 
 
-def left_over(output: Path, names: Iterable[Path]) -> int:
+def left_over(output: Path, names: Iterable[str]) -> int:
     """How many TSVs, in `output` and the folders in it that `names` lie in, are of other images: of
     an earlier run.
     """
-    written = {with_suffix_added(output / name, ".tsv") for name in names}
-    folders = {output, *(path.parent for path in written)}
-    there = (path for folder in folders if folder.is_dir() for path in folder.glob("*.tsv"))
-    return sum(path not in written for path in there)
+    written = {f"{name}.tsv" for name in names}
+    folders = {"", *(os.path.dirname(name) for name in written)}
+    there = (
+        os.path.join(folder, name)
+        for folder in folders
+        if os.path.isdir(output / folder)
+        for name in os.listdir(output / folder)
+        if name.endswith(".tsv")
+    )
+    return sum(name not in written for name in there)
 
 
 def _apart(folder: Path, read: Iterable[Path]) -> Path:

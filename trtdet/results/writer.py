@@ -67,7 +67,7 @@ class ResultWriter:
         json_file: BinaryIO,
         *,
         image_files: ImageFiles,
-        names: Mapping[Path, Path],
+        names: Mapping[Path, str],
         image_ids: Mapping[Path, int | str],
         pictures: bool,
         folder: RunFolder | None,
@@ -82,7 +82,7 @@ class ResultWriter:
         self._limit = threads * self.PENDING[processes is not None, pictures]
         self._share_bytes = self.PENDING_BYTES // (4 * threads)  # a share has less than two of it
         self._files = image_files
-        self._names = {path: str(name) for path, name in names.items()}
+        self._names = names
         self._image_ids = image_ids
         self._processes = processes
         self._shared = shared
@@ -280,7 +280,7 @@ def result_writer(
     output: Path,
     spec: ModelSpec,
     *,
-    names: Mapping[Path, Path],
+    names: Mapping[Path, str],
     image_ids: Mapping[Path, int | str],
     labels: Sequence[str] = (),
     tsv_header: bool = False,

@@ -16,7 +16,7 @@ from trtdet.results.manifest import PARTIAL, RunFolder, fingerprint
 logger = logging.getLogger(__name__)
 
 
-def say_stale(folder: RunFolder, output: Path, names: Iterable[Path], *, clean: bool) -> None:
+def say_stale(folder: RunFolder, output: Path, names: Iterable[str], *, clean: bool) -> None:
     """Warn of what an earlier run left, unless it is removed."""
     stale = folder.stale()
     if stale and not clean:
@@ -28,7 +28,7 @@ def say_stale(folder: RunFolder, output: Path, names: Iterable[Path], *, clean: 
         )
     listed = folder.before.files if folder.before else []
     others = naming.left_over(
-        output, [*names, *(Path(name).with_suffix("") for name in listed if name.endswith(".tsv"))]
+        output, [*names, *(name.removesuffix(".tsv") for name in listed if name.endswith(".tsv"))]
     )
     if others:
         logger.warning(
@@ -41,7 +41,7 @@ def say_stale(folder: RunFolder, output: Path, names: Iterable[Path], *, clean: 
 def find_kept(
     folder: RunFolder,
     output: Path,
-    names: Mapping[Path, Path],
+    names: Mapping[Path, str],
     image_ids: Mapping[Path, int | str],
     suffixes: Sequence[str],
 ) -> dict[Path, str]:
@@ -53,11 +53,11 @@ def find_kept(
     done = folder.done()
     kept = {}
     for path, name in names.items():
-        one = done.get(name.as_posix())
+        one = done.get(name)
         if (
             one is not None
             and (one.id, one.image) == (image_ids.get(path), fingerprint(path))
-            and all(naming.with_suffix_added(output / name, s).is_file() for s in suffixes)
+            and all((output / f"{name}{suffix}").is_file() for suffix in suffixes)
         ):
             kept[path] = one.text
     if kept:

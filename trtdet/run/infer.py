@@ -66,7 +66,7 @@ class Outputs:
     """
 
     folder: Path
-    names: Mapping[Path, Path]
+    names: Mapping[Path, str]
     image_ids: Mapping[Path, int | str]
     labels: Sequence[str]
     pictures: bool
@@ -164,7 +164,7 @@ def run(
 
 
 def check_targets(
-    output: Path, planned: Sequence[Path], report: Path | None, inputs: Sequence[Path | None]
+    output: Path, planned: Sequence[str], report: Path | None, inputs: Sequence[Path | None]
 ) -> None:
     """Find out before the model is loaded whether the files of a run can be written, and that its
     page replaces none of them, and nothing that is read.
@@ -178,8 +178,9 @@ def check_targets(
     files.check_folder(output)
     for name in ("detections.json", LABELS_FILE, PARTIAL):
         files.check_writable(output / name)
-    own = [output / name for name in [*planned, Path(MANIFEST), Path(PARTIAL)]]
-    files.check_outputs([report], [*inputs, *own] if report else [])
+    if report:
+        own = [output / name for name in (*planned, MANIFEST, PARTIAL)]
+        files.check_outputs([report], [*inputs, *own])
 
 
 def open_folder(
@@ -203,7 +204,7 @@ def open_folder(
     )
     planned = planned_files(outputs.names.values(), outputs.labels, outputs.suffixes)
     if report is not None and report.absolute().is_relative_to(outputs.folder.absolute()):
-        planned.append(report.absolute().relative_to(outputs.folder.absolute()))
+        planned.append(report.absolute().relative_to(outputs.folder.absolute()).as_posix())
     return RunFolder(outputs.folder, planned, outputs.suffixes, made_with)
 
 
@@ -341,7 +342,7 @@ class Speed:
 def write_report(
     report: Path,
     model: str,
-    names: Mapping[Path, Path],
+    names: Mapping[Path, str],
     source: Sources,
     output: Path,
     labels: Sequence[str],
@@ -361,7 +362,7 @@ def write_report(
 
 def name_outputs(
     paths: Sequence[Path], source: Sources, output: Path, options: RunOptions, *, pictures: bool
-) -> dict[Path, Path]:
+) -> dict[Path, str]:
     """Image -> the name of its outputs.
 
     Raises:

@@ -102,11 +102,11 @@ def run_on_ray(
     identity = run_identity(digest, options, class_ids)
     names = dict(zip(paths, naming.output_names(paths, root), strict=True))
     planned = naming.planned_files(names.values(), texts, (".tsv",))
-    folder = RunFolder(output, [*planned, Path("detections.parquet")], (".tsv",), identity)
+    folder = RunFolder(output, [*planned, "detections.parquet"], (".tsv",), identity)
     say_stale(folder, output, names.values(), clean=clean)
     detect_on_ray(engine.absolute(), list(by_absolute), output, options, address, workers, identity)
     count = boxes = 0
-    skipped: list[Path] = []
+    skipped: list[str] = []
     with (
         ray_cluster.Results(output / PARTIAL, identity) as done,
         result_writer(
