@@ -196,16 +196,27 @@ class ImageBatcher(Closing):
             shape = (batch_size, *preprocessing.image_shape)
         self._processes: PreparingProcesses | None = None
         nbytes = math.prod(shape) * np.dtype(preprocessing.dtype).itemsize
-        for self._share in SHARES if pin and not (keep_sources or load) else ():
-            # As many images as processes can have, and a batch that is waited for.
-            ahead = max(self._ahead, -(-self._share * AT_ONCE * self._workers // batch_size) + 1)
-            if pin and ahead * nbytes <= most_ahead_bytes():
-                self._processes = self._start_processes(pin)
-                break
+        self._share = 0
+        if pin and not (keep_sources or load) and (share := self._share_that_fits(nbytes)):
+            self._share, self._processes = share, self._start_processes(pin)
         if self._processes is not None:
-            self._ahead, allocate = ahead, self._processes.buffers.allocate
+            allocate = self._processes.buffers.allocate
+            self._ahead = self._ahead_of(self._share)
         self._pool = BufferPool(partial(allocate, shape, np.dtype(preprocessing.dtype)))
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+
+    def _ahead_of(self, share: int) -> int:
+        """Batches ahead of processes that get `share` images at a time: as many images as they can
+        have, and a batch that is waited for.
+        """
+        return max(self._ahead, -(-share * AT_ONCE * self._workers // self.batch_size) + 1)
+
+    def _share_that_fits(self, nbytes: int) -> int | None:
+        """Images of a message to a process, so that the batches ahead, of `nbytes` each, take no
+        more than `most_ahead_bytes`; None: even the smallest take more.
+        """
+        fitting = (n for n in SHARES if self._ahead_of(n) * nbytes <= most_ahead_bytes())
+        return next(fitting, None)
 
     def _start_processes(self, pin: Pin) -> PreparingProcesses | None:
         """None: there are no more processes, open files or shared memory to be had, and threads do
