@@ -339,6 +339,16 @@ def test_labels_from_1(tmp_path: Path) -> None:
     assert classes[0] == classes[1] and {*classes[0]} == {0, 1, 2}
 
 
+def test_more_classes_than_labels_are_chosen_from(tmp_path: Path) -> None:
+    """Where they are chosen cannot be told for certain, so an option counts; the table says it."""
+    options = (*SIXTY, *WITH_LABELS, *XYXY, "--num_classes", "5")
+    status, out = convert(triple(), tmp_path, *options)
+    spec = ModelSpec.from_onnx(onnx.load(out))
+    facts = {fact.name: (fact.value, fact.origin) for fact in spec.evidence}
+    assert (status, spec.num_classes) == (0, 5)
+    assert facts["classes"] == ("5", "given: --num_classes; its labels seem to be chosen from 3")
+
+
 def test_one_class_needs_no_labels(tmp_path: Path) -> None:
     """Said by its number; and rows without a label column."""
     options = (*IMAGES, "--max_detections", "60")

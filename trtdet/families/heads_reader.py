@@ -358,11 +358,8 @@ class Reader(Finder):
         else:
             self.evidence.ask(ev.CLASSES, "--labels FILE or --num_classes N", largest + 1)
             count, origin = largest + 1, ""
-        if chosen and names > chosen:
-            raise GraphError(
-                f"{self.source.path}: expected {chosen} classes, as its labels are chosen from so many, found {names}: {origin}; leave the option "
-                "out, or give the classes of this model"
-            )
+        if chosen and names > chosen and not self.known.labels:
+            origin += f"; its labels seem to be chosen from {chosen}"
         if base is None and largest >= count and names:
             raise GraphError(
                 f"{self.source.path}: expected labels of 0 to {count - 1}, found {largest} in '{tensor}'; --label_base 1 where the first class is 1"
