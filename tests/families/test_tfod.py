@@ -146,6 +146,25 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert 0.1 * WIDTH <= reading.anchors[:, 3].min() <= reading.anchors[:, 3].max() <= 0.4 * WIDTH
 
 
+def test_a_head_for_each_level(tmp_path: Path) -> None:
+    """SSDs without a pyramid: heads are numbered, and no weights are shared."""
+    model = toy("sigmoid, background kept")
+    shared = tfod.read(OnnxSource(save(tmp_path, model)))
+    for node in model.graph.node:
+        for kind in ("Class", "Box"):
+            for level, end in enumerate(("", "_1")):
+                if node.name == f"{HEAD}{kind}Head/Reshape{end}":
+                    node.name = f"StatefulPartitionedCall/BoxPredictor/Convolutional{kind}Head_{level}/Reshape"
+    source = OnnxSource(save(tmp_path, model))
+    assert pick_family(source, load_families()) is tfod
+    reading = tfod.read(source)
+    assert (reading.spec, reading.heads) == (shared.spec, shared.heads)
+    assert shared.anchors is not None and reading.anchors is not None
+    np.testing.assert_array_equal(reading.anchors, shared.anchors)
+    facts = {fact.name: fact.origin for fact in reading.facts}
+    assert "BoxPredictor/ConvolutionalClassHead_ and" in facts["family"]
+
+
 def test_a_background_that_the_scores_keep(tmp_path: Path) -> None:
     """Told by the class of a detection, or by the number of NMS operators, one for each class."""
     for converter in (*CONVERTERS, *BACKGROUND_KEPT):

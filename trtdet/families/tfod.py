@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EfficientDet D0-D7 of the TensorFlow Object Detection API: a SavedModel of its exporter
+"""EfficientDet D0-D7 and SSDs of the TensorFlow Object Detection API: a SavedModel of its exporter
 (exporter_main_v2.py), or that converted to ONNX.
 
 The exporter writes the decoded boxes and the converted scores of all anchors as outputs, so nothing
@@ -51,16 +51,27 @@ from trtdet.spec import Fact, ModelSpec, Nms, Preprocessing
 
 NAME = "tfod"
 
-CLASS_SCOPE = "BoxPredictor/WeightSharedConvolutionalClassHead/"
-BOX_SCOPE = "BoxPredictor/WeightSharedConvolutionalBoxHead/"
+#: Scopes of the class and box heads: one that all levels share, or one for each level, numbered.
+SHARED = tuple(f"BoxPredictor/WeightSharedConvolutional{kind}Head/" for kind in ("Class", "Box"))
+NUMBERED = tuple(f"BoxPredictor/Convolutional{kind}Head_" for kind in ("Class", "Box"))
 OUTPUTS = ("detection_boxes", "raw_detection_boxes", "raw_detection_scores")
 
 
 def matches(source: Source) -> bool:
     """Whether both heads and the exporter's outputs are there."""
-    names = [node.name for node in source.graph.nodes.values()]
-    scopes = all(any(scope in name for name in names) for scope in (CLASS_SCOPE, BOX_SCOPE))
-    return scopes and all(name in source.graph.outputs for name in OUTPUTS)
+    outputs = all(name in source.graph.outputs for name in OUTPUTS)
+    return outputs and maybe_scopes(source.graph) is not None
+
+
+def maybe_scopes(graph: SourceGraph) -> tuple[str, ...] | None:
+    """The scopes of the class head and of the box head."""
+    names = [node.name for node in graph.nodes.values()]
+    found = (
+        scopes
+        for scopes in (SHARED, NUMBERED)
+        if all(any(scope in name for name in names) for scope in scopes)
+    )
+    return next(found, None)
 
 
 def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
@@ -72,7 +83,8 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             f"tfod: expected the outputs of exporter_main_v2.py, found {list(graph.outputs)} without {missing}; export the model with "
             "--input_type image_tensor"
         )
-    logits, boxes = (find_head(graph, scope, NAME) for scope in (CLASS_SCOPE, BOX_SCOPE))
+    scopes = maybe_scopes(graph) or SHARED
+    logits, boxes = (find_head(graph, scope, NAME) for scope in scopes)
     detections, decoded, scores = (graph.outputs[name] for name in OUTPUTS)
     fetches = [tensor(boxes), tensor(logits), scores, detections]
     check_runs(source, NAME, fetches)
@@ -203,7 +215,9 @@ def facts(
 ) -> tuple[Fact, ...]:
     """Where all of it comes from."""
     evidence = measured_facts(NAME, "TFOD", graph, preprocessing, image_input)
-    evidence.add(ev.FAMILY, NAME, f"read: the heads below {CLASS_SCOPE} and {BOX_SCOPE}")
+    evidence.add(
+        ev.FAMILY, NAME, f"read: the heads below {' and '.join(maybe_scopes(graph) or SHARED)}"
+    )
     evidence.add(
         ev.BOXES,
         "yxyx, relative to anchors",
