@@ -68,7 +68,7 @@ InputDtype = Literal["float32", "uint8"]
 ResizeMode = Literal["letterbox", "stretch"]
 Placement = Literal["top_left", "center"]
 Rounding = Literal["floor", "floor64", "floor_axes", "round", "none"]
-Sampling = Literal["half_pixel", "corner"]
+Sampling = Literal["half_pixel", "corner", "cubic"]
 #: What follows the heads: EfficientNMS, NMS of rotated boxes, or the best K without suppression.
 Selection = Literal["nms", "rotated_nms", "topk"]
 #: What the four numbers of a box are: corners, corner and size, or centre and size.
@@ -112,7 +112,7 @@ class Preprocessing:
         # "none": size and place are fractions of pixels, an affine warp does it (CenterNet)
     )
     sampling: Sampling = (
-        "half_pixel"  # where pixels have their centres; "corner": TensorFlow 1's resize
+        "half_pixel"  # bilinear; "corner": TensorFlow 1's, without half pixels; "cubic": OpenCV's
     )
     antialias: bool = (
         False  # average over the area when shrinking (Pillow), or not (TensorFlow, OpenCV)
@@ -151,6 +151,10 @@ class Preprocessing:
                 raise ValueError("shorter_side: expected size_range, and resize letterbox")
         if self.own_size and (self.size_range is None or self.resize != "letterbox"):
             raise ValueError("own_size: expected size_range, and resize letterbox")
+        if self.sampling == "cubic" and (self.is_warped or self.antialias):
+            raise ValueError(
+                "sampling: expected no cubic where rounding is none, or antialias true"
+            )
         if self.is_warped and self.antialias:
             raise ValueError("antialias: expected false where rounding is none")
         smallest, largest = self.size_range or (self.size_hw, self.size_hw)

@@ -9,6 +9,7 @@ from pathlib import Path
 import detr_data
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import yolo_networks as networks
 from onnx import helper, numpy_helper
@@ -280,6 +281,55 @@ def test_a_batch_of_1_that_was_freed_is_said_to_be_dynamic(tmp_path: Path) -> No
         assert status == 0
         facts = {f.name: (f.value, f.origin) for f in ModelSpec.from_onnx(onnx.load(out)).evidence}
         assert facts["batch"] == said
+
+
+def of_two() -> onnx.ModelProto:
+    """`pair`, exported for a batch of 2, with the shapes of its inner tensors declared."""
+    model = pair()
+    shapes = {node.input[1] for node in model.graph.node if node.op_type == "Reshape"}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.output[0] in shapes:
+            shape = numpy_helper.to_array(node.attribute[0].t).copy()
+            shape[0] = 2
+            node.attribute[0].t.CopyFrom(numpy_helper.from_array(shape))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def test_shapes_of_the_sources_batch_are_forgotten(tmp_path: Path) -> None:
+    """ONNX Runtime folds reshapes by what is declared of inner tensors."""
+    model = of_two()
+    assert len(model.graph.value_info) > 10
+    status, out = convert(save(model, tmp_path / "two.onnx"), *DECLARED, "--nms", "graph")
+    assert status == 0
+    made = onnx.load(out)
+    first = [v.type.tensor_type.shape.dim for v in made.graph.value_info]
+    assert not any(d and len(d) > 1 and d[0].dim_value == 2 for d in first)
+    session = onnxruntime.InferenceSession(out)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 64, 3), np.uint8)
+    name, dtype = session.get_inputs()[0].name, session.get_inputs()[0].type
+    images = images if dtype == "tensor(uint8)" else images.astype(np.float32)
+    boxes = session.run(["detection_boxes"], {name: images})[0]
+    for row in range(3):
+        alone = session.run(["detection_boxes"], {name: images[row : row + 1]})[0]
+        np.testing.assert_allclose(boxes[row : row + 1], alone, atol=1e-3)
+
+
+def test_a_batch_of_2_that_holds_2_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is not freed because two images run."""
+    model = of_two()
+    ones = numpy_helper.from_array(np.ones((2, 1, 1), np.float32), "of_each")
+    model.graph.initializer.append(ones)
+    model.graph.node.append(helper.make_node("Mul", ["boxes_out", "of_each"], ["boxes_of_two"]))
+    model.graph.output[0].name = "boxes_of_two"
+    declared = ["boxes_of_two" if word == "boxes_out" else word for word in DECLARED]
+    status, out = convert(save(model, tmp_path / "two.onnx"), *declared)
+    assert status == 0
+    assert "the export is fixed to a batch of 2, and so is this model" in capsys.readouterr().err
+    assert onnx.load(out).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
 
 
 def test_assume_is_loud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

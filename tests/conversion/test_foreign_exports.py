@@ -17,6 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from test_mutations import IMAGES, found_by, pair
 
 from trtdet.commands import create_onnx
+from trtdet.errors import GraphError
+from trtdet.sources import onnx_file
+from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import ModelSpec
 
 INT32, INT64, FLOAT = TensorProto.INT32, TensorProto.INT64, TensorProto.FLOAT
@@ -173,6 +176,113 @@ def test_the_heads_are_found(form: Callable[[], onnx.ModelProto], tmp_path: Path
         nms = spec.nms
         assert (nms.score_threshold, nms.iou_threshold) == pytest.approx((0.12, 0.55))
         assert nms.max_output_boxes == 20 and not nms.class_agnostic
+
+
+def by_paddle(model: onnx.ModelProto) -> onnx.ModelProto:
+    model.graph.name = "PaddlePaddle Graph in PIR mode"
+    return model
+
+
+@pytest.mark.parametrize(
+    ("asked", "sampling", "resize"),
+    [("cubic", "cubic", "stretch, cubic"), ("linear", "half_pixel", "stretch")],
+)
+def test_paddles_interpolation_is_asked_for(
+    asked: str, sampling: str, resize: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its models differ in it, and their files do not say it."""
+    status, out = convert(by_paddle(paddle()), tmp_path, *IMAGES)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 1 and not out.exists()
+    assert "nothing in the file says interpolation; give --interpolation linear|cubic" in said
+    assert "infer_cfg.yml" in said
+    status, out = convert(by_paddle(paddle()), tmp_path, *IMAGES, "--interpolation", asked)
+    spec = ModelSpec.from_onnx(onnx.load(out))
+    facts = {fact.name: fact.value for fact in spec.evidence}
+    assert status == 0 and facts["family"] == "PaddleDetection" and facts["resize"] == resize
+    assert (spec.preprocessing.sampling, spec.preprocessing.dtype) == (sampling, "uint8")
+
+
+def test_any_export_may_be_cubic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = convert(pair(), tmp_path, *IMAGES, "--interpolation", "cubic")
+    assert status == 0
+    assert ModelSpec.from_onnx(onnx.load(out)).preprocessing.sampling == "cubic"
+    for other in (("--antialias",), ("--resize_mode", "warp")):
+        with pytest.raises(SystemExit, match="2"):
+            convert(pair(), tmp_path, "--interpolation", "cubic", *other)
+        said = capsys.readouterr().err
+        assert "--interpolation goes with resizing as OpenCV does it, not with" in said
+
+
+def inside_out(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Corners without positive sides: two points near the centre of each box, the second above and
+    to the left of the first.
+    """
+    mixing = np.kron([[0.48, 0.52], [0.52, 0.48]], np.eye(2)).astype(np.float32)
+    constants(model, mixing=mixing)
+    model.graph.node.append(make("MatMul", ["boxes_out", "mixing"], ["around_out"]))
+    return with_outputs(
+        model, info("around_out", FLOAT, [1, 42, 4]), info("scores_out", FLOAT, [1, 42, 3])
+    )
+
+
+def test_corners_without_sides_are_no_centres(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """cx cy w h of them would have positive sides, and lie about the cells."""
+    status, out = convert(inside_out(pair()), tmp_path, *IMAGES)
+    assert status == 1 and not out.exists()
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "nothing in the file says boxes; give --box_format xyxy|yxyx|xywh|cxcywh" in said
+
+
+def levels() -> onnx.ModelProto:
+    """Scores, and boxes as distributions, of each level apart."""
+    model = pair()
+    outputs = []
+    for name, width in (("scores_out", 3), ("boxes_out", 32)):
+        repeats = 1 if width == 3 else 8
+        model.graph.node.append(make("Concat", [name] * repeats, [f"wide_{name}"], axis=2))
+        for start, end in ((0, 32), (32, 40), (40, 42)):
+            key = f"{name}_{start}"
+            constants(model, **{f"{key}_a": [start], f"{key}_b": [end], f"{key}_c": [1]})
+            model.graph.node.append(make("Slice", [f"wide_{name}", f"{key}_a", f"{key}_b", f"{key}_c"], [key]))  # fmt: skip
+            outputs.append(info(key, FLOAT, [1, end - start, width]))
+    return with_outputs(model, *outputs)
+
+
+def test_levels_that_are_not_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No option reads them; the refusal says how to export."""
+    status, out = convert(levels(), tmp_path, *IMAGES)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 1 and not out.exists()
+    assert "found the maps of 3 levels apart (32, 8, 2 cells), whose boxes are not decoded" in said
+    assert "export.post_process=True" in said and "Declare them" not in said
+
+
+def test_wrong_shapes_of_inner_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As paddle2onnx writes them for PP-YOLO: they are left out where ONNX Runtime, which plans its
+    memory by them, fails. Its failure is a stand-in here.
+    """
+    model = pair()
+    model.graph.value_info.append(info("pixels", FLOAT, [1, 4, 1]))
+    onnx.save(model, tmp_path / "model.onnx")
+    source = OnnxSource(tmp_path / "model.onnx")
+    said = ["some other failure", f"{onnx_file.WRONG_SHAPES}. {{1,3,1}} != {{1,3,80}}"]
+    real = onnx_file.run_part
+
+    def failing(*asked: Any) -> Any:
+        if said:
+            raise GraphError(said.pop())
+        return real(*asked)
+
+    monkeypatch.setattr(onnx_file, "run_part", failing)
+    feed = {"images": np.zeros((1, 3, 32, 64), np.float32)}
+    with pytest.raises(GraphError, match="some other failure"):  # of the second attempt
+        source.run(["scores_out"], feed)
+    assert not source.model.graph.value_info and not said
+    (values,) = source.run(["scores_out"], feed)
+    assert values.shape == (1, 42, 3)
 
 
 def test_suppression_over_all_classes(tmp_path: Path) -> None:

@@ -135,6 +135,15 @@ def test_warped_images_are_said(tmp_path, capsys):
     assert "symmetric-padding=1" in next((tmp_path / "b").rglob("config_infer*.txt")).read_text()
 
 
+def test_cubic_interpolation_is_said(tmp_path, capsys):
+    said = "nvinfer resizes pictures bilinearly, this model's are interpolated cubically"
+    assert write(tmp_path / "a") == 0
+    assert said not in capsys.readouterr().err
+    cubic = dataclasses.replace(D0.preprocessing, sampling="cubic")
+    assert write(tmp_path / "b", D0.replace(preprocessing=cubic)) == 0
+    assert said in capsys.readouterr().err
+
+
 def test_padding_that_was_made_good_is_not(tmp_path, capsys):
     assert write(tmp_path, D0.replace(source={"pad_color": "black"})) == 0
     assert "nvinfer pads with black" not in capsys.readouterr().err

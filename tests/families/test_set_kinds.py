@@ -124,6 +124,31 @@ def test_kind(
     assert families == [{"sigmoid": "deformable_detr", "rfdetr": "rfdetr"}.get(kind, "rtdetr")]
 
 
+@pytest.mark.parametrize(
+    ("options", "sampling", "dtype", "resize"),
+    [
+        ((), "cubic", "uint8", "stretch, cubic"),
+        (("--interpolation", "linear"), "half_pixel", "uint8", "stretch"),
+        (("--antialias", "yes"), "half_pixel", "uint8", "stretch, antialiased"),
+    ],
+)
+def test_pixels_of_paddles_export(
+    options: tuple[str, ...], sampling: str, dtype: str, resize: str, tmp_path: Path
+) -> None:
+    """RT-DETR: OpenCV's INTER_CUBIC on 8 bits, where transformers has Pillow's antialiasing."""
+    path = Network(patches=False, before=1, distributed=False, cast=False).save(tmp_path / "s.onnx")
+    model = onnx.load(path)
+    model.graph.name = "PaddlePaddle Graph in PIR mode"
+    onnx.save(model, path)
+    out = tmp_path / "out.onnx"
+    assert create_onnx.main(["--source_onnx", str(path), "--onnx", str(out), *options]) == 0
+    spec = ModelSpec.from_onnx(onnx.load(out))
+    found = spec.preprocessing
+    assert (found.sampling, found.dtype, found.antialias) == (sampling, dtype, "--antialias" in options)  # fmt: skip
+    assert {fact.name: fact.value for fact in spec.evidence}["resize"] == resize
+    assert (spec.family, found.std) == ("rtdetr", (255.0, 255.0, 255.0))
+
+
 def test_normalisation_of_a_vision_transformer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

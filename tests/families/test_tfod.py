@@ -21,7 +21,7 @@ from trtdet.families.base import pick_family
 from trtdet.images.preprocess import preprocess
 from trtdet.nms.reference import reference
 from trtdet.runtimes.ort import OnnxRuntime
-from trtdet.sources.onnx_file import OnnxSource
+from trtdet.sources.onnx_file import OnnxSource, _read_onnx_graph
 from trtdet.spec import Nms
 
 HEIGHT, WIDTH, CLASSES = 32, 48, 3
@@ -37,11 +37,20 @@ CONVERTERS = {
     "sigmoid and background": ("Slice(sigmoid, one, four, two)", 1),
     "softmax and background": ("Slice(softmax, one, four, two)", 1),
 }
+#: SSDs, whose raw_detection_scores have the background too; its NMS has not.
+BACKGROUND_KEPT = {
+    "sigmoid, background kept": ("Identity(sigmoid)", 1),
+    "softmax, background kept": ("Identity(softmax)", 1),
+}
 
 
 def toy(converter: str = "sigmoid", factors: tuple[float, ...] = (1, 1, 1, 1)) -> onnx.ModelProto:
     """Two levels, one anchor a cell; images of any size are stretched as TensorFlow 1 does it."""
-    scores, background = CONVERTERS[converter]
+    scores, background = (CONVERTERS | BACKGROUND_KEPT)[converter]
+    foreground = (
+        "Slice(scores, one, four, two)" if converter in BACKGROUND_KEPT else "Identity(scores)"
+    )
+    kept = CLASSES + (converter in BACKGROUND_KEPT)
     columns = CLASSES + background
     per_class = "\n".join(
         f'["{NMS}_{c}/NonMaxSuppressionV5"] kept_{c} = NonMaxSuppression(decoded, scores_nca, hundred, iou, threshold)'
@@ -51,10 +60,10 @@ def toy(converter: str = "sigmoid", factors: tuple[float, ...] = (1, 1, 1, 1)) -
         <ir_version: 8, opset_import: ["": 17]>
         tfod (uint8[1, h, w, 3] input_tensor)
           => (float[1, 10, 4] detection_boxes, float[1, {ANCHORS}, 4] raw_detection_boxes,
-              float[1, {ANCHORS}, {CLASSES}] raw_detection_scores)
+              float[1, {ANCHORS}, {kept}] raw_detection_scores, float[1, 1] detection_classes)
           <int64[4] size = {{1, 3, {HEIGHT}, {WIDTH}}}, int64[3] boxes_3 = {{1, -1, 4}}, int64[3] scores_3 = {{1, -1, {columns}}},
            int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] four = {{4}}, int64[1] ten = {{10}},
-           int64 hundred = {{100}}, float iou = {{0.5}}, float threshold = {{0.00000001}}, float half = {{0.5}}>
+           int64 hundred = {{100}}, int64 first = {{1}}, float iou = {{0.5}}, float threshold = {{0.00000001}}, float half = {{0.5}}>
         {{
           pixels = Cast<to = 1>(input_tensor)
           nchw = Transpose<perm = [0, 3, 1, 2]>(pixels)
@@ -82,7 +91,12 @@ def toy(converter: str = "sigmoid", factors: tuple[float, ...] = (1, 1, 1, 1)) -
           decoded = Concat<axis = 2>(low, high)
           sigmoid = Sigmoid(logits)  softmax = Softmax<axis = 2>(logits)
           scores = {scores}
-          scores_nca = Transpose<perm = [0, 2, 1]>(scores)
+          foreground = {foreground}
+          scores_nca = Transpose<perm = [0, 2, 1]>(foreground)
+          best_of_class = ReduceMax<axes = [1], keepdims = 0>(foreground)
+          best_class = ArgMax<axis = 1>(best_of_class)
+          counted_class = Add(best_class, first)
+          detection_classes = Cast<to = 1>(counted_class)
           {per_class}
           raw_detection_boxes = Identity(decoded)
           raw_detection_scores = Identity(scores)
@@ -132,7 +146,57 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert 0.1 * WIDTH <= reading.anchors[:, 3].min() <= reading.anchors[:, 3].max() <= 0.4 * WIDTH
 
 
-@pytest.mark.parametrize("converter", CONVERTERS)
+def test_a_head_for_each_level(tmp_path: Path) -> None:
+    """SSDs without a pyramid: heads are numbered, and no weights are shared."""
+    model = toy("sigmoid, background kept")
+    shared = tfod.read(OnnxSource(save(tmp_path, model)))
+    for node in model.graph.node:
+        for kind in ("Class", "Box"):
+            for level, end in enumerate(("", "_1")):
+                if node.name == f"{HEAD}{kind}Head/Reshape{end}":
+                    node.name = f"StatefulPartitionedCall/BoxPredictor/Convolutional{kind}Head_{level}/Reshape"
+    source = OnnxSource(save(tmp_path, model))
+    assert pick_family(source, load_families()) is tfod
+    reading = tfod.read(source)
+    assert (reading.spec, reading.heads) == (shared.spec, shared.heads)
+    assert shared.anchors is not None and reading.anchors is not None
+    np.testing.assert_array_equal(reading.anchors, shared.anchors)
+    facts = {fact.name: fact.origin for fact in reading.facts}
+    assert "BoxPredictor/ConvolutionalClassHead_ and" in facts["family"]
+
+
+def test_a_background_that_the_scores_keep(tmp_path: Path) -> None:
+    """Told by the class of a detection, or by the number of NMS operators, one for each class."""
+    for converter in (*CONVERTERS, *BACKGROUND_KEPT):
+        for classes_said in (True, False):
+            model = toy(converter)
+            if not classes_said:
+                del model.graph.output[3]
+            reading = tfod.read(OnnxSource(save(tmp_path, model)))
+            facts = {fact.name: fact.value for fact in reading.facts}
+            assert facts["background class"] == ("first" if "background" in converter else "none")
+            assert facts["classes"] == "3" and facts["selection"] == "NMS per class"
+            assert reading.spec.category_ids == (1, 2, 3)
+
+
+def test_the_most_of_a_class_is_computed() -> None:
+    """The least of a constant and the number of boxes, as in exports without static shapes."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 17]>
+        most (float[1, n, 4] boxes, float[1, 2, n] scores, int64 count) => (int64[m, 3] kept)
+          <int64 hundred = {100}, float iou = {0.5}, float threshold = {0.1}>
+        { least = Min(count, hundred)  kept = NonMaxSuppression(boxes, scores, least, iou, threshold) }
+    """)
+    graph = _read_onnx_graph(model)
+    node = next(n for n in graph.all_nodes() if n.op == "NonMaxSuppression")
+    assert tfod.most_of_a_class(graph, node) == 100
+    model.graph.node[0].op_type = "Max"  # no upper limit
+    graph = _read_onnx_graph(model)
+    node = next(n for n in graph.all_nodes() if n.op == "NonMaxSuppression")
+    assert tfod.most_of_a_class(graph, node) is None
+
+
+@pytest.mark.parametrize("converter", [*CONVERTERS, *BACKGROUND_KEPT])
 @pytest.mark.parametrize("factors", [(1, 1, 1, 1), (10, 10, 5, 5)])
 def test_detections_are_the_sources(
     converter: str, factors: tuple[float, ...], tmp_path: Path
@@ -157,6 +221,7 @@ def test_detections_are_the_sources(
         boxes, scores = source.run(
             ["raw_detection_boxes", "raw_detection_scores"], {"input_tensor": image[None]}
         )
+        scores = scores[..., 1:] if converter in BACKGROUND_KEPT else scores
         nms = Nms(0.3, 0.5, 10, score_activation=False, box_coding=0)
         theirs = reference(boxes, scores, nms)
         count = int(theirs["num_detections"][0, 0])
@@ -182,7 +247,7 @@ def test_nothing_above_the_threshold(tmp_path: Path) -> None:
 
 
 def without_outputs(model: onnx.ModelProto) -> str:
-    del model.graph.output[1:]
+    del model.graph.output[1:3]
     return r"expected the outputs of exporter_main_v2.py.*without \['raw_detection_boxes', 'raw_det"
 
 

@@ -121,6 +121,25 @@ def test_affine_warp_is_bilinear_alone() -> None:
         dataclasses.replace(WARPED, antialias=True)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_cubic_is_opencvs(dtype: Any, layout: Any) -> None:
+    """Whole levels, larger and smaller; bilinear where that is asked for."""
+    cubic = Preprocessing((40, 90), layout, dtype, resize="stretch", sampling="cubic")
+    for image in (noise(100, 60), noise(30, 45)):
+        found, _ = preprocess(image, cubic)
+        pixels = found if layout == "NHWC" else found.transpose(1, 2, 0)
+        expected = cv2.resize(image, (90, 40), interpolation=cv2.INTER_CUBIC)
+        np.testing.assert_array_equal(pixels, expected)
+        plain = dataclasses.replace(cubic, sampling="half_pixel")
+        asked, _ = preprocess(image, cubic, resample="bilinear")
+        np.testing.assert_array_equal(asked, preprocess(image, plain)[0])
+        assert np.abs(asked.astype(float) - found).max() > 5
+    for change in ({"antialias": True}, {"resize": "letterbox", "rounding": "none"}):
+        with pytest.raises(ValueError, match="sampling: expected no cubic"):
+            dataclasses.replace(cubic, **change)
+
+
 def test_antialias_belongs_to_the_model() -> None:
     """Shrinking by four: the mean of the area where the model was trained so, else four
     neighbours.

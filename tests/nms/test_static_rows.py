@@ -185,6 +185,39 @@ def test_two_stages() -> None:
     assert counts[0] == 0 and max(counts) == MOST and len({*counts}) >= 4
 
 
+@pytest.mark.parametrize("elem_type", [FLOAT, INT64])
+def test_the_smallest_of_rows(elem_type: int) -> None:
+    """As paddle2onnx sorts by class behind the NMS; what does not count comes last."""
+    filling = np.full(4, 50, np.float32 if elem_type == FLOAT else np.int64)
+    constants = {"zero": np.array([0]), "four": np.array([4]), "filling": filling}
+    nodes = [
+        make("NonZero", ["values"], ["index"]),
+        make("Squeeze", ["index", "zero"], ["row"]),
+        make("Gather", ["values", "row"], ["some"]),
+        make("Cast", ["some"], ["typed"], to=elem_type),
+        make("Shape", ["typed"], ["number"]),
+        make("Min", ["number", "four"], ["k"]),
+        make("TopK", ["typed", "k"], ["sorted", "order"], largest=0),
+        make("Concat", ["sorted", "filling"], ["filled"], axis=0),
+        make("TopK", ["filled", "four"], ["found", "positions"], largest=0),
+    ]
+    graph = helper.make_graph(
+        nodes, "rows", [info("values", FLOAT, [9])], [info("found", elem_type, [4])],
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    static = make_static(model)
+    assert maybe_data_sized(static) is None
+    for values, wanted in (
+        ([0, 9, 0, 2, 7, 0, 0, 4, 3], [2, 3, 4, 7]),
+        ([0, 9, 0, 0, 0, 0, 0, 0, 3], [3, 9, 50, 50]),
+        ([0] * 9, [50] * 4),
+    ):
+        fed = {"values": np.array(values, np.float32)}
+        for one in (model, static):
+            np.testing.assert_array_equal(run_onnx(one, ["found"], fed)[0], wanted)
+
+
 @pytest.mark.parametrize(
     ("node", "said"),
     [

@@ -218,7 +218,16 @@ def test_the_rest_of_a_run_is_decoded_as_its_beginning(
 
 
 @pytest.mark.parametrize("decoder", [{"devices": 1}], indirect=True)
-def test_warped_images_are_left_to_the_cpu(
+@pytest.mark.parametrize(
+    ("change", "how"),
+    [
+        ({"rounding": "none", "placement": "center"}, "warped"),
+        ({"sampling": "cubic"}, "interpolated cubically"),
+    ],
+)
+def test_what_the_kernel_does_not_do_is_left_to_the_cpu(
+    change: dict[str, Any],
+    how: str,
     decoder: tuple[Rig, StandinDecoder],
     uint8_onnx: Path,
     photos: Path,
@@ -229,13 +238,13 @@ def test_warped_images_are_left_to_the_cpu(
     monkeypatch.setattr(detect, "MANY_IMAGES", 1)
     model = onnx.load(uint8_onnx)
     spec = ModelSpec.from_onnx(model)
-    warped = dataclasses.replace(spec.preprocessing, rounding="none", placement="center")
+    warped = dataclasses.replace(spec.preprocessing, **change)
     spec.replace(preprocessing=warped).attach(model)
     onnx.save(model, tmp_path / "warped.onnx")
     engine = write_network_engine(tmp_path / "network.engine", tmp_path / "warped.onnx")
     run(engine, photos, tmp_path / "out")
     assert not decoder[1].decoded
-    said = "this model's are warped, which the GPU's kernel does not do"
+    said = f"this model's are {how}, which the GPU's kernel does not do"
     assert f"images are decoded on the CPU: {said}" in capsys.readouterr().err
     arguments = ["--model", str(engine), "--input", str(photos), "--output", str(tmp_path / "o")]
     assert infer.main([*arguments, "--decode", "gpu"]) == 1

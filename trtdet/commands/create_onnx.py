@@ -225,6 +225,7 @@ def options_from(args: argparse.Namespace) -> Options:
             channel_order=args.channel_order,
             **placing_from(args),
             antialias=maybe_yes(args.antialias),
+            interpolation=args.interpolation,
             longest=args.longest_side,
             clipped=args.clip_boxes or None,
             num_classes=args.num_classes,

@@ -56,6 +56,7 @@ def add_declaring_options(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--rounding", choices=["floor", "round"], help="how the size of a letterboxed picture becomes whole numbers (default: as its family does it, else round)")
     images.add_argument("--longest_side", type=positive_int, metavar="PIXELS", help="where the longer side of a letterboxed picture ends, in an input that is larger: 636 of 640 for YOLO-NAS (default: as its family does it, else at the input's)")
     images.add_argument("--antialias", nargs="?", const="yes", choices=["yes", "no"], help="yes: images were resized in training with averaging over the area, as Pillow does it; no: as OpenCV does it (default: as its family does it, else no)")
+    images.add_argument("--interpolation", choices=["linear", "cubic"], help="how OpenCV resized images in training: INTER_LINEAR or INTER_CUBIC, which PaddleDetection's infer_cfg.yml calls interp 1 and 2 (default: as its family does it, else linear)")
     outputs = parser.add_argument_group("outputs of any other detector (ONNX)")
     outputs.add_argument("--boxes_output", metavar="NAME", help="boxes [N, A, 4], or [n, 4] of one picture; goes with --scores_output (default: detected by shape)")
     outputs.add_argument("--scores_output", metavar="NAME", help="scores [N, A, C] or [N, C, A]; with --labels_output [N, A] or [n] (default: detected by shape)")
@@ -124,5 +125,8 @@ def check_declaring(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error("--labels_output goes with --boxes_output and --scores_output")
     if args.antialias == "yes" and args.resize_mode == "warp":
         parser.error("--antialias: an affine warp has none; leave it out")
+    if args.interpolation and (args.antialias == "yes" or args.resize_mode == "warp"):
+        other = "--antialias" if args.antialias == "yes" else "--resize_mode warp"
+        parser.error(f"--interpolation goes with resizing as OpenCV does it, not with {other}")
     if args.rounding and args.resize_mode in ("warp", "stretch"):
         parser.error(f"--rounding is of a letterbox, not of --resize_mode {args.resize_mode}")

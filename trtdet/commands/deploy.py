@@ -124,6 +124,11 @@ def deploy_deepstream(args: argparse.Namespace) -> None:
             "a pixel of the input; Triton has the model's own pixels"
         )
     painted = SOURCE_KEY in model.spec.source
+    if padding.sampling == "cubic":
+        logger.warning(
+            "nvinfer resizes pictures bilinearly, this model's are interpolated cubically: scores and boxes differ a little; Triton has the "
+            "model's own pixels"
+        )
     if padding.resize == "letterbox" and any(padding.pad_rgb) and not painted:
         logger.warning(
             "nvinfer pads with black, this model was trained on padding of %s; deploy.py pad_color makes that good before the engine is "

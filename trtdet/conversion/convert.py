@@ -122,7 +122,7 @@ def convert(source: Source, options: Options) -> Converted:
         if note.option not in options.given:
             logger.warning(note.text)
     done = assemble(source, reading, options)
-    if options.batch is None and reading.batch and not takes_two(done):
+    if options.batch is None and reading.batch and not takes_another_batch(done):
         logger.warning(
             "the export is fixed to a batch of %d, and so is this model; export it with a dynamic batch for another",
             reading.batch,
@@ -137,12 +137,14 @@ def convert(source: Source, options: Options) -> Converted:
     return done
 
 
-def takes_two(converted: Converted) -> bool:
-    """Whether the heads can be computed for two images; also where ONNX Runtime does not know an
-    operator, so that nothing can be told.
+def takes_another_batch(converted: Converted) -> bool:
+    """Whether the heads can be computed for another number of images than the source's: two, or
+    three where it has two. Also where ONNX Runtime does not know an operator, so that nothing can
+    be told.
     """
     preprocessing = converted.spec.preprocessing
-    images = np.zeros((2, *preprocessing.image_shape), preprocessing.dtype)
+    count = 3 if converted.reading.batch == 2 else 2
+    images = np.zeros((count, *preprocessing.image_shape), preprocessing.dtype)
     lowered = deformable_attention.lower(converted.model)
     try:
         run_onnx(lowered, list(converted.reading.heads), {tidy.INPUT: images})
@@ -252,10 +254,23 @@ def finish_network(
     if not reading.one_by_one:
         tidy.make_batch_dynamic(body, reading.batch)
     tidy.set_input(body, spec.preprocessing, batch)
+    if reading.batch and batch != reading.batch:
+        forget_shapes(body, reading.batch)
     model = gs.export_onnx(body)
     model.ir_version = min(model.ir_version, IR_VERSION)
     model.producer_name, model.producer_version = "trtdet", about.__version__
     return model
+
+
+def forget_shapes(graph: gs.Graph, batch: int) -> None:
+    """What the source declares of inner tensors is of its own batch, and ONNX Runtime would
+    compute with it.
+    """
+    known = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            if id(tensor) not in known and tensor.shape and tensor.shape[0] == batch:
+                tensor.shape = None
 
 
 def select(

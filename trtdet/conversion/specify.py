@@ -24,6 +24,7 @@ WITHOUT_EFFECT = {
     "pad_rgb": ("--pad_color", "how images come into this {} model is known; leave it out"),
     "rounding": ("--rounding", "how images come into this {} model is known; leave it out"),
     "antialias": ("--antialias", "how images come into this {} model is known; leave it out"),
+    "interpolation": ("--interpolation", "how images come into this {} model is known; leave it out"),
     "longest": ("--longest_side", "how images come into this {} model is known; leave it out"),
     "clipped": ("--clip_boxes", "what this {} model does with boxes is known; leave it out"),
     "num_classes": ("--num_classes", "how many classes this {} model has is known; leave it out"),

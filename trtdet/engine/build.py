@@ -89,9 +89,15 @@ def check_shapes(model: onnx.ModelProto) -> None:
     """
     node = static_rows.maybe_data_sized(model)
     if node is not None:
+        dims = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+        remedy = (
+            "create_onnx.py warned of an operator without a form of fixed shapes: export the model without its own NMS"
+            if all(dims[1:])
+            else "convert the model for one size, create_onnx.py --input_size H,W, which gives it fixed shapes"
+        )
         raise GraphError(
-            f"{node.op_type} '{node.name}' in the ONNX file makes as many rows as a picture has boxes, and no engine is built of that; convert the "
-            "model for one size, create_onnx.py --input_size H,W, which gives it fixed shapes, or run the ONNX file itself"
+            f"{node.op_type} '{node.name}' in the ONNX file makes as many rows as a picture has boxes, and no engine is built of that; {remedy}, "
+            "or run the ONNX file itself"
         )
 
 

@@ -28,6 +28,7 @@ from trtdet.spec import (
     ResizeMode,
     RotatedMode,
     Rounding,
+    Sampling,
 )
 
 #: Tensors that stage 1 writes whatever follows them: [N, A, 4] (rotated: 5) boxes in the coding of
@@ -95,6 +96,7 @@ class Hints:
         deformable_attention: how GridSample is written.
         channel_order: of the network's input. placement, pad_rgb, rounding: of a letterboxed image;
             rounding "none" is an affine warp. antialias: as images were resized in training.
+        interpolation: between pixels, as OpenCV does it.
         longest: where the longer side of a letterboxed image ends, in an input that is larger.
         clipped: boxes are clipped to the picture before the NMS.
         num_classes: of a model that holds class ids alone.
@@ -114,6 +116,7 @@ class Hints:
     pad_rgb: tuple[float, float, float] | None = None
     rounding: Rounding | None = None
     antialias: bool | None = None
+    interpolation: Literal["linear", "cubic"] | None = None
     longest: int | None = None
     clipped: bool | None = None
     num_classes: int | None = None
@@ -146,8 +149,10 @@ class Hints:
 NO_HINTS = Hints()
 #: The fields of `Hints` that say how images come into a network.
 IMAGE_HINTS = frozenset(
-    ("channel_order", "placement", "pad_rgb", "rounding", "antialias", "longest")
+    ("channel_order", "placement", "pad_rgb", "rounding", "antialias", "interpolation", "longest")
 )
+#: --interpolation -> as a `Preprocessing` has it.
+SAMPLINGS: Mapping[str | None, Sampling] = {"linear": "half_pixel", "cubic": "cubic"}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from trtdet.families.base import (
     CLASS_LOGITS,
     NO_HINTS,
     RAW_BOXES,
+    SAMPLINGS,
     Final,
     Heads,
     Hints,
@@ -45,6 +46,7 @@ from trtdet.families.pixels import (
     Convention,
     Normal,
     decide_normalisation,
+    is_paddle,
 )
 from trtdet.families.set_outputs import (
     Kind,
@@ -59,7 +61,7 @@ from trtdet.graph.map_op import check_runs, unknown_ops
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
 from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource
-from trtdet.spec import PREPROCESSORS, ModelSpec, Nms, Preprocessing, ResizeMode
+from trtdet.spec import PREPROCESSORS, ModelSpec, Nms, Preprocessing, ResizeMode, Sampling
 
 NAME = "detr"
 
@@ -248,11 +250,16 @@ def describe(
 ) -> Reading:
     """Everything but what is selected from the heads."""
     resize: ResizeMode = hints.resize or ("letterbox" if export.mask else "stretch")
+    by_paddle = is_paddle(source)
+    antialias = antialias and not by_paddle and not hints.interpolation
     antialias = antialias if hints.antialias is None else hints.antialias
+    usual: Sampling = "cubic" if by_paddle and not antialias else "half_pixel"
+    sampling = SAMPLINGS.get(hints.interpolation, usual)
     normal = decide_normalisation(evidence, export.entry, hints, convention)
     mean = normal.mean
     note_facts(evidence, export, hints, resize, convention.of, kept)
     _note_antialias(evidence, hints, antialias=antialias)
+    _note_interpolation(evidence, hints, sampling, by_paddle=by_paddle)
     evidence.add(
         ev.CLASSES, num_classes,
         "read: the number of logits" + (", less the background class" if num_classes < export.num_logits else ""),
@@ -266,6 +273,8 @@ def describe(
         resize=resize,
         rounding="round",
         antialias=antialias,
+        sampling=sampling,
+        dtype="uint8" if by_paddle or sampling == "cubic" else "float32",  # OpenCV's 8 bits
     )
     spec = ModelSpec(
         family=family,
@@ -298,7 +307,7 @@ def describe(
         feeds={export.mask: ones_mask(export, 1)} if export.mask else {},
         facts=evidence.settle(),
         final=final_of(export),
-        takes=frozenset(("channel_order", "antialias"))
+        takes=frozenset(("channel_order", "antialias", "interpolation"))
         | ({"deformable_attention"} if is_deformable(source) else set()),
     )
 
@@ -327,6 +336,20 @@ def _note_antialias(evidence: Evidence, hints: Hints, *, antialias: bool) -> Non
         option = f"--antialias {'yes' if antialias else 'no'}"
         origin = f"{origin} {option}" if origin.startswith(ev.GIVEN) else f"{origin}; {option}"
     evidence.add(ev.RESIZE, former.value + (", antialiased" if antialias else ""), origin)
+
+
+def _note_interpolation(
+    evidence: Evidence, hints: Hints, sampling: Sampling, *, by_paddle: bool
+) -> None:
+    """Beside how images are resized."""
+    (former,) = [fact for fact in evidence.facts if fact.name == ev.RESIZE]
+    value = former.value + (", cubic" if sampling == "cubic" else "")
+    if hints.interpolation:
+        option = f"--interpolation {hints.interpolation}"
+        given = former.origin.startswith(ev.GIVEN)
+        evidence.add(ev.RESIZE, value, f"{former.origin}{'' if given else ';'} {option}")
+    elif by_paddle:
+        evidence.add(ev.RESIZE, value, f"{former.origin}; PaddleDetection's interpolation")
 
 
 def note_facts(

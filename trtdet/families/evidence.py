@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 #: Names of the facts, in the order of the table.
 FAMILY, INPUT, NORMALISATION, RESIZE = "family", "input", "normalisation", "resize"
-CHANNELS = "channel order"
+CHANNELS, INTERPOLATION = "channel order", "interpolation"
 BATCH, BOXES, SCORES, BACKGROUND = "batch", "boxes", "scores", "background class"
 CLASSES, CATEGORY_IDS, SELECTION, KEPT = "classes", "category ids", "selection", "detections kept"
 #: Every reading has one of each.
@@ -37,7 +37,7 @@ READ, MEASURED, GIVEN, CONVENTION, ASSUMED, CHOSEN = (
 CLIP_OPTION = "--clip_boxes where boxes are clipped to the picture before the NMS"
 RESIZE_OPTION = (
     "--resize_mode stretch, or warp, or letterbox with --placement top_left|center and --pad_color R,G,B (where its framework does so, also "
-    "--rounding floor, --longest_side, --antialias)"
+    "--rounding floor, --longest_side, --antialias, --interpolation cubic)"
 )
 
 

@@ -65,6 +65,7 @@ from trtdet.families.pixels import (
     Convention,
     decide_normalisation,
     find_pixels,
+    is_paddle,
     maybe_image,
 )
 from trtdet.graph.static_shapes import fix_shapes, knows_sizes
@@ -127,12 +128,16 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
     check_names(source, hints.declared)
-    known = as_said(framework or Framework(""), hints)
+    by_paddle = framework is None and is_paddle(source)
+    usual = Framework("PaddleDetection", asks_sampling=True) if by_paddle else Framework("")
+    known = as_said(framework or usual, hints)
     evidence = Evidence(str(source.path), hints.assume)
     plugin = maybe_plugin(source)
     origin = f"{ev.MEASURED}the shapes of its outputs"
     if framework:
         origin = f"{ev.READ}metadata of {known.name}"
+    elif by_paddle:
+        origin = f"{ev.READ}the name of its graph"
     elif plugin is not None:
         origin = f"{ev.READ}its {plugin.op_type} node"
     evidence.add(ev.FAMILY, known.name or NAME, origin)

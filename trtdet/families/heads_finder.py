@@ -98,7 +98,24 @@ class Finder:
         rows = [n for n, s in shapes.items() if len(s) == 3 and min(s[1:]) >= 5]
         if len(rows) == 1 and not boxes:
             return self._of_rows(rows[0])
+        levels = self._undecoded_levels(shapes)
+        if levels:
+            raise GraphError(
+                f"{self.source.path}: expected boxes and scores, found the maps of {len(levels)} levels apart ({', '.join(map(str, levels))} cells), whose "
+                "boxes are not decoded; export the model with its decoding (PaddleDetection: -o export.post_process=True, with export.nms=False without its NMS)"
+            )
         raise self.nothing_fits("none of the forms of boxes and scores fits")
+
+    def _undecoded_levels(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        """Numbers of cells of the levels that have two or more outputs each; none where the outputs
+        are something else.
+        """
+        height, width = self.size_hw
+        grids = {-(-height // s) * -(-width // s) for s in (4, 8, 16, 32, 64, 128)}
+        counts = [s[1] for s in shapes.values() if len(s) == 3 and s[1] in grids]
+        levels = sorted({*counts}, reverse=True)
+        whole = len(counts) == len(shapes) and len({counts.count(n) for n in levels}) == 1
+        return levels if whole and len(levels) > 1 and counts.count(levels[0]) > 1 else []
 
     def _both_boxes(
         self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]

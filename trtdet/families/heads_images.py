@@ -6,18 +6,25 @@ framework, else asked for.
 from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
 from trtdet.families import one_picture
-from trtdet.families.base import Hints
+from trtdet.families.base import SAMPLINGS, Hints
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import Framework, image_hw
 from trtdet.families.pixels import Normal, Pixels
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import Preprocessing
 
+INTERPOLATION_OPTION = (
+    "--interpolation linear|cubic; with PaddleDetection, Preprocess in its infer_cfg.yml has all of these: interp 1 is linear, 2 cubic, "
+    "mean 0 and std 1 with norm_type none are --preprocessor unit"
+)
+
 
 def as_said(known: Framework, hints: Hints) -> Framework:
     """What is known, with what the command line says of how images and boxes are treated."""
     said = {name: getattr(hints, name) for name in ("rounding", "antialias", "longest", "clipped")}
     changes = {name: value for name, value in said.items() if value is not None}
+    if hints.interpolation:
+        changes["sampling"] = SAMPLINGS[hints.interpolation]
     if hints.rounding == "none":
         changes["sampling"] = "corner"
     return known.with_changes(**changes)
@@ -49,9 +56,9 @@ def as_they_are(
     Raises:
         GraphError: options that go with one size.
     """
-    if hints.resize or hints.placement or hints.pad_rgb:
+    if hints.resize or hints.placement or hints.pad_rgb or hints.interpolation:
         raise GraphError(
-            f"{source.path}: --resize_mode, --placement and --pad_color go with one size for all pictures, --input_size H,W; this network takes each at "
+            f"{source.path}: --resize_mode, --placement, --pad_color and --interpolation go with one size for all pictures, --input_size H,W; this network takes each at "
             "its own and resizes it itself: name a size, or leave them out"
         )
     evidence.add(ev.RESIZE, "none: each picture at its own size", f"{ev.READ}it resizes inside")
@@ -101,6 +108,9 @@ def preprocessing_of(
         placement, pad = placement or "center", pad or (114.0, 114.0, 114.0)
     else:
         evidence.add(ev.RESIZE, "stretch" + _how_resized(known), origin)
+    if known.asks_sampling and not hints.interpolation and not known.antialias:
+        evidence.ask(ev.INTERPOLATION, INTERPOLATION_OPTION, "cubic")
+        known = known.with_changes(sampling="cubic")
     return Preprocessing(
         size_hw,
         dtype="uint8" if known.rounds else "float32",
@@ -122,4 +132,5 @@ def _how_resized(known: Framework) -> str:
     truncated = known.resize != "stretch" and known.rounding.startswith("floor")
     said = [", its size rounded down"] if truncated else []
     said += [f", its longer side {known.longest}"] if known.longest else []
+    said += [", cubic"] if known.sampling == "cubic" else []
     return "".join([*said, ", antialiased" if known.antialias else ""])

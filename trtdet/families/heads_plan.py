@@ -43,6 +43,7 @@ class Framework:
 
     Attributes:
         normal, resize, placement, pad_rgb, rounding, antialias, sampling: how it prepares images.
+        asks_sampling: its models differ in the interpolation, which its users know.
         rounds: a resized picture has whole levels, 0 to 255.
         declared: what it says of its outputs.
         labels: class names. kept: how many detections it keeps. iou_threshold, score_threshold: of
@@ -72,6 +73,7 @@ class Framework:
     rounding: Rounding = "round"
     antialias: bool = False
     sampling: Sampling = "half_pixel"
+    asks_sampling: bool = False
     rounds: bool = True
     declared: Declaration = field(default_factory=Declaration)
     labels: tuple[str, ...] = ()

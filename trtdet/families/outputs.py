@@ -368,6 +368,10 @@ def measure_format(
     """
     counts = {len(b) for b in boxes}
     levels = maybe_levels(len(boxes[0]), size_hw) if len(counts) == 1 else None
+    if levels is not None and all(_third_follows_first(b) for b in boxes):
+        sided = [f for f in ("xyxy", "yxyx") if _have_sides(boxes, f)]
+        if not sided:  # corners in another order, or of boxes turned inside out
+            return None, "the third number follows the first, and boxes have no positive sides"
     if levels is not None:
         distances = {f: _distance(_in_pixels(boxes, f, size_hw, is_unit), f, levels) for f in FORMATS}  # fmt: skip
         best, second = sorted(FORMATS, key=lambda f: distances[f])[:2]
@@ -382,6 +386,21 @@ def measure_format(
     if len(valid) == 1:
         return valid[0], "no other format has boxes with positive sides within the pictures"
     return None, f"{len(valid)} formats fit"
+
+
+def _third_follows_first(boxes: NDArray[Any]) -> bool:
+    """Whether the third and fourth number go with the first and second, as those of two corners
+    do: the size of a box has nothing to do with where it is.
+    """
+    values = np.asarray(boxes, np.float64).T
+    if np.ptp(values, axis=1).min() == 0:
+        return False
+    return bool(all(np.corrcoef(values[i], values[i + 2])[0, 1] > 0.9 for i in (0, 1)))
+
+
+def _have_sides(boxes: Sequence[NDArray[Any]], box_format: BoxFormat) -> bool:
+    corners = to_xyxy(np.concatenate(list(boxes)), box_format)
+    return bool((corners[:, 2:] > corners[:, :2]).all(axis=1).mean() > 0.5)
 
 
 def formats_that_fit(

@@ -28,6 +28,7 @@ from trtdet.families.evidence import (
 )
 from trtdet.geometry import in_layout
 from trtdet.graph.map_op import unknown_ops
+from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import PREPROCESSORS, Layout, Preprocessing, parse_preprocessor
 
@@ -120,6 +121,13 @@ def maybe_image(source: OnnxSource) -> tuple[str, Layout] | None:
         elif shape[1] is None and shape[3] is None:
             found.append((name, "NCHW"))
     return found[0] if len(found) == 1 else None
+
+
+def is_paddle(source: Source) -> bool:
+    """Whether paddle2onnx wrote the file: it names the graph "PaddlePaddle Graph in PIR mode", or
+    "Model from PaddlePaddle".
+    """
+    return isinstance(source, OnnxSource) and "PaddlePaddle" in source.model.graph.name
 
 
 def find_pixels(

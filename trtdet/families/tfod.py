@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EfficientDet D0-D7 of the TensorFlow Object Detection API: a SavedModel of its exporter
+"""EfficientDet D0-D7 and SSDs of the TensorFlow Object Detection API: a SavedModel of its exporter
 (exporter_main_v2.py), or that converted to ONNX.
 
 The exporter writes the decoded boxes and the converted scores of all anchors as outputs, so nothing
@@ -46,21 +46,32 @@ from trtdet.geometry import in_layout
 from trtdet.graph.builder import Builder
 from trtdet.graph.map_op import check_runs
 from trtdet.nms import reference
-from trtdet.sources.base import Source, SourceGraph
+from trtdet.sources.base import Source, SourceGraph, SourceNode
 from trtdet.spec import Fact, ModelSpec, Nms, Preprocessing
 
 NAME = "tfod"
 
-CLASS_SCOPE = "BoxPredictor/WeightSharedConvolutionalClassHead/"
-BOX_SCOPE = "BoxPredictor/WeightSharedConvolutionalBoxHead/"
+#: Scopes of the class and box heads: one that all levels share, or one for each level, numbered.
+SHARED = tuple(f"BoxPredictor/WeightSharedConvolutional{kind}Head/" for kind in ("Class", "Box"))
+NUMBERED = tuple(f"BoxPredictor/Convolutional{kind}Head_" for kind in ("Class", "Box"))
 OUTPUTS = ("detection_boxes", "raw_detection_boxes", "raw_detection_scores")
 
 
 def matches(source: Source) -> bool:
     """Whether both heads and the exporter's outputs are there."""
-    names = [node.name for node in source.graph.nodes.values()]
-    scopes = all(any(scope in name for name in names) for scope in (CLASS_SCOPE, BOX_SCOPE))
-    return scopes and all(name in source.graph.outputs for name in OUTPUTS)
+    outputs = all(name in source.graph.outputs for name in OUTPUTS)
+    return outputs and maybe_scopes(source.graph) is not None
+
+
+def maybe_scopes(graph: SourceGraph) -> tuple[str, ...] | None:
+    """The scopes of the class head and of the box head."""
+    names = [node.name for node in graph.nodes.values()]
+    found = (
+        scopes
+        for scopes in (SHARED, NUMBERED)
+        if all(any(scope in name for name in names) for scope in scopes)
+    )
+    return next(found, None)
 
 
 def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
@@ -72,7 +83,8 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             f"tfod: expected the outputs of exporter_main_v2.py, found {list(graph.outputs)} without {missing}; export the model with "
             "--input_type image_tensor"
         )
-    logits, boxes = (find_head(graph, scope, NAME) for scope in (CLASS_SCOPE, BOX_SCOPE))
+    scopes = maybe_scopes(graph) or SHARED
+    logits, boxes = (find_head(graph, scope, NAME) for scope in scopes)
     detections, decoded, scores = (graph.outputs[name] for name in OUTPUTS)
     fetches = [tensor(boxes), tensor(logits), scores, detections]
     check_runs(source, NAME, fetches)
@@ -86,8 +98,10 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
     raw_boxes, raw_logits, converted, found = source.run(fetches, feed)
     height, width = preprocessing.size_hw
     anchors, scale = measure_box_coder(source, {**feed, tensor(boxes): raw_boxes}, boxes, decoded)
-    nms, notes = read_nms(graph, converted.shape[-1], found.shape[1])
-    background, activation = score_converter(raw_logits, converted)
+    left_out, activation = score_converter(raw_logits, converted)
+    background = left_out or counts_background(source, {**feed, tensor(boxes): raw_boxes}, logits, raw_logits)  # fmt: skip
+    num_classes = raw_logits.shape[-1] - background
+    nms, notes = read_nms(graph, num_classes, found.shape[1])
     plain = (
         raw_boxes.ndim == 3 and not background and activation == "Sigmoid" and (scale == 1).all()
     )
@@ -113,7 +127,7 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             family=NAME,
             preprocessing=preprocessing,
             nms=nms,
-            category_ids=tuple(range(1, converted.shape[-1] + 1)),  # label maps count from 1
+            category_ids=tuple(range(1, num_classes + 1)),  # label maps count from 1
             box_order="yxyx",
         ),
         image_input=image_input,
@@ -134,7 +148,7 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
             image_input,
             scores=activation,
             background=background,
-            num_classes=converted.shape[-1],
+            num_classes=num_classes,
         ),
         final=maybe_final(graph, nms, (height, width)),
     )
@@ -150,15 +164,16 @@ def maybe_final(graph: SourceGraph, nms: Nms, size_hw: tuple[int, int]) -> Final
         return None
     node = next(node for node in graph.all_nodes() if node.op == "NonMaxSuppression")
     constants = [scalar(graph.maybe_constant(t, node.function)) for t in node.inputs[2:]]
-    most, iou, score, sigma = (*(x or 0.0 for x in constants), 0.0)[:4]
+    most, iou, score, sigma = (*constants, None)[:4]
+    most = most_of_a_class(graph, node) if most is None else most
     selection = TfSelection(
         per_class=not nms.class_agnostic,
         every_class=not nms.class_agnostic,
         candidates=0,
-        iou_threshold=iou,
-        score_threshold=score,
-        sigma=sigma,
-        most_per_class=int(most),
+        iou_threshold=iou or 0.0,
+        score_threshold=score or 0.0,
+        sigma=sigma or 0.0,
+        most_per_class=nms.max_output_boxes if most is None else int(most),
         most=nms.max_output_boxes,
         clip=size_hw,
     )
@@ -177,6 +192,17 @@ def maybe_final(graph: SourceGraph, nms: Nms, size_hw: tuple[int, int]) -> Final
     return Final(tuple(graph.outputs[name] for name in names), read, selection, selection.differs)
 
 
+def most_of_a_class(graph: SourceGraph, node: SourceNode) -> float | None:
+    """The constant that the NMS's most detections are computed from: the least of it and the number
+    of boxes, where that is not fixed.
+    """
+    producer = graph.maybe_producer(node.inputs[2], node.function)
+    if producer is None or producer.op not in ("Minimum", "Min"):
+        return None
+    known = (scalar(graph.maybe_constant(name, node.function)) for name in producer.inputs)
+    return min((value for value in known if value is not None), default=None)
+
+
 def facts(
     graph: SourceGraph,
     preprocessing: Preprocessing,
@@ -189,7 +215,9 @@ def facts(
 ) -> tuple[Fact, ...]:
     """Where all of it comes from."""
     evidence = measured_facts(NAME, "TFOD", graph, preprocessing, image_input)
-    evidence.add(ev.FAMILY, NAME, f"read: the heads below {CLASS_SCOPE} and {BOX_SCOPE}")
+    evidence.add(
+        ev.FAMILY, NAME, f"read: the heads below {' and '.join(maybe_scopes(graph) or SHARED)}"
+    )
     evidence.add(
         ev.BOXES,
         "yxyx, relative to anchors",
@@ -199,9 +227,13 @@ def facts(
     evidence.add(
         ev.BACKGROUND,
         "first" if background else "none",
-        f"{ev.MEASURED}the columns of raw_detection_scores",
+        f"{ev.MEASURED}the class of a detection, for a logit of one column",
     )
-    evidence.add(ev.CLASSES, num_classes, "read: the shape of raw_detection_scores")
+    evidence.add(
+        ev.CLASSES,
+        num_classes,
+        "read: the shape of raw_detection_scores" + (", less the background" if background else ""),
+    )
     evidence.add(ev.CATEGORY_IDS, f"1..{num_classes}", f"{ev.CONVENTION}TFOD counts classes from 1")
     evidence.add(
         ev.SELECTION,
@@ -272,6 +304,34 @@ def score_converter(logits: NDArray[Any], scores: NDArray[Any]) -> tuple[bool, s
         f"tfod: expected raw_detection_scores to be the sigmoid or softmax of the logits {logits.shape}, with or without a background "
         f"column, found {scores.shape} of other values"
     )
+
+
+def counts_background(
+    source: Source, feed: dict[str, NDArray[Any]], head: Any, logits: NDArray[Any]
+) -> bool:
+    """Whether the first column of the logits is a background that raw_detection_scores has too
+    (add_background_class, as SSDs have it): one anchor gets a high logit in the second column, and
+    the class of its detection is counted from 1 without the background.
+
+    Raises:
+        GraphError: the detection is of another class.
+    """
+    graph, columns = source.graph, logits.shape[-1]
+    if columns == 1:
+        return False
+    if "detection_classes" not in graph.outputs:
+        return sum(node.op == "NonMaxSuppression" for node in graph.all_nodes()) == columns - 1
+    chosen = np.full_like(logits, -20)
+    chosen.reshape(len(logits), -1, columns)[:, logits.size // columns // len(logits) // 2, 1] = 10
+    name = graph.outputs["detection_classes"]
+    (classes,) = source.run([name], {**feed, tensor(head): chosen})
+    found = round(float(np.asarray(classes).reshape(len(logits), -1)[0, 0]))
+    if found not in (1, 2):
+        raise GraphError(
+            f"tfod: expected a detection of class 1 or 2 for a high logit in the second of {columns} columns, found {found}; export the model with "
+            "exporter_main_v2.py"
+        )
+    return found == 1
 
 
 def read_nms(graph: SourceGraph, num_classes: int, max_detections: int) -> tuple[Nms, list[Note]]:

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from trtdet.families import evidence as ev
-from trtdet.families.base import Hints, Note
+from trtdet.families.base import SAMPLINGS, Hints, Note
 from trtdet.families.evidence import Evidence
 from trtdet.families.pixels import Normal, Pixels
 from trtdet.families.yolo_heads import GREY, Head
@@ -50,6 +50,7 @@ def preprocessing_of(
             ("--pad_color", hints.pad_rgb),
             ("--rounding", hints.rounding),
             ("--antialias", hints.antialias),
+            ("--interpolation", hints.interpolation),
             ("--longest_side", hints.longest),
         )
         if value
@@ -74,7 +75,9 @@ def preprocessing_of(
         placement=placement,
         pad_rgb=pad,
         rounding=hints.rounding or base.rounding,
-        sampling="corner" if hints.rounding == "none" else base.sampling,
+        sampling="corner"
+        if hints.rounding == "none"
+        else SAMPLINGS.get(hints.interpolation, base.sampling),
         antialias=bool(hints.antialias),
         longest=hints.longest,
     )

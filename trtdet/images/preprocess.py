@@ -183,6 +183,9 @@ class Placer:
         self._resample: Resample = resample or (
             "antialias" if preprocessing.antialias else "bilinear"
         )
+        self._sampling = preprocessing.sampling
+        if resample and self._sampling == "cubic":
+            self._sampling = "half_pixel"
         self._shape = preprocessing.image_shape
         self._dtype = np.dtype(preprocessing.dtype)
         self._is_nhwc = preprocessing.layout == "NHWC"
@@ -244,7 +247,7 @@ class Placer:
             if right < width:
                 rows[top:bottom, 3 * right :] = pad_row[3 * right :]
             out = out[top:bottom, left:right]
-        _resize(image, out, self._resample, self._preprocessing.sampling)
+        _resize(image, out, self._resample, self._sampling)
 
     def _write_planes(self, image: ImageArray, out: NDArray[Any], rect: _Rect) -> None:
         """NCHW. Each side is filled in one step, for all planes."""
@@ -261,7 +264,7 @@ class Placer:
             out[:, top:bottom, right:] = color
         shape = (bottom - top, right - left, 3)
         resized = _scratch("planes", math.prod(shape), self._dtype).reshape(shape)
-        _resize(image, resized, self._resample, self._preprocessing.sampling)
+        _resize(image, resized, self._resample, self._sampling)
         cv2.split(resized, [plane[top:bottom, left:right] for plane in out])
 
     def _warp(self, image: ImageArray, out: NDArray[Any], transform: ResizeTransform) -> None:
@@ -346,6 +349,9 @@ def _resize(
         target[:] = np.asarray(resized)
     elif sampling == "corner":
         _resize_corner(image, target)
+    elif sampling == "cubic":
+        cubic = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+        target[:] = cubic  # whole levels, as who trains on them has
     elif target.dtype == np.uint8:
         cv2.resize(image, (width, height), dst=target, interpolation=cv2.INTER_LINEAR)
     else:

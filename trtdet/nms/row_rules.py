@@ -117,14 +117,15 @@ def _top_k(low: "Lowering", node: onnx.NodeProto) -> None:
     known, k = low.known[node.input[0]], low.maybe_value(node.input[1])
     rows, rank = _rows_of(low, node.input[0]), len(known.shape)
     axis = _attribute(node, "axis", -1) % rank
-    if k is None or axis != rows.axis or not _attribute(node, "largest", 1) or max(known.shape) != known.shape[axis]:  # fmt: skip
+    if k is None or axis != rows.axis or max(known.shape) != known.shape[axis]:
         raise low.unknown(node)
     sides = [1] * rank
     sides[axis] = -1
     mask = low.made("Reshape", "mask", rows.mask, np.array(sides, np.int64))
     dtype = helper.tensor_dtype_to_np_dtype(known.elem_type)
-    lowest = np.finfo(dtype).min if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).min
-    masked = low.made("Where", "counted", mask, node.input[0], np.array(lowest, dtype))
+    limits = np.finfo(dtype) if np.issubdtype(dtype, np.floating) else np.iinfo(np.int32)
+    last = limits.min if _attribute(node, "largest", 1) else limits.max
+    masked = low.made("Where", "counted", mask, node.input[0], np.array(last, dtype))
     count = min(int(k.reshape(-1)[0]), known.shape[axis])
     if count > TENSORRT_TOPK:
         raise low.unknown(node, f"the best {count}, beyond TensorRT's {TENSORRT_TOPK}")

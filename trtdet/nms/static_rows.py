@@ -8,7 +8,7 @@ out: a tensor keeps all rows that it may have, and a mask beside it says which o
 |---|---|
 | NonZero(x) | every index, and x for the mask |
 | Gather, GatherND by such indices | all rows, with the mask |
-| TopK | TopK of the scores with the lowest number where the mask is false |
+| TopK | TopK with the lowest number where the mask is false, or the highest if it takes the smallest |
 | NonMaxSuppression | rounds of suppression, as in `trtdet.nms.lowering`; survivors first |
 | ScatterElements, ScatterND of such rows | Where(mask, updates, data) |
 | If, on how many there are | the branch for at least one |

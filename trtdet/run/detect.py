@@ -156,8 +156,10 @@ def decodes_on_gpu(runtime: Runtime, paths: Sequence[Path], decode: Decode) -> b
             return False
     from trtdet.runtimes.gpu_images import missing
 
-    why = "this model's are warped, which the GPU's kernel does not do"
-    if not runtime.spec.preprocessing.is_warped:
+    preprocessing = runtime.spec.preprocessing
+    how = "warped" if preprocessing.is_warped else "interpolated cubically" if preprocessing.sampling == "cubic" else ""  # fmt: skip
+    why = f"this model's are {how}, which the GPU's kernel does not do"
+    if not how:
         why = missing(runtime.images_on)
     if why and decode == "gpu":
         raise EngineError(f"--decode gpu: {why}")

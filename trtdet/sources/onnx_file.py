@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: INT8 weights with a scale per channel take opset 13. TensorRT 8.6 reads up to 17.
 OLDEST_OPSET, NEWEST_OPSET = 13, 17
+#: What ONNX Runtime says where a declared shape of an inner tensor is not what it gets.
+WRONG_SHAPES = "Shape mismatch attempting to re-use buffer"
 
 
 class OnnxSource(Closing):
@@ -78,6 +80,20 @@ class OnnxSource(Closing):
 
     def run(self, fetches: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         cast = {name: x.astype(self._dtypes.get(name, x.dtype)) for name, x in feeds.items()}
+        try:
+            return self._run(fetches, cast)
+        except GraphError as error:
+            if WRONG_SHAPES not in str(error) or not self.model.graph.value_info:
+                raise
+        logger.info(
+            "%s declares shapes of inner tensors that they do not have; they are measured",
+            self.path,
+        )
+        del self.model.graph.value_info[:]
+        self._opened = None
+        return self._run(fetches, cast)
+
+    def _run(self, fetches: Sequence[str], cast: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         # A family asks for the same tensors picture by picture.
         wanted = (*fetches,), tuple((name, x.dtype, x.ndim) for name, x in cast.items())
         if self._opened is None or self._opened[0] != wanted:
