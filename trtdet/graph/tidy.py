@@ -377,7 +377,7 @@ def make_batch_dynamic(graph: gs.Graph, batch: int | None) -> None:
     for node in graph.nodes:
         if node.op != "Reshape" or not isinstance(node.inputs[1], gs.Constant):
             continue
-        if id(node.inputs[0]) not in images:
+        if id(node.inputs[0]) not in images or _is_without_batch(node.inputs[0], batch):
             continue
         shape = node.inputs[1].values
         if (
@@ -388,6 +388,14 @@ def make_batch_dynamic(graph: gs.Graph, batch: int | None) -> None:
         ):
             freed = np.array([0, *shape[1:]], np.int64)
             node.inputs[1] = gs.Constant(f"{node.outputs[0].name}/shape", freed)
+
+
+def _is_without_batch(tensor: gs.Tensor, batch: int | None) -> bool:
+    """Whether a tensor is known to start with something else than the batch, as rows that were
+    gathered from the flat boxes of all images do.
+    """
+    first = tensor.shape[0] if tensor.shape else batch
+    return isinstance(first, int) and first != batch
 
 
 def _following_from(tensors: Sequence[gs.Tensor]) -> set[int]:
