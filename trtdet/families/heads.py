@@ -132,7 +132,10 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     check_names(source, hints.declared)
     known = as_said(framework or Framework(""), hints)
     evidence = Evidence(str(source.path), hints.assume)
-    plugin, inside = nms_plugin.maybe_plugin(source), nms_inside.maybe_inside(source, hints.declared)
+    plugin, inside = (
+        nms_plugin.maybe_plugin(source),
+        nms_inside.maybe_inside(source, hints.declared),
+    )
     origin = f"{ev.MEASURED}the shapes of its outputs"
     if framework:
         origin = f"{ev.READ}metadata of {known.name}"
@@ -173,7 +176,11 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         note_shorter_side(evidence, known, shorter_side)
     declared = _merged(hints.declared, known.declaration(outputs))
     wanted = [*outputs, *_named(declared, outputs)]
-    wanted += [name for name in before_selection(source.model, [*outputs, *_named(declared, outputs)]) if name not in wanted]
+    wanted += [
+        name
+        for name in before_selection(source.model, [*outputs, *_named(declared, outputs)])
+        if name not in wanted
+    ]
     if own_size:
         one_picture.mend(source, pixels, normal)
     seen = look(source, pixels, normal, wanted, feeds, size_hw)

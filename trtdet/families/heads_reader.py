@@ -157,7 +157,11 @@ class Reader(Finder):
         if d.box_format and measured and measured != d.box_format:
             raise GraphError(
                 f"{self.source.path}: {self._said('box_format')}: the boxes are {measured}: {how}; "
-                + ("leave it out, or declare the other" if self._is_given("box_format") else f"give --box_format {measured} where that is right")
+                + (
+                    "leave it out, or declare the other"
+                    if self._is_given("box_format")
+                    else f"give --box_format {measured} where that is right"
+                )
             )
         if d.box_format and not measured and seen:
             self._warn_of_far(seen, d.box_format, is_unit=is_unit)

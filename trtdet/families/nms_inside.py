@@ -13,7 +13,7 @@ are compared with what its own NMS finds in them, so what its nodes do behind th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -38,7 +38,7 @@ class Inside:
     """An NMS whose inputs and thresholds are known.
 
     Attributes:
-        boxes, scores: its inputs, scores [N, C, A].
+        boxes, scores: its inputs, scores as `layout` says.
         outputs: boxes, scores and labels; or rows alone.
         most_of_class: how many boxes of a class it keeps.
         most: how many detections of a picture follow from it, in the order of their classes.
@@ -46,6 +46,7 @@ class Inside:
 
     boxes: str
     scores: str
+    layout: Literal["NAC", "NCA"]
     outputs: tuple[str, ...]
     iou_threshold: float
     score_threshold: float
@@ -72,16 +73,17 @@ def maybe_inside(source: OnnxSource, declared: Declaration | None = None) -> Ins
         return None
     values = [float(limit.reshape(-1)[0]) for limit in limits if limit is not None]
     most_of_class, iou, score = [*values, 0.0, 0.0, 0.0][:3]
+    scores, layout = _with_rows(nodes, node.input[1])
     most, _ = any_number.most_rows(source.model, outputs[0 if len(outputs) == 1 else 1])
     return Inside(
-        node.input[0], node.input[1], outputs, iou, score, int(most_of_class), most, bool(attribute(node, "center_point_box", 0)),
+        node.input[0], scores, layout, outputs, iou, score, int(most_of_class), most, bool(attribute(node, "center_point_box", 0)),
     )  # fmt: skip
 
 
 def framework_of(inside: Inside, known: Framework) -> Framework:
     """What the NMS says of its inputs and of the selection, where the framework does not."""
     declared = Declaration(
-        boxes=inside.boxes, scores=inside.scores, scores_layout="NCA", selected=False, activation="none", background="none",
+        boxes=inside.boxes, scores=inside.scores, scores_layout=inside.layout, selected=False, activation="none", background="none",
         box_format="cxcywh" if inside.is_centred else None,
     )  # fmt: skip
     return known.with_changes(
@@ -172,6 +174,16 @@ def _outputs(model: onnx.ModelProto) -> tuple[str, ...]:
     if len(boxes) == len(scores) == len(labels) == 1 and len(infos) == 3 + len(counts):
         return boxes[0], scores[0], labels[0]
     return ()
+
+
+def _with_rows(nodes: Nodes, scores: str) -> tuple[str, Literal["NAC", "NCA"]]:
+    """The scores [N, A, C] that were transposed for the NMS, so that a box and its scores are the
+    same row; the scores themselves where they were not.
+    """
+    node = nodes.producer.get(scores)
+    if node is not None and node.op_type == "Transpose" and attribute(node, "perm") == [0, 2, 1]:
+        return node.input[0], "NAC"
+    return scores, "NCA"
 
 
 def _is_one_class(source: OnnxSource, node: onnx.NodeProto) -> bool:

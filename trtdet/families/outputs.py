@@ -461,7 +461,10 @@ def _centre_or_corner(
     slope, _ = max(slopes, key=lambda found: found[1])
     said = f"{slope:.2f} of their size"
     if slope > -0.15:
-        return "cxcywh", f"the first two numbers move from their cells by {said}; those of a corner by -0.5"
+        return (
+            "cxcywh",
+            f"the first two numbers move from their cells by {said}; those of a corner by -0.5",
+        )
     if slope < -0.35:
         return "xywh", f"the first two numbers move from their cells by {said}"
     return None, "a centre and a corner both fit"
