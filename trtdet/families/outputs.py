@@ -26,6 +26,8 @@ from trtdet.spec import BoxFormat, Layout
 LEVELS = ((8, 16, 32), (4, 8, 16, 32), (8, 16, 32, 64), (16, 32), (8, 16, 32, 64, 128), (4, 8, 16, 32, 64))  # fmt: skip
 #: Strides from its cell within which a box belongs to it.
 NEAR = 2.0
+#: How many times nearer the boxes of the right format lie, where that alone tells it.
+CLEARLY = 3.0
 BOXES_PER_CELL = (1, 3, 5, 9)
 FORMATS: tuple[BoxFormat, ...] = ("xyxy", "yxyx", "cxcywh", "xywh")
 #: Words in the names of outputs that no detection is read from.
@@ -441,7 +443,8 @@ def _centre_or_corner(
     None where there is no such question.
     """
     centre, corner = distances["cxcywh"], distances["xywh"]
-    if max(centre, corner) >= NEAR or min(centre, corner) > min(distances.values()):
+    near, far = sorted((centre, corner))
+    if far >= min(NEAR, CLEARLY * near) or near > min(distances.values()):
         return None
     levels = maybe_levels(len(boxes[0]), size_hw)
     if levels is None:
@@ -460,12 +463,12 @@ def _centre_or_corner(
         return None, "a centre and a corner both fit"
     slope, _ = max(slopes, key=lambda found: found[1])
     said = f"{slope:.2f} of their size"
-    if slope > -0.15:
+    if slope > -0.2:
         return (
             "cxcywh",
             f"the first two numbers move from their cells by {said}; those of a corner by -0.5",
         )
-    if slope < -0.35:
+    if slope < -0.3:
         return "xywh", f"the first two numbers move from their cells by {said}"
     return None, "a centre and a corner both fit"
 
