@@ -443,8 +443,8 @@ def _centre_or_corner(
     None where there is no such question.
     """
     centre, corner = distances["cxcywh"], distances["xywh"]
-    near, far = sorted((centre, corner))
-    if far >= min(NEAR, CLEARLY * near) or near > min(distances.values()):
+    nearer, farther = sorted((centre, corner))
+    if farther >= min(NEAR, CLEARLY * nearer) or nearer > min(distances.values()):
         return None
     levels = maybe_levels(len(boxes[0]), size_hw)
     if levels is None:
