@@ -296,7 +296,6 @@ SIXTY = (*IMAGES, "--max_detections", "60")
         (nothing_found, (*IMAGES, "--max_detections", "60"), "it finds nothing at all on four photographs, so nothing can be measured"),
         (triple, (*IMAGES, "--max_detections", "5000"), "--max_detections: expected at most 3840"),
         (lambda: rows(6), IMAGES, "--rows_output found --columns label,score,x1,y1,x2,y2"),
-        (lambda: rows(7), IMAGES, "--rows_output found --columns unused,x1,y1,x2,y2,label,score"),
         (negative_scores, (*SIXTY, *WITH_LABELS, *XYXY), "expected probabilities in 'their_scores', as an NMS inside selects by them, found -0."),
         (equal_scores, (*SIXTY, *WITH_LABELS, *XYXY), "all scores in 'their_scores' are 0.5 on four photographs"),
         (mixed_units, (*SIXTY, *WITH_LABELS, *XYXY), "found the first and third number in unit, the second and fourth in pixels"),

@@ -230,6 +230,24 @@ def test_a_batch_baked_into_other_reshapes_is_freed() -> None:
     np.testing.assert_array_equal(got, x.reshape(3, 2, 2, 1))
 
 
+def test_rows_without_a_batch_and_shapes_of_another_batch() -> None:
+    """Rows [8, 3] of a batch of 1 stay [1, 8, 3]; inner shapes of the batch are left out."""
+    model = parse(
+        """
+        g (float[1,8,3] x) => (float[1,8,3] y) {
+          rows = Reshape(x, flat)
+          back = Reshape(rows, shape)
+          y = Relu(back)
+        }""",
+        flat=np.array([-1, 3], np.int64), shape=np.array([1, 8, 3], np.int64),
+    )  # fmt: skip
+    surgeon = gs.import_onnx(onnx.shape_inference.infer_shapes(model))
+    tidy.make_batch_dynamic(surgeon, 1)
+    tensors = surgeon.tensors()
+    assert tensors["rows"].shape == [8, 3] and tensors["back"].shape is None
+    assert surgeon.nodes[1].inputs[1].values.tolist() == [1, 8, 3]
+
+
 def test_a_grid_has_no_batch() -> None:
     """Cells that follow from the size of the input: [4, 2] becomes [1, 4, 2] at every batch."""
     model = parse(

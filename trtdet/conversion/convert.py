@@ -122,7 +122,7 @@ def convert(source: Source, options: Options) -> Converted:
         if note.option not in options.given:
             logger.warning(note.text)
     done = assemble(source, reading, options)
-    if options.batch is None and reading.batch and not takes_another_batch(done):
+    if options.batch is None and reading.batch and not takes_others(done):
         logger.warning(
             "the export is fixed to a batch of %d, and so is this model; export it with a dynamic batch for another",
             reading.batch,
@@ -137,17 +137,16 @@ def convert(source: Source, options: Options) -> Converted:
     return done
 
 
-def takes_another_batch(converted: Converted) -> bool:
-    """Whether the heads can be computed for another number of images than the source's: two, or
-    three where it has two. Also where ONNX Runtime does not know an operator, so that nothing can
-    be told.
+def takes_others(converted: Converted) -> bool:
+    """Whether the heads can be computed for more images than the source has in a batch, and for
+    one; also where ONNX Runtime does not know an operator, so that nothing can be told.
     """
-    preprocessing = converted.spec.preprocessing
-    count = 3 if converted.reading.batch == 2 else 2
-    images = np.zeros((count, *preprocessing.image_shape), preprocessing.dtype)
+    preprocessing, batch = converted.spec.preprocessing, converted.reading.batch or 1
     lowered = deformable_attention.lower(converted.model)
     try:
-        run_onnx(lowered, list(converted.reading.heads), {tidy.INPUT: images})
+        for n in {1, batch + 1} - {batch}:
+            images = np.zeros((n, *preprocessing.image_shape), preprocessing.dtype)
+            run_onnx(lowered, list(converted.reading.heads), {tidy.INPUT: images})
     except GraphError:
         return bool(custom_ops(cut_onnx(lowered, [tidy.INPUT], converted.reading.heads)))
     return True
@@ -251,26 +250,13 @@ def finish_network(
                 tidy.make_static_batch_dynamic(body, tensor, last)
             tensor.shape = [batch, len(reading.anchors), last]
         tensor.name, tensor.dtype = name, np.dtype(np.float32)
-    if not reading.one_by_one:
+    if not reading.one_by_one and batch != reading.batch:
         tidy.make_batch_dynamic(body, reading.batch)
     tidy.set_input(body, spec.preprocessing, batch)
-    if reading.batch and batch != reading.batch:
-        forget_shapes(body, reading.batch)
     model = gs.export_onnx(body)
     model.ir_version = min(model.ir_version, IR_VERSION)
     model.producer_name, model.producer_version = "trtdet", about.__version__
     return model
-
-
-def forget_shapes(graph: gs.Graph, batch: int) -> None:
-    """What the source declares of inner tensors is of its own batch, and ONNX Runtime would
-    compute with it.
-    """
-    known = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
-    for node in graph.nodes:
-        for tensor in node.outputs:
-            if id(tensor) not in known and tensor.shape and tensor.shape[0] == batch:
-                tensor.shape = None
 
 
 def select(

@@ -34,7 +34,7 @@ DATA_SIZED = frozenset(("NonMaxSuppression", "NonZero", "Compress", "Unique"))
 PADDLE_COLUMNS = ("label", "score", "x1", "y1", "x2", "y2")
 #: Operators whose result has the rows of their first input.
 BY_FIRST_INPUT = frozenset(
-    ("Identity", "Cast", "Transpose", "Unsqueeze", "Squeeze", "Split", "NonZero", "Not", "Clip", "Sqrt",
+    ("Identity", "Cast", "Pad", "Transpose", "Unsqueeze", "Squeeze", "Split", "NonZero", "Not", "Clip", "Sqrt",
      "Exp", "Sigmoid", "Softmax", "Compress", "Add", "Sub", "Mul", "Div", "Mod", "Equal", "Greater",
      "GreaterOrEqual", "Less", "And", "Or")
 )  # fmt: skip
@@ -94,7 +94,7 @@ def find_rows(source: OnnxSource, declared: Declaration) -> Rows | None:
     has_batch = len(_dims(infos[found.boxes])) == 3
     if has_batch and not (ops & DATA_SIZED):
         return None
-    most, how = _most(source.model, found.scores)
+    most, how = most_rows(source.model, found.scores)
     if has_batch and how.startswith("TopK"):  # as many of every picture
         return None
     labels = infos.get(found.labels)
@@ -122,6 +122,21 @@ def _outputs(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: more than 2 GB
         return infos
     return {info.name: info for info in inferred.graph.output}
+
+
+def maybe_shape(model: onnx.ModelProto, tensor: str) -> tuple[int, ...]:
+    """The shape of an inner tensor as the file says it or as it follows, 0 for what does not; ():
+    nothing is known.
+    """
+    for infos in (model.graph.value_info, None):
+        try:
+            known = onnx.shape_inference.infer_shapes(model).graph.value_info if infos is None else infos  # fmt: skip
+        except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: more than 2 GB
+            return ()
+        for info in known:
+            if info.name == tensor and info.type.tensor_type.HasField("shape"):
+                return tuple(_dims(info))
+    return ()
 
 
 def _resizes_images(source: OnnxSource) -> bool:
@@ -393,7 +408,7 @@ def _ops_above(model: onnx.ModelProto, tensors: Sequence[str]) -> Iterator[str]:
 # ---- how many
 
 
-def _most(model: onnx.ModelProto, tensor: str) -> tuple[int | None, str]:
+def most_rows(model: onnx.ModelProto, tensor: str) -> tuple[int | None, str]:
     """How many rows a tensor has at most, by the operators that decide it: a Slice from the first
     row on, or a TopK.
     """

@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from trtdet.errors import GraphError
-from trtdet.families import any_number, one_picture
+from trtdet.families import any_number, nms_inside, nms_plugin, one_picture
 from trtdet.families import evidence as ev
 from trtdet.families.base import (
     IMAGE_HINTS,
     NO_HINTS,
     Declaration,
+    Final,
     Hints,
     Reading,
 )
@@ -55,9 +56,9 @@ from trtdet.families.heads_plan import (
     starting_line,
 )
 from trtdet.families.heads_reader import Reader
-from trtdet.families.nms_plugin import framework_of, maybe_plugin
 from trtdet.families.outputs import (
     batch_of,
+    before_selection,
     look,
     maybe_levels,
 )
@@ -96,7 +97,9 @@ def matches(source: Source) -> bool:
     if not _explained(source):
         return False
     shapes = [s for s in _declared_shapes(source).values()]
-    return any(len(s) == 3 or not s for s in shapes) or any_number.is_open(source)
+    if any(len(s) == 3 or not s for s in shapes) or any_number.is_open(source):
+        return True
+    return nms_plugin.has_plugin(source) or nms_inside.maybe_inside(source) is not None
 
 
 def why_not(source: Source) -> str:
@@ -132,7 +135,10 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     usual = Framework("PaddleDetection", asks_sampling=True) if by_paddle else Framework("")
     known = as_said(framework or usual, hints)
     evidence = Evidence(str(source.path), hints.assume)
-    plugin = maybe_plugin(source)
+    plugin, inside = (
+        nms_plugin.maybe_plugin(source),
+        nms_inside.maybe_inside(source, hints.declared),
+    )
     origin = f"{ev.MEASURED}the shapes of its outputs"
     if framework:
         origin = f"{ev.READ}metadata of {known.name}"
@@ -140,12 +146,16 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         origin = f"{ev.READ}the name of its graph"
     elif plugin is not None:
         origin = f"{ev.READ}its {plugin.op_type} node"
+    elif inside is not None:
+        origin = f"{ev.READ}{nms_inside.NAME}"
     evidence.add(ev.FAMILY, known.name or NAME, origin)
     outputs = [info.name for info in source.model.graph.output]
     if plugin is not None:
-        known, outputs = framework_of(plugin, known), []
+        known, outputs = nms_plugin.framework_of(plugin, known), []
+    elif inside is not None:
+        known, outputs = nms_inside.framework_of(inside, known), []
     rows = None
-    if plugin is None:
+    if plugin is None and inside is None:
         rows = any_number.find_rows(source, _merged(hints.declared, known.declaration(outputs)))
     if rows is not None:
         known = one_picture.pad(source, rows, known, hints, evidence)
@@ -171,6 +181,11 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         note_shorter_side(evidence, known, shorter_side)
     declared = _merged(hints.declared, known.declaration(outputs))
     wanted = [*outputs, *_named(declared, outputs)]
+    wanted += [
+        name
+        for name in before_selection(source.model, [*outputs, *_named(declared, outputs)])
+        if name not in wanted
+    ]
     if own_size:
         one_picture.mend(source, pixels, normal)
     seen = look(source, pixels, normal, wanted, feeds, size_hw)
@@ -206,7 +221,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         ),
         feeds=feeds,
         facts=evidence.settle(),
-        final=one_picture.final(plan, size_hw) if one_picture.has_final(plan) else None,
+        final=_final(source, plan, inside, size_hw),
         notes=() if own_size or shorter_side else known.notes,
         takes=IMAGE_HINTS | {"declared", "num_classes", "clipped"},
         size_multiple=multiple,
@@ -214,6 +229,15 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         own_size=own_size,
         one_by_one=rows is not None,
     )
+
+
+def _final(
+    source: OnnxSource, plan: Plan, inside: nms_inside.Inside | None, size_hw: tuple[int, int]
+) -> Final | None:
+    """The detections that the source selects itself, where it does."""
+    if inside is not None:
+        return nms_inside.final(inside, plan, size_hw, str(source.path))
+    return one_picture.final(plan, size_hw) if one_picture.has_final(plan) else None
 
 
 def _multiple(known: Framework, plan: Plan, size_hw: tuple[int, int]) -> int | None:

@@ -203,9 +203,21 @@ def describe_outputs(
         shapes = {name: str(list(seen[name][0].shape)) for name in shapes if name in seen}
     outputs = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:8])
     outputs += f" and {len(shapes) - 8} more" if len(shapes) > 8 else ""
+    if _are_maps(source):
+        return (
+            f"its inputs: {inputs}; its outputs: {outputs}, the maps of the feature levels, of which nothing says how boxes are decoded; export the "
+            "model with its decoding, so that boxes and scores come out"
+        )
     return (
         f"its inputs: {inputs}; its outputs: {outputs}. Declare them: {starting_line(source, seen)}"
     )
+
+
+def _are_maps(source: OnnxSource) -> bool:
+    """Whether all outputs are [N, C, H, W], such as a head has at each level."""
+    infos = source.model.graph.output
+    dims = [[d.dim_value for d in i.type.tensor_type.shape.dim] for i in infos]
+    return len(dims) > 1 and all(len(d) == 4 and d[2] != 1 for d in dims)
 
 
 def _rank(info: Any) -> int:

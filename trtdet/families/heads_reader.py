@@ -4,6 +4,7 @@ against what was declared.
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from trtdet.families.heads_finder import Finder
 from trtdet.families.heads_plan import Plan
 from trtdet.families.outputs import (
     attribute,
+    before_selection,
+    distance_from_cells,
     formats_that_fit,
     is_sorted,
     maybe_levels,
@@ -27,6 +30,8 @@ from trtdet.spec import (
     BoxFormat,
 )
 
+logger = logging.getLogger(__name__)
+
 #: What the table of facts says of each.
 ACTIVATIONS = {
     "none": "probabilities",
@@ -38,6 +43,8 @@ ACTIVATIONS = {
 
 #: Attributes of a declaration whose option has another name.
 OPTIONS = {"activation": "score_activation"}
+#: Strides from its cell at which no box is trained to lie, in the median.
+FAR = 4.0
 #: Detections that may have one score by chance.
 FEW = 3
 
@@ -145,10 +152,19 @@ class Reader(Finder):
             if seen
             else (None, "no detections on the photographs")
         )
+        if measured is None and (where := self._cells_before_selection(plan)):
+            measured, how = measure_format(self._all_boxes(where), self.size_hw, is_unit=is_unit)
         if d.box_format and measured and measured != d.box_format:
             raise GraphError(
-                f"{self.source.path}: {self._said('box_format')}: the boxes are {measured}: {how}; leave it out, or declare the other"
+                f"{self.source.path}: {self._said('box_format')}: the boxes are {measured}: {how}; "
+                + (
+                    "leave it out, or declare the other"
+                    if self._is_given("box_format")
+                    else f"give --box_format {measured} where that is right"
+                )
             )
+        if d.box_format and not measured and seen:
+            self._warn_of_far(seen, d.box_format, is_unit=is_unit)
         fitting = formats_that_fit(seen, self.size_hw, is_unit=is_unit) if seen else []
         if d.box_format and fitting and not measured and d.box_format not in fitting:
             raise GraphError(
@@ -166,6 +182,29 @@ class Reader(Finder):
             else how_units,
         )
         return dataclasses.replace(plan, box_format=found, is_unit=is_unit)
+
+    def _warn_of_far(
+        self, boxes: Sequence[NDArray[np.float64]], declared: BoxFormat, *, is_unit: bool
+    ) -> None:
+        """Say where boxes of a grid lie far from their cells, whatever their format is."""
+        far = distance_from_cells(boxes, self.size_hw, declared, is_unit=is_unit)
+        if far is not None and far > FAR:
+            logger.warning(
+                "%s: its boxes, read as %s, lie %.1f strides from the cells of the grid, as no trained network's do: does the export convert boxes twice, or "
+                "the wrong way? Compare with what the framework itself finds",
+                self.source.path, declared, far,
+            )  # fmt: skip
+
+    def _cells_before_selection(self, plan: Plan) -> str:
+        """The boxes [N, A, 4] of every cell, of which the boxes are some; "": there are none."""
+        for name in before_selection(self.source.model, [plan.rows or plan.boxes]):
+            shape = self.seen[name][0].shape if name in self.seen else ()
+            if len(shape) == 3 and shape[2] == 4 and maybe_levels(shape[1], self.size_hw):
+                return name
+        return ""
+
+    def _all_boxes(self, name: str) -> list[NDArray[np.float64]]:
+        return [np.asarray(v[0], np.float64) for v in self.seen[name]]
 
     def _live_rows(self, plan: Plan) -> list[NDArray[np.bool_]]:
         """Rows that are no padding behind the detections: of exports that fill up with zeros or
@@ -194,6 +233,10 @@ class Reader(Finder):
         if getattr(self.declared, attribute_name) is not None:
             return ev.CONVENTION + self.known.name
         return measured
+
+    def _is_given(self, attribute_name: str) -> bool:
+        d = self.hints.declared
+        return bool(d and (getattr(d, attribute_name) or d.columns))
 
     def _said(self, attribute_name: str) -> str:
         value = getattr(self.declared, attribute_name)

@@ -24,6 +24,10 @@ from trtdet.spec import BoxFormat, Layout
 
 #: Strides of a model's levels, and boxes of each cell.
 LEVELS = ((8, 16, 32), (4, 8, 16, 32), (8, 16, 32, 64), (16, 32), (8, 16, 32, 64, 128), (4, 8, 16, 32, 64))  # fmt: skip
+#: Strides from its cell within which a box belongs to it.
+NEAR = 2.0
+#: How many times nearer the boxes of the right format lie, where that alone tells it.
+CLEARLY = 3.0
 BOXES_PER_CELL = (1, 3, 5, 9)
 FORMATS: tuple[BoxFormat, ...] = ("xyxy", "yxyx", "cxcywh", "xywh")
 #: Words in the names of outputs that no detection is read from.
@@ -189,6 +193,22 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
         if a.name == name:
             return onnx.helper.get_attribute_value(a)
     return default
+
+
+#: What takes some rows of a tensor, or calls its axes otherwise.
+SELECTING = ("Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice", "Squeeze", "Unsqueeze")  # fmt: skip
+
+
+def before_selection(model: onnx.ModelProto, tensors: Iterable[str]) -> list[str]:
+    """Tensors whose rows others are, as they are: what is selected by a Gather, from where."""
+    nodes, found = Nodes(model), list[str]()
+    for name in tensors:
+        node = nodes.producer.get(name)
+        while node is not None and node.op_type in SELECTING and node.input[0] not in found:
+            if not nodes.is_constant(node.input[0]):
+                found.append(node.input[0])
+            node = nodes.producer.get(node.input[0])
+    return [name for name in found if name in nodes.producer]
 
 
 # ---- columns
@@ -374,8 +394,10 @@ def measure_format(
             return None, "the third number follows the first, and boxes have no positive sides"
     if levels is not None:
         distances = {f: _distance(_in_pixels(boxes, f, size_hw, is_unit), f, levels) for f in FORMATS}  # fmt: skip
+        if (between := _centre_or_corner(boxes, size_hw, distances, is_unit=is_unit)) is not None:
+            return between
         best, second = sorted(FORMATS, key=lambda f: distances[f])[:2]
-        if distances[best] < 2 and distances[second] > max(
+        if distances[best] < NEAR and distances[second] > max(
             1.5 * distances[best], distances[best] + 0.2
         ):
             return (
@@ -410,6 +432,64 @@ def formats_that_fit(
     `measure_format`.
     """
     return [f for f in FORMATS if _lies_within(_in_pixels(boxes, f, size_hw, is_unit), f, size_hw)]
+
+
+def distance_from_cells(
+    boxes: Sequence[NDArray[Any]],
+    size_hw: tuple[int, int],
+    box_format: BoxFormat,
+    *,
+    is_unit: bool,
+) -> float | None:
+    """Median distance of boxes from their cells, in strides; None: there is none for each."""
+    counts = {len(b) for b in boxes}
+    levels = maybe_levels(len(boxes[0]), size_hw) if len(counts) == 1 else None
+    if levels is None:
+        return None
+    return _distance(_in_pixels(boxes, box_format, size_hw, is_unit), box_format, levels)
+
+
+def _centre_or_corner(
+    boxes: Sequence[NDArray[Any]],
+    size_hw: tuple[int, int],
+    distances: Mapping[BoxFormat, float],
+    *,
+    is_unit: bool,
+) -> tuple[BoxFormat | None, str] | None:
+    """Whether the first two numbers are a centre or a corner, where both lie about the cells, as
+    with boxes that are all small: a corner is half a size from the centre, so it follows the size.
+
+    None where there is no such question.
+    """
+    centre, corner = distances["cxcywh"], distances["xywh"]
+    nearer, farther = sorted((centre, corner))
+    if farther >= min(NEAR, CLEARLY * nearer) or nearer > min(distances.values()):
+        return None
+    levels = maybe_levels(len(boxes[0]), size_hw)
+    if levels is None:
+        return None
+    slopes = []
+    values = np.concatenate([_in_pixels([b], "xywh", size_hw, is_unit)[0] for b in boxes])
+    for strides in (levels.strides, levels.strides[::-1]):
+        cells = dataclasses.replace(levels, strides=strides).centres()
+        cells = np.tile(cells, (len(boxes), 1))
+        offset, size = ((values[:, i : i + 2] - j) / cells[:, 2:3] for i, j in ((0, cells[:, :2]), (2, 0)))  # fmt: skip
+        near = (np.abs(offset) < 2 * NEAR).all(axis=1) & (size < 4 * NEAR).all(axis=1)
+        moved, spread = (x[near] - x[near].mean(axis=0) for x in (offset, size))
+        if near.mean() > 0.5 and (spread**2).sum() > 1e-3 * near.sum():
+            slopes.append((float((moved * spread).sum() / (spread**2).sum()), float(near.mean())))
+    if not slopes:
+        return None, "a centre and a corner both fit"
+    slope, _ = max(slopes, key=lambda found: found[1])
+    said = f"{slope:.2f} of their size"
+    if slope > -0.2:
+        return (
+            "cxcywh",
+            f"the first two numbers move from their cells by {said}; those of a corner by -0.5",
+        )
+    if slope < -0.3:
+        return "xywh", f"the first two numbers move from their cells by {said}"
+    return None, "a centre and a corner both fit"
 
 
 def _in_pixels(

@@ -447,7 +447,9 @@ def _inside(
     if hints.channel_order:
         takes_bgr = hints.channel_order == "bgr"
         how += f", --channel_order {hints.channel_order}"
-    elif len(set(inside.mean)) > 1:
+    elif len(set(inside.mean)) > 1 and not (inside.bgr and convention is None):
+        # With a swap of channels inside, either the mean is of the channels behind it, or it is
+        # misplaced, as super-gradients does for PP-YOLOE; only a known framework tells.
         takes_bgr = (
             inside.mean[0] < inside.mean[2]
         )  # of photographs, and of every data set, red is the brightest

@@ -117,9 +117,9 @@ def maybe_without_metadata(source: OnnxSource) -> str | None:
     if size_hw is None or maybe_image(source) is None or len(source.graph.inputs) != 1:
         return None
     outputs = list(declared_outputs(source.model))
-    if unknown_ops(source, outputs):
-        return kind_of(source, unseen(source.model, outputs), size_hw)
     try:
+        if unknown_ops(source, outputs):
+            return kind_of(source, unseen(source.model, outputs), size_hw)
         pixels = find_pixels(source, NO_HINTS, usual_size=size_hw)
         return kind_of(source, look(source, pixels, size_hw, outputs), size_hw)
     except GraphError:

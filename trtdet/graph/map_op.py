@@ -178,7 +178,10 @@ def inferred_shapes(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[str,
     Raises:
         GraphError: a dimension behind the first is not known.
     """
-    graph = onnx.shape_inference.infer_shapes(model).graph
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: more than 2 GB
+        graph = model.graph
     found = {
         info.name: tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
         for info in (*graph.value_info, *graph.output)

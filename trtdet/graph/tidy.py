@@ -374,10 +374,12 @@ def make_batch_dynamic(graph: gs.Graph, batch: int | None) -> None:
     the size of the input alone, such as a grid of cells [1, A, 2], has no batch and stays.
     """
     images = _following_from(graph.inputs)
+    if batch is not None:
+        _forget_shapes(graph, images, batch)
     for node in graph.nodes:
         if node.op != "Reshape" or not isinstance(node.inputs[1], gs.Constant):
             continue
-        if id(node.inputs[0]) not in images:
+        if id(node.inputs[0]) not in images or _is_without_batch(node.inputs[0], batch):
             continue
         shape = node.inputs[1].values
         if (
@@ -388,6 +390,24 @@ def make_batch_dynamic(graph: gs.Graph, batch: int | None) -> None:
         ):
             freed = np.array([0, *shape[1:]], np.int64)
             node.inputs[1] = gs.Constant(f"{node.outputs[0].name}/shape", freed)
+
+
+def _forget_shapes(graph: gs.Graph, images: set[int], batch: int) -> None:
+    """Leave out the shapes of inner tensors that start with the batch that was: ONNX Runtime's
+    optimiser puts them into reshapes of its own.
+    """
+    public = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
+    for tensor in graph.tensors().values():
+        if id(tensor) in images - public and tensor.shape and tensor.shape[0] == batch:
+            tensor.shape = None
+
+
+def _is_without_batch(tensor: gs.Tensor, batch: int | None) -> bool:
+    """Whether a tensor is known to start with something else than the batch, as rows that were
+    gathered from the flat boxes of all images do.
+    """
+    first = tensor.shape[0] if tensor.shape else batch
+    return isinstance(first, int) and first != batch
 
 
 def _following_from(tensors: Sequence[gs.Tensor]) -> set[int]:

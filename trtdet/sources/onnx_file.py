@@ -59,6 +59,7 @@ class OnnxSource(Closing):
         if model is None:
             model = read_onnx(path, option="--source_onnx", remedy=EXPORT_AGAIN)
         self.model = model
+        drop_idle_nodes(self.model)
         self.spec = ModelSpec.maybe_from_onnx(self.model)
         if self.spec is None and widen(self.model):
             logger.info("%s is in half precision: stage 1 computes it in float32", path)
@@ -140,6 +141,16 @@ class OnnxSource(Closing):
 
     def close(self) -> None:
         self._opened = None
+
+
+def drop_idle_nodes(model: onnx.ModelProto) -> None:
+    """Leave out nodes without any output, as graph editors leave some behind: they do nothing, and
+    onnx's shape inference fails at them.
+    """
+    kept = [node for node in model.graph.node if any(node.output)]
+    if len(kept) < len(model.graph.node):
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
 
 
 def _frees_size(info: onnx.ValueInfoProto, shape: Shape) -> bool:
