@@ -25,7 +25,7 @@ from test_foreign_exports import (
 )
 from test_mutations import IMAGES, before, found_by, pair
 
-from trtdet.families.outputs import measure_format
+from trtdet.families.box_formats import measure_format
 from trtdet.spec import ModelSpec
 
 COLUMNS = {"score": "score_column", "label": "classes_float"}

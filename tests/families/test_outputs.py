@@ -9,7 +9,7 @@ import pytest
 
 from trtdet.families import set_outputs
 from trtdet.families.base import NO_HINTS, Hints
-from trtdet.families.outputs import formats_that_fit, measure_format, measure_units, to_xyxy
+from trtdet.families.box_formats import formats_that_fit, measure_format, measure_units, to_xyxy
 from trtdet.sources.onnx_file import OnnxSource
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtdet.families.outputs import Nodes, attribute, to_xyxy
+from trtdet.families.box_formats import to_xyxy
+from trtdet.families.outputs import Nodes, attribute
 from trtdet.sources.onnx_file import OnnxSource
 
 #: The share of boxes whose second two numbers are not below the first two, from which on they may

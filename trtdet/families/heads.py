@@ -35,6 +35,7 @@ from trtdet.families.base import (
     Hints,
     Reading,
 )
+from trtdet.families.box_formats import maybe_levels
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_assembly import assemble
 from trtdet.families.heads_declared import check_names, refuse_unused
@@ -56,12 +57,7 @@ from trtdet.families.heads_plan import (
     starting_line,
 )
 from trtdet.families.heads_reader import Reader
-from trtdet.families.outputs import (
-    batch_of,
-    before_selection,
-    look,
-    maybe_levels,
-)
+from trtdet.families.outputs import batch_of, before_selection, look
 from trtdet.families.pixels import (
     Convention,
     decide_normalisation,

@@ -11,6 +11,7 @@ from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
 from trtdet.families.any_number import Rows
 from trtdet.families.base import Declaration, Hints
+from trtdet.families.box_formats import maybe_levels
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import (
     Framework,
@@ -21,12 +22,7 @@ from trtdet.families.heads_plan import (
     rows_in,
     zeros,
 )
-from trtdet.families.outputs import (
-    Nodes,
-    column_pieces,
-    is_whole,
-    maybe_levels,
-)
+from trtdet.families.outputs import Nodes, column_pieces, is_whole
 from trtdet.families.pixels import maybe_image
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import (

@@ -12,19 +12,16 @@ from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
-from trtdet.families.heads_finder import Finder
-from trtdet.families.heads_plan import Plan
-from trtdet.families.outputs import (
-    attribute,
-    before_selection,
+from trtdet.families.box_formats import (
     distance_from_cells,
     formats_that_fit,
-    is_sorted,
     maybe_levels,
     measure_format,
     measure_units,
-    unexplained,
 )
+from trtdet.families.heads_finder import Finder
+from trtdet.families.heads_plan import Plan
+from trtdet.families.outputs import attribute, before_selection, is_sorted, unexplained
 from trtdet.labels import COCO_80_LABELS, fit_labels
 from trtdet.spec import (
     BoxFormat,

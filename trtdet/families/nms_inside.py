@@ -23,8 +23,9 @@ from onnx import TensorProto
 from trtdet.errors import GraphError
 from trtdet.families import any_number
 from trtdet.families.base import Declaration, Final, Found
+from trtdet.families.box_formats import to_xyxy
 from trtdet.families.heads_plan import Framework, Plan
-from trtdet.families.outputs import Nodes, attribute, is_whole, to_xyxy
+from trtdet.families.outputs import Nodes, attribute, is_whole
 from trtdet.geometry import box_iou
 from trtdet.sources.onnx_file import OnnxSource
 

@@ -14,9 +14,10 @@ from trtdet.families import any_number
 from trtdet.families import evidence as ev
 from trtdet.families.any_number import Rows
 from trtdet.families.base import Declaration, Final, Found, Hints
+from trtdet.families.box_formats import to_xyxy
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import BOXES, LABELS, ROWS, SCORES, Framework, Plan, image_hw
-from trtdet.families.outputs import look, photographs, prepared, to_xyxy
+from trtdet.families.outputs import look, photographs, prepared
 from trtdet.families.pixels import Normal, Pixels
 from trtdet.nms.candidates import TENSORRT_TOPK
 from trtdet.sources.onnx_file import OnnxSource

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
 from trtdet.families.base import NO_HINTS, Hints
-from trtdet.families.outputs import Levels, measure_format
+from trtdet.families.box_formats import Levels, measure_format
 from trtdet.families.pixels import Pixels
 from trtdet.families.yolo_metadata import LEFT_OUT, Metadata
 from trtdet.graph.map_op import inferred_shapes
