@@ -290,7 +290,7 @@ def _spec(
     else:
         how = ""
     how = how or (
-        f"{ev.CONVENTION}{known.name}"
+        known.origin
         if known.kept
         else "read: all of its rows"
         if plan.selected and kept == plan.count

@@ -293,7 +293,7 @@ class Finder:
                 ", ".join(columns[4:]),
                 f"{ev.GIVEN}--columns"
                 if self.hints.declared and self.hints.declared.columns
-                else ev.CONVENTION + self.known.name,
+                else self.known.origin,
             )
         return Plan(
             name, name, rows=name, first_box=at[COLUMN_NAMES[box][0]], objectness=at.get("objectness"), first_score=score,

@@ -44,7 +44,7 @@ def note_shorter_side(evidence: Evidence, known: Framework, shorter_side: tuple[
     evidence.add(
         ev.RESIZE,
         f"shorter side {shorter}, longer at most {longer}; padded below and right to a multiple of {known.size_multiple}",
-        ev.CONVENTION + known.name,
+        known.origin,
     )
 
 
@@ -86,7 +86,7 @@ def preprocessing_of(
     mode = "warp" if hints.rounding == "none" else resize
     origin = f"{ev.GIVEN}--resize_mode {mode}"
     if resize is None and known.resize:
-        resize, origin = known.resize, ev.CONVENTION + known.name
+        resize, origin = known.resize, known.origin
     if resize is None:
         evidence.ask(ev.RESIZE, option, "stretch")
         resize = "stretch"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trtdet.families import evidence as ev
 from trtdet.families.base import Declaration, Note
 from trtdet.families.pixels import (
     Normal,
@@ -63,6 +64,7 @@ class Framework:
         own_size: pictures come as large as they are.
         first_id: category id of the first class.
         notes: what its users should know.
+        is_read: no framework, but a node of the file says all this.
     """
 
     name: str
@@ -95,6 +97,12 @@ class Framework:
     own_size: bool = False
     first_id: int = 1
     notes: tuple[Note, ...] = ()
+    is_read: bool = False
+
+    @property
+    def origin(self) -> str:
+        """Of the facts that it says."""
+        return (ev.READ if self.is_read else ev.CONVENTION) + self.name
 
     def with_changes(self, **changes: Any) -> "Framework":
         return dataclasses.replace(self, **changes)

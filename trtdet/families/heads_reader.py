@@ -228,7 +228,7 @@ class Reader(Finder):
         if attribute_name == "box_format" and self.hints.declared and self.hints.declared.columns:
             return f"{ev.GIVEN}--columns"
         if getattr(self.declared, attribute_name) is not None:
-            return ev.CONVENTION + self.known.name
+            return self.known.origin
         return measured
 
     def _is_given(self, attribute_name: str) -> bool:

@@ -89,7 +89,7 @@ def framework_of(inside: Inside, known: Framework) -> Framework:
     )  # fmt: skip
     return known.with_changes(
         name=known.name or NAME, declared=declared, columns=(), rows="", selected=False, iou_threshold=inside.iou_threshold,
-        score_threshold=inside.score_threshold, kept=inside.most,
+        score_threshold=inside.score_threshold, kept=inside.most, is_read=not known.name,
     )  # fmt: skip
 
 

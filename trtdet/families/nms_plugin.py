@@ -73,8 +73,8 @@ def framework_of(plugin: onnx.NodeProto, known: Framework) -> Framework:
         boxes=plugin.input[0], scores=plugin.input[1], scores_layout="NAC", selected=False, **changes.pop("declared"),
     )  # fmt: skip
     return known.with_changes(
-        name=name, declared=declared, columns=(), rows="", selected=False, **changes
-    )
+        name=name, declared=declared, columns=(), rows="", selected=False, is_read=not known.name, **changes,
+    )  # fmt: skip
 
 
 def _of_efficient(plugin: onnx.NodeProto) -> dict[str, Any]:
