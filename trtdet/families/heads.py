@@ -17,6 +17,7 @@ is asked for, unless a recognised framework's convention is handed in.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -127,35 +128,9 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
             f"{source.path}: expected an ONNX file, found a SavedModel; export it to ONNX"
         )
     check_names(source, hints.declared)
-    by_paddle = framework is None and is_paddle(source)
-    usual = Framework("PaddleDetection", asks_sampling=True) if by_paddle else Framework("")
-    known = as_said(framework or usual, hints)
     evidence = Evidence(str(source.path), hints.assume)
-    plugin, inside = (
-        nms_plugin.maybe_plugin(source),
-        nms_inside.maybe_inside(source, hints.declared),
-    )
-    origin = f"{ev.MEASURED}the shapes of its outputs"
-    if framework:
-        origin = f"{ev.READ}metadata of {known.name}"
-    elif by_paddle:
-        origin = f"{ev.READ}the name of its graph"
-    elif plugin is not None:
-        origin = f"{ev.READ}its {plugin.op_type} node"
-    elif inside is not None:
-        origin = f"{ev.READ}{nms_inside.NAME}"
-    evidence.add(ev.FAMILY, known.name or NAME, origin)
-    outputs = [info.name for info in source.model.graph.output]
-    if plugin is not None:
-        known, outputs = nms_plugin.framework_of(plugin, known), []
-    elif inside is not None:
-        known, outputs = nms_inside.framework_of(inside, known), []
-    rows = None
-    if plugin is None and inside is None:
-        rows = any_number.find_rows(source, _merged(hints.declared, known.declaration(outputs)))
-    if rows is not None:
-        known = one_picture.pad(source, rows, known, hints, evidence)
-        outputs = [info.name for info in source.model.graph.output]
+    found = _find_outputs(source, hints, framework, evidence)
+    known, outputs, inside, rows = found.known, found.outputs, found.inside, found.rows
     feeds = paddle_feeds(source, hints.size_hw or known.size_hw)
     resizes = rows is not None and rows.resizes
     pixels = find_pixels(source, hints, usual_size=known.size_hw, feeds=feeds, pads=resizes)
@@ -171,19 +146,14 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     normal = decide_normalisation(evidence, pixels, hints, convention)
     if own_size:
         preprocessing = as_they_are(source, evidence, hints, normal, size_hw)
+        one_picture.mend(source, pixels, normal)
     else:
         preprocessing = preprocessing_of(evidence, hints, known, normal, size_hw, clips=True)
     if shorter_side:
         note_shorter_side(evidence, known, shorter_side)
     declared = _merged(hints.declared, known.declaration(outputs))
-    wanted = [*outputs, *_named(declared, outputs)]
-    wanted += [
-        name
-        for name in before_selection(source.model, [*outputs, *_named(declared, outputs)])
-        if name not in wanted
-    ]
-    if own_size:
-        one_picture.mend(source, pixels, normal)
+    named = [*outputs, *_named(declared, outputs)]
+    wanted = list(dict.fromkeys([*named, *before_selection(source.model, named)]))
     seen = look(source, pixels, normal, wanted, feeds, size_hw)
     plan = Reader(source, seen, size_hw, declared, evidence, hints, known, rows).plan()
     refuse_unused(plan, hints, str(source.path))
@@ -225,6 +195,54 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         own_size=own_size,
         one_by_one=rows is not None,
     )
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Where boxes and scores are to be looked for.
+
+    Attributes:
+        known: of the framework, and of an NMS in the graph.
+        outputs: of the file, empty where an NMS names its inputs.
+        inside: ONNX's NMS, whose inputs are taken.
+        rows: detections of one picture, as many as it has.
+    """
+
+    known: Framework
+    outputs: list[str]
+    inside: nms_inside.Inside | None
+    rows: any_number.Rows | None
+
+
+def _find_outputs(
+    source: OnnxSource, hints: Hints, framework: Framework | None, evidence: Evidence
+) -> _Outputs:
+    """Whose export it is, as far as that can be told, and which of its tensors count."""
+    by_paddle = framework is None and is_paddle(source)
+    usual = Framework("PaddleDetection", asks_sampling=True) if by_paddle else Framework("")
+    known = as_said(framework or usual, hints)
+    plugin = nms_plugin.maybe_plugin(source)
+    inside = nms_inside.maybe_inside(source, hints.declared) if plugin is None else None
+    origin = f"{ev.MEASURED}the shapes of its outputs"
+    if framework:
+        origin = f"{ev.READ}metadata of {known.name}"
+    elif by_paddle:
+        origin = f"{ev.READ}the name of its graph"
+    elif plugin is not None:
+        origin = f"{ev.READ}its {plugin.op_type} node"
+    elif inside is not None:
+        origin = f"{ev.READ}{nms_inside.NAME}"
+    evidence.add(ev.FAMILY, known.name or NAME, origin)
+    if plugin is not None:
+        return _Outputs(nms_plugin.framework_of(plugin, known), [], None, None)
+    if inside is not None:
+        return _Outputs(nms_inside.framework_of(inside, known), [], inside, None)
+    outputs = [info.name for info in source.model.graph.output]
+    rows = any_number.find_rows(source, _merged(hints.declared, known.declaration(outputs)))
+    if rows is not None:
+        known = one_picture.pad(source, rows, known, hints, evidence)
+        outputs = [info.name for info in source.model.graph.output]
+    return _Outputs(known, outputs, None, rows)
 
 
 def _final(
