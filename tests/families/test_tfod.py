@@ -3,6 +3,8 @@
 the exporter gives, and on real exports.
 """
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from trtdet.detections import decode
 from trtdet.errors import GraphError
 from trtdet.families import load_families, tfod
 from trtdet.families.base import pick_family
+from trtdet.families.tf_selection import TfSelection
 from trtdet.images.preprocess import preprocess
 from trtdet.nms.reference import reference
 from trtdet.runtimes.ort import OnnxRuntime
@@ -115,6 +118,60 @@ def toy(converter: str = "sigmoid", factors: tuple[float, ...] = (1, 1, 1, 1)) -
     model.graph.initializer.extend(
         numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()
     )
+    return model
+
+
+def toy_that_drops_boxes_outside() -> onnx.ModelProto:
+    """A stand-in for the exporter's selection: behind the NMS boxes are clipped to the picture,
+    those of which nothing is left are dropped, then the best ten are taken. A third of the anchors
+    lie outside.
+    """
+    model = toy()
+    added = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 17]>
+        selection (float[1, a, 4] decoded, float[1, c, a] scores_nca, int64[k, 3] kept_0)
+          => (float[1, 10, 4] detection_boxes, float[1, 10] detection_scores, float[1, 10] detection_classes, float[1] num_detections)
+          <int64 class_column = {1}, int64 box_column = {2}, int64[1] row = {0}, int64[1] second = {1}, int64[1] third = {2}, int64[1] fifth = {4},
+           int64[1] best_ten = {10}, int64[2] ten_more = {0, 10}, int64[4] ten_rows_more = {0, 0, 10, 0}, int64 class_of_none = {0},
+           float lowest = {0.0}, float highest = {1.0}, float dropped = {-1.0}, float counted_from = {1.0}>
+        {
+          kept_boxes = Gather<axis = 1>(kept_0, box_column)
+          kept_classes = Gather<axis = 1>(kept_0, class_column)
+          kept_scores = GatherND(scores_nca, kept_0)
+          decoded_rows = Squeeze(decoded, row)
+          whole = Gather<axis = 0>(decoded_rows, kept_boxes)
+          clipped = Clip(whole, lowest, highest)
+          clipped_low = Slice(clipped, row, third, second)  clipped_high = Slice(clipped, third, fifth, second)
+          sides = Sub(clipped_high, clipped_low)
+          area = ReduceProd<axes = [1], keepdims = 0>(sides)
+          is_left = Greater(area, lowest)
+          valid_scores = Where(is_left, kept_scores, dropped)
+          padded_scores = Pad(valid_scores, ten_more, dropped)
+          padded_boxes = Pad(clipped, ten_rows_more, lowest)
+          padded_classes = Pad(kept_classes, ten_more, class_of_none)
+          best, order = TopK(padded_scores, best_ten)
+          is_valid = Greater(best, lowest)  valid = Cast<to = 1>(is_valid)
+          num_detections = ReduceSum<keepdims = 1>(valid, row)
+          detection_scores = Unsqueeze(best, row)
+          best_boxes = Gather<axis = 0>(padded_boxes, order)  detection_boxes = Unsqueeze(best_boxes, row)
+          best_classes = Gather<axis = 0>(padded_classes, order)  as_numbers = Cast<to = 1>(best_classes)
+          from_one = Add(as_numbers, counted_from)  detection_classes = Unsqueeze(from_one, row)
+        }
+    """)
+    outputs = {output.name for output in added.graph.output}
+    kept = [node for node in model.graph.node if not outputs.intersection(node.output)]
+    others = [output for output in model.graph.output if output.name not in outputs]
+    for field, values in (
+        (model.graph.node, [*kept, *added.graph.node]),
+        (model.graph.output, [*others, *added.graph.output]),
+    ):
+        del field[:]  # type: ignore[attr-defined]
+        field.extend(values)  # type: ignore[attr-defined]
+    model.graph.initializer.extend(added.graph.initializer)
+    centres = next(value for value in model.graph.initializer if value.name == "anchor_yx")
+    moved = numpy_helper.to_array(centres).copy()
+    moved[:, ::3] = -1
+    centres.CopyFrom(numpy_helper.from_array(moved, "anchor_yx"))
     return model
 
 
@@ -234,6 +291,26 @@ def test_detections_are_the_sources(
         )
         np.testing.assert_allclose(ours.scores, theirs["detection_scores"][0, :count], atol=1e-4)
         np.testing.assert_array_equal(ours.class_ids, theirs["detection_classes"][0, :count])
+
+
+def test_boxes_outside_are_dropped_before_the_best_are_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the comparison too, or what fills their places in the source is missing in ours."""
+    source = OnnxSource(save(tmp_path, toy_that_drops_boxes_outside()))
+    arguments = ["--source_onnx", str(source.path), "--onnx", str(tmp_path / "converted.onnx")]
+    assert create_onnx.main(arguments) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"(\d+) of (\d+) compared come out of our heads \((\d+) in all", said)
+    assert found and found.group(1) == found.group(2) and found.group(3) == "40"
+    assert "\nboxes outside the picture stay, and take places among the best: " in said
+    final = tfod.read(source).final
+    assert final is not None and isinstance(final.select, TfSelection)
+    boxes = np.array([[-9, 0, -1, 8], [40, 28, 60, 40], [2, 2, 9, 9], [1, 9, 30, 30]], np.float32)
+    scores = np.array([[0.9], [0.8], [0.7], [0.6]], np.float32)
+    best = dataclasses.replace(final.select, most=2)(boxes, scores)
+    np.testing.assert_array_equal(best.boxes, [[40, 28, 48, 32], [2, 2, 9, 9]])
+    np.testing.assert_array_equal(best.scores, scores[1:3, 0])
 
 
 def test_nothing_above_the_threshold(tmp_path: Path) -> None:

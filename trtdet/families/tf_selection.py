@@ -30,6 +30,8 @@ class TfSelection:
         sigma: TensorFlow's soft_nms_sigma; 0: hard.
         most_per_class: detections of a class. most: in total.
         clip: boxes end at the borders of the picture, (height, width); None: they do not.
+        drops_outside: boxes of which the borders leave nothing are dropped, behind the NMS and
+            before the best `most` are taken.
     """
 
     per_class: bool
@@ -41,6 +43,7 @@ class TfSelection:
     most_per_class: int
     most: int
     clip: tuple[int, int] | None = None
+    drops_outside: bool = False
 
     def __call__(self, boxes: FloatArray, scores: FloatArray) -> Found:
         """The detections of boxes (a, 4), x1 y1 x2 y2, with scores (a, c)."""
@@ -59,11 +62,15 @@ class TfSelection:
             kept.append((group[found], decayed))
         position = np.concatenate([p for p, _ in kept]) if kept else np.zeros(0, np.int64)
         score = np.concatenate([s for _, s in kept]) if kept else np.zeros(0, np.float32)
-        order = np.argsort(-score, kind="stable")[: self.most]
+        order = np.argsort(-score, kind="stable")
         chosen = boxes[rows[position[order]]]
         if self.clip:
             height, width = self.clip
             chosen = np.clip(chosen, 0, np.array([width, height] * 2, np.float32))
+        if self.drops_outside:
+            left = np.flatnonzero(np.prod(chosen[:, 2:] - chosen[:, :2], axis=1) != 0)
+            order, chosen = order[left], chosen[left]
+        order, chosen = order[: self.most], chosen[: self.most]
         return Found(chosen, score[order], classes[position[order]])
 
     def _candidates(self, scores: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -87,6 +94,8 @@ class TfSelection:
             changes.append(f"candidates by score threshold in place of the best {self.candidates}")
         if self.per_class and not self.every_class:
             changes.append("every class of a box in place of its best")
+        if self.drops_outside:
+            changes.append("boxes outside the picture stay, and take places among the best")
         return ", ".join(changes)
 
 

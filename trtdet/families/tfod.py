@@ -176,6 +176,7 @@ def maybe_final(graph: SourceGraph, nms: Nms, size_hw: tuple[int, int]) -> Final
         most_per_class=nms.max_output_boxes if most is None else int(most),
         most=nms.max_output_boxes,
         clip=size_hw,
+        drops_outside=True,
     )
     height, width = size_hw
 
