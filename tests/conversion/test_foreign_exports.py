@@ -127,6 +127,19 @@ def mmdeploy() -> onnx.ModelProto:
     return with_outputs(model, info("dets", FLOAT, [1, "n", 5]), info("labels", INT64, [1, "n"]))
 
 
+def row_columns() -> list[onnx.NodeProto]:
+    """Behind `selected`: images_float, boxes_2, classes_float and score_column, which rows are put
+    together from.
+    """
+    return [
+        make("Slice", ["chosen", "zero", "one", "one"], ["image_column"]),
+        make("Cast", ["image_column"], ["images_float"], to=FLOAT),
+        make("Cast", ["kept_classes"], ["classes_float"], to=FLOAT),
+        make("Unsqueeze", ["kept_scores", "one"], ["score_column"]),
+        make("Squeeze", ["kept_boxes", "zero"], ["boxes_2"]),
+    ]
+
+
 def rows(width: int) -> onnx.ModelProto:
     """PaddleDetection with its NMS (label, score, box), and DAMO-YOLO for ONNX Runtime (image, box,
     label, score): rows without a batch axis.
@@ -137,16 +150,7 @@ def rows(width: int) -> onnx.ModelProto:
         6: ["classes_float", "score_column", "boxes_2"],
         7: ["images_float", "boxes_2", "classes_float", "score_column"],
     }[width]
-    model.graph.node.extend(
-        [
-            make("Slice", ["chosen", "zero", "one", "one"], ["image_column"]),
-            make("Cast", ["image_column"], ["images_float"], to=FLOAT),
-            make("Cast", ["kept_classes"], ["classes_float"], to=FLOAT),
-            make("Unsqueeze", ["kept_scores", "one"], ["score_column"]),
-            make("Squeeze", ["kept_boxes", "zero"], ["boxes_2"]),
-            make("Concat", make_rows, ["found"], axis=1),
-        ]
-    )
+    model.graph.node.extend([*row_columns(), make("Concat", make_rows, ["found"], axis=1)])
     return with_outputs(model, info("found", FLOAT, ["n", width]))
 
 

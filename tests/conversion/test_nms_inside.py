@@ -20,6 +20,7 @@ from test_foreign_exports import (
     efficient,
     info,
     make,
+    row_columns,
     selected,
     with_outputs,
 )
@@ -38,11 +39,7 @@ def flat(last: tuple[str, str], most: int | None = None) -> onnx.ModelProto:
     selected(model)
     model.graph.node.extend(
         [
-            make("Slice", ["chosen", "zero", "one", "one"], ["image_column"]),
-            make("Cast", ["image_column"], ["images_float"], to=FLOAT),
-            make("Cast", ["kept_classes"], ["classes_float"], to=FLOAT),
-            make("Unsqueeze", ["kept_scores", "one"], ["score_column"]),
-            make("Squeeze", ["kept_boxes", "zero"], ["boxes_2"]),
+            *row_columns(),
             make("Concat", [*SPARE, *(COLUMNS[name] for name in last)], ["every"], axis=1),
         ]
     )

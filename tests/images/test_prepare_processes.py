@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trtdet.images import batcher as batcher_module
 from trtdet.images import prepare_processes
 from trtdet.images.batcher import ImageBatcher
-from trtdet.images.prepare_processes import PreparingProcesses, Rows, SharedBuffers
+from trtdet.images.prepare_processes import Rows, SharedBuffers
 from trtdet.images.preprocess import ShorterSide
 from trtdet.shared_memory import can_share
 from trtdet.spec import InputDtype, Layout, Preprocessing
@@ -69,13 +69,13 @@ def assert_equal(found: Any, expected: Any) -> None:
 def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many images each message had."""
     found: list[int] = []
-    start = PreparingProcesses._start
+    ask = prepare_processes.Processes.ask
 
-    def note(self: PreparingProcesses, rows: Rows) -> Any:
+    def note(self: prepare_processes.Processes, rows: Rows) -> Any:
         found.append(len(rows.paths))
-        return start(self, rows)
+        return ask(self, rows)
 
-    monkeypatch.setattr(PreparingProcesses, "_start", note)
+    monkeypatch.setattr(prepare_processes.Processes, "ask", note)
     yield found
 
 

@@ -45,8 +45,8 @@ one per core and, to draw pictures, also those of the batches that are ready (tw
 core) or running (three per GPU), and four per core that wait for the disk. With 16 cores, batches
 of 8 and photographs of 12 megapixels that is 5 GB. --no_images, or a smaller --batch_size or
 --workers, needs less. For an engine and 2,000 images or more, on 8 cores or more, processes write
-the results. Images that they draw on lie in memory that they see too, 2 GB at most; where a GPU
-decodes, or that memory is full, they read a file once more.
+the results. They draw on the decoded images in shared memory, 2 GB at most; if a GPU decodes, or
+that memory is full, they read the file again.
 
 A JPEG that ends too early is reported as unreadable. One that is damaged in the middle is not:
 libjpeg decodes it with wrong pixels and prints "Corrupt JPEG data" on stderr, without the name.

@@ -163,14 +163,16 @@ def refuse_without_effect(reading: Reading, options: Options) -> None:
             f"--resize_mode {hints.resize}: this {found.family} model was trained with {found.preprocessing.resize}, and its boxes go "
             "with that; leave it out"
         )
-    if found.selection == "topk" and "iou_threshold" in options.given:
-        raise GraphError(
-            f"--iou_threshold: this {found.family} model needs no suppression and gets none; leave it out"
-        )
-    if found.selection == "topk" and options.nms_mode in ("per_class", "class_agnostic"):
-        raise GraphError(
-            f"--nms_mode {options.nms_mode}: this {found.family} model needs no suppression and gets none; leave it out"
-        )
+    mode = options.nms_mode
+    suppressing = {
+        "--iou_threshold": "iou_threshold" in options.given,
+        f"--nms_mode {mode}": mode in ("per_class", "class_agnostic"),
+    }
+    for option, asked in suppressing.items():
+        if asked and found.selection == "topk":
+            raise GraphError(
+                f"{option}: this {found.family} model needs no suppression and gets none; leave it out"
+            )
 
 
 def size_text(size_hw: tuple[int, int]) -> str:

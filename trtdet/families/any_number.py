@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from trtdet.families.base import Declaration
 from trtdet.families.outputs import OF_NO_USE, Nodes, attribute
 from trtdet.families.pixels import first_convolution, maybe_image, resizes
+from trtdet.graph.builder import with_shapes
 from trtdet.sources.batch_axis import rename_inputs
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.sources.subgraphs import reads, subgraphs
@@ -117,26 +118,7 @@ def _outputs(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     infos = {info.name: info for info in model.graph.output}
     if all(info.type.tensor_type.HasField("shape") for info in infos.values()):
         return infos
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model)
-    except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: more than 2 GB
-        return infos
-    return {info.name: info for info in inferred.graph.output}
-
-
-def maybe_shape(model: onnx.ModelProto, tensor: str) -> tuple[int, ...]:
-    """The shape of an inner tensor as the file says it or as it follows, 0 for what does not; ():
-    nothing is known.
-    """
-    for infos in (model.graph.value_info, None):
-        try:
-            known = onnx.shape_inference.infer_shapes(model).graph.value_info if infos is None else infos  # fmt: skip
-        except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: more than 2 GB
-            return ()
-        for info in known:
-            if info.name == tensor and info.type.tensor_type.HasField("shape"):
-                return tuple(_dims(info))
-    return ()
+    return {info.name: info for info in with_shapes(model).graph.output}
 
 
 def _resizes_images(source: OnnxSource) -> bool:

@@ -63,6 +63,12 @@ def maybe_levels(count: int, size_hw: tuple[int, int]) -> Levels | None:
     return None
 
 
+def _levels_of(boxes: Sequence[NDArray[Any]], size_hw: tuple[int, int]) -> Levels | None:
+    """The levels of boxes of several photographs; None: they have none, or not as many each."""
+    counts = {len(b) for b in boxes}
+    return maybe_levels(len(boxes[0]), size_hw) if len(counts) == 1 else None
+
+
 def to_xyxy(boxes: NDArray[Any], box_format: BoxFormat) -> NDArray[np.float64]:
     """Boxes (..., 4) of any format as x1 y1 x2 y2."""
     a, b, c, d = np.moveaxis(np.asarray(boxes, np.float64), -1, 0)
@@ -95,15 +101,15 @@ def measure_format(
     Args:
         is_unit: boxes are 0 to 1; else in pixels.
     """
-    counts = {len(b) for b in boxes}
-    levels = maybe_levels(len(boxes[0]), size_hw) if len(counts) == 1 else None
+    levels = _levels_of(boxes, size_hw)
     if levels is not None and all(_third_follows_first(b) for b in boxes):
         sided = [f for f in ("xyxy", "yxyx") if _have_sides(boxes, f)]
         if not sided:  # corners in another order, or of boxes turned inside out
             return None, "the third number follows the first, and boxes have no positive sides"
     if levels is not None:
         distances = {f: _distance(_in_pixels(boxes, f, size_hw, is_unit), f, levels) for f in FORMATS}  # fmt: skip
-        if (between := _centre_or_corner(boxes, size_hw, distances, is_unit=is_unit)) is not None:
+        between = _centre_or_corner(_in_pixels(boxes, "xywh", size_hw, is_unit), levels, distances)
+        if between is not None:
             return between
         best, second = sorted(FORMATS, key=lambda f: distances[f])[:2]
         if distances[best] < NEAR and distances[second] > max(
@@ -151,34 +157,29 @@ def distance_from_cells(
     is_unit: bool,
 ) -> float | None:
     """Median distance of boxes from their cells, in strides; None: there is none for each."""
-    counts = {len(b) for b in boxes}
-    levels = maybe_levels(len(boxes[0]), size_hw) if len(counts) == 1 else None
+    levels = _levels_of(boxes, size_hw)
     if levels is None:
         return None
     return _distance(_in_pixels(boxes, box_format, size_hw, is_unit), box_format, levels)
 
 
 def _centre_or_corner(
-    boxes: Sequence[NDArray[Any]],
-    size_hw: tuple[int, int],
-    distances: Mapping[BoxFormat, float],
-    *,
-    is_unit: bool,
+    boxes: Sequence[NDArray[Any]], levels: Levels, distances: Mapping[BoxFormat, float]
 ) -> tuple[BoxFormat | None, str] | None:
     """Whether the first two numbers are a centre or a corner, where both lie about the cells, as
     with boxes that are all small: a corner is half a size from the centre, so it follows the size.
 
     None where there is no such question.
+
+    Args:
+        boxes: in pixels.
     """
     centre, corner = distances["cxcywh"], distances["xywh"]
     nearer, farther = sorted((centre, corner))
     if farther >= min(NEAR, CLEARLY * nearer) or nearer > min(distances.values()):
         return None
-    levels = maybe_levels(len(boxes[0]), size_hw)
-    if levels is None:
-        return None
     slopes = []
-    values = np.concatenate([_in_pixels([b], "xywh", size_hw, is_unit)[0] for b in boxes])
+    values = np.concatenate(list(boxes))
     for strides in (levels.strides, levels.strides[::-1]):
         cells = dataclasses.replace(levels, strides=strides).centres()
         cells = np.tile(cells, (len(boxes), 1))

@@ -258,8 +258,7 @@ def describe(
     normal = decide_normalisation(evidence, export.entry, hints, convention)
     mean = normal.mean
     note_facts(evidence, export, hints, resize, convention.of, kept)
-    _note_antialias(evidence, hints, antialias=antialias)
-    _note_interpolation(evidence, hints, sampling, by_paddle=by_paddle)
+    _note_resampling(evidence, hints, antialias=antialias, sampling=sampling, by_paddle=by_paddle)
     evidence.add(
         ev.CLASSES, num_classes,
         "read: the number of logits" + (", less the background class" if num_classes < export.num_logits else ""),
@@ -328,28 +327,21 @@ def _mask_notes(export: Export, hints: Hints, preprocessing: Preprocessing) -> I
         )
 
 
-def _note_antialias(evidence: Evidence, hints: Hints, *, antialias: bool) -> None:
-    """Beside how images are resized."""
-    (former,) = [fact for fact in evidence.facts if fact.name == ev.RESIZE]
-    origin = former.origin
-    if hints.antialias is not None:
-        option = f"--antialias {'yes' if antialias else 'no'}"
-        origin = f"{origin} {option}" if origin.startswith(ev.GIVEN) else f"{origin}; {option}"
-    evidence.add(ev.RESIZE, former.value + (", antialiased" if antialias else ""), origin)
-
-
-def _note_interpolation(
-    evidence: Evidence, hints: Hints, sampling: Sampling, *, by_paddle: bool
+def _note_resampling(
+    evidence: Evidence, hints: Hints, *, antialias: bool, sampling: Sampling, by_paddle: bool
 ) -> None:
     """Beside how images are resized."""
     (former,) = [fact for fact in evidence.facts if fact.name == ev.RESIZE]
-    value = former.value + (", cubic" if sampling == "cubic" else "")
+    value, origin = former.value, former.origin
+    value += (", antialiased" if antialias else "") + (", cubic" if sampling == "cubic" else "")
+    between = " " if origin.startswith(ev.GIVEN) else "; "
+    if hints.antialias is not None:
+        origin += f"{between}--antialias {'yes' if antialias else 'no'}"
     if hints.interpolation:
-        option = f"--interpolation {hints.interpolation}"
-        given = former.origin.startswith(ev.GIVEN)
-        evidence.add(ev.RESIZE, value, f"{former.origin}{'' if given else ';'} {option}")
+        origin += f"{between}--interpolation {hints.interpolation}"
     elif by_paddle:
-        evidence.add(ev.RESIZE, value, f"{former.origin}; PaddleDetection's interpolation")
+        origin += "; PaddleDetection's interpolation"
+    evidence.add(ev.RESIZE, value, origin)
 
 
 def note_facts(

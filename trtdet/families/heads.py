@@ -58,7 +58,7 @@ from trtdet.families.heads_plan import (
     starting_line,
 )
 from trtdet.families.heads_reader import Reader
-from trtdet.families.outputs import batch_of, before_selection, look
+from trtdet.families.outputs import batch_of, look, selected_from
 from trtdet.families.pixels import (
     Convention,
     decide_normalisation,
@@ -153,7 +153,7 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
         note_shorter_side(evidence, known, shorter_side)
     declared = _merged(hints.declared, known.declaration(outputs))
     named = [*outputs, *_named(declared, outputs)]
-    wanted = list(dict.fromkeys([*named, *before_selection(source.model, named)]))
+    wanted = list(dict.fromkeys([*named, *selected_from(source.model, named)]))
     seen = look(source, pixels, normal, wanted, feeds, size_hw)
     plan = Reader(source, seen, size_hw, declared, evidence, hints, known, rows).plan()
     refuse_unused(plan, hints, str(source.path))

@@ -21,7 +21,7 @@ from trtdet.families.box_formats import (
 )
 from trtdet.families.heads_finder import Finder
 from trtdet.families.heads_plan import Plan
-from trtdet.families.outputs import attribute, before_selection, is_sorted, unexplained
+from trtdet.families.outputs import attribute, is_sorted, selected_from, unexplained
 from trtdet.labels import COCO_80_LABELS, fit_labels
 from trtdet.spec import (
     BoxFormat,
@@ -156,7 +156,7 @@ class Reader(Finder):
                 f"{self.source.path}: {self._said('box_format')}: the boxes are {measured}: {how}; "
                 + (
                     "leave it out, or declare the other"
-                    if self._is_given("box_format")
+                    if self._option("box_format")
                     else f"give --box_format {measured} where that is right"
                 )
             )
@@ -194,7 +194,7 @@ class Reader(Finder):
 
     def _cells_before_selection(self, plan: Plan) -> str:
         """The boxes [N, A, 4] of every cell, of which the boxes are some; "": there are none."""
-        for name in before_selection(self.source.model, [plan.rows or plan.boxes]):
+        for name in selected_from(self.source.model, [plan.rows or plan.boxes]):
             shape = self.seen[name][0].shape if name in self.seen else ()
             if len(shape) == 3 and shape[2] == 4 and maybe_levels(shape[1], self.size_hw):
                 return name
@@ -222,25 +222,24 @@ class Reader(Finder):
             ]
         return [np.ones(rows, bool) for _ in self.seen[plan.boxes]]
 
+    def _option(self, attribute_name: str) -> str:
+        """The option that says it; "": none does."""
+        d = self.hints.declared
+        if d and getattr(d, attribute_name) is not None:
+            return f"--{OPTIONS.get(attribute_name, attribute_name)}"
+        return "--columns" if d and d.columns and attribute_name == "box_format" else ""
+
     def _origin(self, attribute_name: str, measured: str) -> str:
-        if self.hints.declared and getattr(self.hints.declared, attribute_name) is not None:
-            return f"{ev.GIVEN}--{OPTIONS.get(attribute_name, attribute_name)}"
-        if attribute_name == "box_format" and self.hints.declared and self.hints.declared.columns:
-            return f"{ev.GIVEN}--columns"
+        if option := self._option(attribute_name):
+            return ev.GIVEN + option
         if getattr(self.declared, attribute_name) is not None:
             return self.known.origin
         return measured
 
-    def _is_given(self, attribute_name: str) -> bool:
-        d = self.hints.declared
-        return bool(d and (getattr(d, attribute_name) or d.columns))
-
     def _said(self, attribute_name: str) -> str:
-        value = getattr(self.declared, attribute_name)
-        if self.hints.declared and getattr(self.hints.declared, attribute_name, None):
-            return f"--{OPTIONS.get(attribute_name, attribute_name)} {value}"
-        if self.hints.declared and self.hints.declared.columns:
-            return f"--columns says {value}"
+        value, option = getattr(self.declared, attribute_name), self._option(attribute_name)
+        if option:
+            return f"{option}{' says' if option == '--columns' else ''} {value}"
         return f"{self.known.name} has {value}"
 
     def score_values(self, plan: Plan) -> list[NDArray[np.float64]]:

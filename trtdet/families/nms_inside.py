@@ -27,6 +27,7 @@ from trtdet.families.box_formats import to_xyxy
 from trtdet.families.heads_plan import Framework, Plan
 from trtdet.families.outputs import Nodes, attribute, is_whole
 from trtdet.geometry import box_iou
+from trtdet.graph.builder import tensor_types, with_shapes
 from trtdet.sources.onnx_file import OnnxSource
 
 WHOLE = (TensorProto.INT32, TensorProto.INT64)
@@ -191,5 +192,10 @@ def _is_one_class(source: OnnxSource, node: onnx.NodeProto) -> bool:
     """Whether the NMS has, or may have, one class alone: boxes are then moved apart by their
     class, or their labels are elsewhere.
     """
-    shape = any_number.maybe_shape(source.model, node.input[1])
-    return len(shape) != 3 or shape[1] < 2
+    name = node.input[1]
+    types = tensor_types(source.model)
+    if name not in types:
+        types = tensor_types(with_shapes(source.model))
+    dims = types[name][1] if name in types else []
+    classes = dims[1] if len(dims) == 3 else None
+    return not isinstance(classes, int) or classes < 2

@@ -189,7 +189,7 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 SELECTING = ("Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice", "Squeeze", "Unsqueeze")  # fmt: skip
 
 
-def before_selection(model: onnx.ModelProto, tensors: Iterable[str]) -> list[str]:
+def selected_from(model: onnx.ModelProto, tensors: Iterable[str]) -> list[str]:
     """Tensors whose rows others are, as they are: what is selected by a Gather, from where."""
     nodes, found = Nodes(model), list[str]()
     for name in tensors:

@@ -163,6 +163,16 @@ def tensor_types(model: onnx.ModelProto) -> Types:
     return types
 
 
+def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the shapes that ONNX infers; itself where it can infer none: it finds the
+    graph invalid, or larger than 2 GB.
+    """
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: more than 2 GB
+        return model
+
+
 def known_types(model: onnx.ModelProto, names: Sequence[str]) -> Types:
     """`tensor_types`, with ONNX's shape inference where one of `names` is not among them."""
     types = tensor_types(model)

@@ -15,7 +15,7 @@ import onnx
 from onnx import helper
 
 from trtdet.errors import GraphError
-from trtdet.graph.builder import PLUGIN_DOMAIN, forget_domain, import_domain
+from trtdet.graph.builder import PLUGIN_DOMAIN, forget_domain, import_domain, with_shapes
 from trtdet.graph.deformable_attention import PLUGIN_OP
 from trtdet.sources.base import Source, nodes_between
 from trtdet.sources.onnx_file import OnnxSource
@@ -178,10 +178,7 @@ def inferred_shapes(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[str,
     Raises:
         GraphError: a dimension behind the first is not known.
     """
-    try:
-        graph = onnx.shape_inference.infer_shapes(model).graph
-    except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: more than 2 GB
-        graph = model.graph
+    graph = with_shapes(model).graph
     found = {
         info.name: tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
         for info in (*graph.value_info, *graph.output)

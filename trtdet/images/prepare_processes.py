@@ -123,13 +123,11 @@ class PreparingProcesses(Closing):
         if offset < 0:
             return None
         texts, shape, dtype = [str(path) for path in paths], buffer.shape, buffer.dtype.str
+        ask = self._processes.ask
         return [
-            (first, self._start(Rows(texts[first : first + share], first, offset, shape, dtype)))
+            (first, ask(Rows(texts[first : first + share], first, offset, shape, dtype)))
             for first in range(0, len(texts), share)
         ]
-
-    def _start(self, rows: Rows) -> Answer[list[Result | None] | None]:
-        return self._processes.ask(rows)
 
     def results(
         self, answer: Answer[list[Result | None] | None], count: int

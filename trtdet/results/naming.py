@@ -130,13 +130,17 @@ def left_over(output: Path, names: Iterable[str]) -> int:
     written = {f"{name}.tsv" for name in names}
     folders = {"", *(os.path.dirname(name) for name in written)}
     there = (
-        os.path.join(folder, name)
-        for folder in folders
-        if os.path.isdir(output / folder)
-        for name in os.listdir(output / folder)
-        if name.endswith(".tsv")
+        os.path.join(folder, name) for folder in folders for name in _names_in(output / folder)
     )
-    return sum(name not in written for name in there)
+    return sum(name.endswith(".tsv") and name not in written for name in there)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """What a folder has; nothing where it cannot be looked into."""
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
 
 
 def _apart(folder: Path, read: Iterable[Path]) -> Path:

@@ -169,7 +169,7 @@ class ResultWriter:
             self._images += images
             self._bytes += nbytes
 
-    def _start(self, tasks: Sequence[Task]) -> "AnyAnswer":
+    def _start(self, tasks: Sequence[Task]) -> AnyAnswer:
         """Have images' files written. None: by a process that has ended, perhaps in the middle of a
         file.
         """
@@ -235,7 +235,7 @@ class _Pending:
     tasks: Sequence[Task]
     images: int
     nbytes: int
-    written: "AnyAnswer"
+    written: AnyAnswer
 
 
 def _size_of(tasks: Sequence[Task]) -> tuple[int, int]:

@@ -121,7 +121,8 @@ def run(
     names = name_outputs(paths, source, output, options, pictures=pictures)
     suffixes = (".tsv", f".{image_format}") if pictures else (".tsv",)
     inputs = [engine if isinstance(engine, Path) else None, annotations, *paths]
-    check_targets(output, planned_files(names.values(), ("any",), suffixes), report, inputs)
+    planned = planned_files(names.values(), ("any",), suffixes) if report else []
+    check_targets(output, planned, report, inputs)
     image_ids = pick_image_ids(paths, root_of(source), annotations)
     graph = None
     if isinstance(engine, Path):
