@@ -6,6 +6,7 @@ The networks are stand-ins with the nodes that the tools write behind one small 
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,9 +34,15 @@ COLUMNS = {"score": "score_column", "label": "classes_float"}
 SPARE = ("images_float", "boxes_2")
 
 
-def flat(last: tuple[str, str], most: int | None = None) -> onnx.ModelProto:
-    """Rows [n, 7] of the number of the image, a box, and score and label in either order."""
-    model = pair()
+def flat(
+    last: tuple[str, str], most: int | None = None, model: onnx.ModelProto | None = None
+) -> onnx.ModelProto:
+    """Rows [n, 7] of the number of the image, a box, and score and label in either order.
+
+    Args:
+        model: with boxes_out and scores_out; None: `pair`.
+    """
+    model = model or pair()
     selected(model)
     model.graph.node.extend(
         [
@@ -285,3 +292,94 @@ def test_int32_labels(tmp_path: Path) -> None:
     with_outputs(model, *(onnx.ValueInfoProto.FromString(o.SerializeToString()) for o in outputs), info("classes_32", INT32, [1, "k"]))  # fmt: skip
     status, _ = convert(model, tmp_path, *IMAGES)
     assert status == 0
+
+
+def with_value(model: onnx.ModelProto, name: str, value: Any) -> onnx.ModelProto:
+    """The model with another value of a constant of `selected`."""
+    (tensor,) = [t for t in model.graph.initializer if t.name == name]
+    tensor.CopyFrom(numpy_helper.from_array(np.array(value), name))
+    return model
+
+
+@pytest.mark.parametrize("form", ["label last", "filled with -1"])
+def test_an_nms_that_finds_nothing_shows_nothing(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is done behind it, to labels for example, would be believed unseen."""
+    model = with_value(FORMS[form](), "least", np.float32(0.99))
+    status, out = convert(model, tmp_path, *IMAGES)
+    assert status == 1 and not out.exists()
+    assert "cannot be checked; declare what enters its NMS, --boxes_output boxes_out --scores_output scores_out" in capsys.readouterr().err  # fmt: skip
+    options = ("--boxes_output", "boxes_out", "--scores_output", "scores_out")
+    assert convert(model, tmp_path, *IMAGES, *options)[0] == 0
+
+
+def test_a_limit_of_each_class_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TensorRT's NMS has none."""
+    said = "its NMS keeps at most 1 boxes of a class, where a photograph has more"
+    for most, times in ((1, 1), (20, 0)):
+        model = with_value(flat(("score", "label")), "most", np.int64(most))
+        assert convert(model, tmp_path, *IMAGES)[0] == 0
+        assert capsys.readouterr().err.count(said) == times
+
+
+@pytest.mark.parametrize("background", ["first", "last"])
+def test_a_background_inside_the_nms_is_asked_for(
+    background: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The NMS of softmax scores suppresses among its background, too."""
+    model = pair()
+    for node in model.graph.node:
+        node.output[:] = ["plain_scores" if name == "scores_out" else name for name in node.output]
+    constants(
+        model, pads_of_four=[0, 0, int(background == "first"), 0, 0, int(background == "last")]
+    )
+    constants(model, background_logit=np.float32(-0.3))
+    model.graph.node.extend(
+        [
+            make("Log", ["plain_scores"], ["three_logits"]),
+            make("Pad", ["three_logits", "pads_of_four", "background_logit"], ["four"]),
+            make("Softmax", ["four"], ["scores_out"], axis=2),
+        ]
+    )
+    rows = with_value(flat(("score", "label"), model=model), "least", np.float32(0.15))
+    status, out = convert(rows, tmp_path, *IMAGES)
+    assert status == 1 and not out.exists()
+    assert "give --background first|last|none" in capsys.readouterr().err
+    status, out = convert(rows, tmp_path, *IMAGES, "--background", background)
+    assert status == 0 and ModelSpec.from_onnx(onnx.load(out)).num_classes == 3
+    expected = found_by(out)
+    inputs = ("--boxes_output", "boxes_out", "--scores_output", "scores_out")
+    status, out = convert(rows, tmp_path, *IMAGES, *inputs, "--background", background)
+    assert status == 0
+    for ours, theirs in zip(found_by(out), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_best_behind_the_nms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A TopK takes the best of all classes, where a Slice takes the first classes."""
+    model = flat(("score", "label"))
+    assert model.graph.node[-1].output[0] == "found"
+    del model.graph.node[-1]
+    constants(model, best=[2])
+    model.graph.node.extend(
+        [
+            make("TopK", ["kept_scores", "best"], ["best_scores", "best_rows"], axis=0),
+            make("Gather", ["every", "best_rows"], ["found"], axis=0),
+        ]
+    )
+    status, out = convert(model, tmp_path, *IMAGES)
+    assert status == 0 and ModelSpec.from_onnx(onnx.load(out)).nms.max_output_boxes == 2
+    said = capsys.readouterr().out
+    assert "4 of 4 compared come out of our heads (8 in all)" in said
+    assert "4 of 4 are the same in box, class and score" in said
+
+
+@pytest.mark.parametrize("share", [-1.2, -0.25, 0.4, 1.3])
+def test_boxes_that_follow_their_size_otherwise_are_asked_for(share: float) -> None:
+    """A centre moves by nothing, a corner by half of the size."""
+    boxes = [
+        np.concatenate([b[:, :2] + share * (b[:, 2:] - b[:, 2:].mean(axis=0)), b[:, 2:]], 1)
+        for b in small_boxes("cxcywh")
+    ]
+    assert measure_format(boxes, (64, 64))[0] not in ("cxcywh", "xywh")

@@ -6,6 +6,7 @@ the exporter gives, and on real exports.
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -358,3 +359,22 @@ def test_header_of_a_photograph_is_not_needed(tmp_path: Path) -> None:
     ours, _ = preprocess(image, reading.spec.preprocessing)
     normalised = (ours - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     np.testing.assert_allclose(theirs[0].transpose(1, 2, 0), normalised, atol=1e-4)
+
+
+@pytest.mark.parametrize(("score", "label"), [(0.0, 1), (0.95, 3)])
+def test_a_detection_that_is_none_says_nothing_of_the_background(score: float, label: int) -> None:
+    """Padding is of class 0 + 1: not taken for an answer."""
+    logits = np.zeros((1, 10, 3), np.float32)
+    outputs = {"detection_classes": "classes", "detection_scores": "scores"}
+
+    class StandInSource:
+        graph = SimpleNamespace(outputs=outputs)
+
+        def run(self, fetches: Any, feeds: Any) -> list[Any]:
+            assert fetches == ["classes", "scores"]
+            assert (feeds["head:0"][..., 1] == 10).all() and (feeds["head:0"][..., 0] == -20).all()
+            return [np.full((1, 100), label, np.float32), np.full((1, 100), score, np.float32)]
+
+    head = SimpleNamespace(name="head", outputs=("head:0",))
+    with pytest.raises(GraphError, match=f"found {label} with a score of {score:.3g}"):
+        tfod.counts_background(StandInSource(), {}, head, logits)  # type: ignore[arg-type]

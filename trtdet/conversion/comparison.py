@@ -95,6 +95,10 @@ def compare_to_the_end(source: Source, converted: Converted) -> list[str]:
         return ["not compared to the end: --preprocessor replaces the source's own normalisation"]
     theirs = [their_detections(source, reading, final, preprocessing, image) for image in images]
     total = sum(len(t.scores) for t in theirs)
+    if final.remedy and not total:
+        raise GraphError(
+            f"{source.path} finds nothing on four photographs, so what comes behind its NMS cannot be checked; {final.remedy}, or export a trained model"
+        )
     if not runs and final.select is None:
         return ["not compared to the end: ONNX Runtime does not know the plugin that selects"]
     selected = [final.select(*one) for one in heads] if final.select else ours
@@ -111,7 +115,7 @@ def compare_to_the_end(source: Source, converted: Converted) -> list[str]:
         raise GraphError(
             f"comparison to the end failed: {agreement.found} of the {agreement.total} detections of {source.path} on four photographs come out of "
             f"its own selection applied to our heads: {'; '.join(agreement.missing)}; no model was written. Is the reading right? The table above "
-            "says where each fact comes from"
+            f"says where each fact comes from{'; or ' * bool(final.remedy)}{final.remedy}"
         )
     lines = [
         f"detections of the source on four photographs: {agreement.found} of {agreement.total} compared come out of our heads ({total} in all)"

@@ -260,6 +260,8 @@ class Final:
         select: the source's own selection in NumPy, soft NMS and padding rules included.
         differs: what the converted file does otherwise on purpose; "": nothing, it must give the
             source's detections too.
+        remedy: what to do where they do not come out, or where there are none, and nothing else
+            shows that the reading is right; "": detections that are missing prove nothing.
     """
 
     fetches: tuple[str, ...]
@@ -268,6 +270,7 @@ class Final:
     differs: str = ""
     feeds: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     other_read: Callable[[Sequence[NDArray[Any]]], Found] | None = None
+    remedy: str = ""
 
 
 def best_class_only(build: Builder, scores: str, *, lowest: float = 0.0) -> str:

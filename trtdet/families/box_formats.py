@@ -192,12 +192,12 @@ def _centre_or_corner(
         return None, "a centre and a corner both fit"
     slope, _ = max(slopes, key=lambda found: found[1])
     said = f"{slope:.2f} of their size"
-    if slope > -0.2:
+    if abs(slope) < 0.2:
         return (
             "cxcywh",
             f"the first two numbers move from their cells by {said}; those of a corner by -0.5",
         )
-    if slope < -0.3:
+    if -0.7 < slope < -0.3:
         return "xywh", f"the first two numbers move from their cells by {said}"
     return None, "a centre and a corner both fit"
 

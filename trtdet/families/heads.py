@@ -156,7 +156,8 @@ def read(source: Source, hints: Hints = NO_HINTS, framework: Framework | None = 
     wanted = list(dict.fromkeys([*named, *selected_from(source.model, named)]))
     seen = look(source, pixels, normal, wanted, feeds, size_hw)
     plan = Reader(source, seen, size_hw, declared, evidence, hints, known, rows).plan()
-    refuse_unused(plan, hints, str(source.path))
+    if not evidence.missing:
+        refuse_unused(plan, hints, str(source.path))
     if resizes:
         one_picture.check_scale(source, pixels, normal, plan, known, declared, evidence)
     spec = _spec(plan, preprocessing, hints, known, evidence)

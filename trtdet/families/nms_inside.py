@@ -11,6 +11,7 @@ The inputs of the NMS are the boxes and scores that are looked for. The detectio
 are compared with what its own NMS finds in them, so what its nodes do behind the NMS is checked.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,8 @@ from trtdet.geometry import box_iou
 from trtdet.graph.builder import tensor_types, with_shapes
 from trtdet.sources.onnx_file import OnnxSource
 
+logger = logging.getLogger(__name__)
+
 WHOLE = (TensorProto.INT32, TensorProto.INT64)
 ROW_WIDTH = 7
 NAME = "its NonMaxSuppression"
@@ -43,7 +46,8 @@ class Inside:
         boxes, scores: its inputs, scores as `layout` says.
         outputs: boxes, scores and labels; or rows alone.
         most_of_class: how many boxes of a class it keeps.
-        most: how many detections of a picture follow from it, in the order of their classes.
+        most: how many detections of a picture follow from it: the best of them where `by_score`,
+            else the first in the order of their classes.
     """
 
     boxes: str
@@ -54,6 +58,7 @@ class Inside:
     score_threshold: float
     most_of_class: int
     most: int | None
+    by_score: bool
     is_centred: bool
 
 
@@ -76,16 +81,16 @@ def maybe_inside(source: OnnxSource, declared: Declaration | None = None) -> Ins
     values = [float(limit.reshape(-1)[0]) for limit in limits if limit is not None]
     most_of_class, iou, score = [*values, 0.0, 0.0, 0.0][:3]
     scores, layout = _with_rows(nodes, node.input[1])
-    most, _ = any_number.most_rows(source.model, outputs[0 if len(outputs) == 1 else 1])
+    most, how = any_number.most_rows(source.model, outputs[0 if len(outputs) == 1 else 1])
     return Inside(
-        node.input[0], scores, layout, outputs, iou, score, int(most_of_class), most, bool(attribute(node, "center_point_box", 0)),
+        node.input[0], scores, layout, outputs, iou, score, int(most_of_class), most, how.startswith("TopK"), bool(attribute(node, "center_point_box", 0)),
     )  # fmt: skip
 
 
 def framework_of(inside: Inside, known: Framework) -> Framework:
     """What the NMS says of its inputs and of the selection, where the framework does not."""
     declared = Declaration(
-        boxes=inside.boxes, scores=inside.scores, scores_layout=inside.layout, selected=False, activation="none", background="none",
+        boxes=inside.boxes, scores=inside.scores, scores_layout=inside.layout, selected=False, activation="none",
         box_format="cxcywh" if inside.is_centred else None,
     )  # fmt: skip
     return known.with_changes(
@@ -105,29 +110,42 @@ def final(inside: Inside, plan: Plan, size_hw: tuple[int, int], path: str) -> Fi
             boxes, scores, labels = (np.asarray(value[0], np.float64) for value in values)
         box_format = "xyxy" if plan.box_format == "cxcywh" and _are_corners(boxes) else plan.box_format  # fmt: skip
         corners = to_xyxy(boxes, box_format).astype(np.float32) * unit
-        return Found(corners, scores.reshape(-1).astype(np.float32), labels.reshape(-1).astype(np.int64))  # fmt: skip
+        ids = labels.reshape(-1).astype(np.int64) - (plan.background == "first")
+        kept = (ids >= 0) & (ids < plan.num_classes) if plan.background != "none" else slice(None)
+        return Found(corners[kept], scores.reshape(-1)[kept].astype(np.float32), ids[kept])
+
+    limited: list[int] = []
 
     def select(boxes: NDArray[np.float32], scores: NDArray[np.float32]) -> Found:
-        kept = [
-            (i, label)
-            for label in range(scores.shape[1])
-            for i in _suppressed(boxes, scores[:, label], inside)
-        ][: inside.most]
+        kept = []
+        for label in range(scores.shape[1]):
+            found = _suppressed(boxes, scores[:, label], inside)
+            if len(found) > inside.most_of_class and not limited:
+                limited.append(label)
+                logger.warning(
+                    "%s: its NMS keeps at most %d boxes of a class, where a photograph has more; the converted file has no such limit",
+                    path, inside.most_of_class,
+                )  # fmt: skip
+            kept += [(i, label) for i in found[: inside.most_of_class]]
+        if inside.by_score:
+            kept.sort(key=lambda pair: -scores[pair])
+        kept = kept[: inside.most]
         at, labels = (np.array([pair[k] for pair in kept], np.int64) for k in (0, 1))
         return Found(boxes[at], scores[at, labels], labels)
 
     differs = "all classes, not the first ones alone, where there are more detections than are kept"
-    return Final(inside.outputs, read_detections, select, differs)
+    remedy = f"declare what enters its NMS, --boxes_output {inside.boxes} --scores_output {inside.scores}"
+    return Final(inside.outputs, read_detections, select, differs, remedy=remedy)
 
 
 def _suppressed(
     boxes: NDArray[np.float32], scores: NDArray[np.float32], inside: Inside
 ) -> list[int]:
-    """ONNX's NMS of one class: positions, best first."""
+    """ONNX's NMS of one class: positions, best first; one more than it keeps, where there are."""
     order = np.argsort(-scores, kind="stable")
     order = order[scores[order] > inside.score_threshold]
     kept: list[int] = []
-    while len(order) and len(kept) < inside.most_of_class:
+    while len(order) and len(kept) <= inside.most_of_class:
         best, order = order[0], order[1:]
         kept.append(int(best))
         order = order[box_iou(boxes[best : best + 1], boxes[order])[0] <= inside.iou_threshold]

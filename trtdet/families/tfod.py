@@ -228,7 +228,7 @@ def facts(
     evidence.add(
         ev.BACKGROUND,
         "first" if background else "none",
-        f"{ev.MEASURED}the class of a detection, for a logit of one column",
+        f"{ev.MEASURED}the class of a detection, for logits of one column",
     )
     evidence.add(
         ev.CLASSES,
@@ -311,28 +311,28 @@ def counts_background(
     source: Source, feed: dict[str, NDArray[Any]], head: Any, logits: NDArray[Any]
 ) -> bool:
     """Whether the first column of the logits is a background that raw_detection_scores has too
-    (add_background_class, as SSDs have it): one anchor gets a high logit in the second column, and
-    the class of its detection is counted from 1 without the background.
+    (add_background_class, as SSDs have it): all anchors get a high logit in the second column, and
+    the class of the best detection is counted from 1 without the background.
 
     Raises:
-        GraphError: the detection is of another class.
+        GraphError: the detection is of another class, or there is none.
     """
     graph, columns = source.graph, logits.shape[-1]
     if columns == 1:
         return False
-    if "detection_classes" not in graph.outputs:
+    if not {"detection_classes", "detection_scores"} <= graph.outputs.keys():
         return sum(node.op == "NonMaxSuppression" for node in graph.all_nodes()) == columns - 1
     chosen = np.full_like(logits, -20)
-    chosen.reshape(len(logits), -1, columns)[:, logits.size // columns // len(logits) // 2, 1] = 10
-    name = graph.outputs["detection_classes"]
-    (classes,) = source.run([name], {**feed, tensor(head): chosen})
-    found = round(float(np.asarray(classes).reshape(len(logits), -1)[0, 0]))
-    if found not in (1, 2):
+    chosen.reshape(len(logits), -1, columns)[..., 1] = 10
+    names = [graph.outputs[name] for name in ("detection_classes", "detection_scores")]
+    values = source.run(names, {**feed, tensor(head): chosen})
+    found, score = (float(np.asarray(value).reshape(len(logits), -1)[0, 0]) for value in values)
+    if round(found) not in (1, 2) or score < 0.9:  # of padding: 0
         raise GraphError(
-            f"tfod: expected a detection of class 1 or 2 for a high logit in the second of {columns} columns, found {found}; export the model with "
-            "exporter_main_v2.py"
+            f"tfod: expected a detection of class 1 or 2 for high logits in the second of {columns} columns, found {found:g} with a score of {score:.3g}; "
+            "export the model with exporter_main_v2.py"
         )
-    return found == 1
+    return round(found) == 1
 
 
 def read_nms(graph: SourceGraph, num_classes: int, max_detections: int) -> tuple[Nms, list[Note]]:
