@@ -82,9 +82,10 @@ def trtdet_work(model: Path, output: Path) -> Work:
 
 
 def alone_work(model: Path) -> Work:
-    """The model on images that are in memory, one at a time as infer.py does on a CPU."""
+    """The model on images that are in memory, in the same way as infer.py runs it."""
     from trtdet.images.files import load_image
     from trtdet.images.preprocess import preprocess
+    from trtdet.run.benchmark import Sample
     from trtdet.run.detect import open_model
     from trtdet.run.options import RunOptions
 
@@ -94,8 +95,10 @@ def alone_work(model: Path) -> Work:
     def work(images: list[Path]) -> None:
         for path in images:
             if path not in ready:
-                ready[path] = preprocess(load_image(path), runtime.spec.preprocessing)[0][None]
-            runtime.infer(ready[path])
+                image = preprocess(load_image(path), runtime.spec.preprocessing)[0]
+                ready[path] = Sample(image[None], (path,))
+        for _ in runtime.map([ready[path] for path in images]):
+            pass
 
     return work
 
@@ -176,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--saved_model", type=Path, help="left out: without TensorFlow")
     parser.add_argument("--onnx", type=Path, required=True)
     parser.add_argument("--input", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=25, help="images per round (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=50, help="images per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
     parser.add_argument("--only", choices=[TENSORFLOW, TRTDET, ALONE], help=argparse.SUPPRESS)  # the child
     # fmt: on

@@ -9,8 +9,8 @@
 No TensorRT engine is timed: this is a proxy. Both files are cut to the network, without NMS and box
 decoding. Per precision and batch, the two take turns; each turn is the mean of --runs, input and
 outputs stay on the GPU; the ratio is the median of --rounds pairs. Then what NMS, as the ordinary
-operators that take the plugin's place, adds to the network. --provider cpu tries the script without
-a GPU.
+operators that take the plugin's place, adds to the network: that depends on what is found, so give
+it photographs by --input. --provider cpu tries the script without a GPU.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,12 +34,15 @@ from criteria import add_ending, add_graphs, run_benchmark
 
 from trtdet import sessions
 from trtdet.commands.values import positive_int
+from trtdet.images.files import find_images, load_image
+from trtdet.images.preprocess import preprocess
 from trtdet.machine import describe_machine
 from trtdet.nms import lowering
 from trtdet.onnx_files import image_input, read_onnx
 from trtdet.precision.body import cut_to_body
 from trtdet.precision.floats import to_fp16
 from trtdet.runtimes.ort import PROVIDERS
+from trtdet.spec import ModelSpec
 
 logger = logging.getLogger("trtdet.benchmarks")
 
@@ -50,7 +54,18 @@ BATCHES = (1, 8)
 class Timed:
     """A model whose input and outputs lie on the device."""
 
-    def __init__(self, model: onnx.ModelProto, name: str, provider: str, batch: int) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        name: str,
+        provider: str,
+        batch: int,
+        pixels: NDArray[Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            pixels: the input; None: noise.
+        """
         providers: list[Any] = [sessions.CPU]
         if provider == "cuda":
             options = {"cudnn_conv_algo_search": "HEURISTIC"}
@@ -60,9 +75,10 @@ class Timed:
             raise ValueError("--provider cuda: ONNX Runtime's CUDA provider does not start here")
         self._raw: Any = self._session._session  # sessions offers no such loop
         image = image_input(model, name)
-        shape = [dim.dim_value or batch for dim in image.type.tensor_type.shape.dim]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(image.type.tensor_type.elem_type)
-        pixels = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+        if pixels is None:
+            shape = [dim.dim_value or batch for dim in image.type.tensor_type.shape.dim]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(image.type.tensor_type.elem_type)
+            pixels = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
         ort = sessions.load_onnxruntime()
         self._value = ort.OrtValue.ortvalue_from_numpy(pixels, provider, 0)
         self._binding = self._raw.io_binding()
@@ -89,6 +105,25 @@ def pairs(first: Timed, second: Timed, rounds: int, runs: int) -> tuple[float, f
         times.append((found[first], found[second]))
     ours, theirs = (median(column) for column in zip(*times, strict=True))
     return ours, theirs, median(a / b for a, b in times)
+
+
+def photographs(source: Path, model: onnx.ModelProto, path: Path, batch: int) -> NDArray[Any]:
+    """The first images of a folder as an input of a model."""
+    preprocessing = ModelSpec.from_onnx(model, path).preprocessing
+    found = find_images(source, num_images=batch)
+    return np.stack([preprocess(load_image(one), preprocessing)[0] for one in found])
+
+
+def nms_share(
+    whole: onnx.ModelProto, args: argparse.Namespace, batch: int
+) -> tuple[float, float, float]:
+    """Milliseconds with NMS and without, and its share of the former."""
+    pixels = photographs(args.input, whole, args.onnx, batch) if args.input else None
+    lowered = lowering.lower(whole, form="onnx")
+    ends = Timed(lowered, "with NMS", args.provider, batch, pixels)
+    network = Timed(cut_to_body(whole), "network", args.provider, batch, pixels)
+    with_nms, without, ratio = pairs(ends, network, args.rounds, args.runs)
+    return with_nms, without, 1 - 1 / ratio
 
 
 def operators(model: onnx.ModelProto) -> dict[str, int]:
@@ -119,13 +154,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             found = pairs(ours, theirs, args.rounds, args.runs)
             report["times"][f"{precision}, batch {batch}"] = found
             logger.info("%s, batch %d: %.3f ms, sample %.3f ms, ratio %.3f", precision, batch, *found)  # fmt: skip
-    lowered = lowering.lower(whole, form="onnx")
     for batch in BATCHES:
-        ends = Timed(lowered, "with NMS", args.provider, batch)
-        network = Timed(networks["ours"], "network", args.provider, batch)
-        with_nms, without, ratio = pairs(ends, network, args.rounds, args.runs)
-        report["nms"][f"batch {batch}"] = (with_nms, without, 1 - 1 / ratio)
-        logger.info("batch %d: %.3f ms with NMS, %.3f ms without", batch, with_nms, without)
+        report["nms"][f"batch {batch}"] = found = nms_share(whole, args, batch)
+        logger.info("batch %d: %.3f ms with NMS, %.3f ms without", batch, *found[:2])
     return report
 
 
@@ -158,6 +189,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_graphs(parser)
     # fmt: off
+    parser.add_argument("--input", type=Path, help="photographs for NMS, at least 8; left out: noise")
     parser.add_argument("--provider", choices=("cuda", "cpu"), default="cuda", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=20, help="pairs (default: %(default)s)")
     parser.add_argument("--runs", type=positive_int, default=30, help="runs of a turn (default: %(default)s)")

@@ -25,7 +25,7 @@ from trtdet.results.image_files import ImageFiles
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 spec = ModelSpec("automl", Preprocessing((64, 64)), Nms(), (1,))
 files = ImageFiles(Path(sys.argv[1]), spec, (), False, 0.3, "png", False)
-processes = Processes(3, "trtdet.results.image_files", "write results", files)
+processes = Processes("trtdet.results.image_files", "write results", [files] * 3)
 
 
 def wait_until_started():
@@ -96,7 +96,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 def test_those_that_do_not_start_are_gone(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Processes(3, "trtdet.no_such_module", "write results", None) as processes:
+    with Processes("trtdet.no_such_module", "write results", [None] * 3) as processes:
         assert processes.wait_for(processes.ask("anything")) is None
         assert len(processes) == 0
     said = "processes that write results do not start (exit status 1); the run goes on without them"
@@ -131,7 +131,7 @@ def test_an_error_of_any_kind_ends_it_in_one_line(first: str, tmp_path: Path, mo
     (tmp_path / "failing.py").write_text(FAILS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])  # not those of others
-    with Processes(1, "failing", "fail", first) as processes:
+    with Processes("failing", "fail", [first]) as processes:
         assert processes.wait_for(processes.ask("this")) is None
         assert len(processes) == 0
     what = "this" if first == "later" else "at once"
@@ -149,7 +149,7 @@ def test_an_error_of_any_kind_ends_it_in_one_line(first: str, tmp_path: Path, mo
 def test_an_error_that_cannot_be_sent_or_means_another_thing_is_one_like_others(message: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     (tmp_path / "failing.py").write_text(FAILS)
     monkeypatch.syspath_prepend(tmp_path)
-    with Processes(1, "failing", "fail", "later") as processes:
+    with Processes("failing", "fail", ["later"]) as processes:
         assert processes.wait_for(processes.ask(message)) is None
         assert len(processes) == 0
     assert caplog.messages == [f"one of the processes that fail has ended ({reason}); the run goes on without it"]  # fmt: skip
@@ -164,7 +164,7 @@ def test_they_start_from_another_folder(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     python = [path for path in sys.path if Path(path).resolve() not in (ROOT, Path.cwd())]
     monkeypatch.setattr(sys, "path", [*python, "modules", tmp_path])
-    with Processes(1, "slow_echo", "echo", None) as processes:
+    with Processes("slow_echo", "echo", [None]) as processes:
         assert processes.wait_for(processes.ask(1))[0] == 1
 
 
@@ -194,7 +194,7 @@ def echoes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Processe
     """Two processes that take as many milliseconds for a message as it says."""
     (tmp_path / "slow_echo.py").write_text(SLOW_ECHO)
     monkeypatch.syspath_prepend(tmp_path)
-    with Processes(2, "slow_echo", "echo", None) as processes:
+    with Processes("slow_echo", "echo", [None] * 2) as processes:
         assert len(processes) == 2
         yield processes
 
@@ -289,7 +289,7 @@ import os, signal, sys
 from trtdet.processes import Processes
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-with Processes(2, "slow_echo", "echo", None) as processes:
+with Processes("slow_echo", "echo", [None] * 2) as processes:
     while not processes.ready:
         processes.collect(wait=True)
     answers = [processes.ask(60_000) for _ in range(2)]
@@ -323,7 +323,7 @@ os.fork = fork_but_second
 """
     (tmp_path / "short_of_processes.py").write_text(once + SLOW_ECHO)
     monkeypatch.syspath_prepend(tmp_path)
-    with Processes(3, "short_of_processes", "echo", None) as processes:
+    with Processes("short_of_processes", "echo", [None] * 3) as processes:
         answers = [processes.ask(message) for message in range(6)]
         assert [processes.wait_for(answer)[0] for answer in answers] == list(range(6))
         assert len(processes) == 2

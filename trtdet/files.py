@@ -412,8 +412,38 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None])
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+    path = Path(path)
+    if not _write_new(path, data):
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(data)
+
+
+def _write_new(path: Path, data: bytes) -> bool:
+    """Write a file that has no name until it is whole, where there is nothing yet.
+
+    Processes that write many files into one folder wait for each other whenever a name is looked
+    for, made or changed: here one is made, and that is all.
+
+    Returns:
+        False: it cannot be done in this way. There is something, or no such folder, or no room, or
+        the system does not have such files.
+    """
+    if not hasattr(os, "O_TMPFILE"):
+        return False
+    try:
+        file = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return False
+    try:
+        with open(file, "wb") as unnamed:
+            unnamed.write(data)
+            unnamed.flush()
+            # A folder makes Python call the system's function that follows the link in /proc.
+            os.link(f"/proc/self/fd/{file}", path, src_dir_fd=file, follow_symlinks=True)
+    except OSError:
+        return False
+    _remove_left_over_at_times(path.parent)
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

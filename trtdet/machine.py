@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from importlib import metadata
+from pathlib import Path
 from typing import TypedDict
 
 #: Packages whose version explains a figure.
@@ -73,6 +74,48 @@ def memory_gib() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
         return None  # not POSIX
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can still get, of the machine and of the container that this one runs in;
+    None where the system does not say. Linux alone does.
+    """
+    try:
+        free = 1024 * _field(Path("/proc/meminfo"), "MemAvailable:")
+    except (OSError, LookupError):
+        return None
+    group = Path("/sys/fs/cgroup")  # of a container, or of the machine, where the files are missing
+    try:
+        limit = int((group / "memory.max").read_text())  # "max": there is none
+        used = int((group / "memory.current").read_text())
+        files = _field(group / "memory.stat", "inactive_file")  # which make room
+    except (OSError, LookupError, ValueError):
+        return free
+    return max(0, min(free, limit - used + files))
+
+
+def _field(path: Path, name: str) -> int:
+    """The number behind a name in a file of such lines.
+
+    Raises:
+        LookupError: the file does not have it.
+    """
+    for line in path.read_text(encoding="utf-8").splitlines():
+        words = line.split()
+        if words and words[0] == name:
+            return int(words[1])
+    raise LookupError(name)
+
+
+def resident_memory() -> int | None:
+    """Bytes of memory that this process has; None where the system does not say. Linux alone
+    does.
+    """
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _gpus() -> list[str]:

@@ -27,7 +27,12 @@ def can_share() -> bool:
 
 
 class SharedMemory(Closing):
-    """Memory that is taken in parts. A process that gets the file sees it by `attach`.
+    """Memory that is taken in parts. A process that gets the file sees it by `attach`, and can take
+    parts of its own.
+
+    Args:
+        file: of memory that is there; None: of new memory.
+        addresses: those from which parts are taken, for no other to take parts there.
 
     Attributes:
         file: its number; -1 once closed. What was taken stays.
@@ -36,11 +41,14 @@ class SharedMemory(Closing):
         OSError: none is to be had.
     """
 
-    def __init__(self, name: str) -> None:
-        self._size = 0  # what was taken
-        self.file = os.memfd_create(name)
+    def __init__(
+        self, name: str, *, file: int | None = None, addresses: range = range(ADDRESSES)
+    ) -> None:
+        self._next, self._end = addresses.start, addresses.stop
+        self.file = os.memfd_create(name) if file is None else file
         try:
-            os.truncate(self.file, ADDRESSES)
+            if file is None:
+                os.truncate(self.file, ADDRESSES)
             # One mapping for all parts: each mapping holds a file open.
             self._all = mmap.mmap(self.file, ADDRESSES)
         except BaseException:
@@ -50,8 +58,8 @@ class SharedMemory(Closing):
 
     def take(self, nbytes: int) -> int | None:
         """Where a part begins that was never taken, at a page; None: there is no more memory."""
-        offset = self._size
-        if offset + nbytes > ADDRESSES:
+        offset = self._next
+        if offset + nbytes > self._end:
             return None
         try:
             # Without this, a lack of memory would end the process that writes, by SIGBUS.
@@ -59,7 +67,7 @@ class SharedMemory(Closing):
         except OSError as error:
             logger.debug("%d bytes that processes see: %s", nbytes, error)
             return None
-        self._size += -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self._next += -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         return offset
 
     def view(self, offset: int, nbytes: int) -> NDArray[np.uint8]:

@@ -496,15 +496,15 @@ def test_a_run_that_is_cut_off_leaves_no_threads_and_no_json(
 ) -> None:
     for number in range(30):
         image(tmp_path / "in" / f"{number}.png", red=51, green=1, blue=0)
-    infer_batch, calls = OnnxRuntime.infer, []
+    infer_batch, calls = OnnxRuntime._infer, []
 
-    def fail_at_the_third(self: OnnxRuntime, images: Any) -> Any:
+    def fail_at_the_third(self: OnnxRuntime, images: Any, session: Any) -> Any:
         calls.append(len(images))
         if len(calls) == 13:  # "2.png", sorted as text: 0 1 10 .. 19 2
             raise error
-        return infer_batch(self, images)
+        return infer_batch(self, images, session)
 
-    monkeypatch.setattr(OnnxRuntime, "infer", fail_at_the_third)
+    monkeypatch.setattr(OnnxRuntime, "_infer", fail_at_the_third)
     out = tmp_path / "out"
     assert run(toy, tmp_path / "in", out) == status
     assert re.search(message, capsys.readouterr().err)

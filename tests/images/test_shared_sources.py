@@ -80,9 +80,7 @@ def test_batches_hold_them(paths: list[Path]) -> None:
     many = paths * 20  # 80 steps of memory
     with (
         SharedSources() as sources,
-        ImageBatcher(
-            many, preprocessing, 4, workers=2, keep_sources=True, load=sources.load
-        ) as shared,
+        ImageBatcher(many, preprocessing, 4, workers=2, shared=sources) as shared,
         ImageBatcher(many, preprocessing, 4) as plain,
     ):
         for batch, wanted in zip(shared, plain, strict=True):

@@ -73,10 +73,12 @@ def started() -> list[int]:
 
 
 def spoil(path: Path) -> None:
-    """A file that is none of an image any more, of the same size and time."""
+    """A file that is none of an image any more, of the same size and time, in one step."""
     before = path.stat()
-    path.write_bytes(b"x" * before.st_size)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other = path.with_suffix(".other")
+    other.write_bytes(b"x" * before.st_size)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
 
 
 def write(
@@ -199,7 +201,7 @@ def test_warnings_of_python_are_not_shown(
     some.arrays["detection_classes"] = some.arrays["detection_classes"].astype(np.float32)
     some.arrays["detection_classes"][0, 8] = np.nan  # beyond what was found
     image_files = ImageFiles(tmp_path, SPEC, (), False, 0.3, "png", False)
-    with Processes(1, "trtdet.results.image_files", "write results", image_files) as processes:
+    with Processes("trtdet.results.image_files", "write results", [image_files]) as processes:
         assert processes.wait_for(processes.ask([sent(some)])).boxes == 3
     assert capfd.readouterr().err == ""
 

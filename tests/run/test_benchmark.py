@@ -75,7 +75,7 @@ def test_measure_on_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = StandInRuntime()
     monkeypatch.setattr(benchmark.time, "perf_counter", runtime.clock)
     measured = measure(runtime, noise(runtime.spec, 4), iterations=50, warmup=7)
-    assert runtime.calls == 57
+    assert runtime.calls == 2 * (7 + 50)  # alone, and one after the other
     assert measured.throughput_qps == pytest.approx(100)
     assert measured.images_per_second == pytest.approx(400)
     assert list(measured.summaries) == ["Latency"]
@@ -90,7 +90,7 @@ def test_measure_on_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 class StandInDevice(StandInRuntime):
     """Tells its transfers from its compute; `map` overlaps them: 6 ms a batch instead of 10."""
 
-    overlaps = True
+    frees_cpu = True
 
     def infer_timed(self, images: NDArray[Any]) -> BatchTimes:
         return BatchTimes(enqueue_ms=0.5, h2d_ms=2, compute_ms=6, d2h_ms=1)

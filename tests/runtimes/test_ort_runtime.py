@@ -219,8 +219,10 @@ def test_device_buffers_of_the_last_shapes_only_are_kept(tmp_path: Path) -> None
 
 def run_ahead(runtime: OnnxRuntime) -> OnnxRuntime:
     """The way of the GPU providers: one batch ahead, inputs bound to a device."""
-    runtime.overlaps = runtime.one_size = True
-    runtime.infer = lambda batch: dict(zip(OUTPUT_NAMES, runtime._run_bound(batch), strict=True))  # type: ignore[method-assign]
+    runtime.frees_cpu = runtime.one_size = True
+    runtime._infer = lambda batch, session: dict(
+        zip(OUTPUT_NAMES, runtime._run_bound(batch), strict=True)
+    )  # type: ignore[method-assign]
     return runtime
 
 
@@ -384,7 +386,7 @@ def test_a_batch_that_onnx_runtime_does_not_take_is_named(tmp_path: Path) -> Non
 
 def test_a_runtime_needs_no_more_than_the_contract_says() -> None:
     with StandInRuntime() as runtime:
-        assert (runtime.preferred_batch, runtime.overlaps, runtime.timed_on) == (8, False, "")
+        assert (runtime.preferred_batch, runtime.frees_cpu, runtime.timed_on) == (8, False, "")
         assert runtime.infer_timed(np.zeros(1)) is None
         memory = runtime.allocate((2, 3), np.dtype("uint8"))
         assert (memory.shape, memory.dtype) == ((2, 3), np.uint8)

@@ -24,13 +24,14 @@ class Batch(Generic[AnyImages]):
             beyond are zero.
         paths: one per real image.
         transforms: one per real image, the way back to source pixels.
-        sources: the decoded images, where they were asked for.
+        sources: the decoded images, where they were asked for; None in place of one for which there
+            was no room.
     """
 
     images: AnyImages
     paths: tuple[Path, ...]
     transforms: tuple[ResizeTransform, ...]
-    sources: tuple[ImageArray, ...] | None = None
+    sources: tuple[ImageArray | None, ...] | None = None
     lease: "Lease[Any] | None" = field(default=None, repr=False)
 
     def __len__(self) -> int:

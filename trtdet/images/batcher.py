@@ -26,6 +26,7 @@ from trtdet.images.options import Resample
 from trtdet.images.prepare import Preparer, Result
 from trtdet.images.prepare_processes import AT_ONCE, SHARES, Pin, PreparingProcesses
 from trtdet.images.preprocess import ShorterSide
+from trtdet.images.shared_sources import SharedSources
 from trtdet.machine import available_cores, memory_gib
 from trtdet.processes import Answer
 from trtdet.spec import Preprocessing
@@ -145,6 +146,7 @@ class ImageBatcher(Closing):
         load: Callable[[Path], ImageArray] | None = None,
         size: Callable[[Path], tuple[int, int] | None] | None = None,
         pin: Pin | None = None,
+        shared: SharedSources | None = None,
     ) -> None:
         """
         Args:
@@ -166,8 +168,10 @@ class ImageBatcher(Closing):
             pin: let processes do the work, as many as `workers`, once they have started, in
                 buffers that this makes ready, instead of those of `allocate`. For thousands of
                 images: processes take a third of a second to start, and 5 MiB each. Threads do it
-                where sources are kept, with `load`, and where the batches ahead would be more
-                than `most_ahead_bytes`.
+                where sources are kept elsewhere than in `shared`, with `load`, and where the
+                batches ahead would be more than `most_ahead_bytes`.
+            shared: keep the decoded images there, so that processes see them. One for which a
+                process finds no room is None.
         """
         if batch_size < 1 or prefetch < 1 or (workers is not None and workers < 1):
             raise ValueError(
@@ -179,6 +183,9 @@ class ImageBatcher(Closing):
         self.preprocessing = preprocessing
         self.batch_size = batch_size
         self.failures: list[tuple[Path, str]] = []
+        if shared is not None:
+            keep_sources, load = True, shared.load
+        self._shared = shared
         self._resample = resample
         self._workers = workers or available_cores()
         # Every worker needs an image in hand and one to go on with, even where batches are small.
@@ -197,7 +204,8 @@ class ImageBatcher(Closing):
         self._processes: PreparingProcesses | None = None
         nbytes = math.prod(shape) * np.dtype(preprocessing.dtype).itemsize
         self._share = 0
-        if pin and not (keep_sources or load) and (share := self._share_that_fits(nbytes)):
+        here = keep_sources or load is not None
+        if pin and (shared or not here) and (share := self._share_that_fits(nbytes)):
             self._share, self._processes = share, self._start_processes(pin)
         if self._processes is not None:
             allocate = self._processes.buffers.allocate
@@ -223,7 +231,7 @@ class ImageBatcher(Closing):
         it.
         """
         try:
-            return PreparingProcesses(self._preparer, self._workers, pin)
+            return PreparingProcesses(self._preparer, self._workers, pin, self._shared)
         except OSError as error:
             logger.info("processes that decode images do not start, and threads do it: %s", error)
             return None
@@ -234,6 +242,10 @@ class ImageBatcher(Closing):
             iteration.close()
         if self._processes is not None:
             self._processes.close()
+
+    def __length_hint__(self) -> int:
+        """Batches of an iteration, where every image can be read."""
+        return -(-len(self.paths) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         self.failures = []

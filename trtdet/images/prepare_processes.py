@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from trtdet.closing import Closing
+from trtdet.geometry import ResizeTransform
 from trtdet.images.prepare import Preparer, Result
+from trtdet.images.shared_sources import Room, SharedSource, SharedSources, room_of_process
 from trtdet.processes import Answer, Processes, answer_all
 from trtdet.shared_memory import SharedMemory, attach
 
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 #: Pins memory that is there already, so that a backend reads it without a copy.
 Pin = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
+#: What came of an image, on its way from a process: the way back and where the decoded image is, or
+#: the reason why it cannot be used.
+Sent: TypeAlias = tuple[ResizeTransform, SharedSource | None] | str
 #: Images of a message: as many as memory lets be ahead. With fewer, more messages cost more work.
 SHARES = (8, 4)
 #: Messages that a process has, so that it goes on while its answer waits.
@@ -42,6 +47,7 @@ class Rows:
         paths: as text, which is pickled in a tenth of the time of a `Path`.
         offset: of the buffer in the memory that is seen by all.
         shape: of the buffer.
+        rooms: for decoded images, where these are kept: see `SharedSources.free_rooms`.
     """
 
     paths: Sequence[str]
@@ -49,6 +55,7 @@ class Rows:
     offset: int
     shape: tuple[int, ...]
     dtype: str
+    rooms: Sequence[tuple[int, int]]
 
 
 class SharedBuffers(Closing):
@@ -89,29 +96,45 @@ class SharedBuffers(Closing):
         self._memory.close()
 
 
+@dataclass(frozen=True)
+class _First:
+    """What a process is told before all: what it does, and which of how many it is."""
+
+    preparer: Preparer
+    number: int
+    count: int
+
+
 class PreparingProcesses(Closing):
     """Processes that fill rows of batches, for one thread.
+
+    Args:
+        sources: where decoded images are kept; None: they are not.
 
     Raises:
         OSError: no memory that all of them see is to be had.
     """
 
-    def __init__(self, preparer: Preparer, count: int, pin: Pin) -> None:
+    def __init__(
+        self, preparer: Preparer, count: int, pin: Pin, sources: SharedSources | None = None
+    ) -> None:
+        self._sources = sources
+        bare = replace(preparer, load=None)  # and without what it has made for itself
         with ExitStack() as unless_they_start:
             self.buffers = unless_they_start.enter_context(SharedBuffers(pin))
+            files = [self.buffers.file, *([sources.file] if sources else [])]
             self._processes = Processes(
-                count,
                 "trtdet.images.prepare_processes",
                 "decode images",
-                replace(preparer),  # without what it has made for itself
-                files=[self.buffers.file],
+                [_First(bare, number, count) for number in range(count)],
+                files=files,
                 at_once=AT_ONCE,
             )
             unless_they_start.pop_all()
 
     def fill(
         self, paths: Sequence[Path], buffer: NDArray[Any], share: int
-    ) -> list[tuple[int, Answer[list[Result | None] | None]]] | None:
+    ) -> list[tuple[int, Answer[list[Sent | None] | None]]] | None:
         """Have images written into the rows of `buffer`, `share` of them by a process.
 
         Returns:
@@ -122,21 +145,31 @@ class PreparingProcesses(Closing):
         offset = self.buffers.offset_of(buffer) if self._processes.ready else -1
         if offset < 0:
             return None
-        texts, shape, dtype = [str(path) for path in paths], buffer.shape, buffer.dtype.str
-        ask = self._processes.ask
-        return [
-            (first, ask(Rows(texts[first : first + share], first, offset, shape, dtype)))
-            for first in range(0, len(texts), share)
-        ]
+        texts, dtype = [str(path) for path in paths], buffer.dtype.str
+        asked = []
+        for first in range(0, len(texts), share):
+            some = texts[first : first + share]
+            rooms = self._sources.free_rooms(len(some)) if self._sources else ()
+            rows = Rows(some, first, offset, buffer.shape, dtype, rooms)
+            asked.append((first, self._processes.ask(rows)))
+        return asked
 
     def results(
-        self, answer: Answer[list[Result | None] | None], count: int
+        self, answer: Answer[list[Sent | None] | None], count: int
     ) -> Sequence[Result | None]:
         """What came of `count` images, once it is there; None: the caller is to prepare the image
         itself.
         """
         found = self._processes.wait_for(answer)
-        return [None] * count if found is None else found
+        return [None] * count if found is None else [self._received(result) for result in found]
+
+    def _received(self, result: Sent | None) -> Result | None:
+        if not isinstance(result, tuple):
+            return result
+        transform, source = result
+        if source is None or self._sources is None:
+            return transform, None
+        return transform, self._sources.image(source)
 
     def close(self) -> None:
         self._processes.close()
@@ -146,24 +179,36 @@ class PreparingProcesses(Closing):
 class _Answers:
     """What a process writes into the memory of file number `memory`, and says of it."""
 
-    def __init__(self, preparer: Preparer, memory: int) -> None:
-        self._preparer = preparer
+    def __init__(self, first: _First, memory: int, sources: int | None) -> None:
+        self._preparer = first.preparer
+        self._room: Room | None = None
+        if sources is not None:
+            self._room = room_of_process(sources, first.number, first.count)
+            self._preparer = replace(first.preparer, load=self._room.load)
         self._memory = attach(memory)
 
-    def __call__(self, rows: Rows) -> list[Result | None]:
+    def __call__(self, rows: Rows) -> list[Sent | None]:
+        for room in rows.rooms:
+            if self._room is not None:
+                self._room.give(*room)
         dtype = np.dtype(rows.dtype)
         end = rows.offset + math.prod(rows.shape) * dtype.itemsize
         buffer = self._memory[rows.offset : end].view(dtype).reshape(rows.shape)
         paths = map(Path, rows.paths)
         return [self._prepare(path, buffer[row]) for row, path in enumerate(paths, rows.first)]
 
-    def _prepare(self, path: Path, out: NDArray[Any]) -> Result | None:
+    def _prepare(self, path: Path, out: NDArray[Any]) -> Sent | None:
         result = self._preparer.prepare(path, out)
+        if isinstance(result, tuple):
+            transform, image = result
+            if image is None or self._room is None:
+                return transform, None
+            return transform, self._room.where(image)
         return None if isinstance(result, BaseException) else result
 
 
-def serve(pipe_file: int, memory: int) -> None:
+def serve(pipe_file: int, memory: int, sources: int | None = None) -> None:
     """What a process does."""
     cv2.setNumThreads(1)  # there is a process for each core
     logging.captureWarnings(True)  # Python's own, which threads do not show either
-    answer_all(lambda preparer: _Answers(preparer, memory), pipe_file)
+    answer_all(lambda first: _Answers(first, memory, sources), pipe_file)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -207,8 +208,10 @@ def _place_label(
     the better detection's label.
     """
     width, height = size_wh
-    x1, y1, x2, y2 = (round(x) for x in box)
-    places = []
+    x1, y1, x2, y2 = map(round, box)
+    most_x, most_y = image_wh[0] - width, image_wh[1] - height
+    first: Rect | None = None
+    # Plain comparisons: a picture of 50 boxes looks at 300 places, and at 25 labels for each.
     for x, y in (
         (x1, y1 - height),
         (x1, y1),
@@ -217,33 +220,25 @@ def _place_label(
         (x1, y2 - height),
         (x2 - width, y2),
     ):
-        x = max(0, min(x, image_wh[0] - width))
-        y = max(0, min(y, image_wh[1] - height))
-        place = (x, y, x + width, y + height)
-        if not _is_taken(place, taken):
-            return place
-        places.append(place)
-    return places[0]
-
-
-def _is_taken(place: Rect, taken: Sequence[Rect]) -> bool:
-    """Whether a place overlaps one of those taken.
-
-    A plain loop: a picture of 50 boxes asks 2,500 times.
-    """
-    x1, y1, x2, y2 = place
-    for left, top, right, bottom in taken:
-        if x1 < right and left < x2 and y1 < bottom and top < y2:
-            return True
-    return False
+        x = 0 if x < 0 or most_x < 0 else most_x if x > most_x else x
+        y = 0 if y < 0 or most_y < 0 else most_y if y > most_y else y
+        right, bottom = x + width, y + height
+        for taken_x1, taken_y1, taken_x2, taken_y2 in taken:
+            if x < taken_x2 and taken_x1 < right and y < taken_y2 and taken_y1 < bottom:
+                break
+        else:
+            return x, y, right, bottom
+        first = first or (x, y, right, bottom)
+    assert first is not None
+    return first
 
 
 def _draw_box(picture: NDArray[np.uint8], corners: Sequence[int], color: Color, line: int) -> None:
     """The outline of a box, inside of it; `corners` are pixels of the picture."""
-    x1, y1, x2, y2 = corners
-    inside = picture[y1 : max(y1, y2) + 1, x1 : max(x1, x2) + 1]
-    inside[:line] = inside[-line:] = color
-    inside[:, :line] = inside[:, -line:] = color
+    x1, y1 = corners[:2]
+    x2, y2 = max(x1, corners[2]), max(y1, corners[3])
+    for inset in range(min(line, min(x2 - x1, y2 - y1) // 2 + 1)):
+        cv2.rectangle(picture, (x1 + inset, y1 + inset), (x2 - inset, y2 - inset), color)
 
 
 def _around(corners: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -44,7 +44,7 @@ class ResultWriter:
     """Writes TSVs and pictures on a thread pool, and detections.json in the order of the images.
     Made by `result_writer`.
 
-    Where there are `processes`, these do it; threads for what they leave.
+    Where there are `processes`, these do it once they have started, and threads what they leave.
     """
 
     #: Whether there are processes, and pictures -> images that may wait, per thread or process:
@@ -173,7 +173,7 @@ class ResultWriter:
         """Have images' files written. None: by a process that has ended, perhaps in the middle of a
         file.
         """
-        if self._processes:
+        if self._processes is not None and self._processes.ready:
             self.check_output()
             return self._processes.ask([Sent.of(task, self._shared) for task in tasks])
         return self._pool.submit(self._write, tasks)
@@ -331,7 +331,7 @@ def result_writer(
         if processes:
             try:
                 files_of_memory = [shared.file] if shared else []
-                started = Processes(threads, "trtdet.results.image_files", "write results", image_files, files=files_of_memory)  # fmt: skip
+                started = Processes("trtdet.results.image_files", "write results", [image_files] * threads, files=files_of_memory)  # fmt: skip
                 resources.enter_context(started)
             except OSError as error:
                 logger.warning("processes that write results do not start: %s", error)

@@ -173,23 +173,19 @@ def measure(runtime: Runtime, batch: ImageBatch, *, iterations: int, warmup: int
         runtime.infer(batch.images)
     tried = [runtime.infer_timed(batch.images) for _ in repeat(None, iterations)]
     times = [one for one in tried if one is not None]
-    if times or runtime.overlaps:
-        if times:
-            summaries = _summaries(times)
-        else:  # a server: the host's clock is all there is
-            summaries = {"Latency": Summary.of([_seconds(runtime, batch) * 1000 for _ in repeat(None, iterations)])}  # fmt: skip
-        for _ in runtime.map(repeat(batch, warmup)):  # `infer` warms one GPU of several
-            pass
-        start = time.perf_counter()
-        for _ in runtime.map(repeat(batch, iterations)):
-            pass
-        walltime_s = time.perf_counter() - start
-    else:  # one pass tells both: nothing overlaps, and the host's clock is all there is
-        stamps = [time.perf_counter()]
-        for _ in runtime.map(repeat(batch, iterations)):
-            stamps.append(time.perf_counter())
-        walltime_s = stamps[-1] - stamps[0]
-        summaries = {"Latency": Summary.of([float(x) for x in np.diff(stamps) * 1000])}
+    if times:
+        summaries = _summaries(times)
+    else:  # the host's clock is all there is
+        latencies = [_seconds(runtime, batch) * 1000 for _ in repeat(None, iterations)]
+        summaries = {"Latency": Summary.of(latencies)}
+    # `infer` warms one GPU of several. As many batches are announced as will come: a runtime may
+    # prepare itself for them.
+    for _ in islice(runtime.map(repeat(batch, max(warmup, iterations))), warmup):
+        pass
+    start = time.perf_counter()
+    for _ in runtime.map(repeat(batch, iterations)):
+        pass
+    walltime_s = time.perf_counter() - start
     return Measurement(
         len(batch.images), iterations, warmup, walltime_s, summaries, runtime.timed_on
     )

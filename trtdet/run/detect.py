@@ -85,7 +85,8 @@ def open_batcher(
     Args:
         allocate: makes the batch buffers; None: the runtime does.
         load, size: what makes an image of a path, and its size before; None: paths are files.
-        shared: where images that are decoded on the CPU are kept; those of a GPU are not.
+        shared: where images that are decoded on the CPU are kept, by processes; those of a GPU are
+            not.
 
     Raises:
         ValueError: the model does not take batches of `options.batch_size`, or nothing that is on a
@@ -117,10 +118,8 @@ def open_batcher(
             keep_sources=keep_sources,
             pad_to_batch=pad_to_batch,
         )
-    if shared is not None:
-        keep_sources, load = True, shared.load
-    in_processes = not (load or allocate or keep_sources) and decodes_in_processes(
-        runtime, len(paths)
+    in_processes = shared is not None or (
+        not (load or allocate or keep_sources) and decodes_in_processes(runtime, len(paths))
     )
     return ImageBatcher(
         paths,
@@ -135,6 +134,7 @@ def open_batcher(
         load=load,
         size=size,
         pin=runtime.pin if in_processes else None,
+        shared=shared,
     )
 
 
@@ -173,7 +173,7 @@ def decodes_in_processes(runtime: Runtime, images: int) -> bool:
     than threads are, and so many images are worth the start.
     """
     many = images >= MANY_TO_DECODE and available_cores() >= MANY_CORES
-    return many and runtime.overlaps and runtime.pins and can_share()
+    return many and runtime.frees_cpu and runtime.pins and can_share()
 
 
 def pick_batch_size(runtime: Runtime, options: RunOptions) -> int:

@@ -307,7 +307,7 @@ def maybe_shared(wanted: bool) -> AbstractContextManager[SharedSources | None]:
 
 def writes_in_processes(runtime: Runtime, images: int) -> bool:
     """Whether results come so fast that threads would wait for each other."""
-    return runtime.overlaps and images >= MANY_RESULTS and available_cores() >= MANY_CORES and available()  # fmt: skip
+    return runtime.frees_cpu and images >= MANY_RESULTS and available_cores() >= MANY_CORES and available()  # fmt: skip
 
 
 class Speed:

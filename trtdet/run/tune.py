@@ -88,8 +88,9 @@ class ViewingRuntime(OnnxRuntime):
 
     view = View()
 
-    def infer(self, images: Images) -> Outputs:
-        found = super().infer(self.view.show(as_array(images), self.spec.preprocessing))
+    def _infer(self, images: Images, session: sessions.Session) -> Outputs:
+        shown = self.view.show(as_array(images), self.spec.preprocessing)
+        found = super()._infer(shown, session)
         boxes = self.view.undo(found["detection_boxes"], self.spec)
         return {**found, "detection_boxes": boxes}
 

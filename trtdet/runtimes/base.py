@@ -98,8 +98,8 @@ class Runtime(Closing):
         batch_range: batch sizes the model takes: smallest and largest. The largest is None where
             nothing bounds it.
         description: one line for the log and for reports: backend, version, device.
-        overlaps: whether `map` has several batches in flight. The time from one result to the next
-            then is not that of a batch.
+        frees_cpu: whether the network runs elsewhere, on a GPU or a server. This machine's cores
+            are then free for images and files, and may have to hurry.
         one_size: whether a batch of another size takes long the first time, so that all should have
             one.
         pins: whether `pin` makes any memory as good as that of `allocate`.
@@ -113,7 +113,7 @@ class Runtime(Closing):
     spec: ModelSpec
     batch_range: tuple[int, int | None]
     description: str
-    overlaps: bool = False
+    frees_cpu: bool = False
     one_size: bool = False
     pins: bool = False
     images_on: int | None = None
@@ -137,6 +137,9 @@ class Runtime(Closing):
 
     def map(self, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Outputs]]:
         """Run batches: each with its outputs, in order. Default: one after the other.
+
+        A backend may have several in flight: the time from one result to the next then is not that
+        of a batch.
 
         Raises:
             EngineError, ValueError: a batch failed; names its number and its images.

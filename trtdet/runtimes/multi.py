@@ -65,7 +65,7 @@ def open_devices(
 class MultiRuntime(Runtime):
     """`trtdet.runtimes.base.Runtime` on several GPUs. Owns the runtimes it is given."""
 
-    overlaps = True
+    frees_cpu = True
     pins = True
 
     def __init__(self, runtimes: Sequence[TensorRTRuntime]) -> None:

@@ -74,7 +74,7 @@ class TritonRuntime(Runtime):
         GraphError: no ModelSpec, or one of another model.
     """
 
-    overlaps = True
+    frees_cpu = True
 
     def __init__(
         self,

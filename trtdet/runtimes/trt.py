@@ -70,7 +70,7 @@ class TensorRTRuntime(Runtime):
         EngineError: the engine does not fit this TensorRT or GPU; says what to rebuild.
     """
 
-    overlaps = True
+    frees_cpu = True
     pins = True
 
     def __init__(

@@ -68,6 +68,12 @@ class FrameBatcher(Closing):
             self._stopped = True
             self._changed.notify_all()
 
+    def __length_hint__(self) -> int:
+        """Batches that a file has, where that is known; 0: a live source, of which each is to be
+        looked at as it comes.
+        """
+        return 0 if self._source.is_live else -(-(self._source.expected or 0) // self._batch_size)
+
     def __iter__(self) -> Iterator[Batch]:
         reader = threading.Thread(target=self._read, name="video-reader", daemon=True)
         reader.start()
