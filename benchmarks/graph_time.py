@@ -119,7 +119,9 @@ def nms_share(
 ) -> tuple[float, float, float]:
     """Milliseconds with NMS and without, and its share of the former."""
     pixels = photographs(args.input, whole, args.onnx, batch) if args.input else None
-    lowered = lowering.lower(whole, form="onnx")
+    spec = ModelSpec.from_onnx(whole, args.onnx)
+    form = lowering.fast_form(spec, cuda=args.provider == "cuda")
+    lowered = lowering.lower(whole, form)
     ends = Timed(lowered, "with NMS", args.provider, batch, pixels)
     network = Timed(cut_to_body(whole), "network", args.provider, batch, pixels)
     with_nms, without, ratio = pairs(ends, network, args.rounds, args.runs)

@@ -13,13 +13,13 @@ from onnx.reference.op_run import OpRun
 
 from trtdet.errors import GraphError
 from trtdet.graph.builder import PLUGIN_DOMAIN
-from trtdet.nms import lowering
+from trtdet.nms import lowering, suppression
 from trtdet.nms.lowering import GRAPH_ROUNDS, PLUGIN_OP, lower
 from trtdet.nms.plugin import DECODED_NAMES, insert_decoded, insert_legacy, insert_plugin
 from trtdet.nms.reference import decode_boxes, reference
-from trtdet.spec import OUTPUT_NAMES, Nms
+from trtdet.spec import OUTPUT_NAMES, ModelSpec, Nms, Preprocessing
 
-FORMS = ("onnx", "graph")
+FORMS = ("onnx", "settled", "graph")
 PLAIN = Nms(score_threshold=0.1, max_output_boxes=10, score_activation=False, box_coding=0)
 
 
@@ -157,15 +157,39 @@ def test_forms_equal_reference(seed):
         assert_equal_outputs(run(lowered, boxes, scores), expected)
 
 
+@pytest.mark.parametrize("form", ["onnx", "settled", "settled one by one"])
 @pytest.mark.parametrize("seed", range(CASES))
-def test_candidates_by_threshold_equal_reference(seed, monkeypatch):
-    """The form "onnx" without a number of candidates: those below the threshold are left out."""
+def test_candidates_by_threshold_equal_reference(seed, form, monkeypatch):
+    """Without a number of candidates: those below the threshold are left out."""
     boxes, scores, nms, anchors, candidates = random_case(seed)
     expected = reference(boxes, scores, nms, anchors, candidates=candidates)
     opset = (12, 13, 17, 18, 21)[seed % 5]
     model = plugin_model(boxes, scores, nms, anchors, opset=opset)
     monkeypatch.setattr(lowering, "PLUGIN_CANDIDATES", candidates)
-    assert_equal_outputs(run(lower(model, "onnx"), boxes, scores), expected)
+    if form == "settled one by one":
+        monkeypatch.setattr(suppression, "MOST_PAIRS", np.int64(0))
+    lowered = lower(model, form.split()[0])
+    onnx.checker.check_model(lowered, full_check=True)
+    assert_equal_outputs(run(lowered, boxes, scores), expected)
+
+
+@pytest.mark.parametrize("most_pairs", [0, 2 * 50**2, 2 * 50**2 + 1])
+def test_images_whose_matrices_are_large_are_settled_one_by_one(most_pairs, monkeypatch):
+    """Two images of 50 candidates in a row, each of which overlaps the next alone: half of them
+    survive, after 50 rounds.
+    """
+    monkeypatch.setattr(suppression, "MOST_PAIRS", np.int64(most_pairs))
+    left = np.arange(50) * 3.0
+    row = np.stack([np.zeros(50), left, np.full(50, 10.0), left + 10], axis=1)
+    boxes = np.stack([row, row[::-1]]).astype(np.float32)
+    scores = np.linspace(0.9, 0.5, 50, dtype=np.float32)[None, :, None].repeat(2, 0)
+    nms = Nms(0.1, 0.5, 50, score_activation=False, box_coding=0)
+    lowered = lower(plugin_model(boxes, scores, nms), "settled")
+    lowered.graph.output.append(helper.make_tensor_value_info("nms/is_small", TensorProto.BOOL, []))
+    outputs = run(lowered, boxes, scores)
+    assert outputs.pop("nms/is_small") == (most_pairs > 2 * 50**2)
+    assert outputs["num_detections"].tolist() == [[25], [25]]
+    assert_equal_outputs(outputs, reference(boxes, scores, nms))
 
 
 @pytest.mark.parametrize(
@@ -612,7 +636,7 @@ def test_node_without_a_required_attribute():
         lower(model, "onnx")
 
 
-@pytest.mark.parametrize("form", ["onnx", "graph"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("anchors", [1, 40, 3000])
 def test_free_number_of_anchors(form, anchors):
     """The same file takes any number of anchors, fewer and more than there are candidates, and
@@ -692,3 +716,19 @@ def test_tensorrt_rtx_builds_the_graph_form(agnostic):
     plan = builder.build_serialized_network(network, config)
     assert plan is not None
     assert 1e5 < plan.nbytes < 2e7
+
+
+@pytest.mark.parametrize(
+    ("cuda", "classes", "agnostic", "form"),
+    [
+        (True, 90, False, "settled"),
+        (True, 5, False, "settled"),
+        (True, 4, False, "onnx"),
+        (True, 90, True, "onnx"),  # all classes are one
+        (False, 90, False, "onnx"),
+    ],
+)
+def test_the_form_that_onnx_runtime_is_fast_with(cuda, classes, agnostic, form):
+    nms = Nms(class_agnostic=agnostic)
+    spec = ModelSpec("toy", Preprocessing((8, 8)), nms, tuple(range(1, classes + 1)))
+    assert lowering.fast_form(spec, cuda=cuda) == form

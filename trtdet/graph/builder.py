@@ -6,7 +6,8 @@ For `trtdet.nms`, which works on the finished model: onnx-graphsurgeon, with whi
 itself is rewritten, drops `metadata_props`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,10 @@ class Builder:
         self.nodes.append(made)
         return made.output[0]
 
+    def name(self, name: str) -> str:
+        """A name that no tensor has yet, for an input of an inner graph."""
+        return self._free(self.prefix + name)
+
     def constant(self, name: str, value: ArrayLike) -> str:
         full_name = self._free(self.prefix + name)
         self.constants.append(numpy_helper.from_array(np.asarray(value), full_name))
@@ -129,6 +134,21 @@ class Builder:
         for node in self.nodes:
             for names in (node.input, node.output):
                 names[:] = [name if old == tensor else old for old in names]
+
+    @contextmanager
+    def inner_graph(
+        self, name: str, inputs: Sequence[onnx.ValueInfoProto] = ()
+    ) -> Iterator[onnx.GraphProto]:
+        """A graph for Loop and If, of the nodes that the block appends; the block adds its outputs.
+        What is outside it can be seen in it.
+        """
+        outer, self.nodes = self.nodes, []
+        graph = helper.make_graph([], self._free(self.prefix + name), list(inputs), [])
+        try:
+            yield graph
+            graph.node.extend(self.nodes)
+        finally:
+            self.nodes = outer
 
     def append_to(self, model: onnx.ModelProto) -> None:
         model.graph.node.extend(self.nodes)

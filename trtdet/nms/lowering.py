@@ -20,12 +20,21 @@ from trtdet.graph.builder import (
 from trtdet.nms.boxes import decode_boxes, head_sizes
 from trtdet.nms.candidates import TENSORRT_TOPK, best_candidates, pad_rows
 from trtdet.nms.reference import PLUGIN_CANDIDATES
-from trtdet.nms.suppression import emit, pairwise_iou, suppress_by_operator, suppress_by_rounds
-from trtdet.spec import Nms
+from trtdet.nms.suppression import (
+    emit,
+    pairwise_iou,
+    suppress_by_operator,
+    suppress_by_rounds,
+    suppress_until_settled,
+)
+from trtdet.spec import ModelSpec, Nms
 
-Form = Literal["onnx", "graph"]
+Form = Literal["onnx", "settled", "graph"]
 
 PLUGIN_OP = "EfficientNMS_TRT"
+
+#: Classes up to which NonMaxSuppression is not slow on CUDA.
+FEW_CLASSES = 4
 
 #: Candidates of an image in the graph form. Its IoU matrix takes N * 4 * candidates**2 bytes: 16
 #: MiB per image.
@@ -41,6 +50,15 @@ def has_plugin(model: onnx.ModelProto) -> bool:
     """Whether the model has a node that `lower` replaces, in whatever domain."""
     plugins = (PLUGIN_OP, deformable_attention.PLUGIN_OP)
     return any(node.op_type in plugins for node in model.graph.node)
+
+
+def fast_form(spec: ModelSpec, *, cuda: bool) -> Form:
+    """The form that ONNX Runtime is fast with. Its NonMaxSuppression on CUDA waits for the GPU
+    several times per image and class: with 90 classes it takes 46 ms for 8 images, and "settled"
+    1.8.
+    """
+    many = spec.num_classes > FEW_CLASSES and not spec.nms.class_agnostic
+    return "settled" if cuda and many else "onnx"
 
 
 def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -74,6 +92,9 @@ def lower(
     cannot reorder ties, and an IoU threshold one float below `iou_threshold`, for it suppresses
     above its threshold and the plugin from it on. Always exact.
 
+    form "settled": the rounds of "graph" until nothing changes, so always exact, with the
+    candidates of "onnx". For ONNX Runtime on a GPU.
+
     form "graph": S[j, i] = 1 where candidate j is better than candidate i and overlaps it too much.
     With x_0 = 1 a round is x_{t+1} = max(1 - x_t S, 0): a candidate stays if no better one
     suppresses it that stayed in the round before. Greedy NMS is the only fixed point. What r rounds
@@ -94,7 +115,7 @@ def lower(
     Args:
         model: not touched; the new model has its `metadata_props`.
         candidates: (anchor, class) pairs of an image that are looked at. None: `GRAPH_CANDIDATES`
-            for "graph"; for "onnx" as many as reach the score threshold, in the image of the batch
+            for "graph"; for the others as many as reach the score threshold, in the image of the batch
             that has most of them, but no more than the plugin's 5000. TensorRT, whose TopK ends at
             3840 and wants a constant, needs a number.
         rounds: of the form "graph".
@@ -118,7 +139,7 @@ def lower(
     lowered = onnx.ModelProto()
     lowered.CopyFrom(model)
     build = Builder(lowered, "nms/")
-    build.takes_whole_rows = form == "onnx" and build.opset >= 12
+    build.takes_whole_rows = form != "graph" and build.opset >= 12
     by_threshold = build.takes_whole_rows and candidates is None
     inputs = [name for node in model.graph.node if node.op_type == PLUGIN_OP for name in node.input]
     types = known_types(model, inputs)
@@ -165,6 +186,8 @@ def _lower_node(
     corners = decode_boxes(build, boxes, anchor, nms.box_coding)
     if form == "onnx":
         survives = suppress_by_operator(build, corners, found, nms)
+    elif form == "settled":
+        survives = suppress_until_settled(build, corners, found, nms)
     else:
         iou = pairwise_iou(build, corners)
         survives = suppress_by_rounds(build, iou, found, nms, rounds)

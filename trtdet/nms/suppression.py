@@ -2,14 +2,20 @@
 """Which candidates survive an NMS, and the outputs of those that do, in the graph."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from onnx import TensorProto, helper
 
-from trtdet.graph.builder import Builder, Types
+from trtdet.graph.builder import Builder, Types, value_info
 from trtdet.nms.boxes import in_order
 from trtdet.nms.candidates import Candidates, just_below
 from trtdet.spec import Nms
+
+#: Rounds between two looks at whether all is settled, each of which makes the host wait.
+ROUNDS_AT_ONCE = 6
+#: Pairs of candidates of a batch whose matrices, 256 MiB each, are made together.
+MOST_PAIRS = np.int64(1 << 26)
 
 
 def suppress_by_operator(build: Builder, corners: str, found: Candidates, nms: Nms) -> str:
@@ -84,6 +90,25 @@ def suppress_by_rounds(build: Builder, iou: str, found: Candidates, nms: Nms, ro
     """[N, count] float32: 1 where the candidate survives, by `rounds` rounds; axis 1 of `iou`
     suppresses, axis 2 is suppressed.
     """
+    suppresses = _suppression_matrix(build, iou, found, nms)
+    # Candidates below the score threshold need no mask: at rank 0 they suppress nothing, and `emit`
+    # leaves them out.
+    stays = build.constant("all_stay", np.ones((1, 1, found.count), np.float32))
+    for i in range(1, rounds + 1):
+        stays = _next_round(build, f"round_{i}", stays, suppresses)
+    return build.reshape("survivors", stays, [0, -1])
+
+
+def _next_round(build: Builder, name: str, stays: str, suppresses: str) -> str:
+    suppressors = build.node("MatMul", f"{name}/suppressors", stays, suppresses)
+    left = build.node("Sub", f"{name}/one_less_suppressors", np.float32(1), suppressors)
+    return build.node("Relu", f"{name}/stays", left)
+
+
+def _suppression_matrix(build: Builder, iou: str, found: Candidates, nms: Nms) -> str:
+    """[N, count, count] float32: 1 where the candidate of axis 1 is better than that of axis 2 and
+    overlaps it too much.
+    """
     suppresses = build.node("Greater", "overlaps", iou, just_below(np.float32(nms.iou_threshold)))
     # Of ranks that are data, not constants: a constant matrix of this size would land in the
     # engine.
@@ -95,17 +120,65 @@ def suppress_by_rounds(build: Builder, iou: str, found: Candidates, nms: Nms, ro
         class_id = build.reshape("classes_column", found.class_id, [0, -1, 1])
         same_class = pairwise(build, "Equal", "same_class", class_id)
         suppresses = build.node("And", "suppresses_in_class", suppresses, same_class)
-    suppresses = build.cast("suppression_matrix", suppresses, TensorProto.FLOAT)
+    return build.cast("suppression_matrix", suppresses, TensorProto.FLOAT)
 
-    # Candidates below the score threshold need no mask: at rank 0 they suppress nothing, and `emit`
-    # leaves them out.
-    one = build.constant("one", np.float32(1))
-    stays = build.constant("all_stay", np.ones((1, 1, found.count), np.float32))
-    for i in range(1, rounds + 1):
-        suppressors = build.node("MatMul", f"round_{i}/suppressors", stays, suppresses)
-        left = build.node("Sub", f"round_{i}/one_less_suppressors", one, suppressors)
-        stays = build.node("Relu", f"round_{i}/stays", left)
-    return build.reshape("survivors", stays, [0, -1])
+
+def suppress_until_settled(build: Builder, corners: str, found: Candidates, nms: Nms) -> str:
+    """[N, count] float32: 1 where the candidate survives, by rounds until nothing changes.
+
+    For a GPU: the operator NonMaxSuppression waits for it several times per image and class. The
+    images of a batch are looked at together, as far as their matrices are small, else one after the
+    other.
+    """
+    shape = build.node("Shape", "candidates_shape", found.rank)
+    images, count = (build.node("Gather", f"{name}_of_shape", shape, np.int64(axis)) for axis, name in enumerate(("images", "count")))  # fmt: skip
+    pairs = build.node("Mul", "pairs_of_image", count, count)
+    small = build.node("Less", "is_small", build.node("Mul", "pairs", pairs, images), MOST_PAIRS)
+    with build.inner_graph("together") as together:
+        settled = _settled(build, corners, found, nms)
+        together.output.append(value_info(settled, TensorProto.FLOAT, [None, None]))
+    with build.inner_graph("one_by_one") as one_by_one:
+        settled = _settled_one_by_one(build, corners, found, nms, images)
+        one_by_one.output.append(value_info(settled, TensorProto.FLOAT, [None, None]))
+    return build.node("If", "survivors", small, then_branch=together, else_branch=one_by_one)
+
+
+def _settled_one_by_one(
+    build: Builder, corners: str, found: Candidates, nms: Nms, images: str
+) -> str:
+    """`_settled`, of one image after the other."""
+    number = build.name("image_number")
+    goes_on = build.name("image_goes_on")
+    inputs = [value_info(number, TensorProto.INT64, []), value_info(goes_on, TensorProto.BOOL, [])]
+    with build.inner_graph("of_image", inputs) as of_image:
+        row = build.reshape("image_row", number, [1])
+        its = {name: build.node("Gather", f"{name}_of_image", tensor, row, axis=0) for name, tensor in (("corners", corners), ("rank", found.rank), ("class_id", found.class_id))}  # fmt: skip
+        one = replace(found, rank=its["rank"], class_id=its["class_id"])
+        settled = build.reshape("image_survivors", _settled(build, its["corners"], one, nms), [-1])
+        again = build.node("Identity", "next_image", goes_on)
+        of_image.output.extend([value_info(again, TensorProto.BOOL, []), value_info(settled, TensorProto.FLOAT, [None])])  # fmt: skip
+    return build.node("Loop", "survivors_of_each", images, np.array(True), body=of_image)
+
+
+def _settled(build: Builder, corners: str, found: Candidates, nms: Nms) -> str:
+    """The fixed point of `suppress_by_rounds`, [N, count]."""
+    suppresses = _suppression_matrix(build, pairwise_iou(build, corners), found, nms)
+    ranks = build.reshape("ranks_row", found.rank, [0, 1, -1])
+    start = _filled_like(build, "all_stay", ranks, 1)
+    names = [build.name(name) for name in ("round", "goes_on", "stays_before")]
+    kinds = (TensorProto.INT64, TensorProto.BOOL, TensorProto.FLOAT)
+    inputs = [value_info(name, kind, [] if kind != TensorProto.FLOAT else [None, 1, None]) for name, kind in zip(names, kinds, strict=True)]  # fmt: skip
+    with build.inner_graph("rounds", inputs) as rounds:
+        before = stays = names[2]
+        for number in range(ROUNDS_AT_ONCE):
+            before, stays = stays, _next_round(build, f"settling_{number}", stays, suppresses)
+        moved = build.node("Abs", "moved", build.node("Sub", "moves", stays, before))
+        most = build.reduce("ReduceMax", "most_moved", build.reshape("moved_flat", moved, [-1]), 0, keepdims=False)  # fmt: skip
+        again = build.node("Greater", "is_not_settled", most, np.float32(0))
+        rounds.output.extend([value_info(again, TensorProto.BOOL, []), value_info(stays, TensorProto.FLOAT, [None, 1, None])])  # fmt: skip
+    # Each round settles one more candidate, or all are.
+    settled = build.node("Loop", "settled", np.int64(found.count), np.array(True), start, body=rounds)  # fmt: skip
+    return build.reshape("settled_rows", settled, [0, -1])
 
 
 def emit(

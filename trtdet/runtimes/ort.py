@@ -106,11 +106,12 @@ class OnnxRuntime(Runtime):
             self.without_value = tensor
             logger.warning("%s: the weights '%s' hold NaN, so it finds nothing, or nonsense; train or export the model again", path, tensor)  # fmt: skip
         threads = threads or available_cores()
+        wanted = pick_providers(provider, sessions.available_providers())
         # Weights in files of their own (all of those over protobuf's 2 GB) stay there: the bytes
         # refer to them.
         with naming(path):
-            lowered = lowering.lower(model, form="onnx").SerializeToString()
-        wanted = pick_providers(provider, sessions.available_providers())
+            form = lowering.fast_form(self.spec, cuda=wanted[0] == PROVIDERS["cuda"])
+            lowered = lowering.lower(model, form).SerializeToString()
         self._load = partial(
             sessions.open_session,
             lowered,
