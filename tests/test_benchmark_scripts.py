@@ -12,10 +12,8 @@ import against_tensorflow
 import host_pipeline
 import host_profile
 import host_writing
-import onnx_runtime_busy
 import plan_layers
 import pytest
-import toy_detector
 import trt_runtime
 from trt_rig import Rig
 
@@ -58,20 +56,6 @@ def test_check_of_the_host_pipeline(
     assert host_pipeline.main(["--input", str(tmp_path), "--check"]) == status
     assert host_pipeline.main(["--input", str(tmp_path)]) == 0
     assert f"decoding alone: {'NO' if status else 'yes'}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("wanted", "status"), [(0.0, 0), (1.01, 1)])
-def test_check_of_a_busy_onnx_runtime(
-    wanted: float, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
-) -> None:
-    model = toy_detector.save(tmp_path / "toy.onnx")
-    for number in range(6):
-        toy_detector.image(tmp_path / "in" / f"{number}.png", red=10, green=20, blue=1)
-    monkeypatch.setattr(onnx_runtime_busy, "WANTED", wanted)
-    argv = ["--onnx", str(model), "--input", str(tmp_path / "in")]
-    assert onnx_runtime_busy.main([*argv, "--check"]) == status
-    assert onnx_runtime_busy.main(argv) == 0
-    assert "ONNX Runtime busy" in capsys.readouterr().out
 
 
 def test_enqueue_times_come_with_their_ratio(rig: Callable[..., Rig], engine: Path) -> None:

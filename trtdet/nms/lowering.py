@@ -115,9 +115,9 @@ def lower(
     Args:
         model: not touched; the new model has its `metadata_props`.
         candidates: (anchor, class) pairs of an image that are looked at. None: `GRAPH_CANDIDATES`
-            for "graph"; for the others as many as reach the score threshold, in the image of the batch
-            that has most of them, but no more than the plugin's 5000. TensorRT, whose TopK ends at
-            3840 and wants a constant, needs a number.
+            for "graph"; for the others as many as reach the score threshold, in the image of the
+            batch that has most of them, but no more than the plugin's 5000. TensorRT, whose TopK
+            ends at 3840 and wants a constant, needs a number.
         rounds: of the form "graph".
 
     Raises:
