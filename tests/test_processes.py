@@ -168,6 +168,52 @@ def test_they_start_from_another_folder(tmp_path: Path, monkeypatch: pytest.Monk
         assert processes.wait_for(processes.ask(1))[0] == 1
 
 
+ENVIRONMENT = """
+import os
+from trtdet.processes import answer_all
+
+
+def serve(*files):
+    answer_all(lambda first: lambda name: (first, os.environ.get(name)), *files)
+"""
+
+
+def test_their_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one's, but libraries start no threads, and memory is kept, whatever is set for this
+    one.
+    """
+    wanted = {
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "33554432",
+        "MALLOC_TRIM_THRESHOLD_": "67108864",
+        "TRTDET_OF_THE_USER": "x = 1",
+    }
+    monkeypatch.setenv("TRTDET_OF_THE_USER", "x = 1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    (tmp_path / "environment.py").write_text(ENVIRONMENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    with Processes("environment", "answer", [None]) as processes:
+        found = {name: processes.wait_for(processes.ask(name))[1] for name in wanted}
+    assert found == wanted
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["MALLOC_TRIM_THRESHOLD_"]) == ("7", "131072")
+    assert "OPENBLAS_NUM_THREADS" not in os.environ
+
+
+def test_each_has_a_first_message_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    (tmp_path / "environment.py").write_text(ENVIRONMENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    with Processes("environment", "answer", ["one", "two", "three"]) as processes:
+        assert len(processes) == 3
+        wait_until_started(processes)
+        answers = [processes.ask("TRTDET_NO_SUCH") for _ in range(3)]  # one for each
+        firsts = [processes.wait_for(answer)[0] for answer in answers]
+    assert sorted(firsts) == ["one", "three", "two"]
+
+
 def test_a_frozen_program_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would start itself again."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
@@ -215,6 +261,7 @@ def test_who_asked_a_process_that_has_ended_hears_so(
     """The message that it had is lost; those that waited go to the other, and None is the answer
     where there is no other.
     """
+    wait_until_started(echoes)  # or one could answer all three
     pids = {
         echoes.wait_for(answer)[1] for answer in [echoes.ask(50), echoes.ask(50), echoes.ask(50)]
     }

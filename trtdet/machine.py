@@ -14,6 +14,10 @@ from typing import TypedDict
 
 #: Packages whose version explains a figure.
 PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "onnxruntime-gpu", "cuda-bindings", "numpy", "opencv-python-headless", "pillow")  # fmt: skip
+#: Where Linux says how much memory is free.
+MEMINFO = Path("/proc/meminfo")
+#: The group of a container, or of the machine, where the files about its memory are missing.
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_cores() -> int:
@@ -81,14 +85,13 @@ def available_memory() -> int | None:
     None where the system does not say. Linux alone does.
     """
     try:
-        free = 1024 * _field(Path("/proc/meminfo"), "MemAvailable:")
+        free = 1024 * _field(MEMINFO, "MemAvailable:")
     except (OSError, LookupError):
         return None
-    group = Path("/sys/fs/cgroup")  # of a container, or of the machine, where the files are missing
     try:
-        limit = int((group / "memory.max").read_text())  # "max": there is none
-        used = int((group / "memory.current").read_text())
-        files = _field(group / "memory.stat", "inactive_file")  # which make room
+        limit = int((CGROUP / "memory.max").read_text())  # "max": there is none
+        used = int((CGROUP / "memory.current").read_text())
+        files = _field(CGROUP / "memory.stat", "inactive_file")  # which make room
     except (OSError, LookupError, ValueError):
         return free
     return max(0, min(free, limit - used + files))

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -492,6 +493,22 @@ def test_pad_to_batch_fills_up_with_zeros(tmp_path: Path) -> None:
 
 def test_no_images_are_no_batches() -> None:
     assert list(ImageBatcher([], SMALL, 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "batches"),
+    [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2), (9, 4, 3), (9, 1, 9), (3, 100, 1)],
+)
+def test_how_many_batches_are_announced(count: int, batch_size: int, batches: int, tmp_path: Path) -> None:  # fmt: skip
+    with ImageBatcher(write_images(tmp_path, count), SMALL, batch_size, workers=2) as batcher:
+        assert length_hint(batcher, 99) == batches
+        assert len(list(batcher)) == batches
+        assert length_hint(batcher, 99) == batches
+
+
+def test_images_that_cannot_be_read_are_announced(tmp_path: Path) -> None:
+    with ImageBatcher(write_images(tmp_path, 9, bad=(0, 1, 7)), SMALL, 4, workers=2) as batcher:
+        assert (length_hint(batcher, 99), len(list(batcher))) == (3, 2)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -11,15 +12,23 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from trtdet.images import shared_sources
 from trtdet.images.batcher import ImageBatcher
 from trtdet.images.files import load_image
-from trtdet.images.shared_sources import STEP, SharedSource, SharedSources
-from trtdet.shared_memory import attach, can_share
+from trtdet.images.shared_sources import (
+    FOR_THREADS,
+    STEP,
+    SharedSource,
+    SharedSources,
+    room_for,
+    room_of_process,
+)
+from trtdet.shared_memory import ADDRESSES, attach, can_share
 from trtdet.spec import Preprocessing
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this system has no memory to share")
 
-#: Height and width: one, one, and two steps of memory.
+#: Height and width: one, one, and three steps of memory.
 SIZES = ((20, 30), (70, 50), (400, 500))
 
 
@@ -31,6 +40,82 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for path, size in zip(found, SIZES, strict=True):
         cv2.imwrite(str(path), rng.integers(0, 256, (*size, 3), np.uint8))
     return found
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "room"),
+    [
+        (1, STEP),
+        (STEP, STEP),
+        (STEP + 1, 2 * STEP),
+        (2 * MIB, 2 * MIB),
+        (2 * MIB + 1, 2 * MIB + MIB // 2),  # from here on, in eighths of 4 MiB
+        (3 * MIB, 3 * MIB),
+        (3 * MIB + 1, 3 * MIB + MIB // 2),
+        (4 * MIB, 4 * MIB),
+        (4 * MIB + 1, 5 * MIB),
+        (1920 * 1080 * 3, 6 * MIB),
+        (4000 * 3000 * 3, 40 * MIB),
+        (64 * MIB, 64 * MIB),
+        (64 * MIB + 1, 80 * MIB),
+    ],
+)
+def test_room_for_an_image(nbytes: int, room: int) -> None:
+    assert room_for(nbytes) == room
+    assert room_for(room) == room  # another image of that size finds it
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 96])
+def test_rooms_of_processes_do_not_meet(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they take."""
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: None)  # addresses alone
+    ends = [FOR_THREADS]
+    with SharedSources() as sources:
+        for number in range(count):
+            memory = room_of_process(sources.file, number, count)._memory
+            each = ADDRESSES // 2 // count // 4096 * 4096
+            assert memory.take(each + 1) is None
+            assert memory.take(each) == ends[-1]
+            assert memory.take(1) is None
+            ends.append(ends[-1] + each)
+        assert ADDRESSES - count * 4096 < ends[-1] <= ADDRESSES
+        threads = sources._memory
+        assert (threads.take(FOR_THREADS), threads.take(1)) == (0, None)
+
+
+def test_room_of_a_process_has_a_limit(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its part of what all of them may take; what it is given is more."""
+    monkeypatch.setattr(shared_sources, "MOST_BYTES", 9 * STEP)
+    with SharedSources() as sources:
+        room = room_of_process(sources.file, 1, 3)
+        places = [room.where(room.load(paths[0])) for _ in range(4)]
+        first = FOR_THREADS + ADDRESSES // 2 // 3 // 4096 * 4096
+        assert places == [*(SharedSource(first + n * STEP, (20, 30, 3)) for n in range(3)), None]
+        assert os.fstat(sources.file).st_blocks * 512 == 3 * STEP
+        room.give(first + STEP, STEP)
+        room.give(first, 4 * STEP)
+        image = room.load(paths[1])
+        assert room.where(image) == SharedSource(first + STEP, (70, 50, 3))
+        assert np.array_equal(image, load_image(paths[1]))
+        assert room.where(room.load(paths[1])) is None  # the larger one waits for a larger image
+
+
+def test_rooms_that_nobody_uses_go_to_processes(paths: list[Path]) -> None:
+    """Each once, and no more than are asked for."""
+    with SharedSources() as sources:
+        assert sources.free_rooms(9) == []
+        images = [sources.load(path) for path in (*paths, *paths)]
+        assert sources.free_rooms(9) == []
+        places = [sources.where(image) for image in images]
+        del images
+        found = [sources.free_rooms(count) for count in (0, 3, 9, 9)]
+        assert [len(rooms) for rooms in found] == [0, 3, 3, 0]
+        sizes = [STEP, STEP, 3 * STEP] * 2
+        rooms = [(place.offset, size) for place, size in zip(places, sizes, strict=True) if place]
+        assert sorted(chain.from_iterable(found)) == rooms
 
 
 def test_a_process_sees_what_was_loaded(paths: list[Path]) -> None:

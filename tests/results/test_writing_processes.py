@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,12 +17,12 @@ import pytest
 from trtdet.geometry import ResizeTransform
 from trtdet.images.files import ImageArray, load_image
 from trtdet.images.shared_sources import SharedSources
-from trtdet.processes import Processes, available
+from trtdet.processes import Answer, Processes, available
 from trtdet.results import writer
 from trtdet.results.found import Found, RawResults
-from trtdet.results.image_files import ImageFiles, Sent, Task, _Answers
+from trtdet.results.image_files import ImageFiles, Sent, Task, Written, _Answers
 from trtdet.results.manifest import PARTIAL, RunFolder
-from trtdet.results.writer import result_writer
+from trtdet.results.writer import ResultWriter, result_writer
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 pytestmark = pytest.mark.skipif(not available(), reason="this system has no such processes")
@@ -89,9 +90,13 @@ def write(
     pictures: bool = False,
     kill: bool = False,
     shared: SharedSources | None = None,
+    begin: Callable[[], list[int]] | None = None,
 ) -> list[int]:
-    """Returns the processes, of which all are killed in the middle; files of images that are
-    `shared` are spoilt once they are loaded.
+    """Returns the processes, which have started in the middle at the latest; then all are killed if
+    `kill`. Files of images that are `shared` are spoilt once they are loaded.
+
+    Args:
+        begin: what is done in the middle instead of waiting for them.
     """
     load = shared.load if shared else None if processes or not pictures else load_image
     folder = RunFolder(output, [], (".tsv",), {})
@@ -118,7 +123,7 @@ def write(
             for path in batch if shared else ():
                 spoil(path)
             if start == COUNT // 2 and processes:
-                running = started()
+                running = (begin or started)()
                 if kill:
                     for pid in running:
                         os.kill(pid, signal.SIGKILL)
@@ -159,6 +164,42 @@ def test_files_are_those_of_threads(
     for pid in running:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("pictures", ["no pictures", "read again", "shared"])
+def test_threads_write_until_processes_have_started(pictures: str, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Those are not waited for."""
+    monkeypatch.setattr(writer, "available_cores", lambda: 2)
+    drawn = pictures != "no pictures"
+    write(images, tmp_path / "threads", processes=False, pictures=drawn)
+    by_threads: list[int] = []
+    by_processes: list[int] = []
+    write_here, ask, collect = ResultWriter._write, Processes.ask, Processes.collect
+
+    def note_here(self: ResultWriter, tasks: Sequence[Task]) -> Written:
+        by_threads.extend(int(path.stem) for task in tasks for path in task.found.paths)
+        return write_here(self, tasks)
+
+    def note_sent(self: Processes, message: Sequence[Sent]) -> Answer[Any]:
+        by_processes.extend(int(Path(path).stem) for one in message for path in one.paths)
+        return ask(self, message)
+
+    def begin() -> list[int]:
+        monkeypatch.setattr(Processes, "collect", collect)
+        return started()
+
+    # A share is a batch, so that threads have those before the processes begin.
+    monkeypatch.setattr(writer, "SHARE", BATCH)
+    monkeypatch.setattr(writer, "SHARE_PICTURES", BATCH)
+    monkeypatch.setattr(ResultWriter, "_write", note_here)
+    monkeypatch.setattr(Processes, "ask", note_sent)
+    monkeypatch.setattr(Processes, "collect", lambda *_, **__: None)
+    with SharedSources() if pictures == "shared" else nullcontext() as shared:
+        write(images, tmp_path / "both", processes=True, pictures=drawn, shared=shared, begin=begin)
+    half = COUNT // 2 + BATCH
+    assert sorted(by_threads) == list(range(half))
+    assert by_processes == list(range(half, COUNT))
+    assert files_of(tmp_path / "both") == files_of(tmp_path / "threads")
 
 
 def answers(folder: Path) -> _Answers:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from trtdet.closing import Closing
 from trtdet.geometry import ResizeTransform
+from trtdet.images.files import ImageArray
 from trtdet.images.prepare import Preparer, Result
 from trtdet.images.shared_sources import Room, SharedSource, SharedSources, room_of_process
 from trtdet.processes import Answer, Processes, answer_all
@@ -182,9 +184,10 @@ class _Answers:
     def __init__(self, first: _First, memory: int, sources: int | None) -> None:
         self._preparer = first.preparer
         self._room: Room | None = None
+        self._loaded: ImageArray | None = None  # into the room, as the latest one
         if sources is not None:
             self._room = room_of_process(sources, first.number, first.count)
-            self._preparer = replace(first.preparer, load=self._room.load)
+            self._preparer = replace(first.preparer, load=partial(self._load, self._room))
         self._memory = attach(memory)
 
     def __call__(self, rows: Rows) -> list[Sent | None]:
@@ -197,13 +200,20 @@ class _Answers:
         paths = map(Path, rows.paths)
         return [self._prepare(path, buffer[row]) for row, path in enumerate(paths, rows.first)]
 
+    def _load(self, room: Room, path: Path) -> ImageArray:
+        self._loaded = room.load(path)
+        return self._loaded
+
     def _prepare(self, path: Path, out: NDArray[Any]) -> Sent | None:
+        self._loaded = None
         result = self._preparer.prepare(path, out)
         if isinstance(result, tuple):
             transform, image = result
             if image is None or self._room is None:
                 return transform, None
             return transform, self._room.where(image)
+        if self._loaded is not None and self._room is not None:
+            self._room.give_back(self._loaded)
         return None if isinstance(result, BaseException) else result
 
 

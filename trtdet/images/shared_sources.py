@@ -86,6 +86,11 @@ class Room:
         """Room that nobody uses any more."""
         self._free.setdefault(size, deque()).append(offset)  # one step: all threads get one deque
 
+    def give_back(self, image: ImageArray) -> None:
+        """The room of an image that was loaded in vain; it must not be read after this."""
+        if (source := self.where(image)) is not None:
+            self.give(source.offset, room_for(image.nbytes))
+
     def image(self, source: SharedSource) -> ImageArray:
         """The image that lies there."""
         nbytes = math.prod(source.shape)

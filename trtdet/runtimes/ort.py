@@ -161,6 +161,7 @@ class OnnxRuntime(Runtime):
         if not self.frees_cpu:
             if self._batch_bytes is None:  # the first one shows it
                 yield from _run_one_by_one(self._infer, islice(source, 1), session)
+                expected -= 1  # it counts among those that ran
             at_once, session = self._share_out(expected)
         if at_once > 1 or self.frees_cpu:
             yield from _run_ahead(self._infer, source, session, at_once)
