@@ -301,6 +301,23 @@ def test_as_many_as_memory_has_room_for(free: int | None, at_once: int, loaded: 
         assert (HERE in runtime.threads) == (at_once == 1)
 
 
+@pytest.mark.parametrize(("free", "at_once"), [(599, 1), (600, 2)])
+def test_a_larger_batch_takes_more(free: int, at_once: int, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Of one image 100 bytes; of three, in memory that is there for one, 50 more."""
+    one, three = batches(1)[0].images, batches(1)[0].images.repeat(3, axis=0)
+    looks = iter((5000, 5100, 6000, 6050))
+    monkeypatch.setattr(ort, "resident_memory", lambda: next(looks))
+    monkeypatch.setattr(ort, "available_memory", lambda: free)
+    some = [NamedBatch(three, (Path(f"{number}.jpg"),)) for number in range(40)]
+    with Watched(toy, threads=4) as runtime:
+        for _ in range(3):
+            runtime.infer(one)
+        list(runtime.map(some))
+        assert runtime._batch_bytes == 150
+        runtime.ran = runtime.ran[4:]
+        assert len(runtime.threads) <= at_once and (HERE in runtime.threads) == (at_once == 1)
+
+
 def test_where_the_system_does_not_say_what_a_batch_takes(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     some = batches(40)
     expected = one_by_one(toy, some)

@@ -126,7 +126,8 @@ class OnnxRuntime(Runtime):
         self._session: sessions.Session | None = self._load(threads=threads)
         self._one_thread: sessions.Session | None = None  # for batches that run at once
         self._batches = 0  # so far
-        self._batch_bytes: int | None = None  # of memory that one takes; None: not known yet
+        self._largest = 0  # bytes of the largest batch so far
+        self._batch_bytes: int | None = None  # of memory that it takes; None: not known
         self.provider = self._session.provider
         _check_provider(self.provider, wanted[0], provider)
         self._device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
@@ -158,21 +159,22 @@ class OnnxRuntime(Runtime):
         expected = length_hint(batches)
         source = enumerate(batches)
         at_once, session = 1, self._open
-        if not self.frees_cpu:
-            if self._batch_bytes is None:  # the first one shows it
+        if not self.frees_cpu and self._is_many(expected):
+            if self._one_thread is None:  # the first one shows what memory a batch takes
                 yield from _run_one_by_one(self._infer, islice(source, 1), session)
-                expected -= 1  # it counts among those that ran
-            at_once, session = self._share_out(expected)
+            at_once, session = self._share_out()
         if at_once > 1 or self.frees_cpu:
             yield from _run_ahead(self._infer, source, session, at_once)
         else:
             yield from _run_one_by_one(self._infer, source, session)
 
-    def _share_out(self, expected: int) -> tuple[int, sessions.Session]:
+    def _is_many(self, expected: int) -> bool:
+        """Whether so many batches are worth another way to run them."""
+        enough = self._batches + expected >= MANY_BATCHES and expected >= 2 * self._threads
+        return enough and self._threads > 1
+
+    def _share_out(self) -> tuple[int, sessions.Session]:
         """How many batches of a CPU run at once, and the session that runs them."""
-        many = self._batches + expected >= MANY_BATCHES and expected >= 2 * self._threads
-        if not many or self._threads == 1:
-            return 1, self._open
         if self._one_thread is not None:
             return self._threads, self._one_thread
         fitting = batches_that_fit(self._batch_bytes)
@@ -187,7 +189,7 @@ class OnnxRuntime(Runtime):
 
     def _infer(self, images: Images, session: sessions.Session) -> Outputs:
         check_batch(images, self.spec, self.batch_range)
-        before = resident_memory() if self._batch_bytes is None else None
+        before = resident_memory() if images.nbytes > self._largest else None
         if isinstance(images, DeviceImages):
             place = images.address, images.shape, images.dtype, images.device
             values = session.run_at(*place, self._input, OUTPUT_NAMES)
@@ -195,8 +197,9 @@ class OnnxRuntime(Runtime):
             values = session.run(OUTPUT_NAMES, {self._input: images})
         else:
             values = self._run_bound(images)
-        if before is not None:
-            self._batch_bytes = (resident_memory() or before) - before
+        if before is not None:  # what was there for smaller ones is used again
+            self._batch_bytes = (self._batch_bytes or 0) + (resident_memory() or before) - before
+            self._largest = images.nbytes
         self._batches += 1
         return dict(zip(OUTPUT_NAMES, values, strict=True))
 
