@@ -20,8 +20,9 @@ from trtdet.images.batcher import ImageBatcher
 from trtdet.run.detect import detect
 from trtdet.run.tune import View, ViewingRuntime
 from trtdet.runtimes import ort
+from trtdet.runtimes.at_once import batches_that_fit
 from trtdet.runtimes.base import Images, Outputs
-from trtdet.runtimes.ort import MANY_BATCHES, OnnxRuntime, batches_that_fit
+from trtdet.runtimes.ort import MANY_BATCHES, OnnxRuntime
 from trtdet.spec import OUTPUT_NAMES
 
 HERE = threading.current_thread().name
@@ -64,9 +65,11 @@ class Watched(OnnxRuntime):
 
         def note(threads: int) -> sessions.Session:
             self.loaded.append(threads)
+            assert load is not None
             return load(threads=threads)
 
-        self._load = note  # type: ignore[assignment]
+        if load is not None:
+            self._load = note
 
     def _infer(self, images: Images, session: sessions.Session) -> Outputs:
         assert isinstance(images, np.ndarray)
@@ -162,7 +165,7 @@ def test_the_model_is_loaded_once_more_and_no_oftener(toy: Path) -> None:
     expected = one_by_one(toy, some)
     with Watched(toy, threads=2) as runtime:
         list(runtime.map(some))
-        for count, at_once in ((4, True), (3, False), (40, True)):
+        for count, at_once in ((4, True), (2, True), (1, False), (40, True)):
             runtime.ran.clear()
             assert_equal(list(runtime.map(some[:count])), some[:count], expected[:count])
             assert (HERE not in runtime.threads, len(runtime.ran)) == (at_once, count)
@@ -230,7 +233,7 @@ def test_a_view_is_that_of_its_batch(toy: Path) -> None:
         (2, MANY_BATCHES - 1, MANY_BATCHES - 1),  # too few
         (2, 40, 0),  # nobody knows how many
         (1, 40, 40),  # no other thread
-        (20, 40, 39),  # less than two for each
+        (20, 40, 19),  # less than one for each
     ],
 )
 def test_one_after_the_other(threads: int, count: int, announced: int, toy: Path) -> None:
@@ -257,7 +260,7 @@ def test_an_iterator_of_unknown_length(toy: Path) -> None:
         assert runtime.loaded == []
 
 
-@pytest.mark.parametrize(("before", "count", "at_once"), [(0, 32, True), (0, 31, False), (28, 4, True), (27, 4, False), (100, 3, False)])  # fmt: skip
+@pytest.mark.parametrize(("before", "count", "at_once"), [(0, 32, True), (0, 31, False), (28, 4, True), (27, 4, False), (100, 3, True), (100, 1, False)])  # fmt: skip
 def test_batches_seen_earlier_count(before: int, count: int, at_once: bool, toy: Path) -> None:
     some = batches(before + count)
     expected = one_by_one(toy, some)
@@ -318,6 +321,61 @@ def test_a_larger_batch_takes_more(free: int, at_once: int, toy: Path, monkeypat
         assert len(runtime.threads) <= at_once and (HERE in runtime.threads) == (at_once == 1)
 
 
+def test_a_batch_that_is_larger_than_all_before_runs_alone(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    some = batches(60)
+    for number in (20, 41):
+        images = some[number].images.repeat(2 if number == 20 else 3, axis=0)
+        some[number] = NamedBatch(images, some[number].paths)
+    some[30] = NamedBatch(some[30].images.repeat(2, axis=0), some[30].paths)  # no larger than 20
+    expected = one_by_one(toy, some)
+    looks = iter(range(0, 600, 100))
+    monkeypatch.setattr(ort, "resident_memory", lambda: next(looks))
+    with Watched(toy, threads=2) as runtime:
+        assert_equal(list(runtime.map(some)), some, expected)
+        assert [number for number, name, _ in runtime.ran if name == HERE] == [0, 20, 41]
+        assert (runtime._batch_bytes, runtime.loaded) == (300, [1])
+
+
+def test_memory_that_is_held_already_is_not_missed(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """What the batches of an earlier run took is there for those of the next."""
+    some = batches(40)
+    free = iter((1000, 400, 399))
+    looks = iter((0, 100))
+    monkeypatch.setattr(ort, "resident_memory", lambda: next(looks))
+    monkeypatch.setattr(ort, "available_memory", lambda: next(free))
+    with Watched(toy, threads=4) as runtime:
+        for at_once in (True, True, False):  # 400 are held
+            runtime.ran.clear()
+            list(runtime.map(some))
+            assert (runtime._one_thread is not None) == at_once
+            assert runtime.used - {runtime._session} == ({runtime._one_thread} if at_once else set())  # fmt: skip
+        assert runtime.loaded == [1]
+
+
+def test_a_model_that_cannot_be_loaded_once_more_runs_as_it_is(toy: Path) -> None:
+    some = batches(40)
+    expected = one_by_one(toy, some)
+
+    def fail(threads: int) -> sessions.Session:
+        raise sessions.SessionError(f"no memory for {threads} thread")
+
+    with Watched(toy, threads=2) as runtime:
+        runtime._load = fail
+        assert_equal(list(runtime.map(some)), some, expected)
+        assert runtime.ran == [(number, HERE, runtime._session) for number in range(40)]
+
+
+def test_a_runtime_that_is_closed_meanwhile(toy: Path) -> None:
+    some = batches(40)
+    with Watched(toy, threads=2) as runtime:
+        results = runtime.map(some)
+        next(results)
+        next(results)
+        runtime.close()
+        with pytest.raises(EngineError, match=r"^batch \d+: infer: the model is closed"):
+            list(results)
+
+
 def test_where_the_system_does_not_say_what_a_batch_takes(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     some = batches(40)
     expected = one_by_one(toy, some)
@@ -344,9 +402,8 @@ def test_where_the_system_does_not_say_what_a_batch_takes(toy: Path, monkeypatch
         (None, None, 1),
     ],
 )
-def test_batches_that_fit(free: int | None, nbytes: int | None, fitting: int, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr(ort, "available_memory", lambda: free)
-    assert batches_that_fit(nbytes) == fitting
+def test_batches_that_fit(free: int | None, nbytes: int | None, fitting: int) -> None:
+    assert batches_that_fit(nbytes, free) == fitting
 
 
 # ---- the end

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trtdet.errors import EngineError, GraphError
 from trtdet.files import sha256
+from trtdet.nms import lowering
 from trtdet.run.detect import detect, open_batcher
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.base import Outputs, Runtime, default_batch_size
@@ -445,7 +446,12 @@ def test_a_provider_that_does_not_start(
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     with pytest.raises(EngineError, match="CUDAExecutionProvider does not start here"):
         OnnxRuntime(path, provider="cuda")
+    forms: list[str] = []
+    lower = lowering.lower
+    monkeypatch.setattr(lowering, "lower", lambda model, form: (forms.append(form), lower(model, form))[1])  # fmt: skip
+    monkeypatch.setattr(lowering, "FEW_CLASSES", 1)
     with OnnxRuntime(path) as runtime:
+        assert forms == ["settled", "onnx"]  # each provider has the NMS that is fast there
         assert runtime.provider == CPU
         assert runtime.infer(images((255, 3, 0)))["num_detections"].tolist() == [[3]]
     assert "CUDAExecutionProvider does not start here" in caplog.text

@@ -6,9 +6,8 @@ The file keeps its EfficientNMS_TRT node, which ONNX Runtime does not know; it i
 """
 
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from operator import length_hint
@@ -24,15 +23,8 @@ from trtdet.errors import EngineError, GraphError
 from trtdet.machine import available_cores, available_memory, resident_memory
 from trtdet.nms import lowering
 from trtdet.onnx_files import check_external_data, image_input, naming, read_onnx, without_value
-from trtdet.runtimes.base import (
-    AnyBatch,
-    DeviceImages,
-    Images,
-    Outputs,
-    Runtime,
-    check_batch,
-    naming_batch,
-)
+from trtdet.runtimes.at_once import batches_that_fit, run_ahead, run_one_by_one, up_to
+from trtdet.runtimes.base import AnyBatch, DeviceImages, Images, Outputs, Runtime, check_batch
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -53,8 +45,6 @@ KEPT_INPUTS = 4
 
 #: Batches from which on it is worth loading the model once more, for one thread: 0.15 s for D0.
 MANY_BATCHES = 32
-#: Which part of the memory that is free may be taken by the batches that run at once.
-MOST_OF_MEMORY = 1 / 2
 
 #: Threads that spin while they wait for work take the cores from those that decode and draw. With
 #: 20 us of it D0 keeps its speed on 2 cores (25.6 against 26.5 images/s; 23.0 against 22.6 with
@@ -107,29 +97,27 @@ class OnnxRuntime(Runtime):
             logger.warning("%s: the weights '%s' hold NaN, so it finds nothing, or nonsense; train or export the model again", path, tensor)  # fmt: skip
         threads = threads or available_cores()
         wanted = pick_providers(provider, sessions.available_providers())
-        # Weights in files of their own (all of those over protobuf's 2 GB) stay there: the bytes
-        # refer to them.
-        with naming(path):
-            form = lowering.fast_form(self.spec, cuda=wanted[0] == PROVIDERS["cuda"])
-            lowered = lowering.lower(model, form).SerializeToString()
-        self._load = partial(
+        open_session = partial(
             sessions.open_session,
-            lowered,
-            path,
+            name=path,
             providers=with_options(wanted, conv_search),
             optimize=optimize,
             integer_kernels=integer_kernels,
             external_data=path.resolve().parent,
             spin_us=SPIN_US,
         )
+        session, self._load = self._open_lowered(model, path, open_session, wanted[0], threads)
+        self._session: sessions.Session | None = session
         self._threads = threads
-        self._session: sessions.Session | None = self._load(threads=threads)
         self._one_thread: sessions.Session | None = None  # for batches that run at once
         self._batches = 0  # so far
         self._largest = 0  # bytes of the largest batch so far
         self._batch_bytes: int | None = None  # of memory that it takes; None: not known
-        self.provider = self._session.provider
+        self._held = 0  # bytes of memory that batches at once have taken
+        self.provider = session.provider
         _check_provider(self.provider, wanted[0], provider)
+        if self.provider != PROVIDERS["cpu"] or threads == 1:
+            self._load = None  # and the serialized model with it
         self._device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
         self.frees_cpu = self.one_size = self._device != "cpu"
         self.images_on = 0 if self.provider == PROVIDERS["cuda"] else None
@@ -156,32 +144,58 @@ class OnnxRuntime(Runtime):
         Raises:
             EngineError, ValueError: a batch failed; names its number and its images.
         """
+        _ = self._open  # or an error that is no batch's
         expected = length_hint(batches)
         source = enumerate(batches)
-        at_once, session = 1, self._open
-        if not self.frees_cpu and self._is_many(expected):
-            if self._one_thread is None:  # the first one shows what memory a batch takes
-                yield from _run_one_by_one(self._infer, islice(source, 1), session)
-            at_once, session = self._share_out()
-        if at_once > 1 or self.frees_cpu:
-            yield from _run_ahead(self._infer, source, session, at_once)
+        enough = self._batches + expected >= MANY_BATCHES and expected >= self._threads
+        if self.frees_cpu:
+            yield from run_ahead(self.infer, source, 1)
+        elif enough and self._load is not None:
+            yield from self._map_at_once(source)
         else:
-            yield from _run_one_by_one(self._infer, source, session)
+            yield from run_one_by_one(self.infer, source)
 
-    def _is_many(self, expected: int) -> bool:
-        """Whether so many batches are worth another way to run them."""
-        enough = self._batches + expected >= MANY_BATCHES and expected >= 2 * self._threads
-        return enough and self._threads > 1
+    def _map_at_once(
+        self, source: Iterator[tuple[int, AnyBatch]]
+    ) -> Iterator[tuple[AnyBatch, Outputs]]:
+        """Run numbered batches of a CPU, several at once. The first runs alone, and one that is
+        larger than all before: it shows what memory it takes.
+        """
+        alone: list[tuple[int, AnyBatch]] = []
+        if self._one_thread is None:
+            alone = list(islice(source, 1))
+        while True:
+            yield from run_one_by_one(self.infer, alone)
+            at_once, session = self._share_out()
+            if at_once == 1:
+                yield from run_one_by_one(self.infer, source)
+                return
+            alone = []
+            run = partial(self._infer, session=session)
+            yield from run_ahead(run, up_to(self._largest, source, alone), at_once)
+            if not alone:
+                return
 
     def _share_out(self) -> tuple[int, sessions.Session]:
         """How many batches of a CPU run at once, and the session that runs them."""
-        if self._one_thread is not None:
-            return self._threads, self._one_thread
-        fitting = batches_that_fit(self._batch_bytes)
-        if fitting < self._threads:  # which they share then
-            return fitting, self._open
-        self._one_thread = self._load(threads=1)
-        return self._threads, self._one_thread
+        free = available_memory()
+        fitting = batches_that_fit(self._batch_bytes, None if free is None else free + self._held)
+        session = self._open
+        if fitting < self._threads:  # they share the threads
+            self._one_thread = None
+        else:
+            fitting = self._threads
+            try:
+                session = self._one_thread = self._one_thread or self._load_again()
+            except EngineError as error:
+                logger.debug("batches run one by one: %s", error)
+                return 1, session
+        self._held = max(self._held, fitting * (self._batch_bytes or 0))
+        return fitting, session
+
+    def _load_again(self) -> sessions.Session:
+        assert self._load is not None
+        return self._load(threads=1)
 
     def infer(self, images: Images) -> Outputs:
         """Run one batch. See `trtdet.runtimes.base.Runtime.infer`."""
@@ -189,6 +203,7 @@ class OnnxRuntime(Runtime):
 
     def _infer(self, images: Images, session: sessions.Session) -> Outputs:
         check_batch(images, self.spec, self.batch_range)
+        _ = self._open  # closed meanwhile, this is an error
         before = resident_memory() if images.nbytes > self._largest else None
         if isinstance(images, DeviceImages):
             place = images.address, images.shape, images.dtype, images.device
@@ -202,6 +217,30 @@ class OnnxRuntime(Runtime):
             self._largest = images.nbytes
         self._batches += 1
         return dict(zip(OUTPUT_NAMES, values, strict=True))
+
+    def _open_lowered(
+        self,
+        model: onnx.ModelProto,
+        path: Path,
+        open_session: Callable[..., sessions.Session],
+        wanted: str,
+        threads: int,
+    ) -> tuple[sessions.Session, Callable[..., sessions.Session] | None]:
+        """A session of the model with the NMS that is fast on the provider that starts, and what
+        opens another.
+        """
+        form = lowering.fast_form(self.spec, cuda=wanted == PROVIDERS["cuda"])
+        while True:
+            # Weights in files of their own (all of those over protobuf's 2 GB) stay there: the
+            # bytes refer to them.
+            with naming(path):
+                lowered = lowering.lower(model, form).SerializeToString()
+            load = partial(open_session, lowered)
+            session = load(threads=threads)
+            suits = lowering.fast_form(self.spec, cuda=session.provider == PROVIDERS["cuda"])
+            if suits == form:
+                return session, load
+            form = suits  # another provider has started
 
     def _run_bound(self, images: NDArray[Any]) -> list[NDArray[Any]]:
         """Run with the input copied into memory on the device, kept for the shapes used last."""
@@ -221,7 +260,7 @@ class OnnxRuntime(Runtime):
 
     def close(self) -> None:
         self._bound.clear()
-        self._session = self._one_thread = None
+        self._session = self._one_thread = self._load = None
 
 
 def pick_providers(provider: Provider, available: list[str]) -> list[str]:
@@ -246,54 +285,6 @@ def with_options(providers: Sequence[str], conv_search: ConvSearch) -> list[Any]
     """The providers as ONNX Runtime takes them: names, or names with options."""
     options = {PROVIDERS["cuda"]: {"cudnn_conv_algo_search": conv_search.upper()}}
     return [(name, options[name]) if name in options else name for name in providers]
-
-
-def batches_that_fit(nbytes: int | None) -> int:
-    """How many batches that take `nbytes` of memory each may run at once; 1 where nothing is known
-    of the memory.
-    """
-    free = available_memory()
-    if nbytes is None or free is None:
-        return 1
-    return max(1, int(free * MOST_OF_MEMORY / max(nbytes, 1)))
-
-
-#: Runs images in a session.
-Run = Callable[[Images, sessions.Session], Outputs]
-
-
-def _run_one_by_one(
-    run: Run, batches: Iterable[tuple[int, AnyBatch]], session: sessions.Session
-) -> Iterator[tuple[AnyBatch, Outputs]]:
-    """Numbered batches, each with its outputs; errors name theirs."""
-    for index, batch in batches:
-        with naming_batch(index, batch):
-            outputs = run(batch.images, session)
-        yield batch, outputs
-
-
-def _run_ahead(
-    run: Run, batches: Iterable[tuple[int, AnyBatch]], session: sessions.Session, at_once: int
-) -> Iterator[tuple[AnyBatch, Outputs]]:
-    """The same in `at_once` threads, while the caller works on the outputs of earlier ones."""
-    running: deque[tuple[int, AnyBatch, Future[Outputs]]] = deque()
-    with ThreadPoolExecutor(at_once, thread_name_prefix="onnxruntime") as threads:
-        try:
-            for index, batch in batches:
-                running.append((index, batch, threads.submit(run, batch.images, session)))
-                if len(running) > at_once:
-                    yield _fetch(*running.popleft())
-            while running:
-                yield _fetch(*running.popleft())
-        finally:
-            for _, _, outputs in running:
-                outputs.cancel()
-
-
-def _fetch(index: int, batch: AnyBatch, outputs: Future[Outputs]) -> tuple[AnyBatch, Outputs]:
-    """Wait for a batch; its errors name it."""
-    with naming_batch(index, batch):
-        return batch, outputs.result()
 
 
 def _check_provider(got: str, wanted: str, provider: Provider) -> None:
