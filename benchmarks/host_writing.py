@@ -33,7 +33,7 @@ class StandInEngine(Runtime, Closing):
 
     batch_range: tuple[int, int | None] = (1, None)
     description = "stand-in engine"
-    frees_cpu = True  # as an engine does
+    frees_cpu = pins = True  # as an engine does
 
     def __init__(self, preprocessing: Preprocessing, boxes: int) -> None:
         self.spec = ModelSpec("automl", preprocessing, Nms(), tuple(range(1, 91)))

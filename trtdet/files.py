@@ -428,7 +428,7 @@ def _write_new(path: Path, data: bytes) -> bool:
         False: it cannot be done in this way. There is something, or no such folder, or no room, or
         the system does not have such files.
     """
-    if not hasattr(os, "O_TMPFILE"):
+    if not hasattr(os, "O_TMPFILE") or not _has_proc():
         return False
     try:
         file = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
@@ -436,14 +436,20 @@ def _write_new(path: Path, data: bytes) -> bool:
         return False
     try:
         with open(file, "wb") as unnamed:
+            _remove_left_over_at_times(path.parent)
             unnamed.write(data)
             unnamed.flush()
             # A folder makes Python call the system's function that follows the link in /proc.
             os.link(f"/proc/self/fd/{file}", path, src_dir_fd=file, follow_symlinks=True)
     except OSError:
         return False
-    _remove_left_over_at_times(path.parent)
     return True
+
+
+@cache
+def _has_proc() -> bool:
+    """Whether there is /proc, through which a file without a name gets one."""
+    return os.path.isdir("/proc/self/fd")
 
 
 def write_text(path: Path, text: str) -> None:

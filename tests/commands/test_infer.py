@@ -600,8 +600,8 @@ def test_benchmark_of_a_batch_that_does_not_fit_names_the_option(
 @pytest.mark.parametrize(
     ("count", "skip", "expected"),
     [
-        (50, 20, 30 / 60),  # results 21 to 50, two seconds each
-        (5, 20, 5 / 11),  # too few to leave any out
+        (50, 20, 10 / 20),  # results 21 to 30, two seconds each
+        (5, 20, 5 / 10),  # too few to leave any out
         (4, 0, 4 / 8),
     ],
 )

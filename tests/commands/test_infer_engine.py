@@ -327,7 +327,7 @@ def test_images_are_decoded_into_pinned_memory(
     monkeypatch.setattr(TensorRTRuntime, "submit", note_and_submit)
     assert run(engine, photos, tmp_path / "out") == 0
     assert infer.main(["-e", str(engine), "--benchmark", "3"]) == 0  # noise too
-    assert pinned == [True] * (11 + 2 * (benchmark.WARMUP + 3))
+    assert pinned == [True] * (11 + 3 * benchmark.WARMUP + 2 * 3)
 
 
 def test_options_reach_the_runtime(

@@ -122,7 +122,7 @@ def test_rooms_are_used_again(whole: list[Path]) -> None:
     """There are as many as images are ahead, or with the consumer: at a time, not in all."""
     many = whole * 6
     with SharedSources() as sources, open_batcher(many, sources) as batcher:
-        assert (batcher._ahead, len(many)) == (9, 306)
+        assert (batcher._ahead, len(many)) == (3, 306)
         seen: set[int] = set()
         for turn in range(2):
             for batch in batcher:
@@ -132,7 +132,7 @@ def test_rooms_are_used_again(whole: list[Path]) -> None:
             blocks = os.fstat(sources.file).st_blocks * 512
             assert blocks == len(seen) * STEP, turn
             # Those ahead, those just asked for, those that the consumer had when it asked.
-            assert len(seen) <= (9 + 1 + 1) * 4
+            assert len(seen) <= (3 + 1 + 1) * 4
     assert -1 not in seen
 
 
@@ -217,14 +217,14 @@ def test_threads_load_until_processes_have_started(whole: list[Path], monkeypatc
     ):
         monkeypatch.setattr(prepare_processes.Processes, "collect", lambda *_, **__: None)
         some = iter(batcher)
-        batches = [next(some)]  # and nine more ahead
+        batches = [next(some)]  # and three more ahead
         monkeypatch.setattr(prepare_processes.Processes, "collect", collect)
         wait_until_ready(batcher)
         batches += some
         for batch, wanted in zip(batches, expected, strict=True):
             assert_equal(batch, wanted)
         of_processes = [[offset >= FOR_THREADS for offset in offsets_of(batch, sources)] for batch in batches]  # fmt: skip
-        assert of_processes == [[False] * 4] * 10 + [[True] * 4] * 2 + [[True] * 3]
+        assert of_processes == [[False] * 4] * 4 + [[True] * 4] * 8 + [[True] * 3]
 
 
 def test_there_are_processes_where_sources_are_shared(whole: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

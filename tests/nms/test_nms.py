@@ -722,8 +722,8 @@ def test_tensorrt_rtx_builds_the_graph_form(agnostic):
     ("cuda", "classes", "agnostic", "form"),
     [
         (True, 90, False, "settled"),
-        (True, 5, False, "settled"),
-        (True, 4, False, "onnx"),
+        (True, 9, False, "settled"),
+        (True, 8, False, "onnx"),
         (True, 90, True, "onnx"),  # all classes are one
         (False, 90, False, "onnx"),
     ],

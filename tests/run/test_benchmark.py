@@ -75,7 +75,7 @@ def test_measure_on_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = StandInRuntime()
     monkeypatch.setattr(benchmark.time, "perf_counter", runtime.clock)
     measured = measure(runtime, noise(runtime.spec, 4), iterations=50, warmup=7)
-    assert runtime.calls == 2 * (7 + 50)  # alone, and one after the other
+    assert runtime.calls == 7 + 50 + 7 + 50 + 7  # alone, and one after the other
     assert measured.throughput_qps == pytest.approx(100)
     assert measured.images_per_second == pytest.approx(400)
     assert list(measured.summaries) == ["Latency"]
@@ -117,7 +117,7 @@ def test_measure_with_and_without_transfers(monkeypatch: pytest.MonkeyPatch) -> 
         "D2H Latency": 1,
     }
     assert measured.walltime_s == pytest.approx(0.18)
-    assert runtime.calls == 3 + 3 + 30  # `infer` is warmed up, and `map`
+    assert runtime.calls == 3 + 3 + 30 + 3  # `infer` is warmed up, and `map`
     assert measured.lines()[-1] == "Total GPU Compute Time: 0.18 s"
     report = measured.to_dict()
     assert report["batch_size"] == 8

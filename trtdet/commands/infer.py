@@ -42,11 +42,13 @@ interrupted run continues when it is started again.
 
 Memory does not grow with the number of images. It holds decoded images of height x width x 3 bytes:
 one per core and, to draw pictures, also those of the batches that are ready (two, or two images per
-core) or running (three per GPU), and four per core that wait for the disk. With 16 cores, batches
-of 8 and photographs of 12 megapixels that is 5 GB. --no_images, or a smaller --batch_size or
---workers, needs less. For an engine and 2,000 images or more, on 8 cores or more, processes write
-the results. They draw on the decoded images in shared memory, 2 GB at most; if a GPU decodes, or
-that memory is full, they read the file again.
+core) or running (three per GPU, or one per thread of ONNX Runtime on a CPU), and four per core that
+wait for the disk. With 16 cores, batches of 8 and photographs of 12 megapixels that is 5 GB.
+--no_images, or a smaller --batch_size or --workers, needs less. For an engine and 2,000 images or
+more, on 8 cores or more, processes decode images to draw on, and write the results. Decoded images
+lie in shared memory, 5 GB at most; if a GPU decodes, or that memory is full, they are read again.
+ONNX Runtime on a CPU runs as many batches at once as there are threads (--threads), if half of the
+memory that is free holds them.
 
 A JPEG that ends too early is reported as unreadable. One that is damaged in the middle is not:
 libjpeg decodes it with wrong pixels and prints "Corrupt JPEG data" on stderr, without the name.

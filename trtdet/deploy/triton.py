@@ -344,7 +344,8 @@ def write_repository(
         onnx_name = f"{name}_onnx" if engines else name
         config = model_config(onnx_name, "onnxruntime_onnx", onnx_model, options)
         with naming(onnx_model.path):
-            form = lowering.fast_form(onnx_model.spec, cuda=bool(options.gpus))
+            # An ONNX file alone may be for a server without a GPU.
+            form = lowering.fast_form(onnx_model.spec, cuda=bool(options.gpus or engines))
             lowered = lowering.lower(read_onnx(onnx_model.path), form).SerializeToString()
         planned.append(_Planned(config, onnx_model, {"model.onnx": lowered}))
     if not planned:

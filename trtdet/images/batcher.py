@@ -24,7 +24,13 @@ from trtdet.images.batch import Batch, BufferPool, Lease
 from trtdet.images.files import ImageArray, image_size
 from trtdet.images.options import Resample
 from trtdet.images.prepare import Preparer, Result
-from trtdet.images.prepare_processes import AT_ONCE, SHARES, Pin, PreparingProcesses
+from trtdet.images.prepare_processes import (
+    AT_ONCE,
+    SHARES,
+    SHARES_WITH_SOURCES,
+    Pin,
+    PreparingProcesses,
+)
 from trtdet.images.preprocess import ShorterSide
 from trtdet.images.shared_sources import SharedSources
 from trtdet.machine import available_cores, memory_gib
@@ -120,8 +126,8 @@ class ImageBatcher(Closing):
     Order is kept. An image that cannot be read is logged, noted in `failures` and left out; the
     images after it move up, so that every batch but the last is full (with `resize` they stay in
     their batch). Memory is bounded, whatever the number of images: by `prefetch` batches ahead, or
-    as many as hold two images per worker, eight where these are processes; with `keep_sources` by
-    their decoded images too. Threads scale with the cores, as OpenCV and Pillow release the GIL
+    as many as hold two images per worker, eight where these are processes, four with `shared`; with
+    `keep_sources` by their decoded images too. Threads scale with the cores, as OpenCV and Pillow release the GIL
     while they decode and resize, and on many cores processes scale better. Leaving a loop early, by
     break, an exception or Ctrl-C, ends the threads within the time of one image. One thread at a
     time may ask for the next batch.
@@ -223,7 +229,8 @@ class ImageBatcher(Closing):
         """Images of a message to a process, so that the batches ahead, of `nbytes` each, take no
         more than `most_ahead_bytes`; None: even the smallest take more.
         """
-        fitting = (n for n in SHARES if self._ahead_of(n) * nbytes <= most_ahead_bytes())
+        shares = SHARES_WITH_SOURCES if self._shared is not None else SHARES
+        fitting = (n for n in shares if self._ahead_of(n) * nbytes <= most_ahead_bytes())
         return next(fitting, None)
 
     def _start_processes(self, pin: Pin) -> PreparingProcesses | None:

@@ -37,6 +37,8 @@ Pin = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 Sent: TypeAlias = tuple[ResizeTransform, SharedSource | None] | str
 #: Images of a message: as many as memory lets be ahead. With fewer, more messages cost more work.
 SHARES = (8, 4)
+#: The same where decoded images are kept, of which few may be ahead.
+SHARES_WITH_SOURCES = (2, 1)
 #: Messages that a process has, so that it goes on while its answer waits.
 AT_ONCE = 2
 

@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 from trtdet.closing import Closing
 from trtdet.images import files
 from trtdet.images.files import ImageArray
+from trtdet.machine import memory_gib
 from trtdet.shared_memory import ADDRESSES, SharedMemory
 
 #: Sizes of images are rounded up to this, and large ones to an eighth of the next power of two, so
 #: that one finds room where another was.
 STEP = 1 << 18
-#: Bytes of all images, at most: of those that threads load, and of those that processes do.
-MOST_BYTES = 1 << 30
+#: Bytes of all images, at most: of those that processes load, and of those that threads do until
+#: then; and which part of the machine's memory the former are.
+MOST_BYTES, MOST_BYTES_OF_THREADS = 1 << 32, 1 << 30
+MOST_OF_MEMORY = 1 / 8
 #: Addresses for the threads; all others are for processes.
 FOR_THREADS = ADDRESSES // 2
 
@@ -112,7 +115,7 @@ class SharedSources(Room, Closing):
         OSError: no such memory is to be had.
     """
 
-    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, most_bytes: int = MOST_BYTES_OF_THREADS) -> None:
         super().__init__(SharedMemory("trtdet-images", addresses=range(FOR_THREADS)), most_bytes)
 
     @property
@@ -152,4 +155,10 @@ def room_of_process(file: int, number: int, count: int) -> Room:
     each = (ADDRESSES - FOR_THREADS) // count // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY  # fmt: skip
     first = FOR_THREADS + number * each
     memory = SharedMemory("", file=file, addresses=range(first, first + each))
-    return Room(memory, MOST_BYTES // count)
+    return Room(memory, int(most_bytes()) // count)
+
+
+def most_bytes() -> float:
+    """Bytes of the images that processes load on this machine."""
+    memory = memory_gib()
+    return MOST_BYTES if memory is None else min(MOST_BYTES, memory * 2**30 * MOST_OF_MEMORY)

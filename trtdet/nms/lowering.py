@@ -33,8 +33,9 @@ Form = Literal["onnx", "settled", "graph"]
 
 PLUGIN_OP = "EfficientNMS_TRT"
 
-#: Classes up to which NonMaxSuppression is not slow on CUDA.
-FEW_CLASSES = 4
+#: Classes up to which NonMaxSuppression is taken on CUDA. With 1 it is as fast at a score threshold
+#: of 0.4, and twice as fast at 0.001; with 90 it is slower 6 to 25 times.
+FEW_CLASSES = 8
 
 #: Candidates of an image in the graph form. Its IoU matrix takes N * 4 * candidates**2 bytes: 16
 #: MiB per image.

@@ -167,7 +167,8 @@ def measure(runtime: Runtime, batch: ImageBatch, *, iterations: int, warmup: int
     Args:
         batch: in host memory; real images, as the time of NMS depends on what is found.
         iterations: batches measured in each of the two passes.
-        warmup: batches run before, not measured (clocks, caches, CUDA graph capture).
+        warmup: batches run before, not measured (clocks, caches, CUDA graph capture); back to back,
+            as many behind.
     """
     for _ in repeat(None, warmup):
         runtime.infer(batch.images)
@@ -178,14 +179,11 @@ def measure(runtime: Runtime, batch: ImageBatch, *, iterations: int, warmup: int
     else:  # the host's clock is all there is
         latencies = [_seconds(runtime, batch) * 1000 for _ in repeat(None, iterations)]
         summaries = {"Latency": Summary.of(latencies)}
-    # `infer` warms one GPU of several. As many batches are announced as will come: a runtime may
-    # prepare itself for them.
-    for _ in islice(runtime.map(repeat(batch, max(warmup, iterations))), warmup):
-        pass
-    start = time.perf_counter()
-    for _ in runtime.map(repeat(batch, iterations)):
-        pass
-    walltime_s = time.perf_counter() - start
+    # Those in the middle count: before and after them as many are in flight.
+    begin = time.perf_counter()
+    results = runtime.map(repeat(batch, iterations + 2 * warmup))
+    stamps = [begin, *(time.perf_counter() for _ in results)]
+    walltime_s = stamps[warmup + iterations] - stamps[warmup]
     return Measurement(
         len(batch.images), iterations, warmup, walltime_s, summaries, runtime.timed_on
     )
@@ -259,7 +257,7 @@ def run_benchmark(
         lines = [f"Batch size: {batch_size}", *measured.lines()]
         report |= measured.to_dict()
         if source is not None:
-            with batches_of(WARMUP + iterations, options.decode) as batcher:
+            with batches_of(iterations + 2 * WARMUP, options.decode) as batcher:
                 rate = images_per_second(detect(runtime, batcher), skip=WARMUP * batch_size)
             share = rate / measured.images_per_second
             lines.append(f"End to end from files: {rate:.6g} images/s, {share:.1%} of the above")
@@ -277,11 +275,11 @@ def _plain(value: Any) -> Any:
 
 
 def images_per_second(results: Iterator[ImageResult], *, skip: int) -> float:
-    """How fast results come, not counting the first `skip` (all count where there are no more
-    than these).
+    """How fast results come, not counting the first `skip` and the last (all count where there
+    are no more than these).
     """
-    begin = time.perf_counter()
-    stamps = [time.perf_counter() for _ in results]
-    if len(stamps) <= skip:
-        return len(stamps) / (time.perf_counter() - begin)
-    return (len(stamps) - skip) / (stamps[-1] - (stamps[skip - 1] if skip else begin))
+    stamps = [time.perf_counter()]
+    stamps += [time.perf_counter() for _ in results]
+    if len(stamps) - 1 <= 2 * skip:
+        skip = 0
+    return (len(stamps) - 1 - 2 * skip) / (stamps[-1 - skip] - stamps[skip])

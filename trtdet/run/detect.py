@@ -118,8 +118,10 @@ def open_batcher(
             keep_sources=keep_sources,
             pad_to_batch=pad_to_batch,
         )
-    in_processes = shared is not None or (
-        not (load or allocate or keep_sources) and decodes_in_processes(runtime, len(paths))
+    # Else the buffers are the runtime's, which processes do not see.
+    in_processes = runtime.pins and (
+        shared is not None
+        or (not (load or allocate or keep_sources) and decodes_in_processes(runtime, len(paths)))
     )
     return ImageBatcher(
         paths,
