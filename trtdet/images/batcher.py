@@ -127,10 +127,10 @@ class ImageBatcher(Closing):
     images after it move up, so that every batch but the last is full (with `resize` they stay in
     their batch). Memory is bounded, whatever the number of images: by `prefetch` batches ahead, or
     as many as hold two images per worker, eight where these are processes, four with `shared`; with
-    `keep_sources` by their decoded images too. Threads scale with the cores, as OpenCV and Pillow release the GIL
-    while they decode and resize, and on many cores processes scale better. Leaving a loop early, by
-    break, an exception or Ctrl-C, ends the threads within the time of one image. One thread at a
-    time may ask for the next batch.
+    `keep_sources` by their decoded images too. Threads scale with the cores, as OpenCV and Pillow
+    release the GIL while they decode and resize, and on many cores processes scale better. Leaving
+    a loop early, by break, an exception or Ctrl-C, ends the threads within the time of one image.
+    One thread at a time may ask for the next batch.
 
     Attributes:
         failures: (path, message) of the images left out in the latest iteration.
