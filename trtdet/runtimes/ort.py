@@ -182,7 +182,8 @@ class OnnxRuntime(Runtime):
         fitting = batches_that_fit(self._batch_bytes, None if free is None else free + self._held)
         session = self._open
         if fitting < self._threads:  # they share the threads
-            self._one_thread = None
+            if self._one_thread is not None:
+                self._one_thread, self._held = None, 0  # it gives its memory back
         else:
             fitting = self._threads
             try:
