@@ -16,6 +16,7 @@ from deploy_models import D0, DETR, YOLO, make_engine, with_input
 from trtdet.commands import deploy
 from trtdet.deploy import text_format, triton
 from trtdet.deploy.model import open_engine
+from trtdet.nms import lowering
 
 config_pb2 = pytest.importorskip(
     "tritonclient.grpc.model_config_pb2", reason="needs tritonclient[grpc]"
@@ -139,6 +140,28 @@ def test_engine_and_onnx_together(tmp_path, tiny_onnx):
     assert write(tmp_path / "models", engine, "--onnx", tiny_onnx) == 0
     assert read(tmp_path / "models", "d0").platform == "tensorrt_plan"
     assert read(tmp_path / "models", "d0_onnx").platform == "onnxruntime_onnx"
+
+
+@pytest.mark.parametrize(
+    ("beside_engine", "options", "op"),
+    [
+        (True, (), "Loop"),
+        (False, ("--devices", "0"), "Loop"),
+        (False, (), "NonMaxSuppression"),  # the server may have no GPU
+    ],
+)
+def test_an_onnx_file_for_a_gpu_has_the_nms_that_is_fast_there(
+    beside_engine, options, op, tmp_path, tiny_onnx, monkeypatch
+):
+    # As of many classes; the model looks at all of its three together.
+    monkeypatch.setattr(lowering, "fast_form", lambda spec, cuda: "settled" if cuda else "onnx")
+    model = ("--engine", make_engine(tmp_path / "d0.engine")) if beside_engine else ()
+    arguments = ("triton", *model, "--onnx", tiny_onnx, "--output", tmp_path / "m", "--name", "d0")
+    assert run(*arguments, *options) == 0
+    served = onnx.load(tmp_path / "m" / ("d0_onnx" if beside_engine else "d0") / "1/model.onnx")
+    found = {node.op_type for node in served.graph.node}
+    found |= {node.op_type for outer in served.graph.node for attribute in outer.attribute for node in attribute.g.node}  # fmt: skip
+    assert found & {"Loop", "NonMaxSuppression"} == {op}
 
 
 def test_versions_are_added_and_never_overwritten(tmp_path):

@@ -22,8 +22,11 @@ from trtdet.images.prepare import Preparer
 from trtdet.images.prepare_processes import Rows, SharedBuffers
 from trtdet.images.preprocess import ShorterSide
 from trtdet.images.shared_sources import FOR_THREADS, STEP, SharedSource, SharedSources, room_for
+from trtdet.run import detect
+from trtdet.run.options import RunOptions
+from trtdet.runtimes.base import Runtime
 from trtdet.shared_memory import ADDRESSES, can_share
-from trtdet.spec import Preprocessing
+from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this system has no memory to share")
 
@@ -260,3 +263,24 @@ def test_an_image_that_is_refused_leaves_its_room(whole: list[Path]) -> None:
         assert os.fstat(sources.file).st_blocks * 512 == STEP
         places = [found[1] for found in answers(large) if isinstance(found, tuple)]
         assert places == [SharedSource(FOR_THREADS + n * STEP, load_image(path).shape) for n, path in enumerate(whole[:4])]  # fmt: skip
+
+
+@pytest.mark.parametrize("pins", [False, True])
+def test_processes_fill_no_buffers_that_are_the_runtimes_own(pins: bool, whole: list[Path]) -> None:
+    """As of a Triton server, which sees those alone that it was told of."""
+
+    class StandInRuntime(Runtime):
+        spec = ModelSpec("toy", PREPROCESSING, Nms(), (1,))
+        batch_range: tuple[int, int | None] = (1, None)
+        description = "stand-in"
+
+        def infer(self, images: Any) -> Any:
+            raise NotImplementedError
+
+        def close(self) -> None: ...
+
+    runtime = StandInRuntime()
+    runtime.pins = pins
+    with SharedSources() as sources, detect.open_batcher(runtime, whole, RunOptions(workers=2), shared=sources) as batcher:  # fmt: skip
+        assert isinstance(batcher, ImageBatcher)
+        assert (batcher._processes is not None) == pins
