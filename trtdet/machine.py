@@ -80,6 +80,14 @@ def memory_gib() -> float | None:
         return None  # not POSIX
 
 
+def part_of_memory(part: float, most: int) -> float:
+    """Bytes: this part of the machine's memory, but no more than `most`, which it is where the
+    system does not say.
+    """
+    memory = memory_gib()
+    return most if memory is None else min(most, memory * 2**30 * part)
+
+
 def available_memory() -> int | None:
     """Bytes that programs can still get, of the machine and of the container that this one runs in;
     None where the system does not say. Linux alone does.

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 from numpy.typing import NDArray
 
+from trtdet import machine
 from trtdet.images import batcher as batcher_module
 from trtdet.images import prepare_processes
 from trtdet.images.batcher import ImageBatcher
@@ -34,19 +35,23 @@ def as_it_is(memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return memory
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Images of several sizes, three of which are none."""
-    folder = tmp_path_factory.mktemp("images")
+def write_images(folder: Path, count: int, broken: Sequence[int], large: Sequence[int] = ()) -> list[Path]:  # fmt: skip
+    """Images of several sizes; those that are large are 300x400, those that are broken none."""
     rng = np.random.default_rng(0)
-    found = [folder / f"{number:02}.png" for number in range(COUNT)]
+    found = [folder / f"{number:02}.png" for number in range(count)]
     for number, path in enumerate(found):
-        height, width = rng.integers(20, 90, 2)
-        if number in BROKEN:
+        height, width = (300, 400) if number in large else rng.integers(20, 90, 2)
+        if number in broken:
             path.write_bytes(b"no image")
         else:
             cv2.imwrite(str(path), rng.integers(0, 256, (height, width, 3), np.uint8))
     return found
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Images of several sizes, three of which are none."""
+    return write_images(tmp_path_factory.mktemp("images"), COUNT, BROKEN)
 
 
 def batches_of(batcher: ImageBatcher) -> list[tuple[NDArray[Any], tuple[Path, ...], tuple[Any, ...]]]:  # fmt: skip
@@ -168,7 +173,7 @@ def test_a_loop_that_is_left_leaves_no_process(paths: list[Path]) -> None:
     ("memory", "most"), [(7.5, 503316480), (16.0, 1 << 30), (64.0, 1 << 30), (None, 1 << 30)]
 )
 def test_batches_ahead_take_a_small_part_of_the_memory(memory: float | None, most: int, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr(batcher_module, "memory_gib", lambda: memory)
+    monkeypatch.setattr(machine, "memory_gib", lambda: memory)
     assert batcher_module.most_ahead_bytes() == most
 
 

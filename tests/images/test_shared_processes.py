@@ -8,11 +8,10 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_prepare_processes import as_it_is, wait_until_ready
+from test_prepare_processes import as_it_is, wait_until_ready, write_images
 
 from trtdet.images import prepare_processes
 from trtdet.images.batch import Batch
@@ -41,16 +40,7 @@ EACH = (ADDRESSES - FOR_THREADS) // 2
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Images of up to one step of memory; each tenth takes two."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    found = [folder / f"{number:02}.png" for number in range(COUNT)]
-    for number, path in enumerate(found):
-        height, width = (300, 400) if number % 10 == 9 else rng.integers(20, 90, 2)
-        if number in BROKEN:
-            path.write_bytes(b"no image")
-        else:
-            cv2.imwrite(str(path), rng.integers(0, 256, (height, width, 3), np.uint8))
-    return found
+    return write_images(tmp_path_factory.mktemp("images"), COUNT, BROKEN, range(9, COUNT, 10))
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from trtdet.images.prepare_processes import (
 )
 from trtdet.images.preprocess import ShorterSide
 from trtdet.images.shared_sources import SharedSources
-from trtdet.machine import available_cores, memory_gib
+from trtdet.machine import available_cores, part_of_memory
 from trtdet.processes import Answer
 from trtdet.spec import Preprocessing
 
@@ -50,8 +50,7 @@ MOST_AHEAD_BYTES, MOST_OF_MEMORY = 1 << 30, 1 / 16
 
 def most_ahead_bytes() -> float:
     """Bytes of the batches that processes may fill on this machine."""
-    memory = memory_gib()
-    return MOST_AHEAD_BYTES if memory is None else min(MOST_AHEAD_BYTES, memory * 2**30 * MOST_OF_MEMORY)  # fmt: skip
+    return part_of_memory(MOST_OF_MEMORY, MOST_AHEAD_BYTES)
 
 
 class _OpenCVThreads:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trtdet.closing import Closing
 from trtdet.images import files
 from trtdet.images.files import ImageArray
-from trtdet.machine import memory_gib
+from trtdet.machine import part_of_memory
 from trtdet.shared_memory import ADDRESSES, SharedMemory
 
 #: Sizes of images are rounded up to this, and large ones to an eighth of the next power of two, so
@@ -155,10 +155,4 @@ def room_of_process(file: int, number: int, count: int) -> Room:
     each = (ADDRESSES - FOR_THREADS) // count // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY  # fmt: skip
     first = FOR_THREADS + number * each
     memory = SharedMemory("", file=file, addresses=range(first, first + each))
-    return Room(memory, int(most_bytes()) // count)
-
-
-def most_bytes() -> float:
-    """Bytes of the images that processes load on this machine."""
-    memory = memory_gib()
-    return MOST_BYTES if memory is None else min(MOST_BYTES, memory * 2**30 * MOST_OF_MEMORY)
+    return Room(memory, int(part_of_memory(MOST_OF_MEMORY, MOST_BYTES)) // count)

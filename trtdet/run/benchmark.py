@@ -180,10 +180,7 @@ def measure(runtime: Runtime, batch: ImageBatch, *, iterations: int, warmup: int
         latencies = [_seconds(runtime, batch) * 1000 for _ in repeat(None, iterations)]
         summaries = {"Latency": Summary.of(latencies)}
     # Those in the middle count: before and after them as many are in flight.
-    begin = time.perf_counter()
-    results = runtime.map(repeat(batch, iterations + 2 * warmup))
-    stamps = [begin, *(time.perf_counter() for _ in results)]
-    walltime_s = stamps[warmup + iterations] - stamps[warmup]
+    _, walltime_s = _middle(runtime.map(repeat(batch, iterations + 2 * warmup)), skip=warmup)
     return Measurement(
         len(batch.images), iterations, warmup, walltime_s, summaries, runtime.timed_on
     )
@@ -278,8 +275,14 @@ def images_per_second(results: Iterator[ImageResult], *, skip: int) -> float:
     """How fast results come, not counting the first `skip` and the last (all count where there
     are no more than these).
     """
+    count, seconds = _middle(results, skip=skip)
+    return count / seconds
+
+
+def _middle(results: Iterator[Any], *, skip: int) -> tuple[int, float]:
+    """How many results count, see `images_per_second`, and the seconds in which they came."""
     stamps = [time.perf_counter()]
     stamps += [time.perf_counter() for _ in results]
     if len(stamps) - 1 <= 2 * skip:
         skip = 0
-    return (len(stamps) - 1 - 2 * skip) / (stamps[-1 - skip] - stamps[skip])
+    return len(stamps) - 1 - 2 * skip, stamps[-1 - skip] - stamps[skip]

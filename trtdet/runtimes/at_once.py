@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches one by one, or several at once in threads: what a runtime's `map` is made of."""
+"""Batches several at once, in threads."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeAlias
 
-from trtdet.runtimes.base import AnyBatch, Images, Outputs, naming_batch
+from trtdet.runtimes.base import AnyBatch, Outputs, Run, naming_batch
 
-Run: TypeAlias = Callable[[Images], Outputs]
 #: Which part of the memory that is free may be taken by the batches that run at once.
 MOST_OF_MEMORY = 1 / 2
 
@@ -36,20 +34,12 @@ def up_to(
         yield numbered
 
 
-def run_one_by_one(
-    run: Run, batches: Iterable[tuple[int, AnyBatch]]
-) -> Iterator[tuple[AnyBatch, Outputs]]:
-    """Numbered batches, each with its outputs; errors name theirs."""
-    for index, batch in batches:
-        with naming_batch(index, batch):
-            outputs = run(batch.images)
-        yield batch, outputs
-
-
 def run_ahead(
     run: Run, batches: Iterable[tuple[int, AnyBatch]], at_once: int
 ) -> Iterator[tuple[AnyBatch, Outputs]]:
-    """The same in `at_once` threads, while the caller works on the outputs of earlier ones."""
+    """`run_one_by_one` in `at_once` threads, while the caller works on the outputs of earlier
+    batches.
+    """
     running: deque[tuple[int, AnyBatch, Future[Outputs]]] = deque()
     with ThreadPoolExecutor(at_once, thread_name_prefix="onnxruntime") as threads:
         try:

@@ -7,7 +7,7 @@ the URL.
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,10 +144,7 @@ class Runtime(Closing):
         Raises:
             EngineError, ValueError: a batch failed; names its number and its images.
         """
-        for index, batch in enumerate(batches):
-            with naming_batch(index, batch):
-                outputs = self.infer(batch.images)
-            yield batch, outputs
+        yield from run_one_by_one(self.infer, enumerate(batches))
 
     @property
     def preferred_batch(self) -> int:
@@ -194,6 +191,20 @@ def naming_batch(
                     which += f", or {batches} {where} it on its GPU"
         kind = EngineError if isinstance(error, EngineError) else ValueError
         raise kind(f"{which}: {error} (images: {names})") from error
+
+
+#: Runs a batch.
+Run: TypeAlias = Callable[[Images], Outputs]
+
+
+def run_one_by_one(
+    run: Run, batches: Iterable[tuple[int, AnyBatch]]
+) -> Iterator[tuple[AnyBatch, Outputs]]:
+    """Numbered batches, each with its outputs; errors name theirs."""
+    for index, batch in batches:
+        with naming_batch(index, batch):
+            outputs = run(batch.images)
+        yield batch, outputs
 
 
 def as_array(images: Images) -> NDArray[Any]:

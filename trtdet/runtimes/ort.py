@@ -23,8 +23,16 @@ from trtdet.errors import EngineError, GraphError
 from trtdet.machine import available_cores, available_memory, resident_memory
 from trtdet.nms import lowering
 from trtdet.onnx_files import check_external_data, image_input, naming, read_onnx, without_value
-from trtdet.runtimes.at_once import batches_that_fit, run_ahead, run_one_by_one, up_to
-from trtdet.runtimes.base import AnyBatch, DeviceImages, Images, Outputs, Runtime, check_batch
+from trtdet.runtimes.at_once import batches_that_fit, run_ahead, up_to
+from trtdet.runtimes.base import (
+    AnyBatch,
+    DeviceImages,
+    Images,
+    Outputs,
+    Runtime,
+    check_batch,
+    run_one_by_one,
+)
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
