@@ -12,13 +12,18 @@ import against_tensorflow
 import host_pipeline
 import host_profile
 import host_writing
+import nms_time
+import numpy as np
 import plan_layers
 import pytest
 import trt_runtime
 from trt_rig import Rig
 
+from trtdet.nms import lowering
+from trtdet.nms.reference import reference
 from trtdet.run.options import RunOptions
-from trtdet.spec import Preprocessing
+from trtdet.sessions import open_session
+from trtdet.spec import Nms, Preprocessing
 
 
 @pytest.mark.parametrize(
@@ -136,3 +141,24 @@ def test_plans_of_a_graph_and_of_the_same_graph(tiny_onnx: Path, tmp_path: Path)
         assert found["layers"] > found["kernels"] > 50
     report = {"plans": {"fp16": {"ours": {"layers": 3, "casts": 2, "kernels": 1}, "sample": {"layers": 3, "casts": 1, "kernels": 1}}}}  # fmt: skip
     assert list(plan_layers.criteria(report).values()) == [True, False, True]
+
+
+def test_both_forms_of_nms_find_the_same_in_made_up_scores(capsys: Any) -> None:
+    boxes, logits = nms_time.made_up(2, 500, 9)
+    model = nms_time.model_of(boxes, logits, 0.4)
+    found = [
+        open_session(lowering.lower(model, form), form).run(None, {"input": logits[..., None]})
+        for form in nms_time.FORMS
+    ]
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(one, other)
+    nms = Nms(score_threshold=0.4, score_activation=True, box_coding=0)
+    wanted = reference(boxes, logits, nms)["num_detections"]
+    assert np.array_equal(found[0][0], wanted) and wanted.min() > 30  # objects
+    argv = ["--provider", "cpu", "--anchors", "500", "--classes", "9", "--rounds", "1", "--runs", "1"]  # fmt: skip
+    assert nms_time.main(argv) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("threshold") and ":" not in line]  # fmt: skip
+    assert len(rows) == 4
+    for row in rows:  # the operator's time by that of the rounds
+        operator, rounds, ratio = (float(word) for word in row.split()[-3:])
+        assert ratio == pytest.approx(operator / rounds, rel=0.1, abs=0.051)
