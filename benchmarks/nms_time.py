@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NMS of many classes by ordinary operators, on ONNX Runtime: the operator NonMaxSuppression against
-rounds until nothing changes.
+"""NMS of many classes by ordinary operators, on ONNX Runtime: the operator NonMaxSuppression
+against rounds until nothing changes.
 
     python benchmarks/nms_time.py
 
