@@ -16,7 +16,7 @@ from conftest import ROOT
 
 #: From the ground up: a room imports only from rooms before it.
 ORDER = (
-    "about", "errors", "files", "checks", "reading", "closing", "machine", "terminal", "streams", "processes", "shared_memory", "start", "doctor", "sessions", "onnx_files", "cuda", "cuda_kernel", "spec", "labels", "geometry",
+    "about", "errors", "files", "checks", "reading", "closing", "cgroups", "machine", "terminal", "streams", "processes", "shared_memory", "start", "doctor", "sessions", "onnx_files", "cuda", "cuda_kernel", "spec", "labels", "geometry",
     "sources", "detections", "graph", "nms", "images", "precision", "engine", "runtimes", "results", "run", "video", "deploy",
     "families", "conversion", "parity", "api", "commands",
 )  # fmt: skip

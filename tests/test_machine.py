@@ -2,12 +2,13 @@
 """`trtdet.machine`: how much memory is free, and how much this process has."""
 
 import mmap
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from trtdet import machine
+from trtdet import cgroups, machine
 
 MIB = 1 << 20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says it")
@@ -15,72 +16,59 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says it"
 
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with 8 GiB free, in a folder; the files of its group are not there."""
+    """A machine with 8 GiB free, in a folder; no group limits it."""
     (tmp_path / "meminfo").write_text(
         "MemTotal:       16777216 kB\nMemFree:         1048576 kB\n\nMemAvailable:    8388608 kB\nHugePages_Total:       0\n"
     )
     monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(cgroups, "memory_left", lambda: None)
     return tmp_path
 
 
-def group(folder: Path, limit: str, used_mib: int, files_mib: int) -> None:
-    """The files of a group, as the kernel writes them."""
-    (folder / "memory.max").write_text(f"{limit}\n")
-    (folder / "memory.current").write_text(f"{used_mib * MIB}\n")
-    stat = {"anon": 7, "file": 9, "inactive_anon": 11, "active_file": 13, "inactive_file": files_mib * MIB}  # fmt: skip
-    (folder / "memory.stat").write_text("".join(f"{name} {n}\n" for name, n in stat.items()))
-
-
 @pytest.mark.parametrize(
-    ("limit", "used_mib", "files_mib", "free_mib"),
-    [
-        ("max", 3000, 500, 8192),  # no limit: the machine's
-        (str(4096 * MIB), 1000, 0, 3096),
-        (str(4096 * MIB), 1000, 600, 3696),  # of files that make room
-        (str(16384 * MIB), 1000, 0, 8192),  # more than the machine has
-        (str(1024 * MIB), 1024, 0, 0),
-        (str(1024 * MIB), 1500, 100, 0),  # beyond the limit
-    ],
+    ("left_mib", "free_mib"), [(None, 8192), (3096, 3096), (9000, 8192), (0, 0)]
 )
-def test_memory_of_a_container(limit: str, used_mib: int, files_mib: int, free_mib: int, system: Path) -> None:  # fmt: skip
-    group(system, limit, used_mib, files_mib)
+def test_free_memory_is_the_machines_or_what_the_group_has_left(left_mib: int | None, free_mib: int, system: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    left = None if left_mib is None else left_mib * MIB
+    monkeypatch.setattr(cgroups, "memory_left", lambda: left)
     assert machine.available_memory() == free_mib * MIB
 
 
-@pytest.mark.parametrize("missing", ["memory.max", "memory.current", "memory.stat", "all"])
-def test_memory_where_the_group_says_nothing(missing: str, system: Path) -> None:
-    group(system, str(1024 * MIB), 500, 0)
-    assert machine.available_memory() == 524 * MIB
-    for name in ("memory.max", "memory.current", "memory.stat"):
-        if missing in (name, "all"):
-            (system / name).unlink()
-    assert machine.available_memory() == 8192 * MIB
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [("memory.stat", "anon 1\n\nfile 2\n"), ("memory.current", "\n")]
-)
-def test_memory_where_the_group_says_something_else(name: str, text: str, system: Path) -> None:
-    group(system, str(1024 * MIB), 500, 0)
-    (system / name).write_text(text)
-    assert machine.available_memory() == 8192 * MIB
-
-
 @pytest.mark.parametrize("text", [None, "", "MemTotal: 16777216 kB\nMemFree: 1048576 kB\n"])
-def test_memory_where_the_system_says_nothing(text: str | None, system: Path) -> None:
-    group(system, str(1024 * MIB), 500, 0)
+def test_memory_where_the_system_says_nothing(text: str | None, system: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(cgroups, "memory_left", lambda: 524 * MIB)
     (system / "meminfo").unlink()
     if text is not None:
         (system / "meminfo").write_text(text)
     assert machine.available_memory() is None
 
 
+@pytest.mark.parametrize(
+    ("limit", "cores"), [(None, 16), (64.0, 16), (2.0, 2), (1.5, 2), (0.25, 1), (0.0, 1)]
+)
+def test_cores_are_no_more_than_the_cpu_time_of_the_group(limit: float | None, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(cgroups, "cpu_limit", lambda: limit)
+    assert machine.available_cores() == cores
+
+
+def test_memory_is_no_more_than_the_limit_of_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "memory_limit", lambda: None)
+    whole = machine.memory_gib()
+    assert whole is not None
+    monkeypatch.setattr(cgroups, "memory_limit", lambda: 1 << 60)
+    assert machine.memory_gib() == whole
+    monkeypatch.setattr(cgroups, "memory_limit", lambda: 512 * MIB)
+    assert machine.memory_gib() == 0.5
+    assert machine.part_of_memory(0.25, 1 << 40) == 128 * MIB
+    assert machine.part_of_memory(0.25, MIB) == MIB
+
+
 @LINUX
 def test_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {line.split()[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}  # fmt: skip
     limited = machine.available_memory()
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
     free = machine.available_memory()
     assert free is not None and limited is not None and limited < said["MemTotal:"]
     assert abs(free - said["MemAvailable:"]) < 1024 * MIB  # others come and go

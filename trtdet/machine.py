@@ -3,6 +3,7 @@
 measured on.
 """
 
+import math
 import os
 import platform
 import re
@@ -12,21 +13,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypedDict
 
+from trtdet import cgroups
+
 #: Packages whose version explains a figure.
 PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "onnxruntime-gpu", "cuda-bindings", "numpy", "opencv-python-headless", "pillow")  # fmt: skip
 #: Where Linux says how much memory is free.
 MEMINFO = Path("/proc/meminfo")
-#: The group of a container, or of the machine, where the files about its memory are missing.
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_cores() -> int:
-    """CPU cores this process may use: its affinity where the system has one, not the machine's
-    count.
+    """CPU cores this process may use: of its affinity where the system has one, no more than the
+    CPU time of its container is worth, not the machine's count.
     """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    limit = cgroups.cpu_limit()
+    return cores if limit is None else max(1, min(cores, math.ceil(limit)))
 
 
 class Machine(TypedDict):
@@ -73,15 +75,19 @@ def cpu_name() -> str:
 
 
 def memory_gib() -> float | None:
-    """Memory of the machine; None where the system does not say."""
+    """Memory this process may use: the machine's, or less in a container; None where the system
+    does not say.
+    """
     try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None  # not POSIX
+    limit = cgroups.memory_limit()
+    return round((memory if limit is None else min(memory, limit)) / 2**30, 1)
 
 
 def part_of_memory(part: float, most: int) -> float:
-    """Bytes: this part of the machine's memory, but no more than `most`, which it is where the
+    """Bytes: this part of the memory that there is, but no more than `most`, which it is where the
     system does not say.
     """
     memory = memory_gib()
@@ -92,30 +98,11 @@ def available_memory() -> int | None:
     """Bytes that programs can still get, of the machine and of the container that this one runs in;
     None where the system does not say. Linux alone does.
     """
-    try:
-        free = 1024 * _field(MEMINFO, "MemAvailable:")
-    except (OSError, LookupError):
+    free = cgroups.maybe_field(MEMINFO, "MemAvailable:")  # KiB
+    if free is None:
         return None
-    try:
-        limit = int((CGROUP / "memory.max").read_text())  # "max": there is none
-        used = int((CGROUP / "memory.current").read_text())
-        files = _field(CGROUP / "memory.stat", "inactive_file")  # which make room
-    except (OSError, LookupError, ValueError):
-        return free
-    return max(0, min(free, limit - used + files))
-
-
-def _field(path: Path, name: str) -> int:
-    """The number behind a name in a file of such lines.
-
-    Raises:
-        LookupError: the file does not have it.
-    """
-    for line in path.read_text(encoding="utf-8").splitlines():
-        words = line.split()
-        if words and words[0] == name:
-            return int(words[1])
-    raise LookupError(name)
+    left = cgroups.memory_left()
+    return 1024 * free if left is None else min(1024 * free, left)
 
 
 def resident_memory() -> int | None:

@@ -144,7 +144,7 @@ def test_how_a_letterbox_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[s
             ("--scores_layout", "NCA"),
             "--scores_layout NCA: 'scores_out' is [1, 42, 3] for 42 boxes",
         ),
-        (("--label_base", "1"), "--label_base 1: the outputs hold no labels"),
+        (("--label_base", "1"), "--label_base 1: a box has one score for each class"),
         (("--num_classes", "4"), "--num_classes 4: there are 3, one for each score of a box"),
     ],
 )

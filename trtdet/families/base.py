@@ -6,6 +6,7 @@ tensors the network lies and how its outputs become boxes and scores (`Reading`)
 that is common to all families.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -30,6 +31,8 @@ from trtdet.spec import (
     Rounding,
     Sampling,
 )
+
+logger = logging.getLogger(__name__)
 
 #: Tensors that stage 1 writes whatever follows them: [N, A, 4] (rotated: 5) boxes in the coding of
 #: `spec.nms`, and [N, A, C] logits, or probabilities where `spec.nms.score_activation` is off.
@@ -313,6 +316,7 @@ def pick_family(source: Source, families: Sequence[Family], name: str = "auto") 
     if name != "auto":
         return next(family for family in families if name == family.NAME)
     hits = [family for family in families if family.matches(source)]
+    logger.debug("families that match: %s", ", ".join(f.NAME for f in hits) or "none")
     if named := [family for family in hits if getattr(family, "IS_NAMED", False)]:
         hits = named
     if known := [family for family in hits if not getattr(family, "IS_GENERAL", False)]:

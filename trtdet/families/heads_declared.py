@@ -56,7 +56,7 @@ def refuse_unused(plan: Plan, hints: Hints, path: str) -> None:
         and "there is one score a box, or boxes and scores share an output",
         f"--label_base {d.label_base}": d.label_base is not None
         and not has_labels
-        and "the outputs hold no labels; a class is the position of its score",
+        and "a box has one score for each class, whose position is the class",
         f"--num_classes {hints.num_classes}": hints.num_classes is not None
         and not has_labels
         and hints.num_classes != count
