@@ -20,8 +20,9 @@ from trtdet.families import heads, heads_images
 from trtdet.families.base import IMAGE_HINTS, NO_HINTS, Heads, Hints, Reading
 from trtdet.families.evidence import Evidence
 from trtdet.families.heads_plan import Framework
+from trtdet.families.normalisation import decide_normalisation
 from trtdet.families.outputs import Nodes, batch_of, look
-from trtdet.families.pixels import decide_normalisation, find_pixels, maybe_image
+from trtdet.families.pixels import find_pixels, maybe_image
 from trtdet.graph.builder import Builder
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.sources.base import Source

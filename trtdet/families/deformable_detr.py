@@ -14,7 +14,7 @@ TensorRT versions, silently, and the plugin is not in TensorRT-RTX.
 
 from trtdet.families import detr
 from trtdet.families.base import NO_HINTS, Hints, Reading
-from trtdet.families.pixels import Convention
+from trtdet.families.normalisation import Convention
 from trtdet.sources.base import Source
 
 NAME = "deformable_detr"

@@ -42,12 +42,8 @@ from trtdet.families.base import (
 from trtdet.families.detr_export import Export, ones_mask, read_export
 from trtdet.families.detr_graph import rewrite_network
 from trtdet.families.evidence import Evidence
-from trtdet.families.pixels import (
-    Convention,
-    Normal,
-    decide_normalisation,
-    is_paddle,
-)
+from trtdet.families.normalisation import Convention, decide_normalisation
+from trtdet.families.pixels import Normal, is_paddle
 from trtdet.families.set_outputs import (
     Kind,
     is_deformable,

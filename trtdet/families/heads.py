@@ -58,14 +58,9 @@ from trtdet.families.heads_plan import (
     starting_line,
 )
 from trtdet.families.heads_reader import Reader
+from trtdet.families.normalisation import Convention, decide_normalisation
 from trtdet.families.outputs import batch_of, look, selected_from
-from trtdet.families.pixels import (
-    Convention,
-    decide_normalisation,
-    find_pixels,
-    is_paddle,
-    maybe_image,
-)
+from trtdet.families.pixels import find_pixels, is_paddle, maybe_image
 from trtdet.graph.static_shapes import fix_shapes, knows_sizes
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.sources.base import Shape, Source

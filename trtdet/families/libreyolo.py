@@ -18,8 +18,9 @@ from trtdet.errors import GraphError
 from trtdet.families import any_number, detr, heads
 from trtdet.families.base import NO_HINTS, Declaration, Hints, Note, Reading
 from trtdet.families.heads import Framework
+from trtdet.families.normalisation import Convention
 from trtdet.families.outputs import Nodes
-from trtdet.families.pixels import Convention, Normal
+from trtdet.families.pixels import Normal
 from trtdet.labels import COCO_80_IDS
 from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource

@@ -3,13 +3,13 @@
 measured with flat images.
 
 Flat images of one channel at a time tell scale, offset and order of the channels at the first
-convolution. What the file has inside is part of the file, and is never applied twice; where it has
-nothing, an option or the convention of a recognised family says it, or it is asked for.
+convolution.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,26 +18,17 @@ from numpy.typing import NDArray
 
 from trtdet.errors import GraphError
 from trtdet.families.base import Hints
-from trtdet.families.evidence import (
-    CHANNELS,
-    CONVENTION,
-    GIVEN,
-    MEASURED,
-    NORMALISATION,
-    Evidence,
-)
 from trtdet.geometry import in_layout
 from trtdet.graph.map_op import unknown_ops
 from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource
-from trtdet.spec import PREPROCESSORS, Layout, Preprocessing, parse_preprocessor
+from trtdet.spec import Layout, Preprocessing
 
 Triple = tuple[float, float, float]
 
 #: Standard deviations (0-255) of a normalisation that anybody would train with; and 1, of pixels as
 #: they are.
 PLAUSIBLE_STD = (30.0, 300.0)
-PREPROCESSOR_OPTION = f"--preprocessor {'|'.join(sorted(PREPROCESSORS))} or R,G,B/R,G,B, mean and deviation (with --channel_order bgr for a network that takes BGR)"
 
 
 @dataclass(frozen=True)
@@ -168,7 +159,8 @@ def find_pixels(
         )
     if conv is None or conv == name or unknown_ops(source, [conv]):
         return plain
-    return _measured(source, plain, conv, size_hw, feeds or {}, pads=pads)
+    response = _respond(source, plain, conv, size_hw, feeds or {}, pads=pads)
+    return _measured(source, plain, conv, response)
 
 
 def first_convolution(source: OnnxSource, image: str) -> str | None:
@@ -205,44 +197,77 @@ def resizes(source: OnnxSource, tensor: str) -> bool:
     return False
 
 
-def _measured(
+@dataclass(frozen=True)
+class _Response:
+    """How a tensor follows images whose pixels are all equal.
+
+    Attributes:
+        whole: it is the image itself, in `layout`; else its channels are rearranged.
+        offset, scale, source_of: channel k of it is offset[k] + scale[k] x channel source_of[k] of
+            the image.
+        level: of a white pixel.
+    """
+
+    layout: Layout
+    whole: bool
+    offset: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    source_of: NDArray[np.int64]
+    level: float
+
+
+def _measured(source: OnnxSource, plain: Pixels, tensor: str, response: _Response) -> Pixels:
+    """What lies between the image and a tensor, by its response."""
+    level, layout, offset, scale = response.level, response.layout, response.offset, response.scale
+    is_reversed = list(response.source_of[:3]) == [2, 1, 0]
+    in_order = is_reversed or list(response.source_of) == [0, 1, 2]
+    if not response.whole or not in_order:
+        # Focus and the like: channels are rearranged; what is inside stays inside.
+        return _kept(source, plain, response)
+    order = [2, 1, 0] if is_reversed else [0, 1, 2]
+    scale, offset = scale[order], offset[order]
+    if (np.abs(scale - 1) < 1e-6).all() and not offset.any() and level == 1.0 and not is_reversed:
+        if layout == plain.layout or _read_elsewhere(source.model, plain.image, tensor):
+            return plain
+        return dataclasses.replace(plain, tensor=tensor, layout=layout)  # a transpose alone
+    unit = _unit(scale, level)
+    inside = _normal(source, offset, scale, unit, bgr=is_reversed)
+    if _read_elsewhere(source.model, plain.image, tensor):
+        if level != 1.0:
+            raise GraphError(
+                f"{source.path}: expected '{plain.image}' to be read by the network's first operators alone; export the model with a float32 "
+                "input"
+            )
+        return dataclasses.replace(plain, inside=inside, kept=True, unit=unit)
+    return dataclasses.replace(plain, tensor=tensor, layout=layout, inside=inside, unit=unit)
+
+
+def _respond(
     source: OnnxSource,
     plain: Pixels,
     tensor: str,
     size_hw: tuple[int, int],
     feeds: Mapping[str, NDArray[Any]],
     *,
-    pads: bool = False,
-) -> Pixels:
+    pads: bool,
+) -> _Response:
+    """Run the network as far as `tensor` with a black image, one of each color, and a gray one.
+
+    Raises:
+        GraphError: the tensor is no image, or does not follow the image linearly, pixel by pixel.
+    """
     # 254: whole numbers have a half of it.
-    level, n = (254.0 if _is_integer(source.model, plain.image) else 1.0), plain.batch or 1
-    others = {key: np.repeat(value, n, axis=0) for key, value in feeds.items()}
-
-    def see(rgb: tuple[float, float, float]) -> NDArray[np.float64]:
-        images = np.empty((n, *size_hw, 3), np.float32)
-        images[:] = rgb
-        fed = {plain.image: in_layout(images, plain.image_layout), **others}
-        try:
-            (value,) = source.run([tensor], fed)
-        except GraphError:
-            if (
-                not others and plain.others
-            ):  # they do not reach the first convolution, or should not
-                raise GraphError(
-                    f"{source.path}: expected images alone to reach the first convolution, {list(plain.others)} do too"
-                ) from None
-            raise
-        return value[0].astype(np.float64)
-
+    level = 254.0 if _is_integer(source.model, plain.image) else 1.0
+    see = partial(_first_image, source, plain, tensor, size_hw, feeds)
     black = see((0, 0, 0))
     shape = black.shape
-    layout: Layout = "NCHW" if shape == (3, *size_hw) else "NHWC"
-    whole = shape in ((3, *size_hw), (*size_hw, 3)) and not resizes(source, tensor)
-    axis = 0 if layout == "NCHW" or not whole else 2
-    if black.ndim != 3:
+    if len(shape) != 3:
         raise GraphError(
             f"{source.path}: expected images to enter the first convolution, found {shape}"
         )
+    layout: Layout = "NCHW" if shape == (3, *size_hw) else "NHWC"
+    whole = shape in ((3, *size_hw), (*size_hw, 3)) and not resizes(source, tensor)
+    axis = 0 if layout == "NCHW" or not whole else 2
 
     def channels(value: NDArray[np.float64]) -> NDArray[np.float64]:
         maps = np.moveaxis(value, axis, 0)
@@ -259,60 +284,55 @@ def _measured(
     offset = channels(black)
     eye = [(level, 0.0, 0.0), (0.0, level, 0.0), (0.0, 0.0, level)]
     slopes = np.stack([(channels(see(rgb)) - offset) / level for rgb in eye], axis=1)
-    source_of = slopes.argmax(axis=1)
-    scale = slopes.max(axis=1)
+    source_of, scale = slopes.argmax(axis=1), slopes.max(axis=1)
     rest = slopes.copy()
     rest[np.arange(len(rest)), source_of] = 0
     half = channels(see((level / 2, level / 2, level / 2)))
-    if (
-        (scale <= 0).any()
-        or np.abs(rest).max() > 1e-6 * scale.max()
-        or (
-            np.abs(half - (offset + scale * level / 2)).max()
-            > 1e-3 * max(1.0, float(np.abs(half).max()))
-        )
-    ):
+    bent = np.abs(half - (offset + scale * level / 2)).max()
+    is_mixed = (scale <= 0).any() or np.abs(rest).max() > 1e-6 * scale.max()
+    if is_mixed or bent > 1e-3 * max(1.0, float(np.abs(half).max())):
         raise _not_affine(source, plain.image)
-    reversed_ = list(source_of[:3]) == [2, 1, 0]
-    if not whole or (list(source_of) != [0, 1, 2] and not reversed_):
-        # Focus and the like: channels are rearranged; what is inside stays inside.
-        return _kept(source, plain, offset, scale, source_of, level)
-    order = [2, 1, 0] if reversed_ else [0, 1, 2]
-    scale, offset = scale[order], offset[order]
-    if (np.abs(scale - 1) < 1e-6).all() and not offset.any() and level == 1.0 and not reversed_:
-        if layout == plain.layout or _read_elsewhere(source.model, plain.image, tensor):
-            return plain
-        return dataclasses.replace(plain, tensor=tensor, layout=layout)  # a transpose alone
-    unit = _unit(scale, level)
-    inside = _normal(source, offset, scale, unit, bgr=reversed_)
-    if _read_elsewhere(source.model, plain.image, tensor):
-        if level != 1.0:
-            raise GraphError(
-                f"{source.path}: expected '{plain.image}' to be read by the network's first operators alone; export the model with a float32 "
-                "input"
-            )
-        return dataclasses.replace(plain, inside=inside, kept=True, unit=unit)
-    return dataclasses.replace(plain, tensor=tensor, layout=layout, inside=inside, unit=unit)
+    return _Response(layout, whole, offset, scale, source_of, level)
 
 
-def _kept(
+def _first_image(
     source: OnnxSource,
     plain: Pixels,
-    offset: NDArray[np.float64],
-    scale: NDArray[np.float64],
-    source_of: NDArray[np.int64],
-    level: float,
-) -> Pixels:
+    tensor: str,
+    size_hw: tuple[int, int],
+    feeds: Mapping[str, NDArray[Any]],
+    rgb: Triple,
+) -> NDArray[np.float64]:
+    """What a tensor is of the first of a batch of images of one color."""
+    n = plain.batch or 1
+    images = np.empty((n, *size_hw, 3), np.float32)
+    images[:] = rgb
+    others = {key: np.repeat(value, n, axis=0) for key, value in feeds.items()}
+    try:
+        (value,) = source.run(
+            [tensor], {plain.image: in_layout(images, plain.image_layout), **others}
+        )
+    except GraphError:
+        if not others and plain.others:  # they do not reach the convolution, or should not
+            raise GraphError(
+                f"{source.path}: expected images alone to reach the first convolution, {list(plain.others)} do too"
+            ) from None
+        raise
+    return value[0].astype(np.float64)
+
+
+def _kept(source: OnnxSource, plain: Pixels, response: _Response) -> Pixels:
     """Normalisation that stays in the network, since the image cannot be followed through it."""
+    level, offset, scale = response.level, response.offset, response.scale
     if level == 1.0 and (np.abs(scale - 1) < 1e-6).all() and not offset.any():
         return plain
     if level != 1.0:
         raise _not_affine(source, plain.image)
     unit = _unit(scale, level)
     first = [
-        int(np.flatnonzero(source_of == channel)[0])
+        int(np.flatnonzero(response.source_of == channel)[0])
         for channel in range(3)
-        if (source_of == channel).any()
+        if (response.source_of == channel).any()
     ]
     if len(first) != 3:
         raise _not_affine(source, plain.image)
@@ -385,83 +405,3 @@ def _not_affine(source: OnnxSource, image: str) -> GraphError:
 
 def _text(shape: tuple[int | None, ...]) -> str:
     return "[" + ", ".join("?" if n is None else str(n) for n in shape) + "]"
-
-
-@dataclass(frozen=True)
-class Convention:
-    """What a recognised family does with images, unless the file or an option says otherwise."""
-
-    of: str  # the family, for the origin
-    normal: Normal = field(default_factory=lambda: Normal((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)))
-    is_known: bool = True  # its normalisation
-
-
-def decide_normalisation(
-    evidence: Evidence, pixels: Pixels, hints: Hints, convention: Convention | None
-) -> Normal:
-    """The normalisation, given, measured, or by convention; asked for where nothing says it.
-
-    Returns:
-        What is to be put before `pixels.tensor`: where the normalisation is kept inside, only the
-            scale of the input.
-    """
-    bgr = hints.channel_order == "bgr"
-    if hints.preprocessor and not pixels.kept:
-        mean, std = parse_preprocessor(hints.preprocessor)
-        order = bgr if hints.channel_order else bool(convention and convention.normal.bgr)
-        normal = Normal(mean, std, order)
-        option = f"--preprocessor {hints.preprocessor}" + (" --channel_order bgr" if bgr else "")
-        evidence.add(NORMALISATION, normal, GIVEN + option)
-        return normal
-    if hints.preprocessor:
-        raise GraphError(
-            f"{evidence.subject}: --preprocessor: the network normalises by itself ({pixels.inside}) and reads its input elsewhere too, so that "
-            "cannot be replaced; leave it out"
-        )
-    if pixels.inside:
-        return _inside(evidence, pixels, hints, convention)
-    if convention and convention.is_known:
-        normal = convention.normal
-        if hints.channel_order:
-            normal = Normal(normal.mean, normal.std, bgr)
-        evidence.add(
-            NORMALISATION, normal, f"{CONVENTION}{convention.of}; the file has none inside"
-        )
-        return normal
-    usual = Normal((0.0, 0.0, 0.0), (255.0, 255.0, 255.0), bgr)
-    evidence.ask(NORMALISATION, PREPROCESSOR_OPTION, usual)
-    return usual
-
-
-def _inside(
-    evidence: Evidence, pixels: Pixels, hints: Hints, convention: Convention | None
-) -> Normal:
-    """What the network does by itself.
-
-    Its input takes RGB or BGR: an option, the order of the mean, or the family says which.
-    """
-    inside, how = (
-        pixels.inside or Normal((0.0,) * 3, (1.0,) * 3),
-        "flat images at the first convolution",
-    )
-    if hints.channel_order:
-        takes_bgr = hints.channel_order == "bgr"
-        how += f", --channel_order {hints.channel_order}"
-    elif len(set(inside.mean)) > 1 and not (inside.bgr and convention is None):
-        # With a swap of channels inside, either the mean is of the channels behind it, or it is
-        # misplaced, as super-gradients does for PP-YOLOE; only a known framework tells.
-        takes_bgr = (
-            inside.mean[0] < inside.mean[2]
-        )  # of photographs, and of every data set, red is the brightest
-        how += ", channel order by the mean"
-    else:
-        takes_bgr = False
-        if convention is None:
-            evidence.ask(CHANNELS, "--channel_order rgb|bgr", "rgb")
-    mean, std = (x[::-1] if takes_bgr else x for x in (inside.mean, inside.std))
-    normal = Normal(mean, std, inside.bgr != takes_bgr)
-    evidence.add(NORMALISATION, f"{normal}, in the network", MEASURED + how)
-    if pixels.kept:
-        scale = 255.0 if pixels.unit == 255.0 else 1.0
-        return Normal((0.0, 0.0, 0.0), (scale, scale, scale), takes_bgr)
-    return normal

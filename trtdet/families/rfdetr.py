@@ -9,7 +9,7 @@ of all query and class pairs.
 
 from trtdet.families import detr
 from trtdet.families.base import NO_HINTS, Hints, Reading
-from trtdet.families.pixels import Convention
+from trtdet.families.normalisation import Convention
 from trtdet.sources.base import Source
 
 NAME = "rfdetr"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from trtdet.families import detr, heads, yolo
 from trtdet.families.base import NO_HINTS, Declaration, Hints, Reading
 from trtdet.families.heads_plan import Framework
-from trtdet.families.pixels import Convention
+from trtdet.families.normalisation import Convention
 from trtdet.families.set_outputs import Kind
 from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource

@@ -34,13 +34,9 @@ from trtdet.families.base import (
     Reading,
 )
 from trtdet.families.evidence import Evidence
+from trtdet.families.normalisation import Convention, decide_normalisation
 from trtdet.families.outputs import batch_of, check_finite, unexplained
-from trtdet.families.pixels import (
-    Convention,
-    decide_normalisation,
-    find_pixels,
-    maybe_image,
-)
+from trtdet.families.pixels import find_pixels, maybe_image
 from trtdet.families.yolo_assembly import HEAD, assembler, declare_head
 from trtdet.families.yolo_conventions import (
     YOLOX_NORMAL,
