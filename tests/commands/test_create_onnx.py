@@ -354,6 +354,32 @@ def test_opsets_from_a_saved_model(options: list[str], tmp_path: Path) -> None:
     assert legacy == (["BatchedNMSDynamic_TRT"] if "--legacy_plugins" in options else [])
 
 
+@pytest.mark.parametrize(
+    ("options", "warns", "agnostic"),
+    [
+        ((), False, True),
+        (("--legacy_plugins",), True, False),
+        (("--legacy_plugins", "--nms_mode", "per_class"), False, False),
+    ],
+)
+def test_legacy_plugins_say_that_they_are_per_class(
+    options: tuple[str, ...],
+    warns: bool,
+    agnostic: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """AutoML's NMS is class-agnostic, BatchedNMS_TRT is not."""
+    pytest.importorskip("tensorflow", reason="needs requirements-tensorflow.txt")
+    status, model = convert(TINY, tmp_path / "m.onnx", *options)
+    assert status == 0 and model is not None
+    assert capsys.readouterr().err.count("knows no class-agnostic NMS") == warns
+    spec = ModelSpec.from_onnx(model)
+    assert spec.nms.class_agnostic == agnostic
+    selection = next(fact for fact in spec.evidence if fact.name == "selection")
+    assert ("across classes" in selection.value) == agnostic
+
+
 def test_an_opset_below_the_sources_is_refused(
     tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from trtdet.commands import create_onnx
 from trtdet.errors import GraphError
 from trtdet.families.base import NO_HINTS, Declaration, Hints
 from trtdet.sources.base import run_onnx
-from trtdet.spec import ModelSpec
+from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_family.md"
 
@@ -438,6 +438,32 @@ def test_a_family_file_that_is_none(
     status, _ = convert(save(pair(), tmp_path / "m.onnx"), "--family", str(family))
     assert status == 1
     assert message in error_of(capsys)
+
+
+@pytest.mark.parametrize("form", [("--legacy_plugins",), ("--nms", "onnx"), ("--nms", "graph")])
+def test_a_form_of_nms_where_there_is_none(
+    form: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It changes nothing, and says so."""
+    source = save(networks.v8(end="topk"), tmp_path / "m.onnx")
+    status, out = convert(source)
+    assert status == 0
+    plain = onnx.load(out)
+    status, out = convert(source, *form, "--opset", "17")
+    assert status == 0
+    assert (
+        f"{' '.join(form)} changes nothing: this yolo model has no NMS" in capsys.readouterr().err
+    )
+    asked = onnx.load(out)
+    assert ModelSpec.from_onnx(asked).nms == ModelSpec.from_onnx(plain).nms
+    image = np.random.default_rng(3).random((1, networks.HEIGHT, networks.WIDTH, 3), np.float32)
+    fed = {plain.graph.input[0].name: image * 255}
+    for ours, theirs in zip(
+        run_onnx(asked, list(OUTPUT_NAMES), fed),
+        run_onnx(plain, list(OUTPUT_NAMES), fed),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_boxes_scores_and_labels(tmp_path: Path) -> None:

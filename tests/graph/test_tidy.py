@@ -150,6 +150,40 @@ def test_batch_norm_goes_into_shared_weights_separately() -> None:
     assert len({n.input[1] for n in result.graph.node if n.op_type == "Conv"}) == 2
 
 
+def test_batch_norm_of_a_convolution_over_a_sequence() -> None:
+    model = parse(
+        """
+        g (float[N,3,9] x) => (float[N,4,7] y) {
+          a = Conv(x, w)
+          y = BatchNormalization(a, gamma, beta, mean, var)
+        }""",
+        w=weights(4, 3, 3), gamma=weights(4), beta=weights(4), mean=weights(4), var=np.abs(weights(4)),
+    )  # fmt: skip
+    assert ops(rewritten(model, tidy.fold_batch_norms)) == {"Conv": 1}
+
+
+@pytest.mark.parametrize(
+    ("image", "kernel", "pools"), [("3,8,8", (4, 3, 1, 1), 1), ("3,8,8,5", (4, 3, 1, 1, 1), 0)]
+)
+def test_a_mean_over_two_axes_is_a_pool_of_images_alone(
+    image: str, kernel: tuple[int, ...], pools: int
+) -> None:
+    """Not of volumes, of which it leaves an axis."""
+    model = parse(
+        f"""
+        g (float[N,{image}] x) => (float y) {{
+          a = Conv(x, w)
+          s = Sigmoid(a)
+          m = Mul(s, a)
+          y = ReduceMean<axes=[2,3], keepdims=1>(m)
+        }}""",
+        w=weights(*kernel),
+    )
+    result = rewritten(model, tidy.average_pool_from_mean)
+    assert ops(result)["GlobalAveragePool"] == pools
+    assert ops(result)["ReduceMean"] == 1 - pools
+
+
 def test_batch_norm_stays_where_the_convolution_is_read_elsewhere() -> None:
     model = parse(
         """

@@ -573,13 +573,6 @@ def test_legacy_file_around_the_plugin():
     np.testing.assert_allclose(outputs["detection_boxes"][0, 0], decoded[0, 0], rtol=1e-5)
 
 
-def test_legacy_says_that_it_is_per_class(caplog):
-    model = heads_model(BOXES, SCORES)
-    nms = Nms(max_output_boxes=5, class_agnostic=True)
-    insert_legacy(model, boxes="raw_boxes", scores="raw_scores", anchors=ANCHORS, nms=nms)
-    assert "no class-agnostic NMS" in caplog.text
-
-
 # ---- errors --------------------------------------------------------------------------------------
 
 

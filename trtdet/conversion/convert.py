@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from trtdet import about, files
 from trtdet.conversion.options import Options
-from trtdet.conversion.specify import specify
+from trtdet.conversion.specify import specify, warn_of_nms
 from trtdet.errors import GraphError
 from trtdet.families import load_families, load_family
 from trtdet.families.base import (
@@ -121,6 +121,7 @@ def convert(source: Source, options: Options) -> Converted:
     for note in reading.notes:
         if note.option not in options.given:
             logger.warning(note.text)
+    warn_of_nms(reading.spec, options)
     done = assemble(source, reading, options)
     if options.batch is None and reading.batch and not takes_others(done):
         logger.warning(

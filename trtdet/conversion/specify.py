@@ -4,6 +4,7 @@ no use for are refused.
 """
 
 import dataclasses
+import logging
 from typing import Any
 
 from trtdet.conversion.options import Options
@@ -12,6 +13,8 @@ from trtdet.families.base import Hints, Reading
 from trtdet.families.evidence import BATCH, GIVEN, KEPT, NORMALISATION, SELECTION, with_options
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.spec import Fact, ModelSpec, parse_preprocessor
+
+logger = logging.getLogger(__name__)
 
 #: Pixels: where the range of an input of dynamic size ends.
 MAX_SIDE = 8192
@@ -80,12 +83,10 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
         "score_threshold": options.score_threshold,
         "iou_threshold": options.iou_threshold,
         "max_output_boxes": options.max_detections,
-        "class_agnostic": None
-        if options.nms_mode == "model"
-        else options.nms_mode == "class_agnostic",
+        "class_agnostic": _is_agnostic(found, options),
     }
-    if options.nms_form == "legacy":
-        settings["class_agnostic"] = False  # BatchedNMS has no other mode; insert_legacy warns
+    if options.nms_form == "legacy" and found.selection == "nms":
+        settings["class_agnostic"] = False  # BatchedNMS has no other mode; see `warn_of_nms`
     given = {name: value for name, value in settings.items() if value is not None}
     labels = fit_labels(options.labels, found.num_classes)
     if labels and len(labels) != found.num_classes:
@@ -139,6 +140,12 @@ def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:
             f"NMS, {options.nms_mode.replace('_', ' ')}{comma}{more}",
             f"--nms_mode {options.nms_mode}",
         )
+    if (
+        options.nms_form == "legacy"
+        and _is_agnostic(reading.spec, options)
+        and reading.spec.selection == "nms"
+    ):
+        given[SELECTION] = ("NMS per class", "--legacy_plugins")
     if options.preprocessor and not any(
         f.name == NORMALISATION and f.origin.startswith(GIVEN) for f in reading.facts
     ):
@@ -173,6 +180,29 @@ def refuse_without_effect(reading: Reading, options: Options) -> None:
             raise GraphError(
                 f"{option}: this {found.family} model needs no suppression and gets none; leave it out"
             )
+
+
+def warn_of_nms(found: ModelSpec, options: Options) -> None:
+    """Say where the form of NMS that was asked for has no effect, or another one than the model's
+    own.
+    """
+    option = "--legacy_plugins" if options.nms_form == "legacy" else f"--nms {options.nms_form}"
+    if found.selection != "nms" and options.nms_form in ("onnx", "graph", "legacy"):
+        how = "NMS of rotated boxes" if found.selection == "rotated_nms" else "no NMS"
+        logger.warning(
+            "%s changes nothing: this %s model has %s, made of ordinary operators", option, found.family, how
+        )  # fmt: skip
+    elif options.nms_form == "legacy" and _is_agnostic(found, options):
+        logger.warning(
+            "BatchedNMS_TRT knows no class-agnostic NMS: boxes of different classes will not suppress each other; "
+            "for TensorRT 8 and later leave out --legacy_plugins"
+        )
+
+
+def _is_agnostic(found: ModelSpec, options: Options) -> bool:
+    if options.nms_mode == "model":
+        return found.nms.class_agnostic
+    return options.nms_mode == "class_agnostic"
 
 
 def size_text(size_hw: tuple[int, int]) -> str:

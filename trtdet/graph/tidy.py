@@ -37,6 +37,10 @@ ELEMENTWISE = frozenset(
 )
 
 
+#: Operators whose result has as many axes as their first computed input.
+KEEPS_RANK = ELEMENTWISE | {"AveragePool", "BatchNormalization", "Concat", "InstanceNormalization", "MaxPool", "Resize", "Transpose"}  # fmt: skip
+
+
 def tidy(graph: gs.Graph) -> gs.Graph:
     """Run every clean-up below, in the order in which each makes room for the next."""
     sort_nodes(graph.cleanup())
@@ -267,7 +271,8 @@ def fold_batch_norms(graph: gs.Graph) -> None:
             continue
         gamma, beta, mean, variance = (t.values.astype(np.float64) for t in parameters)
         scale = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
-        weight = conv.inputs[1].values.astype(np.float64) * scale[:, None, None, None]
+        weight = conv.inputs[1].values.astype(np.float64)
+        weight *= scale.reshape(-1, *[1] * (weight.ndim - 1))
         bias = conv.inputs[2].values.astype(np.float64) if len(conv.inputs) > 2 else 0.0
         name = node.outputs[0].name
         conv.inputs = [
@@ -282,12 +287,34 @@ def fold_batch_norms(graph: gs.Graph) -> None:
 
 
 def average_pool_from_mean(graph: gs.Graph) -> None:
-    """ReduceMean over height and width, axes kept  ->  GlobalAveragePool, which every INT8
-    recipe knows.
+    """ReduceMean over height and width of [N, C, H, W], axes kept  ->  GlobalAveragePool, which
+    every INT8 recipe knows.
     """
     for node in graph.nodes:
-        if node.op == "ReduceMean" and _axes(node) == [2, 3] and node.attrs.get("keepdims", 1) == 1:
+        if (
+            node.op == "ReduceMean"
+            and _axes(node) == [2, 3]
+            and node.attrs.get("keepdims", 1) == 1
+            and _maybe_rank(node.inputs[0]) == 4
+        ):
             node.op, node.attrs, node.inputs = "GlobalAveragePool", {}, node.inputs[:1]
+
+
+def _maybe_rank(tensor: gs.Tensor) -> int | None:
+    """Number of axes, as the file says, or as a convolution before it does; None where neither
+    does.
+    """
+    while tensor.shape is None:
+        node = tensor.inputs[0] if tensor.inputs else None
+        if node is None or not node.inputs:
+            return None
+        if node.op in ("Conv", "ConvTranspose") and isinstance(node.inputs[1], gs.Constant):
+            return int(node.inputs[1].values.ndim)
+        if node.op not in KEEPS_RANK:
+            return None
+        computed = [t for t in node.inputs if isinstance(t, gs.Variable)]
+        tensor = (computed or node.inputs)[0]
+    return len(tensor.shape)
 
 
 def leave_out_empty_inputs(graph: gs.Graph) -> None:

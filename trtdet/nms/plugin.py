@@ -23,7 +23,6 @@ this one.
 """
 
 import dataclasses
-import logging
 
 import numpy as np
 import onnx
@@ -44,9 +43,6 @@ from trtdet.nms.boxes import decode_boxes, head_sizes
 from trtdet.nms.lowering import PLUGIN_OP
 from trtdet.nms.outputs import declare_outputs
 from trtdet.spec import OUTPUT_NAMES, Nms
-
-logger = logging.getLogger(__name__)
-
 
 #: Outputs of a model without NMS: float32 [N, A, 4] corners, float32 [N, A, C] probabilities.
 DECODED_NAMES = ("boxes", "scores")
@@ -125,7 +121,7 @@ def insert_legacy(
 
     * `LEGACY_CANDIDATES` per class instead of 5000 per image; suppression above the IoU threshold,
       not from it on;
-    * no class-agnostic mode: per class then, with a warning;
+    * no class-agnostic mode: per class then;
     * classes come as float32 and -1 in unused slots; a Max and a Cast make them int32 and 0.
 
     `isNormalized` is set although boxes are pixels: with `clipBoxes` off it only keeps the plugin
@@ -144,11 +140,6 @@ def insert_legacy(
         raise GraphError(
             f"BatchedNMS_TRT: expected max_output_boxes of at most the number of anchors, {num_anchors}, found "
             f"{nms.max_output_boxes}; lower --max_detections"
-        )
-    if nms.class_agnostic:
-        logger.warning(
-            "BatchedNMS_TRT knows no class-agnostic NMS: boxes of different classes will not suppress each other; "
-            "for TensorRT 8 and later leave out --legacy_plugins"
         )
     build = Builder(model, "nms/")
     corners, probabilities = _decode_heads(build, boxes, scores, anchors, nms, num_anchors)
