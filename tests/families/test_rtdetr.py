@@ -16,14 +16,23 @@ from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import ModelSpec
 
 
-@pytest.fixture
-def export(tmp_path: Path) -> Path:
-    """The tiny Deformable DETR, its two outputs as one, without its mask."""
+@pytest.fixture(params=[None, 2])
+def export(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """The tiny Deformable DETR, its two outputs as one, without its mask; with two of its classes,
+    too, where a row is as wide as a detection.
+    """
     model = detr_data.load("deformable_detr_tiny")[0]
     values = [info.name for info in model.graph.output]
-    classes = model.graph.output[values.index("logits")].type.tensor_type.shape.dim[2].dim_value
+    all_classes = model.graph.output[values.index("logits")].type.tensor_type.shape.dim[2].dim_value
+    classes = request.param or all_classes
+    assert classes <= all_classes
     queries = model.graph.output[values.index("logits")].type.tensor_type.shape.dim[1].dim_value
-    model.graph.node.append(helper.make_node("Sigmoid", ["logits"], ["probabilities"]))
+    model.graph.node.append(helper.make_node("Sigmoid", ["logits"], ["all_probabilities"]))
+    for name, bound in (("from", 0), ("to", classes), ("of", 2)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([bound]), name))
+    model.graph.node.append(
+        helper.make_node("Slice", ["all_probabilities", "from", "to", "of"], ["probabilities"])
+    )
     model.graph.node.append(
         helper.make_node("Concat", ["pred_boxes", "probabilities"], ["output0"], axis=2)
     )

@@ -395,6 +395,50 @@ def test_class_ids_without_names_ask_for_labels(tmp_path: Path) -> None:
         yolo.read(source_of(model, tmp_path))
 
 
+def test_two_classes_end_to_end_are_no_set_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of six values, which RT-DETR has of two classes, too; the file does not say which."""
+    monkeypatch.setattr(networks, "CLASSES", 2)
+    model = networks.v8(end="topk")
+    metadata = {p.key: p.value for p in model.metadata_props if p.key != "end2end"}
+    helper.set_model_props(model, metadata | {"names": "{0: 'circle', 1: 'square'}"})
+    source = source_of(model, tmp_path)
+    assert not yolo.is_set_prediction(source)
+    spec = yolo.read(source).spec
+    assert (spec.selection, spec.num_classes, spec.nms.max_output_boxes) == ("topk", 2, networks.K)
+
+
+def test_detections_that_no_concat_leads_to(tmp_path: Path) -> None:
+    """They are taken as they are."""
+    model = onnx.parser.parse_model(
+        f"""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[1, 3, {HEIGHT}, {WIDTH}] images) => (float[1, 12, 6] output0) {{
+          flat = Flatten(images)
+          product = MatMul(flat, weight)
+          rows = Reshape(product, shape)
+          shares = Sigmoid(rows)
+          values = Mul(shares, sizes)
+          labels = Mul(values, is_label)
+          whole = Floor(labels)
+          rest = Sub(values, labels)
+          output0 = Add(rest, whole)
+        }}"""
+    )
+    rng = np.random.default_rng(5)
+    for name, value in (
+        ("weight", rng.normal(0, 0.02, (3 * HEIGHT * WIDTH, 72)).astype(np.float32)),
+        ("shape", np.array([1, 12, 6])),
+        ("sizes", np.array([WIDTH, HEIGHT, WIDTH, HEIGHT, 1, 3], np.float32)),
+        ("is_label", np.array([0, 0, 0, 0, 0, 1], np.float32)),
+    ):
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    helper.set_model_props(model, {"names": networks.NAMES, "stride": "32", "task": "detect"})
+    spec = yolo.read(source_of(model, tmp_path)).spec
+    assert (spec.selection, spec.num_classes, spec.nms.max_output_boxes) == ("topk", 3, 12)
+
+
 # ---- images
 
 

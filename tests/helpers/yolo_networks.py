@@ -189,7 +189,9 @@ def _selection(angle: bool) -> str:
     """dense -> output0: of the K rows with the best classes, the K best pairs of a row and a
     class.
     """
-    columns, names = ("4, 3, 1", "box, score, angle") if angle else ("4, 3", "box, score")
+    columns, names = f"4, {CLASSES}", "box, score"
+    if angle:
+        columns, names = f"{columns}, 1", f"{names}, angle"
     pick_angle = """
       angles = GatherElements<axis = 1>(angle, row_column)
       picked_angle = GatherElements<axis = 1>(angles, pair_column)"""

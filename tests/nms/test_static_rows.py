@@ -260,3 +260,26 @@ def test_tensorrt_rtx_builds_it() -> None:
     plan = builder.build_serialized_network(network, config)
     assert plan is not None and plan.nbytes > 50_000
     assert tuple(network.get_output(0).shape) == (MOST, 4)
+
+
+@pytest.mark.parametrize("position", [2, 3, 4])
+def test_limits_of_an_nms_that_are_computed(position: int) -> None:
+    """They are not taken for missing ones."""
+    names = ["boxes", "scores", "most", "overlap", "least"]
+    computed = names[position]
+    constants = {"most": np.array([3]), "overlap": np.array([0.5], np.float32), "least": np.array([0.1], np.float32), "zero": np.array([0])}  # fmt: skip
+    constants[f"{computed}_constant"] = constants.pop(computed)
+    nodes = [
+        make("ReduceMax", ["scores"], ["best"], keepdims=0),
+        make("Mul", ["best", "overlap_constant" if position == 3 else "least_constant"], [computed])
+        if position > 2
+        else make("Cast", ["best"], ["most"], to=INT64),
+        make("NonMaxSuppression", names, ["chosen"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "nms", [info("boxes", FLOAT, [1, 9, 4]), info("scores", FLOAT, [1, 2, 9])], [info("chosen", INT64, [None, 3])],
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with pytest.raises(GraphError, match=f"with '{computed}', which follows the picture too"):
+        make_static(model)

@@ -133,7 +133,9 @@ def final(inside: Inside, plan: Plan, size_hw: tuple[int, int], path: str) -> Fi
         at, labels = (np.array([pair[k] for pair in kept], np.int64) for k in (0, 1))
         return Found(boxes[at], scores[at, labels], labels)
 
-    differs = "all classes, not the first ones alone, where there are more detections than are kept"
+    differs = "the best detections of all classes where there are more than are kept"
+    if not inside.by_score:
+        differs += ", not those of the first classes"
     remedy = f"declare what enters its NMS, --boxes_output {inside.boxes} --scores_output {inside.scores}"
     return Final(inside.outputs, read_detections, select, differs, remedy=remedy)
 

@@ -35,7 +35,7 @@ from trtdet.families.base import (
 )
 from trtdet.families.evidence import Evidence
 from trtdet.families.normalisation import Convention, decide_normalisation
-from trtdet.families.outputs import batch_of, check_finite, unexplained
+from trtdet.families.outputs import batch_of, check_finite, is_whole, unexplained
 from trtdet.families.pixels import find_pixels, maybe_image
 from trtdet.families.yolo_assembly import HEAD, assembler, declare_head
 from trtdet.families.yolo_conventions import (
@@ -71,6 +71,8 @@ from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import ModelSpec
 
 NAME = "yolo"
+#: A detection is x1 y1 x2 y2, a score and a class id.
+DETECTION_WIDTH = 6
 
 
 def matches(source: Source) -> bool:
@@ -88,8 +90,8 @@ def matches(source: Source) -> bool:
 
 
 def is_set_prediction(source: Source) -> bool:
-    """Whether the rows are those of Ultralytics' RT-DETR: no grid has so many cells, and they
-    are wider than detections.
+    """Whether the rows are those of Ultralytics' RT-DETR: no grid has so many cells, and they are
+    wider than detections; with two classes, they hold what no detection does.
     """
     if not isinstance(source, OnnxSource) or source.spec:
         return False
@@ -100,11 +102,26 @@ def is_set_prediction(source: Source) -> bool:
     size_hw = _declared_size(source.graph)
     metadata = read_metadata(source.model)
     names = metadata.names
-    return not metadata.is_rotated and len(shapes) == 1 and any(
-        len(shape) == 3 and shape[2] == 4 + len(names) and shape[2] != 6
-        and not (size_hw and levels_of(shape, size_hw))
-        for shape in shapes.values()
-    )  # fmt: skip
+    if metadata.is_rotated or len(shapes) != 1:
+        return False
+    ((name, shape),) = shapes.items()
+    if len(shape) != 3 or shape[2] != 4 + len(names) or (size_hw and levels_of(shape, size_hw)):
+        return False
+    return shape[2] != DETECTION_WIDTH or _has_two_scores(source, name, size_hw or metadata.size_hw)
+
+
+def _has_two_scores(source: OnnxSource, rows: str, size_hw: tuple[int, int] | None) -> bool:
+    """Whether rows of six values are a box of 0 to 1 and a probability for each of two classes,
+    rather than a box in pixels, a score and a class id; False where ONNX Runtime cannot tell.
+    """
+    if unknown_ops(source, [rows]):
+        return False
+    try:
+        pixels = find_pixels(source, NO_HINTS, usual_size=size_hw)
+        seen = look(source, pixels, pixels.size_hw or (0, 0), [rows])[rows]
+    except GraphError:
+        return False
+    return bool(np.abs(seen[..., :4]).max() <= 1) and not is_whole([seen[..., 5]])
 
 
 def maybe_without_metadata(source: OnnxSource) -> str | None:

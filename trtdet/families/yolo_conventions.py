@@ -16,7 +16,8 @@ from trtdet.spec import Nms, Preprocessing, Selection
 #: The least score that Ultralytics, YOLOv5 and YOLOX keep when they compute mAP; for pictures they
 #: take 0.25.
 SCORE_THRESHOLD = 0.001
-#: Ultralytics' default since v8; the default of v5, v7 and YOLOX.
+#: Ultralytics' default since v8; that of the demos of v5, v7 and YOLOX, which compute mAP with 0.6
+#: (v5) and 0.65.
 IOU_THRESHOLD, IOU_THRESHOLD_OBJECTNESS = 0.7, 0.45
 #: Ultralytics' default.
 MAX_DETECTIONS = 300

@@ -225,7 +225,7 @@ def before_selection(
     concats = [node.outputs[0] for node in above if node.op == "Concat"]
     # A row of it has scores for all classes in place of one score and a class id.
     channels = final.values.shape[2] - 2 + final.num_classes
-    for name, value in look(concats).items():
+    for name, value in (look(concats) if concats else {}).items():
         levels = levels_of(value.shape, size_hw) if value.ndim == 3 else None
         if levels is None or value.shape[1:] != (channels, levels.count):
             continue

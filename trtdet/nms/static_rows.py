@@ -310,9 +310,8 @@ class Lowering:
 
     def _nonmaxsuppression(self, node: onnx.NodeProto) -> None:
         boxes, scores = (self.known[name] for name in node.input[:2])
-        most, overlap, least = [*(self.maybe_value(name) for name in node.input[2:]), *[None] * 3][
-            :3
-        ]
+        limits = [self._limit(node, name) for name in node.input[2:]]
+        most, overlap, least = [*limits, None, None, None][:3]
         if boxes.shape[0] != 1 or any(a.name == "center_point_box" and a.i for a in node.attribute):
             raise self.unknown(node, "of several pictures, or of centres")
         _, classes, n = scores.shape
@@ -354,6 +353,17 @@ class Lowering:
             mask = self.made("Slice", "mask_first", mask, *bounds)
         # Of several classes, ONNX lists one class after the other.
         self.renamed(chosen, node.output[0], Rows(0, mask, first=classes == 1))
+
+    def _limit(self, node: onnx.NodeProto, name: str) -> Array | None:
+        """A limit or threshold of an NMS; None where it has none.
+
+        Raises:
+            GraphError: it is computed from the picture.
+        """
+        value = self.maybe_value(name)
+        if name and value is None:
+            raise self.unknown(node, f"with '{name}', which follows the picture too")
+        return value
 
     def _candidates(self, node: onnx.NodeProto) -> int:
         """How many boxes are looked at: as many as TensorRT's TopK takes, or fewer where the
