@@ -63,9 +63,9 @@ def test_the_mask_input_decides_how_images_come(tiny, tmp_path):
     assert (spec.family, spec.selection, spec.num_classes) == ("detr", "topk", 4)
     assert spec.nms.max_output_boxes == 10  # its queries
     assert [note.option for note in reading.notes] == ["resize_mode"]
-    assert {f.name: f.origin for f in reading.facts}[
-        "normalisation"
-    ] == "convention: DETR; the file has none inside"
+    facts = {f.name: f for f in reading.facts}
+    assert facts["normalisation"].origin == "convention: DETR; the file has none inside"
+    assert facts["category ids"].value == "0..3" and spec.category_ids == (0, 1, 2, 3)
 
 
 def test_batch_equals_single_images(tiny, tmp_path):

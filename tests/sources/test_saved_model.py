@@ -3,6 +3,7 @@
 size.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trtdet.conversion import verification
 from trtdet.errors import GraphError
 from trtdet.families import automl
 from trtdet.nms.reference import decode_boxes
+from trtdet.sources import saved_model
 from trtdet.sources.base import run_onnx
 from trtdet.sources.saved_model import SavedModelSource
 
@@ -31,6 +33,16 @@ def save_v1(path: Path, build: Any) -> None:
         y = build(x)
         session.run(tf1.global_variables_initializer())
         tf1.saved_model.simple_save(session, str(path), {"x": x}, {"y": y})
+
+
+def test_importing_tensorflow_hides_no_gpu_from_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An engine may run in it next. TensorFlow itself takes none."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    loaded = saved_model._import_tensorflow()
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert loaded.config.get_visible_devices("GPU") == []
 
 
 def test_fractional_resize_becomes_sizes_and_equals_tensorflow(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ from typing import Any
 from trtdet.conversion.options import Options
 from trtdet.errors import GraphError
 from trtdet.families.base import Hints, Reading
-from trtdet.families.evidence import BATCH, GIVEN, KEPT, NORMALISATION, SELECTION, with_options
+from trtdet.families.evidence import (
+    BATCH,
+    CATEGORY_IDS,
+    GIVEN,
+    KEPT,
+    NORMALISATION,
+    SELECTION,
+    ids_text,
+    with_options,
+)
 from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.spec import Fact, ModelSpec, parse_preprocessor
 
@@ -133,6 +142,9 @@ def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:
     given: dict[str, tuple[str, str]] = {}
     if options.max_detections is not None:
         given[KEPT] = (str(options.max_detections), "--max_detections")
+    labels = fit_labels(options.labels, reading.spec.num_classes)
+    if labels == COCO_80_LABELS and reading.spec.category_ids != COCO_80_IDS:
+        given[CATEGORY_IDS] = (ids_text(COCO_80_IDS), "--labels, COCO's names")
     if options.nms_mode != "model":
         former = next((f.value for f in reading.facts if f.name == SELECTION), "")
         _, comma, more = former.partition(", ")  # that boxes are clipped

@@ -183,7 +183,7 @@ def _spec(maps: Maps, preprocessing: Preprocessing, hints: Hints, evidence: Evid
     evidence.add(ev.CLASSES, count, "read: the number of heatmaps")
     evidence.add(
         ev.CATEGORY_IDS,
-        "1..90" if coco else f"1..{count}",
+        "COCO's 80" if coco else f"1..{count}",
         "convention: COCO's ids of its 80 classes" if coco else "convention: class index + 1",
     )
     evidence.add(ev.SELECTION, "peaks of 3 x 3 cells, no NMS", f"{ev.CONVENTION}CenterNet")

@@ -253,6 +253,10 @@ def describe(
     sampling = SAMPLINGS.get(hints.interpolation, usual)
     normal = decide_normalisation(evidence, export.entry, hints, convention)
     mean = normal.mean
+    is_coco = labels == COCO_80_LABELS and num_classes == len(COCO_80_IDS)
+    ids = COCO_80_IDS if is_coco else tuple(range(num_classes))
+    origin = "read: COCO's names" if is_coco else f"{ev.CONVENTION}{convention.of}: class index"
+    evidence.add(ev.CATEGORY_IDS, ev.ids_text(ids), origin)
     note_facts(evidence, export, hints, resize, convention.of, kept)
     _note_resampling(evidence, hints, antialias=antialias, sampling=sampling, by_paddle=by_paddle)
     evidence.add(
@@ -275,9 +279,7 @@ def describe(
         family=family,
         preprocessing=preprocessing,
         nms=Nms(),
-        category_ids=COCO_80_IDS
-        if labels == COCO_80_LABELS and num_classes == 80
-        else tuple(range(num_classes)),
+        category_ids=ids,
         labels=next((x for x in (labels, hints.labels) if len(x) == num_classes), ()),
         box_order="xyxy",
         boxes_normalized=True,
@@ -353,7 +355,6 @@ def note_facts(
     else:
         evidence.add(ev.RESIZE, resize, f"{ev.CONVENTION}{of}, without a mask input")
     evidence.add(ev.BOXES, "cxcywh, 0 to 1", f"{ev.MEASURED}their values; {ev.CONVENTION}{of}")
-    evidence.add(ev.CATEGORY_IDS, "class index", f"{ev.CONVENTION}{of}")
     evidence.add(
         ev.KEPT,
         kept,

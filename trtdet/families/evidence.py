@@ -8,10 +8,11 @@ choice instead, and says so.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from trtdet.errors import GraphError
+from trtdet.labels import COCO_80_IDS
 from trtdet.spec import Fact
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,13 @@ def table(facts: Iterable[Fact]) -> str:
     return "\n".join(
         f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows
     )
+
+
+def ids_text(ids: Sequence[int]) -> str:
+    """Category ids, as the table of facts shows them."""
+    if tuple(ids) == COCO_80_IDS:
+        return "COCO's 80"
+    return f"{ids[0]}..{ids[-1]}" if ids else "none"
 
 
 def with_options(facts: Iterable[Fact], given: dict[str, tuple[str, str]]) -> tuple[Fact, ...]:

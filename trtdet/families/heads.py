@@ -293,7 +293,7 @@ def _spec(
         origin = (
             f"{ev.CONVENTION}class index + 1" if known.first_id else f"{ev.CONVENTION}its labels"
         )
-    evidence.add(ev.CATEGORY_IDS, f"{ids[0]}..{ids[-1]}" if ids else "none", origin)
+    evidence.add(ev.CATEGORY_IDS, ev.ids_text(ids), origin)
     one_class_each = plan.labels != "" or plan.label_column is not None
     kept = known.kept or (plan.count if plan.selected else one_picture.MAX_DETECTIONS)
     if plan.selected:

@@ -128,7 +128,9 @@ def _facts(
     evidence.add(ev.BACKGROUND, "none", odtk)
     evidence.add(ev.CLASSES, layout.num_classes, f"read: the channels of {SCORES[0]}")
     evidence.add(
-        ev.CATEGORY_IDS, "COCO's 80" if layout.num_classes == 80 else "class index + 1", odtk
+        ev.CATEGORY_IDS,
+        "COCO's 80" if layout.num_classes == 80 else f"1..{layout.num_classes}",
+        odtk,
     )
     evidence.add(ev.SELECTION, "NMS of rotated boxes" if layout.rotated else "NMS per class", odtk)
     evidence.add(ev.KEPT, 100, odtk)

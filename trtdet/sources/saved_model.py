@@ -131,9 +131,6 @@ class SavedModelSource(Closing):
 
 def _import_tensorflow() -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, at import
-    os.environ.setdefault(
-        "CUDA_VISIBLE_DEVICES", "-1"
-    )  # conversion is host work; leave the GPU to others
     # oneDNN reorders sums; the reference that the ONNX is verified against is the plain arithmetic.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
@@ -145,6 +142,10 @@ def _import_tensorflow() -> Any:
             "or take the ONNX file of the model: create_onnx.py --source_onnx"
         ) from error
     tf.get_logger().setLevel(logging.ERROR)
+    try:  # conversion is host work; the GPU is left to others, and to what this process runs next
+        tf.config.set_visible_devices([], "GPU")
+    except RuntimeError:  # this process has used TensorFlow before
+        logger.debug("TensorFlow keeps the GPUs that it has taken")
     return tf
 
 
