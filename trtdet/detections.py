@@ -81,9 +81,7 @@ class Detections:
 
     @property
     def corners(self) -> FloatArray:
-        """(n, 4, 2) float32 x y: top left, bottom left, bottom right, top right, where turning
-        takes them.
-        """
+        """(n, 4, 2) float32 x y; see `trtdet.geometry.rotated_corners`."""
         angles = np.zeros(len(self), np.float32) if self.angles is None else self.angles
         return rotated_corners(self.boxes_xyxy, angles)
 

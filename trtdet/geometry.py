@@ -58,8 +58,8 @@ def rotated_corners(
         angles: (...), radians; positive turns clockwise on the screen, where y points down.
 
     Returns:
-        (..., 4, 2) x y: top left, bottom left, bottom right, top right of the box before rotation,
-        where turning takes them. ODTK's order.
+        (..., 4, 2) x y after rotation: what were top left, bottom left, bottom right and top right
+        before it. ODTK's order.
     """
     centre = (boxes_xyxy[..., None, :2] + boxes_xyxy[..., None, 2:]) / 2
     x, y = np.split(boxes_xyxy[..., [[0, 1], [0, 3], [2, 3], [2, 1]]] - centre, 2, axis=-1)

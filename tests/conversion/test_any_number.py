@@ -515,7 +515,7 @@ def test_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert maybe_data_sized(made) is None
         check_whole(model, made, [*photographs((120, 160)), np.zeros((120, 160, 3), np.uint8)])
     assert convert(whole(), tmp_path, "--resize_mode", "stretch")[0] == 1
-    assert "go with one size for all pictures, --input_size H,W" in capsys.readouterr().err
+    assert "go with one size for all pictures, --size H,W" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -545,7 +545,7 @@ def test_no_engine_of_shapes_that_follow_the_picture(
         assert (
             "makes as many rows as a picture has boxes, and no engine is built of that" in message
         )
-        assert "create_onnx.py --input_size H,W" in message and not engine.exists()
+        assert "create_onnx.py --size H,W" in message and not engine.exists()
 
 
 def test_positions_stay_float32(tmp_path: Path) -> None:

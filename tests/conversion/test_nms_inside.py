@@ -155,7 +155,7 @@ def test_what_changes_behind_the_nms_is_refused(
     model.graph.node.insert(at, make(op, [changed, "change"], [f"{changed}/changed"]))
     status, out = convert(model, tmp_path, *IMAGES)
     assert status == 1 and not out.exists()
-    assert "comparison to the end failed" in capsys.readouterr().err
+    assert "end-to-end comparison failed" in capsys.readouterr().err
 
 
 def test_a_node_without_outputs_is_left_out(tmp_path: Path) -> None:

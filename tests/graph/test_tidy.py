@@ -242,7 +242,7 @@ def test_static_batch_becomes_free() -> None:
         shape=np.array([4, -1, 3], np.int64),
     )  # fmt: skip
     surgeon = gs.import_onnx(model)
-    tidy.make_static_batch_dynamic(surgeon, surgeon.outputs[0], 3)
+    tidy.make_static_batch_dynamic(surgeon.outputs[0], 3)
     surgeon.inputs[0].shape = surgeon.outputs[0].shape = None
     free = gs.export_onnx(surgeon)
     for batch in (4, 3):
@@ -322,7 +322,7 @@ def test_static_batch_names_what_it_found() -> None:
     with pytest.raises(
         GraphError, match="expected a Concat of one Reshape per pyramid level, found Relu"
     ):
-        tidy.make_static_batch_dynamic(surgeon, surgeon.outputs[0], 3)
+        tidy.make_static_batch_dynamic(surgeon.outputs[0], 3)
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a converted model finds what its source finds: detections compared to the end, on
+"""Whether a converted model finds what its source finds: end-to-end comparison, on
 photographs.
 
 Where the source selects detections itself, its own selection is applied in NumPy to our heads, and
@@ -92,7 +92,7 @@ def compare_to_the_end(source: Source, converted: Converted) -> list[str]:
             "the source selects no detections itself: scores and boxes of four photographs are plausible"
         ]
     if converted.normalisation_replaced:
-        return ["not compared to the end: --preprocessor replaces the source's own normalisation"]
+        return ["detections not compared: --preprocessor replaces the source's own normalisation"]
     theirs = [their_detections(source, reading, final, preprocessing, image) for image in images]
     total = sum(len(t.scores) for t in theirs)
     if final.remedy and not total:
@@ -100,7 +100,7 @@ def compare_to_the_end(source: Source, converted: Converted) -> list[str]:
             f"{source.path} finds nothing on four photographs, so what comes behind its NMS cannot be checked; {final.remedy}, or export a trained model"
         )
     if not runs and final.select is None:
-        return ["not compared to the end: ONNX Runtime does not know the plugin that selects"]
+        return ["detections not compared: ONNX Runtime does not know the plugin that selects"]
     selected = [final.select(*one) for one in heads] if final.select else ours
     if final.select is None:  # what options leave out is no difference
         theirs = [kept_by(spec, one) for one in theirs]
@@ -113,8 +113,8 @@ def compare_to_the_end(source: Source, converted: Converted) -> list[str]:
             theirs, agreement = again, second
     if agreement.share < LEAST_SHARE:
         raise GraphError(
-            f"comparison to the end failed: {agreement.found} of the {agreement.total} detections of {source.path} on four photographs come out of "
-            f"its own selection applied to our heads: {'; '.join(agreement.missing)}; no model was written. Is the reading right? The table above "
+            f"end-to-end comparison failed: its own selection, applied to our heads, reproduces {agreement.found} of the {agreement.total} detections of "
+            f"{source.path} on four photographs: {'; '.join(agreement.missing)}; no model was written. Is the reading right? The table above "
             f"says where each fact comes from{'; or ' * bool(final.remedy)}{final.remedy}"
         )
     lines = [
@@ -315,7 +315,7 @@ def check_plausible(
             )
     if scores.min() < -1e-5 or scores.max() > 1 + 1e-5:
         raise GraphError(
-            f"{source.path}: read so, scores are {scores.min():.3g} to {scores.max():.3g} on four photographs, no probabilities; export the model with its "
+            f"{source.path}: with this reading the scores are {scores.min():.3g} to {scores.max():.3g} on four photographs, so they are not probabilities; export the model with its "
             "activation, or say it with --score_activation"
         )
     if np.ptp(scores) == 0 and not scores.any():

@@ -103,7 +103,8 @@ class Converted:
 def convert(source: Source, options: Options) -> Converted:
     """Read a source and make its ONNX model.
 
-    A batch that cannot be freed stays as it is in the source, unless the options ask for one.
+    A batch that cannot be made dynamic stays as it is in the source, unless the options ask for
+    one.
 
     Raises:
         GraphError: the source is not what a family expects, or an option contradicts it.
@@ -130,10 +131,10 @@ def convert(source: Source, options: Options) -> Converted:
         )
         done = assemble(source, reading, dataclasses.replace(options, batch=reading.batch))
     if options.batch is None and reading.batch and fixed_batch(done.model) is None:
-        freed = Fact(
+        dynamic = Fact(
             BATCH, "dynamic", f"measured: {reading.batch} in the source, but its network takes any"
         )
-        facts = tuple(freed if fact.name == BATCH else fact for fact in done.spec.evidence)
+        facts = tuple(dynamic if fact.name == BATCH else fact for fact in done.spec.evidence)
         done = dataclasses.replace(done, spec=done.spec.replace(evidence=facts))
     return done
 
@@ -248,7 +249,7 @@ def finish_network(
         if name in (RAW_BOXES, CLASS_LOGITS) and reading.anchors is not None:
             last = 4 if name == RAW_BOXES else spec.num_classes
             if reading.batch:
-                tidy.make_static_batch_dynamic(body, tensor, last)
+                tidy.make_static_batch_dynamic(tensor, last)
             tensor.shape = [batch, len(reading.anchors), last]
         tensor.name, tensor.dtype = name, np.dtype(np.float32)
     if not reading.one_by_one and batch != reading.batch:

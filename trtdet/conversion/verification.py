@@ -104,7 +104,7 @@ def verify_at(
                 f"'{name}': expected shape {want.shape[1:]} as in the source, the ONNX gives {got.shape[1:]}"
             )
         differences.append(Difference.of(name, want, got[: len(want)]))
-    if reading.one_by_one:  # selected detections, which are compared as such to the end
+    if reading.one_by_one:  # selected detections, which are compared as such
         return rows_in_any_order(reading, expected, actual) or differences
     if not max(d.maximum for d in differences) <= limit:  # also where it is NaN
         reordered = rows_in_any_order(reading, expected, actual)

@@ -66,7 +66,7 @@ class Deployable:
         if own or self.spec.preprocessing.own_size:
             shorter = f", the shorter side {own[0]} pixels" if own else ""
             raise ValueError(
-                f"{who} makes all pictures as large as one network input; this model takes each at a size of its own{shorter}: convert it for one size (create_onnx.py --input_size H,W), or prepare the pictures in the client, as infer.py does"
+                f"{who} makes all pictures as large as one network input; this model takes each at a size of its own{shorter}: convert it for one size (create_onnx.py --size H,W), or prepare the pictures in the client, as infer.py does"
             )
 
     @property

@@ -2,7 +2,7 @@
 """trtexec: the command lines that measure a model as `infer.py --benchmark` does, and its results
 in the same table.
 
-Options come and go between releases, and TensorRT 11 turned three defaults over: it leaves out the
+Options come and go between releases, and TensorRT 11 changed three defaults: it leaves out the
 copies of inputs and outputs, waits actively, and uses a CUDA graph, none of which 8.6 and 10 do
 unless asked. The lines here ask for the same on all: copies, active waiting, a graph.
 

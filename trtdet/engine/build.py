@@ -93,7 +93,7 @@ def check_shapes(model: onnx.ModelProto) -> None:
         remedy = (
             "create_onnx.py warned of an operator without a form of fixed shapes: export the model without its own NMS"
             if all(dims[1:])
-            else "convert the model for one size, create_onnx.py --input_size H,W, which gives it fixed shapes"
+            else "convert the model for one size, create_onnx.py --size H,W, which gives it fixed shapes"
         )
         raise GraphError(
             f"{node.op_type} '{node.name}' in the ONNX file makes as many rows as a picture has boxes, and no engine is built of that; {remedy}, "

@@ -25,12 +25,11 @@ from trtdet.families.base import Declaration
 from trtdet.families.outputs import OF_NO_USE, Nodes, attribute
 from trtdet.families.pixels import first_convolution, maybe_image, resizes
 from trtdet.graph.builder import with_shapes
+from trtdet.graph.static_shapes import DATA_SIZED
 from trtdet.sources.batch_axis import rename_inputs
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.sources.subgraphs import reads, subgraphs
 
-#: Operators whose result has as many rows as the picture has of something.
-DATA_SIZED = frozenset(("NonMaxSuppression", "NonZero", "Compress", "Unique"))
 #: The columns of PaddleDetection's rows.
 PADDLE_COLUMNS = ("label", "score", "x1", "y1", "x2", "y2")
 #: Operators whose result has the rows of their first input.
@@ -43,8 +42,8 @@ BY_FIRST_INPUT = frozenset(
 ALL = 1 << 31
 
 
-#: Ranks before what `trtdet.nms.static_rows` leaves out, which has the lowest number, and behind
-#: every score, negative ones too, that the reading then sees; in float16 as well.
+#: Score of padding rows: below every real score, above the value that `trtdet.nms.static_rows`
+#: gives to rows it leaves out; in float16 as well.
 BEHIND = -1e4
 
 

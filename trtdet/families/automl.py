@@ -204,7 +204,7 @@ def facts(
     """Where all of it comes from."""
     evidence = measured_facts(NAME, "AutoML", graph, preprocessing, image_input)
     evidence.add(ev.FAMILY, NAME, f"read: the heads below {CLASS_SCOPE} and {BOX_SCOPE}")
-    compared = "; compared to the end" if has_final else ""
+    compared = "; its detections are compared" if has_final else ""
     evidence.add(ev.BOXES, "yxyx, relative to anchors", f"read: the anchors in the file{compared}")
     evidence.add(ev.SCORES, "sigmoid", f"{ev.CONVENTION}AutoML{compared}")
     evidence.add(ev.BACKGROUND, "none", f"{ev.CONVENTION}AutoML{compared}")

@@ -189,7 +189,7 @@ class Reading:
             `CLASS_LOGITS` already.
         anchors: (a, 4) float32 in the coding of the boxes, pixels of the network input; None: the
             boxes are decoded.
-        batch: batch size the source was exported with, None where it is free.
+        batch: batch size the source was exported with, None where it is dynamic.
         notes: what cannot be carried over as it is.
         decoded_boxes: the tensor of boxes that enters the source's NMS, a corners y1 x1 y2 x2 for
             the first image; None: hidden.
@@ -252,7 +252,7 @@ Select = Callable[[NDArray[np.float32], NDArray[np.float32]], Found]
 
 @dataclass(frozen=True)
 class Final:
-    """How the detections that the source itself selects are read, for a comparison to the end.
+    """How the detections that the source itself selects are read, for an end-to-end comparison.
 
     Attributes:
         fetches: tensors of the source. feeds: further inputs, for one image that fills the network

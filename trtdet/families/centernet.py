@@ -34,7 +34,7 @@ KEPT = 100  # by CenterNet's own code
 HEATMAP, SIZES, OFFSETS = "heatmap", "sizes", "offsets"
 #: What the maps are called, in this order.
 WORDS = (("hm", "heat"), ("wh", "size"), ("reg", "off"))
-#: A logit that no probability comes of.
+#: A logit whose probability is 0.
 LOWEST = np.float32(-80)
 #: Of an offset within its cell, with what a network is beside it; in cells.
 WITHIN = (-1.0, 2.0)

@@ -73,7 +73,7 @@ def matches(source: Source) -> bool:
 
 
 def why_not(source: Source) -> str:
-    """What is wrong with outputs that are called as DETR's are."""
+    """What is wrong with outputs named like DETR's."""
     if not isinstance(source, OnnxSource) or source.spec:
         return ""
     names = [info.name for info in source.model.graph.output]
@@ -91,7 +91,7 @@ def kind_is(source: Source, kind: Kind) -> bool:
     itself.
 
     Raises:
-        GraphError: outputs that are called as DETR's are, behind operators that ONNX Runtime does
+        GraphError: outputs named like DETR's, behind operators that ONNX Runtime does
             not know.
     """
     if not isinstance(source, OnnxSource):

@@ -33,7 +33,7 @@ class Export:
         mask: input tensor [N,h,w], 1 where the picture is; empty: none. mask_hw: its size.
             mask_type: its `TensorProto.DataType`.
         outputs: the heads.
-        size_hw: of the image. batch: None where it is free.
+        size_hw: of the image. batch: None where it is dynamic.
         num_queries: Q. num_logits: of each.
     """
 

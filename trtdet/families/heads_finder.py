@@ -190,9 +190,8 @@ class Finder:
         values = self.seen[name]
         shape = values[0].shape
         columns = columns or self.declared.columns
-        transposed = self._is_transposed(
-            name, shape, len(columns) if "scores" not in columns else None
-        )
+        num_columns = len(columns) if "scores" not in columns else None
+        transposed = self._is_transposed(shape, num_columns)
         width, count = (shape[1], shape[2]) if transposed else (shape[2], shape[1])
         if columns:
             return self._columns(name, columns, width, count, transposed)
@@ -247,7 +246,7 @@ class Finder:
         )
         return dataclasses.replace(plan, num_scores=width - 4)
 
-    def _is_transposed(self, name: str, shape: tuple[int, ...], columns: int | None) -> bool:
+    def _is_transposed(self, shape: tuple[int, ...], columns: int | None) -> bool:
         """Whether the columns come first; a row for every cell of a grid, or else more rows than
         columns.
         """

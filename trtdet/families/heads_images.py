@@ -58,7 +58,7 @@ def as_they_are(
     """
     if hints.resize or hints.placement or hints.pad_rgb or hints.interpolation:
         raise GraphError(
-            f"{source.path}: --resize_mode, --placement, --pad_color and --interpolation go with one size for all pictures, --input_size H,W; this network takes each at "
+            f"{source.path}: --resize_mode, --placement, --pad_color and --interpolation go with one size for all pictures, --size H,W; this network takes each at "
             "its own and resizes it itself: name a size, or leave them out"
         )
     evidence.add(ev.RESIZE, "none: each picture at its own size", f"{ev.READ}it resizes inside")

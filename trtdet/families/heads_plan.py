@@ -120,10 +120,9 @@ class Plan:
     """The outputs of one file, none of it open.
 
     Attributes:
-        boxes, scores, labels: tensors; the first two may be one, of rows, with `box_columns` and so
-            on.
-        box_columns: the columns of four numbers in `boxes`; objectness, score_columns,
-            label_column: in `rows`.
+        boxes, scores, labels: tensors; the first two may be one, `rows`, with columns of each.
+        first_box: the first of the four columns of a box in `boxes`. objectness, first_score,
+            label_column: columns in `rows`. num_scores: of a box.
         transposed: rows [N, M, A].
         is_padded: detections whose number follows the picture, padded to `count`.
     """

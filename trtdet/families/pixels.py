@@ -60,8 +60,8 @@ class Pixels:
         image: input tensor, [N,3,H,W] or [N,H,W,3] as `image_layout` says.
         tensor: what is to be fed in its place: itself, or the normalised pixels behind it, in
             `layout`.
-        size_hw: of the input, None where it is free.
-        batch: None where it is free.
+        size_hw: of the input, None where it is dynamic.
+        batch: None where it is dynamic.
         inside: the normalisation between the two; None: there is none.
         kept: the normalisation cannot be cut off and stays; `unit` is what a value of 1 of the
             input means in 0-255.
@@ -87,7 +87,7 @@ class Pixels:
 
 
 def declared_shapes(source: OnnxSource) -> dict[str, tuple[int | None, ...]]:
-    """Input -> its shape; None where it is free, which some exporters write as -1."""
+    """Input -> its shape; None where it is dynamic, which some exporters write as -1."""
     shapes = {}
     for info in source.model.graph.input:
         if info.name in source.graph.inputs:
@@ -155,7 +155,7 @@ def find_pixels(
     conv = first_convolution(source, name)
     if size_hw is None:
         raise GraphError(
-            f"{source.path}: its input takes any size; name the one that it shall have: --input_size HEIGHT,WIDTH"
+            f"{source.path}: its input takes any size; name the one that it shall have: --size H,W"
         )
     if conv is None or conv == name or unknown_ops(source, [conv]):
         return plain

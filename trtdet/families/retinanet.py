@@ -13,8 +13,8 @@ odtk/infer.py and csrc/cuda/decode*.cu, nms*.cu at 2021-12.
 | anchors of a cell | A = 9: ratios 1, 2, 0.5 (fastest), scales 4 * 2**(i / 3); rotated A = 27: three angles (slowest), which decoding ignores |
 | angle | absolute, atan2(sin, cos), clockwise on the screen |
 
-A network of these alone is convolutional: its size may be freed, although ODTK writes a fixed one.
-The anchors then follow from the shapes of the maps.
+A network of these alone is convolutional: its size may be made dynamic, although ODTK writes a
+fixed one. The anchors then follow from the shapes of the maps.
 
 ODTK counts pixels: a box from x1 to x2 covers x2 too and is x2 - x1 + 1 wide. Its overlap is
 therefore that of the boxes x1 .. x2 + 1, and those are written here; `ModelSpec.inclusive_corners`
@@ -165,7 +165,7 @@ def _input_size(graph: SourceGraph, hints: Hints) -> tuple[int, int]:
         return hints.size_hw
     raise GraphError(
         f"{NAME}: expected an input [N, 3, height, width] of fixed size, as ODTK exports it, found "
-        f"{list(graph.image_shape)}; give --input_shape"
+        f"{list(graph.image_shape)}; give --size H,W"
     )
 
 

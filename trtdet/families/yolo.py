@@ -280,7 +280,7 @@ def _check_explained(
 
 
 def _final(final: Head, metadata: Metadata) -> Final | None:
-    """The rows of an end-to-end export, for the comparison to the end; None for others."""
+    """The rows of an end-to-end export, for the end-to-end comparison; None for others."""
     if final.kind != "end_to_end" or metadata.is_rotated or metadata.nms_inside:
         return None
 
@@ -305,7 +305,7 @@ def _check_source(source: OnnxSource, metadata: Metadata) -> None:
 
 
 def _declared_size(graph: SourceGraph) -> tuple[int, int] | None:
-    """Height and width of the input, None where they are free."""
+    """Height and width of the input, None where they are dynamic."""
     shape = graph.image_shape
     if len(shape) != 4:
         return None
@@ -314,7 +314,7 @@ def _declared_size(graph: SourceGraph) -> tuple[int, int] | None:
 
 
 def _size(graph: SourceGraph, metadata: Metadata, hints: Hints) -> tuple[int, int]:
-    """The input size: that of the file; where it is free, the one asked for, or the one it was
+    """The input size: that of the file; where it is dynamic, the one asked for, or the one it was
     exported with.
 
     Raises:
@@ -329,7 +329,7 @@ def _size(graph: SourceGraph, metadata: Metadata, hints: Hints) -> tuple[int, in
 
 
 def _size_multiple(graph: SourceGraph, head: Head) -> int | None:
-    """The largest stride where the export left the size free; not for a grid, whose cells become
+    """The largest stride where the export left the size dynamic; not for a grid, whose cells become
     constants.
     """
     if _declared_size(graph) or head.kind == "grid" or head.levels is None:

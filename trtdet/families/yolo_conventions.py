@@ -98,11 +98,11 @@ def note_facts(
     evidence.add(
         ev.INPUT,
         f"'{pixels.image}' {pixels.image_layout} {size_hw[0]}x{size_hw[1]}",
-        "read: its shape" if declares_size else "read: metadata imgsz, or --input_size",
+        "read: its shape" if declares_size else "read: metadata imgsz, or --size",
     )
     form = "xyxy" if head.has_corners and not metadata.is_rotated else "cxcywh"
     how = (
-        "the rows of the export are compared to the end"
+        "the detections of the export are compared"
         if head.kind == "end_to_end"
         else "their distance from the cells of the grid"
     )

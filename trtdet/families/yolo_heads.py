@@ -82,7 +82,7 @@ class Head:
 
 
 def declared_outputs(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Output -> its shape, 0 where that is free."""
+    """Output -> its shape, 0 where that is dynamic."""
     return {
         info.name: tuple(max(d.dim_value, 0) for d in info.type.tensor_type.shape.dim)
         for info in model.graph.output

@@ -72,8 +72,8 @@ def fix_shapes(
 
     Args:
         inputs: its inputs with their shapes; None: the batch.
-        batch: batch size the model is fixed to; None: dynamic. A fixed one is freed where all that
-            fixes it is that the first dimension of a Reshape is written out.
+        batch: batch size the model is fixed to; None: dynamic. A fixed one is made dynamic
+            where all that fixes it is that the first dimension of a Reshape is written out.
 
     Raises:
         GraphError: the model does not run.
@@ -86,13 +86,13 @@ def fix_shapes(
         if measured.follows_from_shapes(node):
             continue
         if node.op_type == "Reshape":
-            _fix_reshape(fixed, node, measured, frees=batch is not None)
+            _fix_reshape(fixed, node, measured, makes_dynamic=batch is not None)
         elif node.op_type == "ScatterND":
             _concat_from_scatter(fixed, node, measured)
         elif node.op_type == "Resize":
             _gather_from_resize(fixed, node, measured)
         elif node.op_type == "GatherND":
-            _reshape_from_gather(fixed, node, measured, frees=batch is not None)
+            _reshape_from_gather(fixed, node, measured, makes_dynamic=batch is not None)
         elif node.op_type == "Concat":
             _leave_out_empty(node, measured)
         for position, name in enumerate(node.input):
@@ -154,7 +154,7 @@ def _split_sequences(model: onnx.ModelProto, measured: "_Measured") -> bool:
 
 
 def _reshape_from_gather(
-    model: onnx.ModelProto, node: onnx.NodeProto, measured: "_Measured", *, frees: bool
+    model: onnx.ModelProto, node: onnx.NodeProto, measured: "_Measured", *, makes_dynamic: bool
 ) -> None:
     """torch's newer exporter looks masks up by image and position, with the images of its batch
     written out.
@@ -169,7 +169,7 @@ def _reshape_from_gather(
             return
     if values:
         node.CopyFrom(helper.make_node("Reshape", [data, ""], list(node.output), node.name))
-        _fix_reshape(model, node, measured, frees=frees)
+        _fix_reshape(model, node, measured, makes_dynamic=makes_dynamic)
 
 
 def _gather_from_resize(
@@ -464,7 +464,7 @@ def _following_from_shapes(
 
 
 def _fix_reshape(
-    model: onnx.ModelProto, node: onnx.NodeProto, measured: _Measured, *, frees: bool
+    model: onnx.ModelProto, node: onnx.NodeProto, measured: _Measured, *, makes_dynamic: bool
 ) -> None:
     """Constants where the result has the same size at each batch, -1 where it has not, if that
     is one dimension.
@@ -473,7 +473,7 @@ def _fix_reshape(
     if any(len(shape) != len(shapes[0]) for shape in shapes) or not shapes[0]:
         return
     free = [i for i, sizes in enumerate(zip(*shapes, strict=True)) if len({*sizes}) > 1]
-    if frees and not free:
+    if makes_dynamic and not free:
         free = [0]
     if len(free) > 1 or 0 in shapes[0]:
         return

@@ -368,7 +368,7 @@ def rename(graph: gs.Graph) -> None:
                 tensor.name = unique(f"{node.name}/{role}")
 
 
-def make_static_batch_dynamic(graph: gs.Graph, tensor: gs.Variable, last: int) -> None:
+def make_static_batch_dynamic(tensor: gs.Variable, last: int) -> None:
     """Make the reshapes that feed a head's Concat independent of the batch they were exported with,
     however they compute it.
 

@@ -79,13 +79,14 @@ def lower(
     """The model with every EfficientNMS_TRT node replaced by ordinary ONNX operators (opset 11 and
     later), in FP32.
 
-    MultiscaleDeformableAttnPlugin_TRT is replaced too, as `trtdet.deformable_attention.lower` says.
+    MultiscaleDeformableAttnPlugin_TRT is replaced too, as
+    `trtdet.graph.deformable_attention.lower` says.
 
     EfficientNMS_TRT(boxes, scores[, anchors])
         ->  TopK of the scores -> gather and decode those boxes -> which survive?
         ->  TopK of the survivors' ranks
 
-    The forms differ in "which survive". Both take the candidates in the reference's order (ties by
+    The forms differ in "which survive". All take the candidates in the reference's order (ties by
     flat index, which is how ONNX's TopK breaks them; TensorRT does not promise it) and leave the
     batch open, and the number of anchors where it is.
 

@@ -7,10 +7,11 @@ plugin is missing.
 | plugin | `insert_plugin` | one EfficientNMS_TRT node with its fused box decoder | the file on disk; TensorRT 8 to 11 |
 | onnx | `lower(model, "onnx")` | NonMaxSuppression | ONNX Runtime, TensorRT's INMSLayer |
 | graph | `lower(model, "graph")` | TopK, pairwise IoU, suppression rounds | TensorRT-RTX, any TensorRT without the plugin |
+| settled | `lower(model, "settled")` | the same rounds until nothing changes | ONNX Runtime on a GPU, many classes |
 | legacy | `insert_legacy` | decoded boxes, BatchedNMS_TRT | TensorRT before 8 |
 | none | `insert_decoded` | decoded boxes and scores | an NMS of one's own |
 
-The first three compute `reference`; `lower` says where graph may differ. All work on the exported
+The first four compute `reference`; `lower` says where graph may differ. All work on the exported
 `ModelProto`, whose `metadata_props` onnx-graphsurgeon would drop. The three `insert_*` functions
 share their arguments: `model` is edited in place, `boxes` and `scores` name its head tensors.
 

@@ -29,18 +29,15 @@ from onnx import TensorProto, helper, numpy_helper
 from trtdet.errors import GraphError
 from trtdet.graph.builder import POSITIONS_PREFIX, Builder
 from trtdet.graph.roi_align import lower_node as lower_roi_align
+from trtdet.graph.static_shapes import DATA_SIZED
 from trtdet.nms.candidates import TENSORRT_TOPK, Candidates
-from trtdet.nms.lowering import GRAPH_CANDIDATES
+from trtdet.nms.lowering import GRAPH_CANDIDATES, GRAPH_ROUNDS
 from trtdet.nms.row_rules import BROADCASTING, RULES, Array, Known, Rows
 from trtdet.nms.suppression import pairwise_iou, suppress_by_rounds
 from trtdet.sources.base import constants_of, run_onnx
 from trtdet.sources.subgraphs import subgraphs
 from trtdet.spec import Nms
 
-#: Operators whose result has as many rows as the picture has of something.
-DATA_SIZED = frozenset(("NonMaxSuppression", "NonZero", "Compress", "Unique"))
-#: Suppression rounds; see `trtdet.nms.lowering.lower`.
-ROUNDS = 32
 #: Larger constants of one value stay one value, where that is broadcast.
 MANY = 4096
 
@@ -389,7 +386,7 @@ class Lowering:
         above = float(np.nextafter(np.float32(threshold), np.float32(np.inf)))
         nms = Nms(iou_threshold=min(above, 1.0), class_agnostic=classes == 1)
         found = Candidates(count, classes, score, anchor, class_id, rank)
-        survives = suppress_by_rounds(self.build, iou, found, nms, ROUNDS)
+        survives = suppress_by_rounds(self.build, iou, found, nms, GRAPH_ROUNDS)
         self.known[survives] = Known((1, count), TensorProto.FLOAT)
         return survives
 

@@ -15,7 +15,7 @@ from trtdet.sessions import FATAL_ERRORS, Session, SessionError, open_session
 from trtdet.sources.subgraphs import reads
 from trtdet.spec import ModelSpec
 
-#: A tensor's shape; None where it is free.
+#: A tensor's shape; None where it is dynamic.
 Shape = Sequence[int | None]
 
 #: One vocabulary for both kinds of graph: ONNX's names, where TensorFlow's differ only in name.
@@ -51,7 +51,7 @@ class SourceGraph:
         nodes: of the main graph, by the tensor they produce, without TensorFlow's `:k`.
         inputs: the model's input tensors.
         outputs: what the model calls its outputs -> their tensors.
-        batch: the batch size it was exported with, None where it is free.
+        batch: the batch size it was exported with, None where it is dynamic.
         image_shape: of the first input, as far as it is declared: [None, None, None, 3].
         functions: name -> nodes of a loop body, in the same form.
         calls: (function, argument name) -> the tensors of the main graph (or of the calling
