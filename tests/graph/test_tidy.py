@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from trtdet.errors import GraphError
-from trtdet.graph import tidy
+from trtdet.graph import dynamic_batch, tidy
 from trtdet.sources.base import run_onnx
 from trtdet.sources.subgraphs import reads
 from trtdet.spec import Preprocessing
@@ -242,7 +242,7 @@ def test_static_batch_becomes_free() -> None:
         shape=np.array([4, -1, 3], np.int64),
     )  # fmt: skip
     surgeon = gs.import_onnx(model)
-    tidy.make_static_batch_dynamic(surgeon.outputs[0], 3)
+    dynamic_batch.make_static_batch_dynamic(surgeon.outputs[0], 3)
     surgeon.inputs[0].shape = surgeon.outputs[0].shape = None
     free = gs.export_onnx(surgeon)
     for batch in (4, 3):
@@ -258,7 +258,7 @@ def test_a_batch_baked_into_other_reshapes_is_freed() -> None:
         shape=np.array([1, 2, 2, 1], np.int64),
     )  # fmt: skip
     surgeon = gs.import_onnx(model)
-    tidy.make_batch_dynamic(surgeon, 1)
+    dynamic_batch.make_batch_dynamic(surgeon, 1)
     x = weights(3, 4, 1, 1)
     (got,) = run_onnx(gs.export_onnx(surgeon), ["y"], {"x": x})
     np.testing.assert_array_equal(got, x.reshape(3, 2, 2, 1))
@@ -276,7 +276,7 @@ def test_rows_without_a_batch_and_shapes_of_another_batch() -> None:
         flat=np.array([-1, 3], np.int64), shape=np.array([1, 8, 3], np.int64),
     )  # fmt: skip
     surgeon = gs.import_onnx(onnx.shape_inference.infer_shapes(model))
-    tidy.make_batch_dynamic(surgeon, 1)
+    dynamic_batch.make_batch_dynamic(surgeon, 1)
     tensors = surgeon.tensors()
     assert tensors["rows"].shape == [8, 3] and tensors["back"].shape is None
     assert surgeon.nodes[1].inputs[1].values.tolist() == [1, 8, 3]
@@ -296,7 +296,7 @@ def test_a_grid_has_no_batch() -> None:
         one=np.array([1], np.int64), three=np.array([3], np.int64), half=np.float32(0.5), shape=np.array([1, 4, 2], np.int64),
     )  # fmt: skip
     surgeon = gs.import_onnx(model)
-    tidy.make_batch_dynamic(surgeon, 1)
+    dynamic_batch.make_batch_dynamic(surgeon, 1)
     x = weights(3, 4, 2)
     (got,) = run_onnx(gs.export_onnx(surgeon), ["y"], {"x": x})
     np.testing.assert_array_equal(got, x + np.float32(0.5))
@@ -322,7 +322,7 @@ def test_static_batch_names_what_it_found() -> None:
     with pytest.raises(
         GraphError, match="expected a Concat of one Reshape per pyramid level, found Relu"
     ):
-        tidy.make_static_batch_dynamic(surgeon.outputs[0], 3)
+        dynamic_batch.make_static_batch_dynamic(surgeon.outputs[0], 3)
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])

@@ -32,7 +32,7 @@ from trtdet.families.base import (
     read_converted,
 )
 from trtdet.families.evidence import BATCH
-from trtdet.graph import deformable_attention, tidy
+from trtdet.graph import deformable_attention, dynamic_batch, tidy
 from trtdet.graph.builder import COMPUTE_OPS, POSITIONS_PREFIX, Builder
 from trtdet.graph.map_op import OpMapping, custom_ops, map_ops
 from trtdet.nms import lowering, plugin, static_rows
@@ -249,11 +249,11 @@ def finish_network(
         if name in (RAW_BOXES, CLASS_LOGITS) and reading.anchors is not None:
             last = 4 if name == RAW_BOXES else spec.num_classes
             if reading.batch:
-                tidy.make_static_batch_dynamic(tensor, last)
+                dynamic_batch.make_static_batch_dynamic(tensor, last)
             tensor.shape = [batch, len(reading.anchors), last]
         tensor.name, tensor.dtype = name, np.dtype(np.float32)
     if not reading.one_by_one and batch != reading.batch:
-        tidy.make_batch_dynamic(body, reading.batch)
+        dynamic_batch.make_batch_dynamic(body, reading.batch)
     tidy.set_input(body, spec.preprocessing, batch)
     model = gs.export_onnx(body)
     model.ir_version = min(model.ir_version, IR_VERSION)
