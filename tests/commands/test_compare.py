@@ -744,22 +744,6 @@ def test_groups_of_tensors_fill_the_memory_they_may_take(monkeypatch: pytest.Mon
     assert groups == [list("abcd"), list("ef"), ["g"], ["h"]]
 
 
-def test_rows_of_sets_are_paired_in_any_order() -> None:
-    """And rows that lost their values are counted."""
-    rng = np.random.default_rng(0)
-    boxes, scores = rng.random((50, 4)), rng.random((50, 3))
-    order = rng.permutation(50)
-    found = numbers.in_order_of([boxes, scores], [boxes[order], scores[order]])
-    np.testing.assert_array_equal(found[0], boxes)
-    np.testing.assert_array_equal(found[1], scores)
-    wrong = scores[order].copy()
-    wrong[:20] = np.nan
-    (_, right) = numbers.in_order_of([boxes, scores], [boxes[order], wrong])
-    statistics = TensorStatistics("scores")
-    statistics.add(scores, right)
-    assert statistics.result().non_finite == 60
-
-
 def test_nan_breaks_a_limit_and_bounds_count_as_within() -> None:
     assert not Check("x", "x", "--x", math.nan, 0.5, at_least=True).passed
     assert not Check("x", "x", "--x", math.nan, 0.5).passed

@@ -14,6 +14,7 @@ from trtdet.images.files import Sources, find_images, load_image, root_of, sprea
 from trtdet.parity import numbers
 from trtdet.parity.numbers import Comparison, ImageComparison, TensorStatistics
 from trtdet.parity.options import CompareOptions, limits_for
+from trtdet.parity.rows import in_order_of
 from trtdet.parity.sides import Found, Side
 from trtdet.results import coco
 from trtdet.results.categories import match_categories
@@ -126,8 +127,8 @@ def compare_tensors(
     """Every floating-point tensor that both have under the same name; of a model as it was trained
     that is the heads.
 
-    The heads of a set prediction are compared row by row in whatever order: a network that chooses
-    its queries by score swaps those whose scores are nearly equal, which changes no detection.
+    Heads whose rows one of the models sorts itself are compared with their rows in any order, all
+    other tensors value by value.
     """
     there = set(reference.tensors)
     names = [name for name in candidate.tensors if name in there]
@@ -138,12 +139,12 @@ def compare_tensors(
     statistics = {name: TensorStatistics(name, head=name in heads) for name in names}
     read = [side.tensor_reader(names) for side in (reference, candidate)]
     sizes: dict[str, int] = {}
-    is_set = all(side.info.spec.selection == "topk" for side in (reference, candidate))
-    ends = [name for name in names if name in heads] if is_set else []
+    is_sorted = reference.sorts_rows or candidate.sorts_rows
+    ends = [name for name in names if name in heads] if is_sorted else []
     for path in paths:
         image = load_image(path)
         lefts, rights = (r(ends, image) if ends else [] for r in read)
-        for name, left, right in zip(ends, lefts, numbers.in_order_of(lefts, rights), strict=True):
+        for name, left, right in zip(ends, lefts, in_order_of(lefts, rights), strict=True):
             statistics[name].add(left, right)
         rest = [name for name in names if name not in ends]
         while rest:

@@ -77,34 +77,6 @@ class TensorDifference:
         }
 
 
-def in_order_of(
-    references: Sequence[NDArray[Any]], candidates: Sequence[NDArray[Any]]
-) -> list[NDArray[Any]]:
-    """The candidates' rows [Q, values], each the nearest to a row of the references in all tensors
-    together.
-
-    Rows that are not finite are near to nothing: they take the places of those that are farthest
-    off, so that they are counted. As they are where they do not have Q rows each.
-    """
-    shapes = [(left.shape, right.shape) for left, right in zip(references, candidates, strict=True)]
-    counts = {left[0] for left, _ in shapes if left}
-    if len(counts) != 1 or any(left != right or len(left) != 2 for left, right in shapes):
-        return list(candidates)
-    (count,) = counts
-    total = np.zeros((count, count))
-    for left, right in zip(references, candidates, strict=True):
-        wide = left.astype(np.float64)
-        for column in range(wide.shape[1]):
-            total += np.abs(wide[:, column, None] - right[None, :, column]) / (
-                wide.shape[1] * max(float(np.ptp(wide)), 1e-12)
-            )
-    total[~np.isfinite(total)] = np.inf
-    nearest = total.argmin(axis=1)
-    lost = np.flatnonzero(~np.isfinite(total).any(axis=0))
-    nearest[np.argsort(-total.min(axis=1), kind="stable")[: len(lost)]] = lost
-    return [right[nearest] for right in candidates]
-
-
 class TensorStatistics:
     """Sums over images, from which a `TensorDifference` follows. Holds no tensor."""
 

@@ -40,6 +40,7 @@ from trtdet.onnx_files import (
     with_weights,
 )
 from trtdet.parity.numbers import SideInfo
+from trtdet.parity.rows import are_sorted_inside
 from trtdet.precision import quantization
 from trtdet.precision.emulation import emulate
 from trtdet.precision.equalization import read_rescaled
@@ -73,11 +74,13 @@ class Side(Protocol):
     Attributes:
         tensors: that can be read, in the order of the graph; none where it is an engine.
         heads: those of them that the network ends in.
+        sorts_rows: whether the model sorts the rows of its heads, so that they may swap.
     """
 
     info: SideInfo
     tensors: tuple[str, ...]
     heads: frozenset[str]
+    sorts_rows: bool
 
     def detect(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Found]]:
         """What is found in each image; images that cannot be read are logged and left out."""
@@ -150,7 +153,9 @@ class ConvertedSide(Closing):
         self.info = SideInfo(path.name, kind, self._runtime.spec, precision_of(path, whole))
         self._rescaled = read_rescaled(whole) if whole else {}
         self.heads = frozenset((RAW_BOXES, CLASS_LOGITS))
-        self.tensors = tensors_before(self._model, self.heads) if self._model else ()
+        graph = self._model
+        self.tensors = tensors_before(graph, self.heads) if graph else ()
+        self.sorts_rows = graph is not None and are_sorted_inside(graph, self.heads)
 
     def detect(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Found]]:
         spec = self.info.spec
@@ -216,6 +221,7 @@ class TrainedSide(Closing):
         self.info = SideInfo(path.name, kind, spec)
         self.tensors = tuple(self._reading.heads)
         self.heads = frozenset(self.tensors)
+        self.sorts_rows = are_sorted_inside(done.model, self.heads)
         heads = {name: onnx.TensorProto.FLOAT for name in self.tensors}
         self._nms = GraphPart(lowering.lower(done.model, form="onnx"), heads, OUTPUT_NAMES)
         self._own = ""
