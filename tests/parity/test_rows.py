@@ -18,11 +18,11 @@ from trtdet import about
 from trtdet.commands import create_onnx
 from trtdet.families.base import CLASS_LOGITS, RAW_BOXES
 from trtdet.images.files import ImageArray
-from trtdet.parity import numbers
+from trtdet.parity.base import Found, TensorReader
 from trtdet.parity.compare import compare_tensors
-from trtdet.parity.numbers import TensorDifference, TensorStatistics
 from trtdet.parity.rows import are_sorted_inside, in_order_of
-from trtdet.parity.sides import Found, TensorReader
+from trtdet.parity.summary import SideInfo
+from trtdet.parity.tensors import TensorDifference, TensorStatistics
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
 DATA = Path(__file__).parents[1] / "data"
@@ -36,7 +36,7 @@ class StandInSide:
 
     def __init__(self, values: Mapping[str, NDArray[Any]], *, sorts_rows: bool) -> None:
         spec = ModelSpec("toy", Preprocessing((640, 640)), Nms(), (1,), selection="topk")
-        self.info = numbers.SideInfo("stand-in", "numbers", spec)
+        self.info = SideInfo("stand-in", "numbers", spec)
         self.values, self.sorts_rows = values, sorts_rows
         self.tensors, self.heads = tuple(values), frozenset(values)
 

@@ -22,14 +22,9 @@ from PIL import Image
 
 from trtdet.detections import Detections
 from trtdet.parity import svg
-from trtdet.parity.numbers import (
-    Check,
-    Comparison,
-    ImageComparison,
-    TensorDifference,
-    spec_differences,
-    worst_first,
-)
+from trtdet.parity.detections import ImageComparison
+from trtdet.parity.summary import Check, Comparison, spec_differences
+from trtdet.parity.tensors import TensorDifference, worst_first
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "report.html"
 
