@@ -26,7 +26,7 @@ from trtdet.results.coco import ANNOTATIONS
 from trtdet.results.found import Found
 from trtdet.results.gallery import Page, write_gallery
 from trtdet.results.gallery_items import items_of_run
-from trtdet.results.manifest import MANIFEST, JOURNAL, RunFolder
+from trtdet.results.manifest import JOURNAL, MANIFEST, RunFolder
 from trtdet.results.naming import planned_files
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.results.writer import pick_image_ids, result_writer
