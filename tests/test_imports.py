@@ -41,7 +41,7 @@ HOMES = {
     "ray": ("trtdet.run.ray_cluster",),
     "av": ("trtdet.video.source",),
     "pyarrow": ("trtdet.run.ray_cluster",),
-    "tritonclient": ("trtdet.runtimes.triton", "trtdet.deploy.triton"),
+    "tritonclient": ("trtdet.runtimes.triton", "trtdet.deploy.triton_config"),
     "aiohttp": ("trtdet.runtimes.triton",),
 }
 #: Imported inside the functions that need them, never with a module.

@@ -94,39 +94,47 @@ class Preprocessing:
     """How the host turns an image file into the network input.
 
     The host feeds RGB 0-255; `(x - mean) / std` is inside the graph, and so is the swap to BGR.
+
+    Attributes:
+        size_hw: height, width of the network input, pixels; where it is dynamic, what is taken
+            unless asked otherwise.
+        mean, std, pad_rgb: RGB, 0-255. AutoML pads with the mean.
+        resize: "letterbox" keeps the aspect and pads the rest.
+        placement: of the letterboxed picture in the network input.
+        rounding: of its size. "floor" truncates in float32 (AutoML), "floor64" in float64 (ODTK);
+            "floor_axes" as the latter, and each axis has the scale that this left it (torchvision);
+            "round" (YOLO); "none": size and place are fractions of pixels, an affine warp does it
+            (CenterNet).
+        sampling: "half_pixel" is bilinear; "corner" TensorFlow 1's, without half pixels; "cubic"
+            OpenCV's.
+        antialias: averages over the area when shrinking (Pillow), or not (TensorFlow, OpenCV).
+        bgr: the network was trained on BGR.
+        longest: where the longer side of a letterboxed picture ends (YOLO-NAS: 636 of 640); None:
+            at the input's.
+        size_range: smallest and largest (height, width) of an input whose size is dynamic.
+        size_multiple: what height and width must be a multiple of.
+        shorter_side: of every picture, and the most that its longer side may have, where the size
+            is dynamic (torchvision's detectors); None: pictures fill the network input.
+        own_size: the size is dynamic, and every picture stays as large as it is.
     """
 
-    size_hw: tuple[
-        int, int
-    ]  # height, width of the network input, pixels; where it is dynamic, what is taken unless asked otherwise
+    size_hw: tuple[int, int]
     layout: Layout = "NHWC"
     dtype: InputDtype = "float32"
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # RGB, 0-255
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # RGB, 0-255
-    resize: ResizeMode = "letterbox"  # letterbox: aspect kept, rest padded
-    pad_rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)  # RGB, 0-255; AutoML pads with the mean
-    placement: Placement = "top_left"  # of the letterboxed picture in the network input
-    rounding: Rounding = (
-        "floor"  # of its size: AutoML truncates in float32, ODTK in float64, YOLO rounds
-        # "floor_axes": as ODTK, each axis then has the scale that this left it (torchvision)
-        # "none": size and place are fractions of pixels, an affine warp does it (CenterNet)
-    )
-    sampling: Sampling = (
-        "half_pixel"  # bilinear; "corner": TensorFlow 1's, without half pixels; "cubic": OpenCV's
-    )
-    antialias: bool = (
-        False  # average over the area when shrinking (Pillow), or not (TensorFlow, OpenCV)
-    )
-    bgr: bool = False  # the network was trained on BGR
-    longest: int | None = None  # letterbox: where the longer side ends (YOLO-NAS: 636 of 640)
-    # Smallest and largest (height, width) of an input whose size is dynamic, and what both must be
-    # a multiple of.
+    mean: Triple = (0.0, 0.0, 0.0)
+    std: Triple = (1.0, 1.0, 1.0)
+    resize: ResizeMode = "letterbox"
+    pad_rgb: Triple = (0.0, 0.0, 0.0)
+    placement: Placement = "top_left"
+    rounding: Rounding = "floor"
+    sampling: Sampling = "half_pixel"
+    antialias: bool = False
+    bgr: bool = False
+    longest: int | None = None
     size_range: tuple[tuple[int, int], tuple[int, int]] | None = None
     size_multiple: int = 1
-    # Dynamic size: the shorter side of every picture, and the most that its longer side may have
-    # (torchvision's detectors); None: pictures fill the network input.
     shorter_side: tuple[int, int] | None = None
-    own_size: bool = False  # dynamic size: every picture stays as large as it is
+    own_size: bool = False
 
     def __post_init__(self) -> None:
         sizes = {"size_hw": self.size_hw}
@@ -231,15 +239,20 @@ class Preprocessing:
 class Nms:
     """Parameters of the NMS node, under the attribute names of TensorRT's EfficientNMS_TRT
     plugin.
+
+    Attributes:
+        background_class: -1: none.
+        score_activation: the scores are logits, a sigmoid is applied.
+        box_coding: 0: corners, 1: centre and size.
     """
 
     score_threshold: float = 0.001
     iou_threshold: float = 0.5
     max_output_boxes: int = 100
-    background_class: int = -1  # -1: none
-    score_activation: bool = True  # True: the scores are logits, a sigmoid is applied
+    background_class: int = -1
+    score_activation: bool = True
     class_agnostic: bool = False
-    box_coding: Literal[0, 1] = 1  # 0: corners, 1: centre and size
+    box_coding: Literal[0, 1] = 1
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.score_threshold <= 1.0:
@@ -277,6 +290,18 @@ class ModelSpec:
     """A detector, described so that no later stage asks which network it was.
 
     Its text reaches configurations, labels and web pages: it has no control characters.
+
+    Attributes:
+        category_ids: [class_id] -> the dataset's category id.
+        labels: [class_id] -> text; empty: none known.
+        boxes_normalized: boxes are 0 to 1, not pixels of the network input.
+        rotated_mode: of the selection "rotated_nms".
+        anchored: boxes of the heads are coded relative to anchors.
+        inclusive_corners: a box contains its last pixel, in the source image too (ODTK).
+        sensitive_nodes: patterns of the names of nodes that low precision hurts.
+        source: provenance: file, hash, versions of tools.
+        evidence: where each of these facts comes from.
+        choices: what options said: `families.base.Hints.to_dict`.
     """
 
     SCHEMA: ClassVar[int] = 1
@@ -284,20 +309,18 @@ class ModelSpec:
     family: str
     preprocessing: Preprocessing
     nms: Nms
-    category_ids: tuple[int, ...]  # [class_id] -> the dataset's category id
-    labels: tuple[str, ...] = ()  # [class_id] -> text; empty: none known
+    category_ids: tuple[int, ...]
+    labels: tuple[str, ...] = ()
     box_order: Literal["yxyx", "xyxy"] = "yxyx"
-    boxes_normalized: bool = False  # False: pixels of the network input; True: 0 to 1
+    boxes_normalized: bool = False
     selection: Selection = "nms"
-    rotated_mode: RotatedMode = "exact"  # of "rotated_nms"
-    anchored: bool = True  # boxes of the heads are coded relative to anchors
-    inclusive_corners: bool = False  # ODTK: a box contains its last pixel, in the source image too
-    sensitive_nodes: tuple[str, ...] = ()  # node-name patterns that low precision hurts
-    source: dict[str, str] = field(default_factory=dict)  # provenance: file, hash, tool versions
-    evidence: tuple[Fact, ...] = ()  # where each of these facts comes from
-    choices: dict[str, Any] = field(
-        default_factory=dict
-    )  # what options said: `families.base.Hints.to_dict`
+    rotated_mode: RotatedMode = "exact"
+    anchored: bool = True
+    inclusive_corners: bool = False
+    sensitive_nodes: tuple[str, ...] = ()
+    source: dict[str, str] = field(default_factory=dict)
+    evidence: tuple[Fact, ...] = ()
+    choices: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checks.text("family", self.family)

@@ -27,9 +27,13 @@ from trtdet.errors import GraphError
 from trtdet.images import preprocess
 from trtdet.onnx_files import read_onnx
 from trtdet.parity import compare as parity_compare
-from trtdet.parity import numbers, sides
-from trtdet.parity.numbers import Check, Comparison, TensorDifference, TensorStatistics, match
+from trtdet.parity.base import GraphPart, by_category
+from trtdet.parity.converted import ConvertedSide, tensors_before
+from trtdet.parity.detections import ImageComparison, match
 from trtdet.parity.options import Limits
+from trtdet.parity.summary import Check, Comparison, SideInfo
+from trtdet.parity.tensors import BLOCK, TensorDifference, TensorStatistics, worst_first
+from trtdet.parity.trained import cut_mask, picture_share
 from trtdet.precision import floats
 from trtdet.precision.emulation import emulate
 from trtdet.run import detect as run_detect
@@ -86,7 +90,7 @@ def test_a_model_of_any_size_is_decoded_at_the_size_it_is_fed(tmp_path: Path) ->
     options = RunOptions(size=(32, 24), provider="cpu", threads=1)
     photos = sorted(IMAGES.iterdir())[:2]
     read = read_onnx(tmp_path / "free.onnx")
-    with sides.ConvertedSide(tmp_path / "free.onnx", options, read) as side:
+    with ConvertedSide(tmp_path / "free.onnx", options, read) as side:
         found = {path: one for path, (one, _) in side.detect(photos)}
     with (
         run_detect.open_model(tmp_path / "free.onnx", options) as runtime,
@@ -120,7 +124,7 @@ def test_tensors_before_the_heads_include_what_subgraphs_capture() -> None:
           >
         }
     """)
-    tensors = sides.tensors_before(model, frozenset({"raw_boxes"}))
+    tensors = tensors_before(model, frozenset({"raw_boxes"}))
     assert tensors == ("kept", "largest", "high", "raw_boxes")
 
 
@@ -191,12 +195,12 @@ def test_masks_cover_the_picture() -> None:
     _, transform = preprocess.preprocess(
         np.zeros((128, 128, 3), np.uint8), spec := Preprocessing((64, 96), rounding="round")
     )
-    share = sides.picture_share(transform, spec)
+    share = picture_share(transform, spec)
     assert share.tolist() == pytest.approx([2 / 3, 1, 2 / 3, 1])
-    assert sides.cut_mask(np.ones((1, 64, 96), np.int64), share).sum(axis=2).tolist() == [[64] * 64]  # fmt: skip
-    assert sides.cut_mask(np.ones((1, 2, 4), np.int64), share).tolist() == [[[1, 1, 1, 0]] * 2]
+    assert cut_mask(np.ones((1, 64, 96), np.int64), share).sum(axis=2).tolist() == [[64] * 64]  # fmt: skip
+    assert cut_mask(np.ones((1, 2, 4), np.int64), share).tolist() == [[[1, 1, 1, 0]] * 2]
     with pytest.raises(GraphError, match="expected a mask"):
-        sides.cut_mask(np.ones((1, 2), np.int64), share)
+        cut_mask(np.ones((1, 2), np.int64), share)
 
 
 def test_fp16_passes(tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -441,7 +445,7 @@ def test_annotations_that_do_not_fit_are_refused_before_anything_is_run(
     def no_detection(*_: object) -> None:
         raise AssertionError("it was run")
 
-    monkeypatch.setattr(sides.ConvertedSide, "detect", no_detection)
+    monkeypatch.setattr(ConvertedSide, "detect", no_detection)
     data = json.loads(ANNOTATIONS.read_text())
     others = [{**image, "file_name": f"x{image['file_name']}"} for image in data["images"]]
     far = [{**entry, "category_id": 90} for entry in data["annotations"]]
@@ -610,7 +614,7 @@ def test_emulated_types_round_and_overflow_between_operators(kind: str, one: int
         }}
     """)
     emulated = emulate(model)
-    part = sides.GraphPart(emulated, {"x": TensorProto.FLOAT}, ["y", "scaled"])
+    part = GraphPart(emulated, {"x": TensorProto.FLOAT}, ["y", "scaled"])
     x = np.float32([0.25, 2**-12, 30, 0])
     y, scaled = part.run(["y", "scaled"], {"x": x})
     if kind == "float16":
@@ -680,11 +684,11 @@ TURNS = [
 def test_rotated_boxes(box: tuple[float, ...], left: float, right: float, want: float | None) -> None:  # fmt: skip
     reference, candidate = rotated(box, left), rotated(box, right)
     matching = match(reference, candidate, min_iou=0.5, score_threshold=0.1)
-    image = numbers.ImageComparison(Path("a.png"), reference, candidate, matching, (1.0, 1.0))
+    image = ImageComparison(Path("a.png"), reference, candidate, matching, (1.0, 1.0))
     assert image.angle_differences.tolist() == ([] if want is None else pytest.approx([want], abs=1e-6))  # fmt: skip
     limits = Limits(max_angle_diff=0.04)
     spec = ModelSpec("toy", Preprocessing((8, 8)), Nms(), (1,))
-    side = numbers.SideInfo("m", "toy", spec)
+    side = SideInfo("m", "toy", spec)
     broken_options = [c.option for c in Comparison(side, side, (image,), limits, 0.1, 0.5).broken]
     beyond = ["--max_missing", "--max_extra"] if want is None else ["--max_angle_diff"]
     assert broken_options == (beyond if want is None or want > 0.04 else [])
@@ -692,7 +696,7 @@ def test_rotated_boxes(box: tuple[float, ...], left: float, right: float, want: 
 
 def test_tensor_statistics_over_images_equal_numpy() -> None:
     rng = np.random.default_rng(0)
-    left = rng.normal(size=(3, 4, numbers.BLOCK)).astype(np.float32)
+    left = rng.normal(size=(3, 4, BLOCK)).astype(np.float32)
     right = left + rng.normal(scale=0.01, size=left.shape).astype(np.float32)
     statistics = TensorStatistics("x", head=True)
     for a, b in zip(left, right, strict=True):
@@ -719,12 +723,12 @@ def test_tensor_statistics_at_their_edges() -> None:
     assert math.isnan(lost.cosine) and lost.sqnr_db == pytest.approx(0)
     overflow = of([1, 2, np.inf, 4], [1, np.nan, np.inf, np.inf])
     assert (overflow.non_finite, overflow.maximum, overflow.equal) == (2, 0, False)
-    late = of([0] * numbers.BLOCK + [1, 2], [0] * numbers.BLOCK + [np.nan, 3])
+    late = of([0] * BLOCK + [1, 2], [0] * BLOCK + [np.nan, 3])
     assert (late.non_finite, late.maximum) == (1, 1)
-    assert late.mean == pytest.approx(1 / (numbers.BLOCK + 1))
+    assert late.mean == pytest.approx(1 / (BLOCK + 1))
     other = of([1, 2], [1, 2, 3])
     assert other.shapes == ((2,), (3,)) and math.isnan(other.cosine)
-    ranked = numbers.worst_first([equal, lost, overflow, other])
+    ranked = worst_first([equal, lost, overflow, other])
     assert ranked == [other, overflow, lost, equal]
 
 
@@ -744,22 +748,6 @@ def test_groups_of_tensors_fill_the_memory_they_may_take(monkeypatch: pytest.Mon
     assert groups == [list("abcd"), list("ef"), ["g"], ["h"]]
 
 
-def test_rows_of_sets_are_paired_in_any_order() -> None:
-    """And rows that lost their values are counted."""
-    rng = np.random.default_rng(0)
-    boxes, scores = rng.random((50, 4)), rng.random((50, 3))
-    order = rng.permutation(50)
-    found = numbers.in_order_of([boxes, scores], [boxes[order], scores[order]])
-    np.testing.assert_array_equal(found[0], boxes)
-    np.testing.assert_array_equal(found[1], scores)
-    wrong = scores[order].copy()
-    wrong[:20] = np.nan
-    (_, right) = numbers.in_order_of([boxes, scores], [boxes[order], wrong])
-    statistics = TensorStatistics("scores")
-    statistics.add(scores, right)
-    assert statistics.result().non_finite == 60
-
-
 def test_nan_breaks_a_limit_and_bounds_count_as_within() -> None:
     assert not Check("x", "x", "--x", math.nan, 0.5, at_least=True).passed
     assert not Check("x", "x", "--x", math.nan, 0.5).passed
@@ -770,7 +758,7 @@ def test_nan_breaks_a_limit_and_bounds_count_as_within() -> None:
 
 def test_heads_of_other_shapes_break_the_cosine() -> None:
     spec = ModelSpec("toy", Preprocessing((8, 8)), Nms(), (1,))
-    side = numbers.SideInfo("m", "toy", spec)
+    side = SideInfo("m", "toy", spec)
     tensor = TensorDifference("class_logits", head=True, shapes=((4, 3), (4, 90)))
     comparison = Comparison(side, side, (), Limits(), 0.1, 0.5, tensors=(tensor,))
     (check,) = comparison.broken
@@ -780,7 +768,7 @@ def test_heads_of_other_shapes_break_the_cosine() -> None:
 def test_differences_of_boxes_are_in_pixels_of_the_network() -> None:
     left, right = detections((0, 0, 100, 100, 0.9, 1)), detections((4, 0, 100, 98, 0.8, 1))
     matching = match(left, right, min_iou=0.5, score_threshold=0.1)
-    image = numbers.ImageComparison(Path("a.png"), left, right, matching, scale_xy=(0.5, 2.0))
+    image = ImageComparison(Path("a.png"), left, right, matching, scale_xy=(0.5, 2.0))
     assert image.box_differences.tolist() == [
         4.0
     ]  # 2 px of height twice as large, not 4 px of width half as large
@@ -789,5 +777,5 @@ def test_differences_of_boxes_are_in_pixels_of_the_network() -> None:
 
 def test_categories_beyond_the_model_are_none() -> None:
     spec = ModelSpec("toy", Preprocessing((8, 8)), Nms(), (10, 20))
-    found = sides.by_category(detections((*A, 0.9, 0), (*A, 0.8, 1), (*A, 0.7, 2)), spec)
+    found = by_category(detections((*A, 0.9, 0), (*A, 0.8, 1), (*A, 0.7, 2)), spec)
     assert found.class_ids.tolist() == [10, 20, -1]

@@ -21,8 +21,9 @@ from standin_triton_python_backend import StandInServer
 from test_imports import imports_of
 
 from trtdet.commands import deploy
-from trtdet.deploy import parameter, triton, triton_check
+from trtdet.deploy import parameter, triton_check
 from trtdet.deploy.parameter import PreprocessParameter
+from trtdet.deploy.triton_config import parse_config
 from trtdet.detections import decode
 from trtdet.images.files import load_image
 from trtdet.images.preprocess import preprocess
@@ -246,7 +247,7 @@ def test_a_parameter_of_another_form_is_refused(tmp_path, change, on_the_server,
     text = json.dumps(fields | change)
     with pytest.raises(ValueError, match=rf"^config\.pbtxt: parameter 'trtdet': .*{on_the_server}.*; write the repository again with deploy\.py triton$"):  # fmt: skip
         server.initialize({**server.config, "parameters": {"trtdet": {"string_value": text}}})
-    config = triton.parse_config((folder / "config.pbtxt").read_text())
+    config = parse_config((folder / "config.pbtxt").read_text())
     assert list(triton_check._own_faults(config, folder)) == []
     config.parameters["trtdet"].string_value = text
     faults = list(triton_check._own_faults(config, folder))

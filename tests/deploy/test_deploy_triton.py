@@ -16,6 +16,7 @@ from deploy_models import D0, DETR, YOLO, make_engine, with_input
 from trtdet.commands import deploy
 from trtdet.deploy import text_format, triton
 from trtdet.deploy.model import open_engine
+from trtdet.deploy.triton_config import TritonOptions
 from trtdet.nms import lowering
 
 config_pb2 = pytest.importorskip(
@@ -222,7 +223,7 @@ def test_faults_of_another_model_do_not_fail_the_one_written(tmp_path, capsys):
 
 
 def test_what_triton_would_not_read_is_not_written(tmp_path):
-    options = triton.TritonOptions(queue_delay_us=-5)
+    options = TritonOptions(queue_delay_us=-5)
     model = open_engine(make_engine(tmp_path / "a.engine"))
     with pytest.raises(ValueError, match="not a model configuration"):
         triton.write_repository(tmp_path / "models", "d0", [model], None, options)

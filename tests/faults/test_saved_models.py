@@ -215,7 +215,7 @@ def test_nodes_without_a_result_are_none_of_the_ends(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow", reason="needs requirements-tensorflow.txt")
     import numpy as np
 
-    from trtdet.parity.sides import find_detections
+    from trtdet.parity.trained import find_detections
     from trtdet.sources.saved_model import SavedModelSource
 
     save(tmp_path / "model", {"serving_default": "rows"})

@@ -21,7 +21,7 @@ from trtdet.processes import Answer, Processes, available
 from trtdet.results import writer
 from trtdet.results.found import Found, RawResults
 from trtdet.results.image_files import ImageFiles, Sent, Task, Written, _Answers
-from trtdet.results.manifest import PARTIAL, RunFolder
+from trtdet.results.manifest import JOURNAL, RunFolder
 from trtdet.results.writer import ResultWriter, result_writer
 from trtdet.spec import ModelSpec, Nms, Preprocessing
 
@@ -132,9 +132,9 @@ def write(
 
 def files_of(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {
-        p.name: p.read_bytes() for p in folder.iterdir() if p.name != PARTIAL
+        p.name: p.read_bytes() for p in folder.iterdir() if p.name != JOURNAL
     }
-    lines = (folder / PARTIAL).read_text().splitlines() if (folder / PARTIAL).exists() else []
+    lines = (folder / JOURNAL).read_text().splitlines() if (folder / JOURNAL).exists() else []
     found["lines"] = sorted(
         set(lines)
     )  # a process that is killed may have noted what is written again
@@ -214,7 +214,7 @@ def sent(outputs: RawResults) -> Sent:
 
 def test_a_journal_that_cannot_be_written_is_an_answer(tmp_path: Path) -> None:
     """Not a traceback of the process, behind which the run goes on without it."""
-    (tmp_path / PARTIAL).mkdir()
+    (tmp_path / JOURNAL).mkdir()
     written = answers(tmp_path)([sent(outputs([1]))])
     assert (written.images, written.text, written.boxes) == (0, b"", 0)
     assert isinstance(written.error, IsADirectoryError)

@@ -32,7 +32,7 @@ from standin_onnxruntime_backend import serve_in_python
 from trtdet.commands import deploy, eval_coco, infer
 from trtdet.deploy import text_format as pbtxt
 from trtdet.deploy.model import Deployable
-from trtdet.deploy.triton import TritonOptions, model_config
+from trtdet.deploy.triton_config import TritonOptions, model_config
 from trtdet.detections import decode
 from trtdet.errors import EngineError, GraphError
 from trtdet.images.files import load_image

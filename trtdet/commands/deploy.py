@@ -47,9 +47,10 @@ def check_written(repository: Path, names: Sequence[str]) -> None:
     Raises:
         GraphError: there are some.
     """
-    from trtdet.deploy import triton, triton_check
+    from trtdet.deploy import triton_check
+    from trtdet.deploy.triton_config import config_class
 
-    if triton.config_class() is None:
+    if config_class() is None:
         logger.warning(
             "config.pbtxt not validated: that needs Triton's protobuf; pip install -r requirements-triton.txt"
         )
@@ -62,14 +63,14 @@ def check_written(repository: Path, names: Sequence[str]) -> None:
 
 
 def deploy_triton(args: argparse.Namespace) -> None:
-
     from trtdet.deploy import triton
     from trtdet.deploy.model import open_engine, open_onnx, with_labels
+    from trtdet.deploy.triton_config import TritonOptions
 
     files.check_folder(args.output)
     engines = [with_labels(open_engine(path), args.labels) for path in args.engines]
     onnx_model = with_labels(open_onnx(args.onnx), args.labels) if args.onnx else None
-    options = triton.TritonOptions(
+    options = TritonOptions(
         max_batch=args.batch_size,
         instances=args.instances,
         gpus=() if args.devices in (None, "all") else args.devices,
@@ -197,7 +198,8 @@ def deploy_trtexec(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    from trtdet.deploy import deepstream_check, triton, triton_check
+    from trtdet.deploy import deepstream_check, triton_check
+    from trtdet.deploy.triton_config import config_class
 
     folder: Path = args.output
     if not folder.is_dir():
@@ -207,7 +209,7 @@ def check(args: argparse.Namespace) -> None:
     if any(folder.glob("config_infer*")):
         problems = deepstream_check.check_folder(folder)
         if (folder / "triton").is_dir():
-            if triton.config_class() is None:
+            if config_class() is None:
                 report(problems)  # what could be found without it
             problems += triton_check.check_repository(folder / "triton")
     else:

@@ -7,10 +7,10 @@
 writes precision.json for build_engine.py --precision_json, and prints what it costs. It runs in
 ONNX Runtime, on the CPU, without TensorRT.
 
-It tries everything in INT8 first. If that loses too much AP, it quantizes each convolution alone
-and measures the noise on the heads with a few images. It keeps the noisiest in FP16 until AP is
-within the limit, then returns those to INT8 that were not needed. --table and --plot write the
-noise of every convolution.
+It tries everything in INT8 first. If that loses too much AP, it puts each convolution in INT8 alone
+and measures on a few images what that does to the boxes and scores, its noise. Those that lose most
+stay in FP16, more and more of them until AP is within the limit; those that were not needed go back
+into INT8. --table and --plot write the noise of every convolution.
 
 Every result goes to <output>.journal at once: after an interruption, the same command continues.
 

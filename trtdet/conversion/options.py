@@ -14,10 +14,18 @@ NmsForm = Literal["plugin", "onnx", "graph", "none", "legacy"]
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for; None takes what the model has."""
+    """What the command line asks for; None takes what the model has.
+
+    Attributes:
+        batch: None: dynamic.
+        opset: None: 17, or the source's where that is ONNX.
+        raw_path: where the unedited conversion is kept.
+        signature: of a SavedModel.
+        given: options that the user named: what they settle is not warned of.
+    """
 
     family: str = "auto"
-    batch: int | None = None  # None: dynamic
+    batch: int | None = None
     size_hw: tuple[int, int] | None = None
     dynamic_size: bool = False
     layout: Layout = "NHWC"
@@ -30,11 +38,9 @@ class Options:
     nms_form: NmsForm = "plugin"
     hints: Hints = NO_HINTS
     labels: tuple[str, ...] = ()
-    opset: int | None = None  # None: 17, or the source's where that is ONNX
-    raw_path: Path | None = None  # keep the unedited conversion here
+    opset: int | None = None
+    raw_path: Path | None = None
     map_ops: tuple[OpMapping, ...] = ()
     verify: bool = True
-    signature: str | None = None  # of a SavedModel
-    given: frozenset[str] = (
-        frozenset()
-    )  # options named by the user: what they settle is not warned of
+    signature: str | None = None
+    given: frozenset[str] = frozenset()

@@ -15,14 +15,14 @@ from typing import Any
 from trtdet import files, reading
 from trtdet.deploy.model import Deployable, Tensor, open_engine, open_onnx
 from trtdet.deploy.parameter import PARAMETER, REMEDY, PostprocessParameter, PreprocessParameter
-from trtdet.deploy.triton import (
+from trtdet.deploy.triton_config import (
     LABELS_FILE,
-    TRANSFORM,
     TRITON_TYPES,
     config_class,
     leading_dims,
     parse_config,
 )
+from trtdet.deploy.triton_ensemble import TRANSFORM
 from trtdet.errors import EngineError, GraphError
 
 DEFAULT_FILES = {

@@ -201,22 +201,22 @@ class ImageBatcher(Closing):
         self._load = load
         self._size = size
         self._preparer = Preparer(preprocessing, resample, resize, keep_sources, load)
-        if resize:
-            largest = preprocessing.at(resize.largest_canvas(preprocessing))
-            shape = (batch_size, *largest.image_shape)
-        else:
-            shape = (batch_size, *preprocessing.image_shape)
         self._processes: PreparingProcesses | None = None
-        nbytes = math.prod(shape) * np.dtype(preprocessing.dtype).itemsize
         self._share = 0
-        here = keep_sources or load is not None
-        if pin and (shared or not here) and (share := self._share_that_fits(nbytes)):
-            self._share, self._processes = share, self._start_processes(pin)
+        shape, dtype = self._buffer_shape(), np.dtype(preprocessing.dtype)
+        if pin and (shared or not (keep_sources or load)):
+            self._start_processes(pin, math.prod(shape) * dtype.itemsize)
         if self._processes is not None:
             allocate = self._processes.buffers.allocate
-            self._ahead = self._ahead_of(self._share)
-        self._pool = BufferPool(partial(allocate, shape, np.dtype(preprocessing.dtype)))
+        self._pool = BufferPool(partial(allocate, shape, dtype))
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+
+    def _buffer_shape(self) -> tuple[int, ...]:
+        """Of a batch's buffer, which holds images of the largest size."""
+        largest = self.preprocessing
+        if self._resize:
+            largest = largest.at(self._resize.largest_canvas(largest))
+        return self.batch_size, *largest.image_shape
 
     def _ahead_of(self, share: int) -> int:
         """Batches ahead of processes that get `share` images at a time: as many images as they can
@@ -232,15 +232,19 @@ class ImageBatcher(Closing):
         fitting = (n for n in shares if self._ahead_of(n) * nbytes <= most_ahead_bytes())
         return next(fitting, None)
 
-    def _start_processes(self, pin: Pin) -> PreparingProcesses | None:
-        """None: there are no more processes, open files or shared memory to be had, and threads do
-        it.
+    def _start_processes(self, pin: Pin, nbytes: int) -> None:
+        """Let processes do the work, in batches of `nbytes` each. Threads do it where these have
+        no room, or where there are no more processes, open files or shared memory to be had.
         """
+        share = self._share_that_fits(nbytes)
+        if share is None:
+            return
         try:
-            return PreparingProcesses(self._preparer, self._workers, pin, self._shared)
+            self._processes = PreparingProcesses(self._preparer, self._workers, pin, self._shared)
         except OSError as error:
             logger.info("processes that decode images do not start, and threads do it: %s", error)
-            return None
+            return
+        self._share, self._ahead = share, self._ahead_of(share)
 
     def close(self) -> None:
         """End iterations that were left before their end. Call it from the thread that iterates."""

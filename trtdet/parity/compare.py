@@ -11,10 +11,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trtdet.detections import to_coco_results
 from trtdet.images.files import Sources, find_images, load_image, root_of, spread
-from trtdet.parity import numbers
-from trtdet.parity.numbers import Comparison, ImageComparison, TensorStatistics
+from trtdet.parity.base import Found, Side
+from trtdet.parity.detections import ImageComparison, match
 from trtdet.parity.options import CompareOptions, limits_for
-from trtdet.parity.sides import Found, Side
+from trtdet.parity.rows import in_order_of
+from trtdet.parity.summary import Comparison, spec_differences
+from trtdet.parity.tensors import TensorDifference, TensorStatistics, worst_first
 from trtdet.results import coco
 from trtdet.results.categories import match_categories
 from trtdet.run.detect import pick_labels
@@ -116,18 +118,18 @@ def compare_image(
     path: Path, reference: Found, candidate: Found, iou: float, threshold: float
 ) -> ImageComparison:
     (left, transform), (right, _) = reference, candidate
-    matching = numbers.match(left, right, min_iou=iou, score_threshold=threshold)
+    matching = match(left, right, min_iou=iou, score_threshold=threshold)
     return ImageComparison(path, left, right, matching, transform.scale_xy)
 
 
 def compare_tensors(
     reference: Side, candidate: Side, paths: Sequence[Path]
-) -> list[numbers.TensorDifference]:
+) -> list[TensorDifference]:
     """Every floating-point tensor that both have under the same name; of a model as it was trained
     that is the heads.
 
-    The heads of a set prediction are compared row by row in whatever order: a network that chooses
-    its queries by score swaps those whose scores are nearly equal, which changes no detection.
+    Heads whose rows one of the models sorts itself are compared with their rows in any order, all
+    other tensors value by value.
     """
     there = set(reference.tensors)
     names = [name for name in candidate.tensors if name in there]
@@ -138,12 +140,12 @@ def compare_tensors(
     statistics = {name: TensorStatistics(name, head=name in heads) for name in names}
     read = [side.tensor_reader(names) for side in (reference, candidate)]
     sizes: dict[str, int] = {}
-    is_set = all(side.info.spec.selection == "topk" for side in (reference, candidate))
-    ends = [name for name in names if name in heads] if is_set else []
+    is_sorted = reference.sorts_rows or candidate.sorts_rows
+    ends = [name for name in names if name in heads] if is_sorted else []
     for path in paths:
         image = load_image(path)
         lefts, rights = (r(ends, image) if ends else [] for r in read)
-        for name, left, right in zip(ends, lefts, numbers.in_order_of(lefts, rights), strict=True):
+        for name, left, right in zip(ends, lefts, in_order_of(lefts, rights), strict=True):
             statistics[name].add(left, right)
         rest = [name for name in names if name not in ends]
         while rest:
@@ -268,11 +270,11 @@ def lines(comparison: Comparison) -> list[str]:
         text.append(f"AP on {comparison.ap_images} of {len(comparison.images)} images: {figures}")
     text += [
         f"{name}: {left} in the reference, {right} in the candidate"
-        for name, left, right in numbers.spec_differences(
+        for name, left, right in spec_differences(
             comparison.reference.spec, comparison.candidate.spec
         )
     ]
-    worst = [t for t in numbers.worst_first(comparison.tensors) if not t.equal][:5]
+    worst = [t for t in worst_first(comparison.tensors) if not t.equal][:5]
     if comparison.tensors:
         text += ["", f"{'worst of ' + str(len(comparison.tensors)) + ' tensors':<48}{'max':>11}{'cosine':>11}{'SQNR':>9}"]  # fmt: skip
         text += ["all equal"] * (not worst)

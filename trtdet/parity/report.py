@@ -22,14 +22,9 @@ from PIL import Image
 
 from trtdet.detections import Detections
 from trtdet.parity import svg
-from trtdet.parity.numbers import (
-    Check,
-    Comparison,
-    ImageComparison,
-    TensorDifference,
-    spec_differences,
-    worst_first,
-)
+from trtdet.parity.detections import ImageComparison
+from trtdet.parity.summary import Check, Comparison, spec_differences
+from trtdet.parity.tensors import TensorDifference, worst_first
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "report.html"
 
@@ -63,7 +58,7 @@ def render(
         _ap(comparison),
         _spec(comparison),
         _plots(comparison, labels),
-        _images(comparison.worst_images(worst), comparison, labels, load),
+        _images(comparison.worst_images(worst), labels, load),
         _tensors(comparison),
     ]
     verdict = "within all limits" if comparison.passed else "limits broken"
@@ -259,11 +254,10 @@ def _label(labels: Mapping[int, str], detections: Detections, index: int) -> str
 
 def _images(
     images: Sequence[ImageComparison],
-    comparison: Comparison,
     labels: Mapping[int, str],
     load: Callable[[Path], NDArray[np.uint8]],
 ) -> str:
-    shown = "".join(_image(i, image, comparison, labels, load) for i, image in enumerate(images))
+    shown = "".join(_image(i, image, labels, load) for i, image in enumerate(images))
     count = len(images)
     heading = f"The {count} images that differ most" if count > 1 else "The image"
     return f"""<h2>{heading}</h2>
@@ -275,7 +269,6 @@ def _images(
 def _image(
     rank: int,
     image: ImageComparison,
-    comparison: Comparison,
     labels: Mapping[int, str],
     load: Callable[[Path], NDArray[np.uint8]],
 ) -> str:

@@ -227,9 +227,8 @@ def best_equalization(
     candidates = []
     for offset in (np.zeros_like(middle), middle)[: 1 + shift]:
         clip = _floored(np.maximum(highest - offset, offset - lowest))
-        clip = np.maximum(
-            clip, HEADROOM * statistics.largest.max() / LARGEST_FACTOR_RATIO
-        )  # images of one colour
+        # Images of one colour have channels without any range.
+        clip = np.maximum(clip, HEADROOM * statistics.largest.max() / LARGEST_FACTOR_RATIO)
         for exponent in EXPONENTS:
             factors = reach ** (1 - exponent) / clip**exponent
             factors = factors * (INT8.amax(scale) / (factors * clip).max())

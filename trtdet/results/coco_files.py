@@ -239,9 +239,8 @@ def _box_of_mask(counts: Any, height: int, width: int) -> list[float]:
         if number % 2 and length:
             first, last = start, start + length - 1
             columns += [first // height, last // height]
-            whole = (
-                first // height != last // height
-            )  # a run over the end of a column touches both borders
+            # A run over the end of a column touches both borders.
+            whole = first // height != last // height
             rows += [0, height - 1] if whole else [first % height, last % height]
         start += length
     if not rows:

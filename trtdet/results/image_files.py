@@ -21,7 +21,7 @@ from trtdet.images.shared_sources import SharedSource, SharedSources
 from trtdet.processes import answer_all
 from trtdet.results import draw, naming
 from trtdet.results.found import Found
-from trtdet.results.manifest import PARTIAL, journal_line
+from trtdet.results.manifest import JOURNAL, journal_line
 from trtdet.results.options import ImageFormat
 from trtdet.shared_memory import attach
 from trtdet.spec import ModelSpec
@@ -210,7 +210,7 @@ class _Answers:
     def _note(self, lines: str) -> None:
         """Append to the journal, in one piece."""
         if lines and self._journal is None:
-            self._journal = open(self._files.folder / PARTIAL, "ab", buffering=0)  # noqa: SIM115
+            self._journal = open(self._files.folder / JOURNAL, "ab", buffering=0)  # noqa: SIM115
         if self._journal is not None:
             self._journal.write(lines.encode())
 

@@ -25,7 +25,7 @@ from trtdet.labels import LABELS_FILE
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-PARTIAL = "detections.partial.jsonl"
+JOURNAL = "detections.partial.jsonl"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Manifest:
 
     Attributes:
         files: that it and earlier ones have written, relative to the output folder, with "/"; of an
-            unfinished run, `PARTIAL` says what it has written besides.
+            unfinished run, `JOURNAL` says what it has written besides.
         run: what must be the same for a run to go on with them.
         complete: whether it came to its end.
         suffixes: of the files of an image.
@@ -55,7 +55,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Done:
-    """A line of `PARTIAL`: one image.
+    """A line of `JOURNAL`: one image.
 
     Attributes:
         name: of its outputs, relative to the output folder, without suffix.
@@ -117,7 +117,7 @@ class RunFolder(Closing):
     def broken_off(self) -> bool:
         """Whether an earlier run did not come to its end, and left what is done."""
         unfinished = self.before is not None and not self.before.complete
-        return unfinished and (self._output / PARTIAL).is_file()
+        return unfinished and (self._output / JOURNAL).is_file()
 
     def stale(self) -> list[str]:
         """What an earlier run left, and this one does not write."""
@@ -135,7 +135,7 @@ class RunFolder(Closing):
         root = os.path.realpath(self._output)
         removed = 0
         written = [*self.before.files, *self._written_by_unfinished()]
-        for name in [*written, MANIFEST, PARTIAL]:
+        for name in [*written, MANIFEST, JOURNAL]:
             path = self._output / name
             if _lies_in(path.parent, root) and (os.path.isfile(path) or os.path.islink(path)):
                 path.unlink()
@@ -154,7 +154,7 @@ class RunFolder(Closing):
         Raises:
             ValueError: the folder has results of a run with other options.
         """
-        path = self._output / PARTIAL
+        path = self._output / JOURNAL
         if self.before is None or self.before.complete or not files.is_beside(path):
             return {}
         if self.before.run != self._run:
@@ -170,12 +170,12 @@ class RunFolder(Closing):
         return {one.name: one for one in self._journal()}
 
     def _journal(self) -> Iterator[Done]:
-        """The lines of `PARTIAL`.
+        """The lines of `JOURNAL`.
 
         Raises:
             ValueError: one that is none.
         """
-        path = self._output / PARTIAL
+        path = self._output / JOURNAL
         for line in files.read_text(path).splitlines(keepends=True):
             if line.endswith("\n"):  # the last one may be cut
                 one = reading.parse(
@@ -206,14 +206,14 @@ class RunFolder(Closing):
         self.begin(resumed=resumed, partial=partial)
 
     def begin(self, *, resumed: bool = False, partial: bool = True) -> None:
-        """Write the manifest, and open `PARTIAL`: a run has results from here on.
+        """Write the manifest, and open `JOURNAL`: a run has results from here on.
 
         Args:
             resumed: go on with the lines that are there.
             partial: keep one.
         """
         self._write_manifest(complete=False)
-        path = self._output / PARTIAL
+        path = self._output / JOURNAL
         if not resumed:
             path.unlink(missing_ok=True)
         if partial:
@@ -242,7 +242,7 @@ class RunFolder(Closing):
         if old := [name for name in names if os.path.isfile(self._output / name)]:
             logger.warning("%s has results of an earlier run of images that could not be read now, such as %s", self._output, old[0])  # fmt: skip
         self._write_manifest(complete=True)
-        (self._output / PARTIAL).unlink(missing_ok=True)
+        (self._output / JOURNAL).unlink(missing_ok=True)
 
     def list_again(self) -> None:
         """The page of the run is written, too."""

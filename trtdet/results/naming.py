@@ -74,9 +74,8 @@ def _fitting(name: Path) -> str:
     if len(encoded) <= MAX_NAME_BYTES:
         return str(name)
     digest = hashlib.sha256(encoded).hexdigest()[:8]
-    start = encoded[: MAX_NAME_BYTES - 9].decode(
-        sys.getfilesystemencoding(), "ignore"
-    )  # not in the middle of a character
+    # Not cut in the middle of a character.
+    start = encoded[: MAX_NAME_BYTES - 9].decode(sys.getfilesystemencoding(), "ignore")
     return str(name.with_name(f"{start}~{digest}"))
 
 

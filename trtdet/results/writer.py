@@ -275,6 +275,29 @@ def _close(file: BinaryIO, *, quietly: bool) -> None:
         file.close()
 
 
+def _open_json(output: Path, resources: ExitStack) -> BinaryIO:
+    """detections.json under a temporary name, which becomes its own with `resources`."""
+    with naming_json(output):
+        temporary = resources.enter_context(files.atomic_path(output / "detections.json"))
+        json_file = open(temporary, "wb")  # noqa: SIM115 (closed with `resources`)
+    resources.push(lambda *raised: _close(json_file, quietly=raised[0] is not None))
+    return json_file
+
+
+def _start_processes(
+    image_files: ImageFiles, count: int, shared: SharedSources | None, resources: ExitStack
+) -> Processes | None:
+    """Processes that write results, ended with `resources`; None: they do not start."""
+    seen = [shared.file] if shared else []
+    arguments = [image_files] * count
+    try:
+        started = Processes("trtdet.results.image_files", "write results", arguments, files=seen)
+        return resources.enter_context(started)
+    except OSError as error:
+        logger.warning("processes that write results do not start: %s", error)
+        return None
+
+
 @contextmanager
 def result_writer(
     output: Path,
@@ -323,18 +346,8 @@ def result_writer(
         read_again=pictures and processes,
     )
     with ExitStack() as resources:
-        with naming_json(output):
-            temporary = resources.enter_context(files.atomic_path(output / "detections.json"))
-            json_file = open(temporary, "wb")  # noqa: SIM115 (closed below)
-        resources.push(lambda *raised: _close(json_file, quietly=raised[0] is not None))
-        started = None
-        if processes:
-            try:
-                files_of_memory = [shared.file] if shared else []
-                started = Processes("trtdet.results.image_files", "write results", [image_files] * threads, files=files_of_memory)  # fmt: skip
-                resources.enter_context(started)
-            except OSError as error:
-                logger.warning("processes that write results do not start: %s", error)
+        json_file = _open_json(output, resources)
+        started = _start_processes(image_files, threads, shared, resources) if processes else None
         pool = resources.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="write"))
         writer = ResultWriter(
             output,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trtdet.results import naming
 from trtdet.results.found import Found
-from trtdet.results.manifest import PARTIAL, RunFolder, fingerprint
+from trtdet.results.manifest import JOURNAL, RunFolder, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,6 @@ def saying_what_is_kept(output: Path, *, resumable: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if resumable and (output / PARTIAL).is_file():
+        if resumable and (output / JOURNAL).is_file():
             logger.info("%s keeps what is done; --resume goes on with it", output)
         raise

@@ -26,7 +26,7 @@ from trtdet.results.coco import ANNOTATIONS
 from trtdet.results.found import Found
 from trtdet.results.gallery import Page, write_gallery
 from trtdet.results.gallery_items import items_of_run
-from trtdet.results.manifest import MANIFEST, PARTIAL, RunFolder
+from trtdet.results.manifest import JOURNAL, MANIFEST, RunFolder
 from trtdet.results.naming import planned_files
 from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.results.writer import pick_image_ids, result_writer
@@ -177,10 +177,10 @@ def check_targets(
         OSError, ValueError: names what is in the way.
     """
     files.check_folder(output)
-    for name in ("detections.json", LABELS_FILE, PARTIAL):
+    for name in ("detections.json", LABELS_FILE, JOURNAL):
         files.check_writable(output / name)
     if report:
-        own = [output / name for name in (*planned, MANIFEST, PARTIAL)]
+        own = [output / name for name in (*planned, MANIFEST, JOURNAL)]
         files.check_outputs([report], [*inputs, *own])
 
 

@@ -275,10 +275,8 @@ class Results(Closing):
         self._waiting: list[Any] = []
         self._flushed = time.monotonic()
         self._record = folder / "run.json"
-        self._run = {
-            "schema": RunRecord.SCHEMA,
-            "run": json.loads(json.dumps(run)),
-        }  # as it is read
+        as_read = json.loads(json.dumps(run))
+        self._run = {"schema": RunRecord.SCHEMA, "run": as_read}
         if self._record.is_file():
             found = reading.read(self._record, RunRecord, remedy=f"remove the folder {folder}")
             if found.run != self._run["run"]:

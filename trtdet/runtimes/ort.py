@@ -331,9 +331,8 @@ def _check_interface(
     dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     expected = spec.preprocessing
-    declared = tuple(
-        d if isinstance(d, int) else None for d in expected.image_dims
-    )  # None: dynamic
+    # None: dynamic.
+    declared = tuple(d if isinstance(d, int) else None for d in expected.image_dims)
     if tuple(dims[1:]) != declared or dtype != np.dtype(expected.dtype):
         raise GraphError(
             f"{path}: its ModelSpec says images of {declared} {expected.dtype}, its input "

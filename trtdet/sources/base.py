@@ -254,9 +254,8 @@ def open_part(
 ) -> Session:
     """The part of a model that `run_onnx` runs, opened; for values of other sizes too."""
     cut = cut_onnx(model, feeds, fetches)
-    cut.ir_version = min(
-        cut.ir_version, 10
-    )  # a newer onnx may stamp what this ONNX Runtime does not read
+    # A newer onnx may stamp what this ONNX Runtime does not read.
+    cut.ir_version = min(cut.ir_version, 10)
     for info in cut.graph.input:  # inner tensors carry no type; the fed value does
         value = feeds[info.name]
         elem_type = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)

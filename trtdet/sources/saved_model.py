@@ -350,9 +350,8 @@ def _resize_to_sizes(graph: Any) -> None:
     the input, height, width].
     """
     for node in [node for node in graph.get_nodes() if node.type == "Resize"]:
-        (consumer,) = graph.find_output_consumers(
-            node.output[0]
-        )  # the transpose back to TensorFlow's NHWC
+        # The transpose back to TensorFlow's NHWC.
+        (consumer,) = graph.find_output_consumers(node.output[0])
         name = consumer.name  # tf2onnx gives it the name of TensorFlow's node
         _, height, width, _ = graph.get_shape(consumer.output[0])
         _, source_height, source_width, _ = graph.get_shape(node.inputs[0].input[0])
