@@ -5,6 +5,7 @@ stand-in.
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from PIL import Image
 
 from trtdet import about
 from trtdet.commands import build_engine
+from trtdet.conversion.convert import provenance
 from trtdet.engine import flavor, sidecar
 from trtdet.engine.options import BatchRange, BuildOptions
 from trtdet.engine.sidecar import EngineInfo, read_sidecar, read_spec, sidecar_path, write_engine
@@ -231,6 +233,26 @@ def test_dla_is_strongly_typed_on_11(tensorrt: TensorRT, model: Path, tmp_path: 
     plan = plan_of(path)
     assert plan["flags"] == ["GPU_FALLBACK"] and plan["strong"]
     assert asked == ["ADJUST_FOR_DLA"]
+
+
+def test_weights_in_a_file_of_their_own_are_part_of_the_hash(
+    tensorrt: TensorRT, model: Path, tmp_path: Path
+) -> None:
+    """Of an engine's sidecar, and of what create_onnx.py converted; anybody can compute it."""
+    tensorrt("10.13.3")
+    split, data = tmp_path / "split.onnx", tmp_path / "split.onnx.data"
+    onnx.save(onnx.load(model), split, save_as_external_data=True, location=data.name, size_threshold=0)  # fmt: skip
+    hashes = []
+    for _ in range(2):
+        assert build(split, tmp_path / "toy.engine") == 0
+        info = read_sidecar(tmp_path / "toy.engine")
+        assert info is not None
+        assert info.onnx_sha256 == provenance(split)["sha256"]
+        assert info.onnx_sha256 == hashlib.sha256(split.read_bytes() + data.read_bytes()).hexdigest()  # fmt: skip
+        hashes.append(info.onnx_sha256)
+        weights = np.frombuffer(data.read_bytes(), np.float32) * np.float32(0.5)
+        data.write_bytes(weights.tobytes())
+    assert hashes[0] != hashes[1]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ import onnx
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trtdet import files
+from trtdet import files, onnx_files
 from trtdet.engine import layers
 from trtdet.engine.config import (
     _error,
@@ -497,7 +497,7 @@ def describe(
         layers_source=built.shares.source,
         int8=_int8_summary(quantization) if quantization else {},
         onnx_file=onnx_path.name,
-        onnx_sha256=files.sha256(onnx_path),
+        onnx_sha256=onnx_files.sha256(onnx_path),
     )
 
 
