@@ -345,8 +345,7 @@ def scales_of(
     seen: list[Path] = []
     feeds = calibration_feeds(body, paths or (), options.batch_size, seen)
     # The images that were chosen are the manifest; those that can be read are counted.
-    providers = calibration.providers(options.provider)
-    cache = calibration.calibrate(body, feeds, method, origin=origin, providers=providers)
+    cache = calibration.calibrate(body, feeds, method, origin=origin, provider=options.provider)
     cache = dataclasses.replace(cache, origin=dataclasses.replace(origin, count=len(seen)))
     if options.cache:
         cache.write(options.cache, options.cache_version or built_version)
