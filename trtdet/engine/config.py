@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def _set_profile(
+def set_profile(
     flavor: Flavor,
     builder: tensorrt.Builder,
     config: tensorrt.IBuilderConfig,
@@ -63,7 +63,7 @@ def _set_profile(
     return batch
 
 
-def _set_limits(
+def set_limits(
     flavor: Flavor,
     builder: tensorrt.Builder,
     config: tensorrt.IBuilderConfig,
@@ -95,7 +95,7 @@ def _set_limits(
         config.set_flag(flag.GPU_FALLBACK)  # a DLA has no NMS
 
 
-def _set_precision(
+def set_precision(
     flavor: Flavor,
     builder: tensorrt.Builder,
     config: tensorrt.IBuilderConfig,
@@ -164,7 +164,7 @@ def _pin(
             layer.set_output_type(k, dtype.FLOAT)
 
 
-def _set_calibrator(
+def set_calibrator(
     flavor: Flavor, config: tensorrt.IBuilderConfig, scales: CalibrationCache | None
 ) -> Any:
     """Give TensorRT the scales of an implicitly quantized network.
@@ -204,7 +204,7 @@ def _cache_calibrator(trt: Any, text: bytes) -> Any:
     return CacheCalibrator()
 
 
-def _set_compatibility(
+def set_compatibility(
     flavor: Flavor,
     config: tensorrt.IBuilderConfig,
     parser: tensorrt.OnnxParser,
@@ -226,7 +226,7 @@ def _set_compatibility(
         config.set_flag(flag.STRIP_PLAN)
 
 
-def _load_timing_cache(
+def load_timing_cache(
     flavor: Flavor, config: tensorrt.IBuilderConfig, options: BuildOptions
 ) -> tensorrt.ITimingCache | None:
     """Give the builder the file's timings; those of another version or GPU are dropped with a
@@ -250,8 +250,3 @@ def _load_timing_cache(
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
-
-
-def _error(what: str, messages: Sequence[str]) -> EngineError:
-    """An error with TensorRT's own messages in it."""
-    return EngineError(f"{what}: {'; '.join(messages) or 'it gave no reason'}")

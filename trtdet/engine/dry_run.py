@@ -12,7 +12,7 @@ import onnx
 
 from trtdet import files
 from trtdet.engine import build, support
-from trtdet.engine.flavor import Flavor, find_flavor
+from trtdet.engine.flavor import find_flavor
 from trtdet.engine.options import BatchRange, BuildOptions
 from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
@@ -72,7 +72,7 @@ def plan_file(
     """
     outputs = [engine_path, sidecar_path(engine_path) if engine_path else None, save_onnx]
     files.check_outputs(outputs, [onnx_path])
-    flavor, about = _flavor(flavor_name, options) if engine_path else (None, "none: the ONNX file alone is written")  # fmt: skip
+    about = _flavor(flavor_name, options) if engine_path else "none: the ONNX file alone is written"
     model, spec = load_model(onnx_path)
     build.check_batch(model, options)
     build.check_shapes(model)
@@ -89,7 +89,7 @@ def plan_file(
     rows = {
         "TensorRT": [about],
         "input": [f"{sizes}; {counts}{' (fixed in the ONNX file)' if fixed else ''}"],
-        "precision": _precision(body, options, int8, flavor),
+        "precision": _precision(body, options, int8),
     }
     if options.precision in QUANTIZED_PRECISIONS and own_type(model) is None:
         rows["calibration"] = _calibration(int8)
@@ -98,22 +98,20 @@ def plan_file(
     return DryRun(rows)
 
 
-def _flavor(name: str | None, options: BuildOptions) -> tuple[Flavor | None, str]:
-    """The TensorRT that would build, and what there is to say of it."""
+def _flavor(name: str | None, options: BuildOptions) -> str:
+    """What there is to say of the TensorRT that would build."""
     try:
         flavor = find_flavor(name)
     except EngineError as error:
-        return None, f"not found, so its limits are not checked: {error}"
+        return f"not found, so its limits are not checked: {error}"
     support.check_options(flavor, options)
     capabilities = options.compute_capabilities or support.local_compute_capability()
     target = f"compute capability {', '.join(capabilities)}" if capabilities else "every GPU from 8.0 on" if flavor.is_rtx else "the GPU of this machine; none was found"  # fmt: skip
     typing = "weakly typed" if support.weakly_typed(flavor, options) else "strongly typed"
-    return flavor, f"{flavor}, {target}, {typing}"
+    return f"{flavor}, {target}, {typing}"
 
 
-def _precision(
-    body: Body, options: BuildOptions, int8: Int8Options, flavor: Flavor | None
-) -> list[str]:
+def _precision(body: Body, options: BuildOptions, int8: Int8Options) -> list[str]:
     """Which nodes get which precision."""
     to = options.precision
     if to in QUANTIZED_PRECISIONS:

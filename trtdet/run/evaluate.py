@@ -19,7 +19,7 @@ from trtdet.detections import to_coco_results
 from trtdet.errors import GraphError
 from trtdet.images.files import SUFFIXES, Sources, find_images, image_size, root_of, spread
 from trtdet.results import coco
-from trtdet.results.categories import match_categories
+from trtdet.results.categories import match_categories, some
 from trtdet.run.detect import (
     check_read,
     check_score_threshold,
@@ -283,12 +283,6 @@ def check_matches(run: Run, annotations: coco.Annotations, metrics: dict[str, fl
     objects = {o["category_id"] for o in annotations.objects if o["image_id"] in images}
     if not found & objects:
         logger.warning("AP is 0: no detection is of the categories of the objects in these images (%s)", some(sorted(objects)))  # fmt: skip
-
-
-def some(values: Any, limit: int = 10) -> str:
-    """The first few of many, for a message."""
-    texts = [str(value) for value in values]
-    return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
 
 
 def automl_metrics(
