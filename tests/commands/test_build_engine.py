@@ -575,6 +575,39 @@ def test_prepared_model_is_what_is_built(tensorrt: TensorRT, model: Path, tmp_pa
     assert [layer["Name"] for layer in plan_of(path)["layers"]] == names
 
 
+@pytest.mark.parametrize(
+    ("version", "precision", "options", "settings", "flags"),
+    [
+        ("8.6.1", "fp16", [], {}, "--fp16 --precisionConstraints=obey"),
+        ("10.3.0", "fp16", ["--weak_typing"], {}, "--fp16 --precisionConstraints=obey"),
+        ("10.3.0", "fp16", ["--dla_core", 1], {"DLA_CORES": 2}, "--fp16 --precisionConstraints=obey --useDLACore=1 --allowGPUFallback"),
+        ("8.6.1", "fp32", [], {}, ""),
+        ("10.3.0", "fp16", [], {}, ""),
+        ("11.1.0", "bf16", [], {}, ""),
+    ],
+)  # fmt: skip
+def test_saved_file_is_what_tensorrt_is_given(version: str, precision: str, options: list[object], settings: dict[str, Any], flags: str, tensorrt: TensorRT, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """To the byte; the flags that it takes besides are said."""
+    module = tensorrt(version, **settings)
+    given: list[bytes] = []
+    parse = module.OnnxParser.parse
+    monkeypatch.setattr(module.OnnxParser, "parse", lambda self, text: given.append(text) or parse(self, text))  # fmt: skip
+    saved, path = tmp_path / "saved.onnx", tmp_path / "toy.engine"
+    assert build(model, path, "--precision", precision, "--save_onnx", saved, "-v", *options) == 0
+    assert given == [saved.read_bytes()]
+    log = capsys.readouterr().err
+    warned = [line for line in log.splitlines() if "takes the precision as flags" in line]
+    if not flags:
+        assert warned == []
+        return
+    assert len(warned) == 1 and f"for trtexec: {flags}" in warned[0]
+    assert "--layerPrecisions and --layerOutputTypes, which -v shows" in warned[0]
+    layers, *outputs = re.findall(r"--layer(?:Precisions|OutputTypes)=(\S+)", log)
+    assert outputs == [layers]
+    pinned = {name for name, kind in plan_of(path)["pinned"].items() if kind == "FLOAT"}
+    assert pinned <= {name.removesuffix(":fp32") for name in layers.split(",")}
+
+
 # --- sidecar --------------------------------------------------------------------------------------
 
 INFO = EngineInfo(

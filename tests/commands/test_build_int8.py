@@ -488,6 +488,29 @@ def test_weak_typing_takes_the_cache_through_a_calibrator(version: str, options:
     assert [block_of(name) for name in wide & convs] == ["stem"]
 
 
+def test_86_is_given_what_is_saved(tiny_onnx: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Q/DQ in float32: FP16 is a flag."""
+    saved = tmp_path / "saved.onnx"
+    plan = weak_build(tiny_onnx, calibrated, tmp_path, monkeypatch, "8.6.1", "--save_onnx", saved)
+    assert "takes the precision as flags, not from the file; for trtexec: --int8 --fp16" in capsys.readouterr().err  # fmt: skip
+    graph = onnx.load(saved).graph
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == sum(layer["LayerType"] == "QUANTIZE" for layer in plan["layers"]) > 100  # fmt: skip
+    assert TensorProto.FLOAT16 not in {weight.data_type for weight in graph.initializer}
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "settings"),
+    [("8.6.1", ["--weak_typing"], {}), ("10.3.0", ["--dla_core", 1], {"DLA_CORES": 2})],
+)
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_scales_of_a_calibrator_are_in_no_file(version: str, options: list[object], settings: dict[str, Any], dry_run: list[str], tiny_onnx: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "tensorrt", standin.make_module(version, **settings))
+    written = ["--engine", tmp_path / "x.engine", "--save_onnx", tmp_path / "x.onnx"]
+    assert build(tiny_onnx, *written, "--calib_cache", calibrated / "tiny.cache", *options, *dry_run) == 1  # fmt: skip
+    assert error_of(capsys).startswith(f"error: --save_onnx: with {options[0]}, TensorRT {version} takes the scales of INT8 through a calibrator")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_calibrator_only_returns_the_cache() -> None:
     calibrator = config._cache_calibrator(standin.make_module("8.6.1"), b"TRT-8601-...")
     assert calibrator.initialised and calibrator.get_batch(["images"]) is None

@@ -153,6 +153,13 @@ class Built:
     seconds: float
 
 
+def choose_model(flavor: Flavor, prepared: Prepared, options: BuildOptions) -> onnx.ModelProto:
+    """Of a prepared model, what this TensorRT is given: with the precision in the types of its
+    tensors, or in float32, where the precision is asked for with flags.
+    """
+    return prepared.float32 if weakly_typed(flavor, options) else prepared.typed
+
+
 def build(
     flavor: Flavor,
     prepared: Prepared,
@@ -173,7 +180,7 @@ def build(
     """
     check_options(flavor, options)
     weak = weakly_typed(flavor, options)
-    model = prepared.float32 if weak else prepared.typed
+    model = choose_model(flavor, prepared, options)
     if preprocessing is not None and preprocessing.size_range is None:
         model = fix_size(model, preprocessing.image_shape)
     if not flavor.has_efficient_nms and lowering.has_plugin(model):

@@ -134,9 +134,31 @@ def set_precision(
     if prepared.scales is not None and prepared.quantization is not None:
         kept = prepared.quantization.kept
         pinned |= dict.fromkeys(kept, dtype.HALF if fp16 else dtype.FLOAT)
-    if prepared.report is not None:
-        pinned |= dict.fromkeys(prepared.report.float32_names, dtype.FLOAT)
+    pinned |= dict.fromkeys(pinned_to_float32(prepared), dtype.FLOAT)
     _pin(flavor, network, pinned)
+
+
+def pinned_to_float32(prepared: Prepared) -> tuple[str, ...]:
+    """Nodes that a weakly typed TensorRT is told to compute in float32."""
+    return () if prepared.report is None else tuple(prepared.report.float32_names)
+
+
+def trtexec_flags(options: BuildOptions, prepared: Prepared) -> list[str]:
+    """What trtexec needs beside the ONNX file where a TensorRT is weakly typed and has no
+    calibrator: what `set_precision` and `set_limits` set.
+    """
+    flags = []
+    if options.precision == "int8":
+        flags.append("--int8")
+    if options.precision in ("fp16", "int8") and "fp16" in (options.precision, options.rest):
+        flags.append("--fp16")
+    if names := pinned_to_float32(prepared):
+        layers = ",".join(f"{name}:fp32" for name in names)
+        flags.append("--precisionConstraints=obey")
+        flags += [f"--layerPrecisions={layers}", f"--layerOutputTypes={layers}"]
+    if options.dla_core is not None:
+        flags += [f"--useDLACore={options.dla_core}", "--allowGPUFallback"]
+    return flags
 
 
 def _pin(

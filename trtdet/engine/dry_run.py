@@ -72,7 +72,11 @@ def plan_file(
     """
     outputs = [engine_path, sidecar_path(engine_path) if engine_path else None, save_onnx]
     files.check_outputs(outputs, [onnx_path])
-    about = _flavor(flavor_name, options) if engine_path else "none: the ONNX file alone is written"
+    about = (
+        _flavor(flavor_name, options, save_onnx)
+        if engine_path
+        else "none: the ONNX file alone is written"
+    )
     model, spec = load_model(onnx_path)
     build.check_batch(model, options)
     build.check_shapes(model)
@@ -98,13 +102,15 @@ def plan_file(
     return DryRun(rows)
 
 
-def _flavor(name: str | None, options: BuildOptions) -> str:
+def _flavor(name: str | None, options: BuildOptions, save_onnx: Path | None) -> str:
     """What there is to say of the TensorRT that would build."""
     try:
         flavor = find_flavor(name)
     except EngineError as error:
         return f"not found, so its limits are not checked: {error}"
     support.check_options(flavor, options)
+    if save_onnx:
+        support.check_saved(flavor, options)
     capabilities = options.compute_capabilities or support.local_compute_capability()
     target = f"compute capability {', '.join(capabilities)}" if capabilities else "every GPU from 8.0 on" if flavor.is_rtx else "the GPU of this machine; none was found"  # fmt: skip
     typing = "weakly typed" if support.weakly_typed(flavor, options) else "strongly typed"

@@ -4,6 +4,7 @@ sidecar.
 """
 
 import logging
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ from pathlib import Path
 from trtdet import files
 from trtdet.engine import build, support
 from trtdet.engine.build import Built
+from trtdet.engine.config import trtexec_flags
 from trtdet.engine.flavor import Flavor, find_flavor
 from trtdet.engine.options import BuildOptions
 from trtdet.engine.sidecar import EngineInfo, sidecar_path, write_engine
 from trtdet.onnx_files import check_apart
 from trtdet.precision.options import Int8Options
-from trtdet.precision.prepare import load_model, prepare
+from trtdet.precision.prepare import Prepared, load_model, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,8 @@ def build_file(
     """Build an engine, with its sidecar beside it.
 
     Args:
-        save_onnx: write what TensorRT is given here too.
+        save_onnx: write the model as this TensorRT is given it here too, with the plugin of NMS and
+            any dynamic size.
         flavor_name: of `trtdet.engine.flavor.FLAVORS`; None: the first that is installed.
         check_input: images on which FP16's range is checked; None: a photograph that comes with the
             package.
@@ -109,6 +112,8 @@ def build_file(
         files.check_writable(options.timing_cache)
     flavor = find_flavor(flavor_name)
     support.check_options(flavor, options)
+    if save_onnx:
+        support.check_saved(flavor, options)
     logger.info("%s", flavor)
     model, spec = load_model(onnx_path)
     build.check_batch(model, options)
@@ -125,7 +130,7 @@ def build_file(
         check_input=check_input,
     )
     if save_onnx:
-        files.write_bytes(save_onnx, prepared.typed.SerializeToString())
+        _save(save_onnx, flavor, prepared, options)
     built = build.build(flavor, prepared, options, spec.preprocessing)
     info = build.describe(
         flavor,
@@ -137,3 +142,17 @@ def build_file(
     )
     info = write_engine(engine_path, built.plan, info)
     return EngineBuild(engine_path, flavor, built, info, time.monotonic() - start)
+
+
+def _save(path: Path, flavor: Flavor, prepared: Prepared, options: BuildOptions) -> None:
+    """Write the model as TensorRT is given it. What it takes as flags is logged: the file alone
+    does not say it.
+    """
+    files.write_bytes(path, build.choose_model(flavor, prepared, options).SerializeToString())
+    flags = trtexec_flags(options, prepared) if support.weakly_typed(flavor, options) else []
+    if not flags:
+        return
+    short = [flag for flag in flags if not flag.startswith("--layer")]
+    pins = "" if short == flags else ", and --layerPrecisions and --layerOutputTypes, which -v shows: they keep nodes in float32"  # fmt: skip
+    logger.warning("%s: %s takes the precision as flags, not from the file; for trtexec: %s%s", path, flavor, " ".join(short), pins)  # fmt: skip
+    logger.debug("trtexec %s", shlex.join([f"--onnx={path}", *flags]))
