@@ -76,7 +76,13 @@ def run(
     if dry_run:
         with naming(onnx_path):
             text = plan_file(
-                onnx_path, engine_path, options, int8, save_onnx=save_onnx, flavor_name=flavor_name
+                onnx_path,
+                engine_path,
+                options,
+                int8,
+                save_onnx=save_onnx,
+                flavor_name=flavor_name,
+                check_input=check_input,
             )
         print(text)
     elif engine_path:

@@ -17,6 +17,7 @@ from trtdet.engine.flavor import Flavor, find_flavor
 from trtdet.engine.options import BuildOptions
 from trtdet.engine.sidecar import EngineInfo, sidecar_path, write_engine
 from trtdet.onnx_files import check_apart
+from trtdet.precision.calibration_cache import sidecar_path as cache_sidecar_path
 from trtdet.precision.options import Int8Options
 from trtdet.precision.prepare import Prepared, load_model, prepare
 
@@ -56,6 +57,35 @@ class EngineBuild:
         return "\n".join(f"{name:<10}{value}" for name, value in rows.items())
 
 
+def check_outputs(
+    onnx_path: Path,
+    engine_path: Path | None,
+    options: BuildOptions,
+    int8: Int8Options,
+    save_onnx: Path | None,
+) -> list[Path]:
+    """Find out before the work whether what `build_file` writes can be written, and that it
+    replaces nothing that is read.
+
+    Args:
+        engine_path: None: `prepare_file` with these arguments.
+
+    Returns:
+        What is written whatever the model is like: all but the calibration cache.
+
+    Raises:
+        OSError, GraphError, ValueError: names the file.
+    """
+    paths = [save_onnx]
+    if engine_path:
+        paths = [engine_path, sidecar_path(engine_path), save_onnx, options.timing_cache]
+    outputs = [path for path in paths if path is not None]
+    caches = [] if int8.cache is None else [int8.cache, cache_sidecar_path(int8.cache)]
+    files.check_outputs(outputs, [onnx_path, int8.precision_file, *caches])
+    check_apart(outputs, onnx_path)
+    return outputs
+
+
 def prepare_file(
     onnx_path: Path,
     save_onnx: Path,
@@ -71,8 +101,7 @@ def prepare_file(
         OSError, GraphError: the ONNX file is missing or not what stage 1 writes.
         ValueError: a calibration cache of something else, or images that cannot be read.
     """
-    files.check_outputs([save_onnx], [onnx_path])
-    check_apart([save_onnx], onnx_path)
+    check_outputs(onnx_path, None, BuildOptions(), int8, save_onnx)
     model, spec = load_model(onnx_path)
     prepared = prepare(
         model, spec, options.precision, int8, rest=options.rest, check_input=check_input
@@ -105,11 +134,7 @@ def build_file(
         ValueError: a calibration cache of something else, or images that cannot be read.
     """
     start = time.monotonic()
-    outputs = [engine_path, sidecar_path(engine_path), save_onnx]
-    files.check_outputs(outputs, [onnx_path])
-    check_apart(outputs, onnx_path)
-    if options.timing_cache:
-        files.check_writable(options.timing_cache)
+    check_outputs(onnx_path, engine_path, options, int8, save_onnx)
     flavor = find_flavor(flavor_name)
     support.check_options(flavor, options)
     if save_onnx:

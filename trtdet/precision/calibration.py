@@ -72,6 +72,18 @@ def choose_images(
 # ---- measuring
 
 
+def wanted_providers(provider: Provider) -> list[str]:
+    """ONNX Runtime's providers for a calibration, the wanted one first: CUDA or the CPU.
+
+    Raises:
+        EngineError: this ONNX Runtime was built without it.
+    """
+    named: sessions.Provider = provider
+    if provider == "auto":
+        named = "cuda" if sessions.PROVIDERS["cuda"] in sessions.available_providers() else "cpu"
+    return sessions.pick_providers(named)
+
+
 def calibrate(
     body: Body,
     feeds: Iterable[Mapping[str, NDArray[Any]]],
@@ -170,10 +182,7 @@ def _session(
     body: onnx.ModelProto, tensors: Sequence[str], provider: Provider, threads: int | None
 ) -> sessions.Session:
     """A session on the CPU or on CUDA, where the CPU takes what CUDA cannot."""
-    named: sessions.Provider = provider
-    if provider == "auto":
-        named = "cuda" if sessions.PROVIDERS["cuda"] in sessions.available_providers() else "cpu"
-    wanted = sessions.pick_providers(named)
+    wanted = wanted_providers(provider)
     # Without TF32, CUDA's default: three digits are too few to measure with. As written: every
     # tensor is looked at, so there is nothing to fuse.
     session = sessions.open_session(
