@@ -34,7 +34,8 @@ from trtdet.runtimes.options import TritonUrl
 
 if TYPE_CHECKING:
     from trtdet.images.files import Sources
-    from trtdet.results.coco import Annotations, Evaluation, Result
+    from trtdet.results.coco import Annotations, Evaluation
+    from trtdet.run.evaluate import Run
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def run(
     from trtdet.results import coco
     from trtdet.run.evaluate import (
         AUTOML_CAVEAT,
+        NO_ROTATED_AUTOML,
         SCHEMA,
         automl_metrics,
         check_matches,
@@ -94,6 +96,8 @@ def run(
     check_files(annotations_path, engine, source, detections, [output, plot, report_path], automl_path)  # fmt: skip
     check_plot(plot)
     annotations = coco.read_annotations(annotations_path)
+    if automl_path and any(map(coco.is_rotated, annotations.objects)):
+        raise ValueError(NO_ROTATED_AUTOML)
     if engine is not None and source is not None:
         done = run_model(engine, source, annotations, options)
         if detections:
@@ -112,12 +116,15 @@ def run(
         report["iou_type"] = evaluation.iou_type
     print(f"{len(done.image_ids)} images, {len(done.results)} detections" + (" (rotated boxes: overlap of their corners' polygons)" if rotated else ""))  # fmt: skip
     print(coco.metrics_table(evaluation.metrics))
-    if automl_path and rotated:
-        raise ValueError("--automl_path: AutoML's metric knows no rotated boxes; leave it out")
+    automl_error: ValueError | None = None
     if automl_path and done.results:
-        report["automl"] = automl_metrics(automl_path, annotations, done.results)
-        print(f"\nAutoML's coco_metric. {AUTOML_CAVEAT}.")
-        print(coco.metrics_table(report["automl"]))
+        try:
+            report["automl"] = automl_metrics(automl_path, annotations, done.results)
+        except ValueError as error:
+            automl_error = error  # first what was measured is written
+        else:
+            print(f"\nAutoML's coco_metric. {AUTOML_CAVEAT}.")
+            print(coco.metrics_table(report["automl"]))
     if output:
         files.write_text(output, json.dumps(report, indent=2) + "\n")
         logger.info("wrote %s", output)
@@ -127,9 +134,9 @@ def run(
         logger.info("wrote %s", plot)
     if report_path and source is not None:
         title = f"{(engine or detections or annotations_path).name}: AP {report['AP']:.4f}"
-        write_report(
-            report_path, title, source, annotations, options, done.results, evaluation, embed=embed
-        )
+        write_report(report_path, title, source, annotations, done, evaluation, embed=embed)
+    if automl_error:
+        raise automl_error
     return SOME_SKIPPED if done.skipped else 0
 
 
@@ -169,8 +176,7 @@ def write_report(
     title: str,
     source: Sources,
     annotations: Annotations,
-    options: RunOptions,
-    results: Sequence[Result],
+    done: Run,
     evaluation: Evaluation,
     *,
     embed: bool,
@@ -179,12 +185,8 @@ def write_report(
     from trtdet.images.files import root_of
     from trtdet.results.gallery import Page, write_gallery
     from trtdet.results.gallery_items import items_of_evaluation
-    from trtdet.run.evaluate import annotated_images
 
-    images = annotated_images(
-        source, annotations, recursive=options.recursive, num_images=options.num_images
-    )
-    items, classes = items_of_evaluation(images, root_of(source), annotations, results)
+    items, classes = items_of_evaluation(done.images, root_of(source), annotations, done.results)
     page = Page(
         title,
         f"{len(items)} images of {annotations.path.name}; a match overlaps by an IoU of 0.5 or more",
