@@ -1005,3 +1005,29 @@ def test_what_is_no_model(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
     assert message in line
     assert line.startswith("error: --model: expected an engine or an ONNX file, ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "b", "--ray", "local", "--no_images"], "--ray writes no pictures; leave --no_images out"),
+        (["-o", "b", "--ray", "local", "--image_format", "jpg", "--draw_threshold", "0"], "--ray writes no pictures; leave --draw_threshold, --image_format out"),
+        (["-o", "b", "--ray", "local", "--image_format", "png"], "leave --image_format out"),
+        (["--benchmark", "--image_format", "jpg"], "--benchmark writes no detections; leave --image_format out"),
+        (["--benchmark", "--draw_threshold", "0"], "--benchmark writes no detections; leave --draw_threshold out"),
+        (["--benchmark", "--score_threshold", "0"], "--benchmark writes no detections; leave --score_threshold out"),
+        (["-o", "b", "--ray", "local", "--report", "r.html"], "--report: not with --ray"),
+        (["-o", "b", "--embed"], "--embed goes with --report"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused(options: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as status:
+        infer.parse_args(["--model", "m.onnx", "-i", "a", *options])
+    assert status.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_pictures_have_their_defaults() -> None:
+    args = infer.parse_args(["--model", "m.onnx", "-i", "a", "-o", "b"])
+    assert (args.draw_threshold, args.image_format) == (0.3, "png")
+    args = infer.parse_args(["--model", "m.onnx", "-i", "a", "-o", "b", "--draw_threshold", "0", "--image_format", "jpg"])  # fmt: skip
+    assert (args.draw_threshold, args.image_format) == (0.0, "jpg")

@@ -24,7 +24,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trtdet import files
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, check_plot, run_main, setup_logging
@@ -84,10 +84,8 @@ def run(
     """Evaluate; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.results import coco
     from trtdet.run.evaluate import (
-        AUTOML_CAVEAT,
         NO_ROTATED_AUTOML,
         SCHEMA,
-        automl_metrics,
         check_matches,
         read_detections,
         run_model,
@@ -116,15 +114,7 @@ def run(
         report["iou_type"] = evaluation.iou_type
     print(f"{len(done.image_ids)} images, {len(done.results)} detections" + (" (rotated boxes: overlap of their corners' polygons)" if rotated else ""))  # fmt: skip
     print(coco.metrics_table(evaluation.metrics))
-    automl_error: ValueError | None = None
-    if automl_path and done.results:
-        try:
-            report["automl"] = automl_metrics(automl_path, annotations, done.results)
-        except ValueError as error:
-            automl_error = error  # first what was measured is written
-        else:
-            print(f"\nAutoML's coco_metric. {AUTOML_CAVEAT}.")
-            print(coco.metrics_table(report["automl"]))
+    automl_error = add_automl(report, automl_path, annotations, done) if automl_path else None
     if output:
         files.write_text(output, json.dumps(report, indent=2) + "\n")
         logger.info("wrote %s", output)
@@ -138,6 +128,26 @@ def run(
     if automl_error:
         raise automl_error
     return SOME_SKIPPED if done.skipped else 0
+
+
+def add_automl(
+    report: dict[str, Any], checkout: Path, annotations: Annotations, done: Run
+) -> ValueError | None:
+    """AutoML's figures, printed and put into `report`. What it fails with is for who has written
+    the others.
+    """
+    from trtdet.results import coco
+    from trtdet.run.evaluate import AUTOML_CAVEAT, automl_metrics
+
+    if not done.results:
+        return None
+    try:
+        report["automl"] = automl_metrics(checkout, annotations, done.results)
+    except ValueError as error:
+        return error
+    print(f"\nAutoML's coco_metric. {AUTOML_CAVEAT}.")
+    print(coco.metrics_table(report["automl"]))
+    return None
 
 
 def check_files(
