@@ -41,7 +41,7 @@ from trtdet.nms import lowering
 from trtdet.onnx_files import image_input, read_onnx
 from trtdet.precision.body import cut_to_body
 from trtdet.precision.floats import to_fp16
-from trtdet.runtimes.ort import PROVIDERS
+from trtdet.sessions import PROVIDERS
 from trtdet.spec import ModelSpec
 
 logger = logging.getLogger("trtdet.benchmarks")

@@ -160,7 +160,6 @@ class DeviceInfo:
     index: int
     name: str
     compute_capability: tuple[int, int]
-    memory_bytes: int
 
     def __str__(self) -> str:
         major, minor = self.compute_capability
@@ -188,7 +187,6 @@ def device_info(index: int) -> DeviceInfo:
         index,
         name.decode() if isinstance(name, bytes) else str(name),
         (properties.major, properties.minor),
-        properties.totalGlobalMem,
     )
 
 

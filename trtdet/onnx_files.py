@@ -291,6 +291,28 @@ def external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from (tensor for tensor in tensors if tensor.data_location == tensor.EXTERNAL)
 
 
+def weight_files(graph: onnx.GraphProto, path: Path) -> list[Path]:
+    """The files that hold weights of the ONNX file at `path`, sorted."""
+    folder = path.resolve().parent
+    return [folder / name for name in sorted(set(external_files(graph)))]
+
+
+def sha256(path: Path, model: onnx.ModelProto | None = None) -> str:
+    """The SHA-256, in hex, of an ONNX file; where its weights lie in files of their own, of all of
+    them one after the other.
+
+    Args:
+        model: what `read_onnx(path, weights=False)` gave, of who has read it.
+
+    Raises:
+        FileNotFoundError, GraphError: no ONNX file, or its weights are not all there.
+    """
+    if model is None:
+        model = read_onnx(path, weights=False)
+    check_external_data(model, path)
+    return files.sha256(path, *weight_files(model.graph, path))
+
+
 def check_apart(outputs: Iterable[Path | None], path: Path) -> None:
     """Find out whether an output would replace weights of the ONNX file at `path` that lie in files
     of their own.
@@ -301,7 +323,7 @@ def check_apart(outputs: Iterable[Path | None], path: Path) -> None:
     there = [output for output in outputs if output is not None and output.is_file()]
     if there:
         graph = read_onnx(path, weights=False).graph
-        files.check_outputs(there, [path.parent / name for name in external_files(graph)])
+        files.check_outputs(there, weight_files(graph, path))
 
 
 def _check_there(path: Path, option: str) -> None:

@@ -8,11 +8,12 @@ when it is imported, so that is set before; a value that the user has set stays.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trtdet.closing import without_interrupt
 from trtdet.errors import EngineError
@@ -22,9 +23,19 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
+logger = logging.getLogger(__name__)
+
 #: Set to 1 before ONNX Runtime is imported, unless the user has set it.
 TELEMETRY_SWITCH = "ORT_DISABLE_TELEMETRY"
 CPU = "CPUExecutionProvider"
+
+Provider = Literal["auto", "tensorrt", "cuda", "cpu"]
+#: ONNX Runtime's names, fastest first: the order in which "auto" takes what is there.
+PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": CPU,
+}
 #: ONNX Runtime's levels of its own messages on stderr.
 ERRORS, FATAL_ERRORS = 3, 4
 INSTALL = "pip install onnxruntime"
@@ -166,6 +177,46 @@ class Bound:
             self._session._session.run_with_iobinding(self._binding)
             # The next run may write into the same memory.
             return [value.numpy().copy() for value in self._binding.get_outputs()]
+
+
+def pick_providers(provider: Provider) -> list[str]:
+    """ONNX Runtime's provider list for `provider`, the wanted one first, CPU last.
+
+    Raises:
+        EngineError: this ONNX Runtime was built without it.
+    """
+    available = available_providers()
+    there = [name for name in PROVIDERS.values() if name in available]
+    if provider == "auto":
+        return there
+    wanted = PROVIDERS[provider]
+    if wanted not in there:
+        raise EngineError(
+            f"--provider {provider}: this ONNX Runtime has {', '.join(there)} only; "
+            "install onnxruntime-gpu (requirements-cuda.txt), or leave --provider out"
+        )
+    return there[there.index(wanted) :]
+
+
+def check_provider(got: str, wanted: str, provider: Provider) -> None:
+    """Warn of a provider that did not start, so that another runs.
+
+    Raises:
+        EngineError: it was asked for by name.
+    """
+    if got == wanted:
+        return
+    message = f"{wanted} does not start here (its own message is above)"
+    if provider != "auto":
+        raise EngineError(
+            f"--provider {provider}: {message}; install its libraries or choose another"
+        )
+    logger.warning("%s; running on %s", message, got)
+
+
+def with_options(providers: Sequence[str], cuda: Mapping[str, str]) -> list[Any]:
+    """The providers as ONNX Runtime takes them: names, or a name with its options."""
+    return [(name, dict(cuda)) if name == PROVIDERS["cuda"] else name for name in providers]
 
 
 def open_session(

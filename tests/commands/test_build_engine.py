@@ -5,6 +5,7 @@ stand-in.
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from PIL import Image
 
 from trtdet import about
 from trtdet.commands import build_engine
+from trtdet.conversion.convert import provenance
 from trtdet.engine import flavor, sidecar
 from trtdet.engine.options import BatchRange, BuildOptions
 from trtdet.engine.sidecar import EngineInfo, read_sidecar, read_spec, sidecar_path, write_engine
@@ -231,6 +233,26 @@ def test_dla_is_strongly_typed_on_11(tensorrt: TensorRT, model: Path, tmp_path: 
     plan = plan_of(path)
     assert plan["flags"] == ["GPU_FALLBACK"] and plan["strong"]
     assert asked == ["ADJUST_FOR_DLA"]
+
+
+def test_weights_in_a_file_of_their_own_are_part_of_the_hash(
+    tensorrt: TensorRT, model: Path, tmp_path: Path
+) -> None:
+    """Of an engine's sidecar, and of what create_onnx.py converted; anybody can compute it."""
+    tensorrt("10.13.3")
+    split, data = tmp_path / "split.onnx", tmp_path / "split.onnx.data"
+    onnx.save(onnx.load(model), split, save_as_external_data=True, location=data.name, size_threshold=0)  # fmt: skip
+    hashes = []
+    for _ in range(2):
+        assert build(split, tmp_path / "toy.engine") == 0
+        info = read_sidecar(tmp_path / "toy.engine")
+        assert info is not None
+        assert info.onnx_sha256 == provenance(split)["sha256"]
+        assert info.onnx_sha256 == hashlib.sha256(split.read_bytes() + data.read_bytes()).hexdigest()  # fmt: skip
+        hashes.append(info.onnx_sha256)
+        weights = np.frombuffer(data.read_bytes(), np.float32) * np.float32(0.5)
+        data.write_bytes(weights.tobytes())
+    assert hashes[0] != hashes[1]
 
 
 @pytest.mark.parametrize(
@@ -551,6 +573,39 @@ def test_prepared_model_is_what_is_built(tensorrt: TensorRT, model: Path, tmp_pa
     assert build(model, path, "--save_onnx", prepared) == 0
     names = [node.name for node in onnx.load(prepared).graph.node]
     assert [layer["Name"] for layer in plan_of(path)["layers"]] == names
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "options", "settings", "flags"),
+    [
+        ("8.6.1", "fp16", [], {}, "--fp16 --precisionConstraints=obey"),
+        ("10.3.0", "fp16", ["--weak_typing"], {}, "--fp16 --precisionConstraints=obey"),
+        ("10.3.0", "fp16", ["--dla_core", 1], {"DLA_CORES": 2}, "--fp16 --precisionConstraints=obey --useDLACore=1 --allowGPUFallback"),
+        ("8.6.1", "fp32", [], {}, ""),
+        ("10.3.0", "fp16", [], {}, ""),
+        ("11.1.0", "bf16", [], {}, ""),
+    ],
+)  # fmt: skip
+def test_saved_file_is_what_tensorrt_is_given(version: str, precision: str, options: list[object], settings: dict[str, Any], flags: str, tensorrt: TensorRT, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """To the byte; the flags that it takes besides are said."""
+    module = tensorrt(version, **settings)
+    given: list[bytes] = []
+    parse = module.OnnxParser.parse
+    monkeypatch.setattr(module.OnnxParser, "parse", lambda self, text: given.append(text) or parse(self, text))  # fmt: skip
+    saved, path = tmp_path / "saved.onnx", tmp_path / "toy.engine"
+    assert build(model, path, "--precision", precision, "--save_onnx", saved, "-v", *options) == 0
+    assert given == [saved.read_bytes()]
+    log = capsys.readouterr().err
+    warned = [line for line in log.splitlines() if "takes the precision as flags" in line]
+    if not flags:
+        assert warned == []
+        return
+    assert len(warned) == 1 and f"for trtexec: {flags}" in warned[0]
+    assert "--layerPrecisions and --layerOutputTypes, which -v shows" in warned[0]
+    layers, *outputs = re.findall(r"--layer(?:Precisions|OutputTypes)=(\S+)", log)
+    assert outputs == [layers]
+    pinned = {name for name, kind in plan_of(path)["pinned"].items() if kind == "FLOAT"}
+    assert pinned <= {name.removesuffix(":fp32") for name in layers.split(",")}
 
 
 # --- sidecar --------------------------------------------------------------------------------------

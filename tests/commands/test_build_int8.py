@@ -18,6 +18,7 @@ from conftest import EXAMPLES
 from onnx import TensorProto
 from PIL import Image
 
+from trtdet import sessions
 from trtdet.commands import build_engine, create_onnx, eval_coco
 from trtdet.engine import build as engine_build
 from trtdet.engine import config, support
@@ -43,6 +44,12 @@ def build(model: Path, *options: object) -> int:
 
 def build_chosen(model: Path, *options: object) -> int:
     return build_engine.main(["--onnx", str(model), "--precision", "int8", *map(str, options)])
+
+
+def calibrate_with(model: Path, output: Path, *options: object) -> int:
+    """Calibrate on two images, without a cache."""
+    few = ["--calib_input", IMAGES, "--calib_num_images", 2, "--save_onnx", output]
+    return build(model, *few, *options)
 
 
 def error_of(captured: pytest.CaptureFixture[str]) -> str:
@@ -328,16 +335,53 @@ def test_images_that_cannot_be_read_are_left_out(tiny_onnx: Path, tmp_path: Path
     assert error_of(capsys).startswith("error: --calib_input: expected an image or a folder")
 
 
-def test_provider_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provider_is_chosen(
+    tiny_onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """CUDA without TF32 where there is one; TensorRT is not asked to calibrate."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    cpu, gpu = "CPUExecutionProvider", "CUDAExecutionProvider"
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [gpu, cpu])
-    assert calibration.providers("cpu") == [cpu]
-    assert calibration.providers("auto") == calibration.providers("gpu") == [(gpu, {"use_tf32": "0"}), cpu]  # fmt: skip
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cpu])
-    assert calibration.providers("auto") == [cpu]
-    with pytest.raises(EngineError, match="this ONNX Runtime has CPUExecutionProvider, not CUDA"):
-        calibration.providers("gpu")
+    tensorrt, cuda, cpu = (f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU"))
+    asked: list[Any] = []
+
+    def watched(*_: Any, providers: Any, **__: Any) -> sessions.Session:
+        asked.append(providers)
+        raise sessions.SessionError("enough seen")
+
+    monkeypatch.setattr(sessions, "open_session", watched)
+    both = [tensorrt, cuda, cpu]
+    for provider, available in (("auto", both), ("cpu", both), ("cuda", [cpu])):
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda a=available: a)
+        assert calibrate_with(tiny_onnx, tmp_path / "m.onnx", "--provider", provider) == 1
+    assert asked == [[(cuda, {"use_tf32": "0"}), cpu], [cpu]]
+    assert "--provider cuda: this ONNX Runtime has CPUExecutionProvider only; install onnxruntime-gpu" in error_of(capsys)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_does_not_start_is_said(
+    tiny_onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """ONNX Runtime itself goes on with the CPU: an error where CUDA was asked for by name, else a
+    warning.
+    """
+    onnxruntime = pytest.importorskip("onnxruntime")
+    cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+    if cuda in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cuda, cpu])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    model = tmp_path / "m.onnx"
+    assert calibrate_with(tiny_onnx, model, "--provider", "cuda") == 1
+    assert error_of(capsys).startswith(f"error: --provider cuda: {cuda} does not start here")
+    assert not model.exists()
+    assert calibrate_with(tiny_onnx, model) == 0
+    assert f"W {cuda} does not start here (its own message is above); running on {cpu}" in capsys.readouterr().err  # fmt: skip
+    assert model.exists()
 
 
 # --- engines --------------------------------------------------------------------------------------
@@ -442,6 +486,29 @@ def test_weak_typing_takes_the_cache_through_a_calibrator(version: str, options:
     convs = {layer["Name"] for layer in plan["layers"] if layer["LayerType"] == "CONVOLUTION"}
     wide = {name for name, kind in plan["pinned"].items() if kind == "FLOAT"}
     assert [block_of(name) for name in wide & convs] == ["stem"]
+
+
+def test_86_is_given_what_is_saved(tiny_onnx: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Q/DQ in float32: FP16 is a flag."""
+    saved = tmp_path / "saved.onnx"
+    plan = weak_build(tiny_onnx, calibrated, tmp_path, monkeypatch, "8.6.1", "--save_onnx", saved)
+    assert "takes the precision as flags, not from the file; for trtexec: --int8 --fp16" in capsys.readouterr().err  # fmt: skip
+    graph = onnx.load(saved).graph
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == sum(layer["LayerType"] == "QUANTIZE" for layer in plan["layers"]) > 100  # fmt: skip
+    assert TensorProto.FLOAT16 not in {weight.data_type for weight in graph.initializer}
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "settings"),
+    [("8.6.1", ["--weak_typing"], {}), ("10.3.0", ["--dla_core", 1], {"DLA_CORES": 2})],
+)
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_scales_of_a_calibrator_are_in_no_file(version: str, options: list[object], settings: dict[str, Any], dry_run: list[str], tiny_onnx: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "tensorrt", standin.make_module(version, **settings))
+    written = ["--engine", tmp_path / "x.engine", "--save_onnx", tmp_path / "x.onnx"]
+    assert build(tiny_onnx, *written, "--calib_cache", calibrated / "tiny.cache", *options, *dry_run) == 1  # fmt: skip
+    assert error_of(capsys).startswith(f"error: --save_onnx: with {options[0]}, TensorRT {version} takes the scales of INT8 through a calibrator")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_calibrator_only_returns_the_cache() -> None:

@@ -16,6 +16,7 @@ from toy_detector import image
 
 from trtdet.commands import eval_coco
 from trtdet.results import coco
+from trtdet.run import evaluate
 
 pytest.importorskip("pycocotools")
 
@@ -515,5 +516,43 @@ def test_automl_metric_that_is_not_there(case: list[str], tmp_path: Path, capsys
     assert "clone https://github.com/google/automl" in capsys.readouterr().err
     (tmp_path / "efficientdet").mkdir()
     (tmp_path / "efficientdet" / "coco_metric.py").write_text("import no_such_tensorflow\n")
-    assert eval_coco.main([*case, "--automl_path", str(tmp_path)]) == 1
+    output, plot = tmp_path / "m.json", tmp_path / "pr.png"
+    written = ["--json", str(output), "--plot", str(plot)]
+    assert eval_coco.main([*case, "--automl_path", str(tmp_path), *written]) == 1
     assert "does not import (No module named 'no_such_tensorflow')" in capsys.readouterr().err
+    # What was measured is kept.
+    assert metrics_of(output)["AP"] > 0 and "automl" not in metrics_of(output)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_automl_metric_of_rotated_boxes_is_refused_before_the_model_runs(
+    case: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "efficientdet").mkdir()
+    (tmp_path / "efficientdet" / "coco_metric.py").write_text(STANDIN_COCO_METRIC)
+    data = json.loads(Path(case[case.index("--annotations") + 1]).read_text())
+    for entry in data["annotations"]:
+        entry["bbox"] = [*entry["bbox"], 0.3]
+    data["images"] = [entry | {"width": 48, "height": 32} for entry in data["images"]]
+    Path(case[case.index("--annotations") + 1]).write_text(json.dumps(data))
+    opened: list[Any] = []
+    monkeypatch.setattr(evaluate, "open_model", lambda *model: opened.append(model))
+    assert eval_coco.main([*case, "--automl_path", str(tmp_path)]) == 1
+    assert "--automl_path: AutoML's metric knows no rotated boxes; leave it out" in capsys.readouterr().err  # fmt: skip
+    assert opened == []
+
+
+def test_images_are_looked_at_once_for_a_report(
+    case: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their headers are read once, and what there is to say of them is said once."""
+    source = Path(case[case.index("--input") + 1])
+    image(source / "unknown.png", red=10, green=1, blue=0)
+    read: list[str] = []
+    size_of = evaluate.image_size
+    monkeypatch.setattr(evaluate, "image_size", lambda path: read.append(path.name) or size_of(path))  # fmt: skip
+    assert eval_coco.main([*case, "--report", str(tmp_path / "r.html")]) == 0
+    assert len(read) == len(set(read)) > 1
+    assert capsys.readouterr().err.count("1 images have no annotations: not run") == 1
+    page = (tmp_path / "r.html").read_text()
+    assert all(name in page for name in read) and "unknown.png" not in page

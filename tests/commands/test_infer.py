@@ -885,6 +885,28 @@ def test_a_run_that_was_broken_off_goes_on(processes: bool, options: tuple[str, 
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_other_weights_in_a_file_of_their_own_are_another_model(
+    linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The weights lie beside the file itself, not beside a link to it."""
+    (tmp_path / "models").mkdir()
+    model = toy_detector.save_split(tmp_path / "models" / "split.onnx")
+    if linked:
+        (tmp_path / "link.onnx").symlink_to(model)
+        model = tmp_path / "link.onnx"
+    for number in range(3):
+        image(tmp_path / "in" / f"{number}.png", red=100 + number, green=number % 5, blue=0)
+    break_off(model, tmp_path / "in", tmp_path / "out", 2, monkeypatch)
+    toy_detector.save_split(tmp_path / "models" / "split.onnx", shares=(1, 0.5, 0.25, 0.125))
+    capsys.readouterr()
+    assert run(model, tmp_path / "in", tmp_path / "out", "--resume") == 1
+    assert "has results of a run with another model; finish that one" in capsys.readouterr().err
+    toy_detector.save_split(tmp_path / "models" / "split.onnx")
+    assert run(model, tmp_path / "in", tmp_path / "out", "--resume") == 0
+    assert "--resume: 2 of 3 images are done already" in capsys.readouterr().err
+
+
 def test_another_run_is_not_gone_on_with(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:  # fmt: skip
     for number in range(3):
         image(tmp_path / "in" / f"{number}.png", red=100 + number, green=number % 5, blue=0)
@@ -983,3 +1005,29 @@ def test_what_is_no_model(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
     assert message in line
     assert line.startswith("error: --model: expected an engine or an ONNX file, ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "b", "--ray", "local", "--no_images"], "--ray writes no pictures; leave --no_images out"),
+        (["-o", "b", "--ray", "local", "--image_format", "jpg", "--draw_threshold", "0"], "--ray writes no pictures; leave --draw_threshold, --image_format out"),
+        (["-o", "b", "--ray", "local", "--image_format", "png"], "leave --image_format out"),
+        (["--benchmark", "--image_format", "jpg"], "--benchmark writes no detections; leave --image_format out"),
+        (["--benchmark", "--draw_threshold", "0"], "--benchmark writes no detections; leave --draw_threshold out"),
+        (["--benchmark", "--score_threshold", "0"], "--benchmark writes no detections; leave --score_threshold out"),
+        (["-o", "b", "--ray", "local", "--report", "r.html"], "--report: not with --ray"),
+        (["-o", "b", "--embed"], "--embed goes with --report"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused(options: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as status:
+        infer.parse_args(["--model", "m.onnx", "-i", "a", *options])
+    assert status.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_pictures_have_their_defaults() -> None:
+    args = infer.parse_args(["--model", "m.onnx", "-i", "a", "-o", "b"])
+    assert (args.draw_threshold, args.image_format) == (0.3, "png")
+    args = infer.parse_args(["--model", "m.onnx", "-i", "a", "-o", "b", "--draw_threshold", "0", "--image_format", "jpg"])  # fmt: skip
+    assert (args.draw_threshold, args.image_format) == (0.0, "jpg")

@@ -9,20 +9,25 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 import pytest
 from conftest import EXAMPLES
 from onnx import helper, numpy_helper
+from PIL import Image
 
 from trtdet.commands import build_engine, cli, tune_precision
+from trtdet.geometry import rotated_corners
+from trtdet.images.batcher import ImageBatcher
 from trtdet.precision import prepare
 from trtdet.precision.body import Body, ConvLayer
 from trtdet.precision.objective import Damage
 from trtdet.precision.options import Int8Options
 from trtdet.precision.sensitivity import Journal, LayerNoise, patterns, smallest_set
 from trtdet.run import tune as run_tune
+from trtdet.run.detect import detect
 from trtdet.run.options import METRICS
 from trtdet.run.tune import View
 from trtdet.spec import ModelSpec, Nms, Preprocessing
@@ -326,6 +331,69 @@ def test_views_are_undone() -> None:
     channels_first = spec.replace(preprocessing=Preprocessing((4, 10), layout="NCHW")).preprocessing
     moved = mirrored.show(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), channels_first)
     assert np.flatnonzero(moved[0, 0, 1]).tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("order", "normalized", "inclusive", "edge"),
+    [("xyxy", False, False, 64), ("yxyx", True, False, 64), ("xyxy", False, True, 63)],
+)
+def test_rotated_boxes_of_a_mirrored_image_are_mirrored_back(
+    order: Literal["xyxy", "yxyx"], normalized: bool, inclusive: bool, edge: int, tmp_path: Path
+) -> None:
+    """Their corners are those of the polygon in the mirror, by way of a file that always finds the
+    same two boxes. ODTK's corners are pixels, of which the last is 63.
+    """
+    boxes = np.array([[10, 20, 40, 30, -0.3], [5, 8, 25, 48, 1.2]], np.float32)
+    written = boxes[:, [1, 0, 3, 2, 4]] if order == "yxyx" else boxes.copy()
+    if normalized:
+        written[:, :4] /= 64
+    outputs = {
+        "num_detections": np.array([[2]], np.int32),
+        "detection_boxes": written[None],
+        "detection_scores": np.array([[0.9, 0.8]], np.float32),
+        "detection_classes": np.zeros((1, 2), np.int32),
+    }
+    graph = helper.make_graph(
+        [helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value)) for name, value in outputs.items()],
+        "standin",
+        [helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1, 3, 64, 64])],
+        [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape) for name, value in outputs.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    spec = ModelSpec(
+        "standin",
+        Preprocessing((64, 64), layout="NCHW"),
+        Nms(max_output_boxes=2),
+        (1,),
+        box_order=order,
+        boxes_normalized=normalized,
+        inclusive_corners=inclusive,
+        selection="rotated_nms",
+    )
+    spec.attach(model)
+    onnx.save(model, tmp_path / "standin.onnx")
+    Image.new("RGB", (128, 64)).save(tmp_path / "image.png")
+    with run_tune.ViewingRuntime(tmp_path / "standin.onnx", provider="cpu", threads=1) as runtime:
+        found = []
+        for number in (0, 1):
+            runtime.view = View.number(number)
+            with ImageBatcher([tmp_path / "image.png"], spec.preprocessing, 1) as batcher:
+                found += [image.detections for image in detect(runtime, batcher)]
+    corners = rotated_corners(boxes[:, :4], boxes[:, 4])
+    np.testing.assert_allclose(found[0].corners, 2 * corners, rtol=1e-5)
+    # Top left becomes top right: the corners of the mirror image go the other way round.
+    mirrored = (corners * [-1, 1] + [edge, 0])[:, [3, 2, 1, 0]]
+    np.testing.assert_allclose(found[1].corners, 2 * mirrored, rtol=1e-5)
+    assert found[1].angles is not None
+    np.testing.assert_allclose(found[1].angles, [0.3, -1.2], rtol=1e-6)
+
+
+def test_boxes_are_mirrored_in_the_width_of_their_batch() -> None:
+    """Where the size is dynamic, that is not the one in the file."""
+    preprocessing = Preprocessing((4, 10), size_range=((2, 2), (20, 20)))
+    spec = ModelSpec("toy", preprocessing, Nms(), (1,), box_order="xyxy")
+    found = np.array([[[2, 1, 5, 3]]], np.float32)
+    assert View.number(1).undo(found, spec, 16).tolist() == [[[11, 1, 14, 3]]]
 
 
 def test_the_journal_knows_its_context(tmp_path: Path) -> None:

@@ -111,6 +111,21 @@ def test_refused(tmp_path, capsys, options, fields, message):
     assert not (tmp_path / "ds").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_pictures_smaller_than_the_input_are_refused(dtype, tmp_path, capsys):
+    """YOLO-NAS: nvinferserver, which alone takes uint8, would fill the input too. A letterbox of
+    the whole input is not refused.
+    """
+    assert write(tmp_path / "a", with_input(YOLO, dtype=dtype)) == 0
+    capsys.readouterr()
+    assert write(tmp_path / "b", with_input(YOLO, dtype=dtype, longest=636)) == 1
+    assert (
+        "DeepStream makes pictures as large as the network input; this model takes them 636 pixels long in an input of 384x640; "
+        "export it for 636 pixels, or serve it with Triton" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "b/ds").exists()
+
+
 def test_an_edited_folder_is_not_overwritten(tmp_path, capsys):
     assert write(tmp_path) == 0
     assert write(tmp_path) == 1

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import EXAMPLES
 from deploy_models import D0, make_engine, with_input
 
-from trtdet.commands import deploy
+from trtdet.commands import build_engine, deploy
 from trtdet.deploy.model import open_engine
 from trtdet.deploy.trtexec import (
     TrtexecOptions,
@@ -68,6 +69,52 @@ def test_line_for_an_onnx_file(tiny_onnx, version):
     else:
         with pytest.raises(ValueError, match="--save_onnx FILE, and measure that"):
             command(model, version, fp16)
+
+
+@pytest.mark.parametrize("version", UNKNOWN)
+@pytest.mark.parametrize(
+    ("precision", "rest", "flags"),
+    [
+        ("fp32", "fp32", []),
+        ("fp16", "fp16", ["--fp16"]),
+        ("int8", "fp32", ["--int8", "--fp16"]),
+        ("int8", "fp16", "has Q/DQ of FP16 tensors, which TensorRT 8.6 does not read; write it again with float32"),
+        ("bf16", "bf16", "is in BF16, which TensorRT 8.6 does not have"),
+    ],
+)  # fmt: skip
+def test_types_in_an_onnx_file_for_every_version(precision, rest, flags, version, saved, tmp_path, capsys):  # fmt: skip
+    """8.6 needs flags for them: it builds no Q/DQ without --int8."""
+    path = saved(precision, rest)
+    text = ".".join(map(str, version))
+    status = deploy.main(["trtexec", "--model", str(path), "--tensorrt_version", text])
+    captured = capsys.readouterr()
+    if version[0] == 8 and isinstance(flags, str):
+        assert status == 1 and flags in captured.err
+        return
+    wanted = {8: flags, 10: ["--stronglyTyped"], 11: []}[version[0]]
+    line = captured.out.split()
+    assert [word for word in line if word in ("--fp16", "--int8", "--stronglyTyped")] == wanted
+    assert not {word.split("=")[0] for word in line} & UNKNOWN[version]
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_onnx, tmp_path_factory):
+    """A function: the file of build_engine.py --save_onnx in a precision."""
+    folder = tmp_path_factory.mktemp("saved")
+
+    def save(precision, rest):
+        path = folder / f"{precision}_{rest}.onnx"
+        options = ["--precision", precision]
+        if precision == "int8":
+            images = EXAMPLES / "images"
+            options += ["--rest_precision", rest, "--calib_input", images, "--calib_num_images", 1]
+            options += ["--int8_share", 1, "--calib_cache", folder / "cache"]
+        if not path.exists():
+            arguments = ["--model", tiny_onnx, "--save_onnx", path, *options]
+            assert build_engine.main([str(a) for a in arguments]) == 0
+        return path
+
+    return save
 
 
 def test_dynamic_input_size_and_dla(tmp_path):

@@ -3,11 +3,15 @@
 what a build refuses.
 """
 
+import sys
 from pathlib import Path
 
 import onnx.parser
 import pytest
+import standin_tensorrt_builder as standin
+import toy_network
 from conftest import EXAMPLES
+from fault_inputs import split_weights
 
 from trtdet.commands import build_engine
 from trtdet.engine import dry_run
@@ -89,10 +93,83 @@ def test_without_tensorrt_the_rest_is_said(tiny_onnx: Path, tmp_path: Path, caps
         (["--precision", "int8", "--calib_cache", "none.cache"], "expected images or an existing cache, found neither"),
         (["--keep_fp32", "nothing*"], "no node has such a name"),
         (["--engine", "file/x.engine"], "cannot be written"),
+        (["--timing_cache", "file/t.cache"], "cannot be written"),
+        (["--timing_cache", "x.engine"], "x.engine: is an input, or written twice"),
+        (["--save_onnx", "split.onnx.data"], "split.onnx.data: is an input, or written twice"),
+        (["--fp16_check_input", "nowhere"], "--fp16_check_input: expected an image or a folder"),
+        (["--precision", "int8", "--calib_input", str(IMAGES), "--calib_cache", "file/q.cache"], "cannot be written"),
+        (["--precision", "int8", "--calib_input", str(IMAGES), "--calib_cache", "q", "--save_onnx", "q.json"], "q.json: is an input, or written twice"),
+        (["--precision", "int8", "--calib_input", str(IMAGES), "--provider", "cuda"], "this ONNX Runtime has CPUExecutionProvider only"),
     ],
 )  # fmt: skip
-def test_what_a_build_refuses_is_refused(options: list[str], message: str, tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_a_build_refuses_is_refused(dry: bool, options: list[str], message: str, tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """In the same words, whatever TensorRT is here."""
+    monkeypatch.setitem(sys.modules, "tensorrt", standin.make_module("10.13.3"))
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
+    split_weights(tiny_onnx, tmp_path / "split.onnx")
+    arguments = ["--model", "split.onnx", "--engine", "x.engine", *options, *(["--dry_run"] if dry else [])]  # fmt: skip
+    left = sorted(tmp_path.iterdir())
+    assert build_engine.main(arguments) == 1
+    text = capsys.readouterr().err
+    if not dry and options[-1] == "none.cache":
+        message = "expected images or an existing cache, found no cache at none.cache"
+    assert message in text, text
+    assert sorted(tmp_path.iterdir()) == left
+
+
+def written(text: str) -> list[str]:
+    """The row of what is written."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("writes"))
+    rows = [lines[start].removeprefix("writes")]
+    for line in lines[start + 1 :]:
+        if not line.startswith(" "):
+            break
+        rows.append(line)
+    return [row.strip() for row in rows]
+
+
+def test_all_that_is_written_is_said(tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """It is what a build then leaves; an existing cache is added to, and one is not read where the
+    model has Q/DQ of its own.
+    """
+    monkeypatch.setitem(sys.modules, "tensorrt", standin.make_module("10.13.3"))
+    cache, saved = tmp_path / "q.cache", tmp_path / "q.onnx"
+    options = ["--precision", "int8", "--calib_input", IMAGES, "--calib_num_images", 1, "--calib_cache", cache]  # fmt: skip
+    options += ["--int8_share", 1, "--timing_cache", tmp_path / "t.cache", "--save_onnx", saved]
     status, text = say(tiny_onnx, tmp_path, capsys, *options)
-    assert status == 1 and message in text, text
+    assert status == 0
+    names = ["q.cache", "q.cache.json", "q.onnx", "t.cache", "x.engine", "x.engine.json"]
+    assert sorted(written(text)) == [str(tmp_path / name) for name in names]
+    arguments = ["--model", tiny_onnx, "--engine", tmp_path / "x.engine", *options]
+    assert build_engine.main([str(a) for a in arguments]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    capsys.readouterr()
+    _, text = say(tiny_onnx, tmp_path, capsys, *options, "--calib_cache_version", "8.6.1")
+    assert written(text)[-2:] == [
+        f"{cache}: its first line, for another TensorRT",
+        f"{cache}.json: what it does not say yet, of rounding and of --int8_share",
+    ]
+    _, text = say(tiny_onnx, tmp_path, capsys, "--precision", "int8", "--calib_cache", cache)
+    assert written(text) == [str(tmp_path / "x.engine"), str(tmp_path / "x.engine.json")]
+    new = tmp_path / "new.cache"
+    _, text = say(saved, tmp_path, capsys, "--precision", "int8", "--calib_input", IMAGES, "--calib_cache", new)  # fmt: skip
+    assert written(text) == [str(tmp_path / "x.engine"), str(tmp_path / "x.engine.json")]
+
+
+def test_without_an_engine_its_limits_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """What --save_onnx alone does for a model that no engine is built of."""
+    source = toy_network.network()
+    source.graph.node.add(op_type="NonZero", name="rows", input=["input"], output=["found"])
+    path = tmp_path / "x.onnx"
+    onnx.save(source, path)
+    arguments = ["--model", str(path), "--save_onnx", str(tmp_path / "y.onnx"), "--precision", "fp32"]  # fmt: skip
+    assert build_engine.main([*arguments, "--dry_run"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "TensorRT     none: the ONNX file alone is written"  # fmt: skip
+    assert build_engine.main(arguments) == 0
+    assert build_engine.main([*arguments, "--engine", str(tmp_path / "x.engine"), "--dry_run"]) == 1
+    assert "as many rows as a picture has boxes" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from PIL import Image
 
 from trtdet import about
 from trtdet.commands import create_onnx
-from trtdet.deploy.deepstream import DeepStreamOptions, server_config
+from trtdet.deploy.deepstream import check_pictures
 from trtdet.deploy.model import open_onnx
 from trtdet.engine.build import choose_size
 from trtdet.images.preprocess import ShorterSide, choose_input
@@ -184,4 +184,4 @@ def test_an_engine_takes_every_size_that_a_picture_may_get(tmp_path: Path) -> No
     assert choose_input(built, size=(96, 128))[1] is None
     assert choose_input(built, resize=64, max_size=128)[1] == ShorterSide(64, 128)
     with pytest.raises(ValueError, match="at a size of its own, the shorter side 96 pixels"):
-        server_config("x", open_onnx(out), DeepStreamOptions())
+        check_pictures(open_onnx(out))

@@ -232,7 +232,7 @@ def _build(
         raise EngineError(f"{flavor} does not support compute capability {capability}")
     spec.attach(model)
     options = BuildOptions(precision="fp32", batch=batch)
-    set_profile = config._set_profile
+    set_profile = config.set_profile
 
     def set_profiles(*arguments: Any) -> BatchRange:
         *before, _, preprocessing = arguments
@@ -240,7 +240,7 @@ def _build(
             set_profile(*before, replace(options, batch=each), preprocessing)
         return batch
 
-    with mock.patch.object(build, "_set_profile", set_profiles):
+    with mock.patch.object(build, "set_profile", set_profiles):
         built = build.build(flavor, prepare.Prepared(model, model), options, spec.preprocessing)
     info = EngineInfo(
         spec=spec,

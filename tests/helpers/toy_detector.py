@@ -10,10 +10,12 @@ The colour of the top left pixel says what is found:
 The boxes are always `BOXES_YXYX`, in pixels of the 32 x 48 network input.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx.numpy_helper
 import onnx.parser
 
 from trtdet.spec import ModelSpec, Nms, Preprocessing
@@ -73,6 +75,16 @@ def model(
 def save(path: Path, **options: int | str | float) -> Path:
     """Write `model(**options)` to `path`."""
     onnx.save(model(**options), path)
+    return path
+
+
+def save_split(path: Path, shares: Sequence[float] = (1, 0.75, 0.5, 0.25)) -> Path:
+    """The same with the weights that scores are made with in `weights.bin` beside it."""
+    proto = model()
+    weights = next(w for w in proto.graph.initializer if w.name == "shares")
+    weights.CopyFrom(onnx.numpy_helper.from_array(np.array(shares, np.float32), "shares"))
+    (path.parent / "weights.bin").unlink(missing_ok=True)  # it would be appended to
+    onnx.save(proto, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     return path
 
 

@@ -804,3 +804,18 @@ def test_what_is_no_regular_file_is_skipped_not_waited_for(tmp_path: Path, caplo
     with ImageBatcher(paths, SMALL, 2) as batches:
         assert sum(len(batch.paths) for batch in batches) == 2
     assert sorted(path.name for path, _ in batches.failures) == ["fifo.png", "loop.png", "zero.png"]
+
+
+@pytest.mark.parametrize(("good", "status"), [(0, 1), (1, 3)])
+def test_status_says_whether_any_image_could_be_read(
+    good: int, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of the other stages: 1 where none could, 3 where some could not."""
+    for number in range(good):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "x.jpg").write_bytes(b"no image")
+    arguments = ["--input", tmp_path, "--output", tmp_path / "seen", "--size", "8,8"]
+    assert image_batcher.main([str(argument) for argument in arguments]) == status
+    said = capsys.readouterr().err
+    assert ("error: --input: none of 1 images could be read; " in said) == (status == 1)
+    assert len([*(tmp_path / "seen").glob("*.png")]) == good

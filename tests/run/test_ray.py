@@ -3,7 +3,6 @@
 trtdet/run/ray_cluster.py needs none.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -27,7 +26,7 @@ from trtdet.engine.options import BatchRange
 from trtdet.engine.sidecar import EngineInfo, sidecar_path, write_engine
 from trtdet.errors import EngineError
 from trtdet.run import ray, ray_cluster
-from trtdet.run.detect import run_identity
+from trtdet.run.detect import model_identity, run_identity
 from trtdet.run.options import RunOptions
 from trtdet.run.ray_cluster import Results, Workers, plan_workers
 from trtdet.spec import METADATA_KEY, ModelSpec
@@ -193,15 +192,45 @@ def test_an_engine_is_hashed_once(tmp_path, monkeypatch):
     info = EngineInfo(deploy_models.D0, "tensorrt", "10.3.0", "fp16", BatchRange(1, 1, 1))
     hashed = []
     sha256 = files.sha256
-    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path) or sha256(path))
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     write_engine(engine, b"plan", info)
     assert hashed == []  # the bytes are at hand
-    digest = hashlib.sha256(b"plan").hexdigest()
-    assert ray.read_spec_and_hash(engine) == (deploy_models.D0, digest)
-    assert hashed == [engine]
+    spec, identity = ray.read_spec_and_identity(engine)
+    assert spec == deploy_models.D0 and hashed == ["x.engine", "x.engine.json"]
+    assert identity == model_identity(engine)  # as a run on one machine has it
+    hashed.clear()
     sidecar_path(engine).write_text(json.dumps(info.to_dict()))  # without a hash
-    assert ray.read_spec_and_hash(engine) == (deploy_models.D0, digest)
-    assert hashed == [engine, engine]
+    spec, other = ray.read_spec_and_identity(engine)
+    assert spec == deploy_models.D0 and hashed == ["x.engine", "x.engine.json"]
+    assert other != identity and len(other) == 64
+
+
+def test_results_of_other_weights_are_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    """The weights lie in a file of their own: the ONNX file beside it stays the same."""
+    model = toy_detector.save_split(tmp_path / "split.onnx")
+    text = model.read_bytes()
+    toy_detector.image(tmp_path / "in/a.png", red=204, green=2, blue=1)
+
+    def broken_off(*arguments):
+        detect_here(*arguments)
+        raise ValueError("broken off")
+
+    def run():
+        arguments = ["--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out"]
+        status = infer.main([*map(str, arguments), "--ray", "local"])
+        return status, capsys.readouterr().err
+
+    monkeypatch.setattr(ray, "detect_on_ray", broken_off)
+    assert run()[0] == 1
+    monkeypatch.setattr(
+        ray, "detect_on_ray", lambda *a: Results(a[2] / ray.PARTIAL, a[6]).__enter__()
+    )
+    toy_detector.save_split(model, shares=(1, 0.5, 0.25, 0.125))
+    assert model.read_bytes() == text
+    status, said = run()
+    assert status == 1 and "has results of a run with another model" in said
+    toy_detector.save_split(model)
+    assert run()[0] == 0
 
 
 def detect_here(engine, paths, output, options, address, workers, identity):

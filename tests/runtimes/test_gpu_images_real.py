@@ -21,7 +21,7 @@ from trtdet.images.preprocess import IMAGENET_MEAN, ShorterSide
 from trtdet.runtimes import gpu_images
 from trtdet.runtimes.base import DeviceImages
 from trtdet.runtimes.gpu_images import GpuImageBatcher
-from trtdet.runtimes.ort import PROVIDERS
+from trtdet.sessions import PROVIDERS
 from trtdet.spec import Preprocessing
 
 

@@ -23,7 +23,7 @@ from trt_rig import Rig
 from trtdet import sessions
 from trtdet.commands import create_onnx, eval_coco, infer
 from trtdet.errors import EngineError
-from trtdet.runtimes.ort import PROVIDERS
+from trtdet.sessions import PROVIDERS
 
 IMAGES = 14  # three batches of 4 and one of 2
 

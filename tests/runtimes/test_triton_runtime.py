@@ -6,6 +6,7 @@ That environment needs nvidia-pytriton, whose wheel has the server, onnxruntime,
 server's Python backend wants it).
 """
 
+import dataclasses
 import json
 import os
 import socket
@@ -317,6 +318,28 @@ def test_a_request_that_takes_too_long_is_an_error(serve):
         with pytest.raises(EngineError, match=r"no answer within 0\.2 s \(--timeout\)"):
             runtime.infer(random_batches(1, 1)[0].images)
         assert time.perf_counter() - start < 0.8
+
+
+def test_a_server_that_does_not_say_what_it_has_is_no_traceback(serve):
+    server = make_server()
+    server.index_seconds = 0.6
+    url = dataclasses.replace(serve(server), model="other")
+    with pytest.raises(EngineError, match=r"expected a model 'other' that is ready.*found none;"):
+        TritonRuntime(url, timeout=0.2)
+
+
+@pytest.mark.parametrize("serve", ["grpc"], indirect=True)
+def test_grpc_needs_no_aiohttp(serve, monkeypatch):
+    """tritonclient[grpc] comes without it: errors are the server's."""
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    server = make_server()
+    url = serve(server)
+    with pytest.raises(EngineError, match=r"expected a model 'other' that is ready.*found toy;"):
+        TritonRuntime(dataclasses.replace(url, model="other"))
+    with TritonRuntime(url) as runtime:
+        server.faults.append(Refusal("CUDA out of memory", grpc.StatusCode.INTERNAL))
+        with pytest.raises(EngineError, match=r"toy: CUDA out of memory$"):
+            runtime.infer(random_batches(1, 1)[0].images)
 
 
 def test_a_restarted_server_has_forgotten_the_shared_memory(serve, caplog):

@@ -61,6 +61,7 @@ class Server:
 
     Attributes:
         faults: taken from the left by the next requests: a `Refusal` to raise, seconds to wait.
+        index_seconds: that it takes to say what models there are.
         shared: requests whose images came in shared memory. `sent`: in the request.
         most_at_once: requests that were in the model at the same time.
     """
@@ -70,6 +71,7 @@ class Server:
     extensions: Sequence[str] = EXTENSIONS
     faults: deque[Refusal | float] = field(default_factory=deque)
     regions: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    index_seconds: float = 0
     shared: int = 0
     sent: int = 0
     most_at_once: int = 0
@@ -78,6 +80,10 @@ class Server:
 
     def metadata(self) -> dict[str, Any]:
         return {"name": "triton", "version": VERSION, "extensions": list(self.extensions)}
+
+    def ready_models(self) -> list[dict[str, str]]:
+        time.sleep(self.index_seconds)
+        return [{"name": self.config.name, "version": "1", "state": "READY"}]
 
     def is_ready(self, name: str, version: str) -> bool:
         return name == self.config.name and version in ("", "1")
@@ -163,7 +169,8 @@ class _Service(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def RepositoryIndex(self, request, context):
         answer = service_pb2.RepositoryIndexResponse()
-        answer.models.add(name=self._server.config.name, version="1", state="READY")
+        for model in self._server.ready_models():
+            answer.models.add(**model)
         return answer
 
     def SystemSharedMemoryRegister(self, request, context):
@@ -259,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ["v2"]:
                 return json.dumps(self.core.metadata()).encode()
             case ["v2", "repository", "index"]:
-                return json.dumps([{"name": self.core.config.name, "version": "1", "state": "READY"}]).encode()  # fmt: skip
+                return json.dumps(self.core.ready_models()).encode()
             case ["v2", "systemsharedmemory", "region", name, "register"]:
                 place = json.loads(body)
                 self.core.register(name, place["key"], place["offset"], place["byte_size"])

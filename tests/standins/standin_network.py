@@ -19,7 +19,7 @@ from trtdet.engine.options import BatchRange
 from trtdet.engine.sidecar import EngineInfo, write_engine
 from trtdet.nms import lowering
 from trtdet.onnx_files import fixed_batch, read_onnx
-from trtdet.runtimes.ort import PROVIDERS
+from trtdet.sessions import PROVIDERS
 from trtdet.spec import ModelSpec
 
 #: Batches of an engine whose model leaves them open.

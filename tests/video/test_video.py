@@ -252,6 +252,7 @@ def test_a_password_is_not_printed() -> None:
     [
         (["clip.mp4", "other.mp4"], "expected one video"),
         (["clip.mp4", "--resume"], "--resume: not for a video"),
+        (["clip.mp4", "--image_format", "png"], "--image_format: not for a video"),
         (["clip.mp4", "--benchmark"], "--benchmark"),
         (["photos", "--every", "2"], "--every needs a video; photos is not one"),
         (["clip.mp4", "--every", "0"], "expected a whole number of at least 1"),

@@ -13,9 +13,12 @@ measures the activations in ONNX Runtime and puts convolutions in INT8 (with Qua
 DequantizeLinear nodes) and the rest in FP16. docs/int8.md says what it costs. --precision fp8 does
 the same in FP8, for GPUs from Ada (8.9) on.
 
---save_onnx writes the ONNX file that TensorRT gets, precision included. It runs in ONNX Runtime
-(BF16 not on a CPU). On a Jetson without Python, trtexec builds the same engine from it:
-`trtexec --onnx=FILE --stronglyTyped --saveEngine=d0.engine`.
+--save_onnx writes the ONNX model with its precision applied, which runs in ONNX Runtime (BF16 not
+on a CPU). On a Jetson without Python, trtexec builds the same engine from it:
+`trtexec --onnx=FILE --stronglyTyped --saveEngine=d0.engine`. With --engine, it is the model as that
+TensorRT takes it: 8.6, --dla_core and --weak_typing take FP16 and INT8 as flags, which are logged
+for trtexec; the scales of --dla_core and --weak_typing are in no ONNX file, so --save_onnx is
+refused there for INT8.
 
 --dry_run says what the same command would build, in seconds, and refuses what it would refuse.
 """
@@ -73,7 +76,13 @@ def run(
     if dry_run:
         with naming(onnx_path):
             text = plan_file(
-                onnx_path, engine_path, options, int8, save_onnx=save_onnx, flavor_name=flavor_name
+                onnx_path,
+                engine_path,
+                options,
+                int8,
+                save_onnx=save_onnx,
+                flavor_name=flavor_name,
+                check_input=check_input,
             )
         print(text)
     elif engine_path:

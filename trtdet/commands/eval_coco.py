@@ -24,7 +24,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trtdet import files
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, check_plot, run_main, setup_logging
@@ -34,7 +34,8 @@ from trtdet.runtimes.options import TritonUrl
 
 if TYPE_CHECKING:
     from trtdet.images.files import Sources
-    from trtdet.results.coco import Annotations, Evaluation, Result
+    from trtdet.results.coco import Annotations, Evaluation
+    from trtdet.run.evaluate import Run
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,8 @@ def run(
     """Evaluate; see the module's docstring. Returns the exit status: 0, or `SOME_SKIPPED`."""
     from trtdet.results import coco
     from trtdet.run.evaluate import (
-        AUTOML_CAVEAT,
+        NO_ROTATED_AUTOML,
         SCHEMA,
-        automl_metrics,
         check_matches,
         read_detections,
         run_model,
@@ -94,6 +94,8 @@ def run(
     check_files(annotations_path, engine, source, detections, [output, plot, report_path], automl_path)  # fmt: skip
     check_plot(plot)
     annotations = coco.read_annotations(annotations_path)
+    if automl_path and any(map(coco.is_rotated, annotations.objects)):
+        raise ValueError(NO_ROTATED_AUTOML)
     if engine is not None and source is not None:
         done = run_model(engine, source, annotations, options)
         if detections:
@@ -112,12 +114,7 @@ def run(
         report["iou_type"] = evaluation.iou_type
     print(f"{len(done.image_ids)} images, {len(done.results)} detections" + (" (rotated boxes: overlap of their corners' polygons)" if rotated else ""))  # fmt: skip
     print(coco.metrics_table(evaluation.metrics))
-    if automl_path and rotated:
-        raise ValueError("--automl_path: AutoML's metric knows no rotated boxes; leave it out")
-    if automl_path and done.results:
-        report["automl"] = automl_metrics(automl_path, annotations, done.results)
-        print(f"\nAutoML's coco_metric. {AUTOML_CAVEAT}.")
-        print(coco.metrics_table(report["automl"]))
+    automl_error = add_automl(report, automl_path, annotations, done) if automl_path else None
     if output:
         files.write_text(output, json.dumps(report, indent=2) + "\n")
         logger.info("wrote %s", output)
@@ -127,10 +124,30 @@ def run(
         logger.info("wrote %s", plot)
     if report_path and source is not None:
         title = f"{(engine or detections or annotations_path).name}: AP {report['AP']:.4f}"
-        write_report(
-            report_path, title, source, annotations, options, done.results, evaluation, embed=embed
-        )
+        write_report(report_path, title, source, annotations, done, evaluation, embed=embed)
+    if automl_error:
+        raise automl_error
     return SOME_SKIPPED if done.skipped else 0
+
+
+def add_automl(
+    report: dict[str, Any], checkout: Path, annotations: Annotations, done: Run
+) -> ValueError | None:
+    """AutoML's figures, printed and put into `report`. What it fails with is for who has written
+    the others.
+    """
+    from trtdet.results import coco
+    from trtdet.run.evaluate import AUTOML_CAVEAT, automl_metrics
+
+    if not done.results:
+        return None
+    try:
+        report["automl"] = automl_metrics(checkout, annotations, done.results)
+    except ValueError as error:
+        return error
+    print(f"\nAutoML's coco_metric. {AUTOML_CAVEAT}.")
+    print(coco.metrics_table(report["automl"]))
+    return None
 
 
 def check_files(
@@ -169,8 +186,7 @@ def write_report(
     title: str,
     source: Sources,
     annotations: Annotations,
-    options: RunOptions,
-    results: Sequence[Result],
+    done: Run,
     evaluation: Evaluation,
     *,
     embed: bool,
@@ -179,12 +195,8 @@ def write_report(
     from trtdet.images.files import root_of
     from trtdet.results.gallery import Page, write_gallery
     from trtdet.results.gallery_items import items_of_evaluation
-    from trtdet.run.evaluate import annotated_images
 
-    images = annotated_images(
-        source, annotations, recursive=options.recursive, num_images=options.num_images
-    )
-    items, classes = items_of_evaluation(images, root_of(source), annotations, results)
+    items, classes = items_of_evaluation(done.images, root_of(source), annotations, done.results)
     page = Page(
         title,
         f"{len(items)} images of {annotations.path.name}; a match overlaps by an IoU of 0.5 or more",

@@ -6,8 +6,8 @@
 writes one PNG per image with the pixels that the network gets (rounded, if it takes floats), and
 prints how each image was scaled.
 
-Exit status: 0 every image is shown; 1 an error; 2 wrong usage; 3 done, but some images could not be
-read.
+Exit status: 0 every image is shown; 1 an error, or no image could be read; 2 wrong usage; 3 done,
+but some images could not be read.
 """
 
 from __future__ import annotations
@@ -53,10 +53,14 @@ def show(
 
     Returns:
         The number of images that could not be read.
+
+    Raises:
+        ValueError: not one could be read.
     """
     from trtdet.images.batcher import ImageBatcher
     from trtdet.images.preprocess import to_picture
     from trtdet.results.naming import write_picture
+    from trtdet.run.detect import check_read
 
     targets = {path: output / f"{name}.png" for path, name in names.items()}
     height, width = preprocessing.size_hw
@@ -79,7 +83,9 @@ def show(
                     printable(targets[path].relative_to(output)),
                 )
             batch.release()
-    return len(batches.failures)
+    failed = len(batches.failures)
+    check_read(batches, len(names) - failed)
+    return failed
 
 
 def batch_size_of(preprocessing: Preprocessing) -> int:

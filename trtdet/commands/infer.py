@@ -75,7 +75,7 @@ Exit status: 0 every image is done; 1 an error, or no image could be read; 2 wro
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from trtdet.commands.cli import SOME_SKIPPED, ArgumentParser, run_main, setup_logging
@@ -87,7 +87,7 @@ from trtdet.commands.values import (
     seconds,
     thread_count,
 )
-from trtdet.results.options import ImageFormat
+from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.run.options import RunOptions
 from trtdet.runtimes.options import TritonUrl
 from trtdet.video.options import VideoOptions, check_output, is_video
@@ -106,6 +106,14 @@ NOT_FOR_VIDEO = {
     "report": "--report",
     "recursive": "--recursive",
     "num_images": "--num_images",
+    "image_format": "--image_format",
+}
+
+#: Options of pictures, by their names here -> on the command line: --ray writes none.
+NOT_ON_RAY = {
+    "no_images": "--no_images",
+    "draw_threshold": "--draw_threshold",
+    "image_format": "--image_format",
 }
 
 #: Options of what is written, by their names here -> on the command line: a benchmark writes
@@ -114,14 +122,21 @@ NOT_MEASURED = {
     "output": "--output",
     "labels": "--labels",
     "annotations": "--annotations",
-    "no_images": "--no_images",
+    **NOT_ON_RAY,
     "tsv_header": "--tsv_header",
     "score_threshold": "--score_threshold",
     "classes": "--classes",
     "resume": "--resume",
     "clean": "--clean",
     "report": "--report",
+    **{name: f"--{name}" for name in VIDEO_OPTIONS},
 }
+
+
+def given(args: argparse.Namespace, options: Mapping[str, str]) -> list[str]:
+    """Those of `options` that are on the command line."""
+    values = {option: getattr(args, name) for name, option in options.items()}
+    return [option for option, value in values.items() if value is not None and value is not False]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -133,9 +148,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(parser, "--annotations", note="they give the images their ids in detections.json")
     parser.add_argument("--classes", type=parse_classes, metavar="NAME,...", help="keep only detections of these classes: names, or ids counted from 0 (default: all)")  # fmt: skip
     add(parser, "--draw_threshold", note="TSVs and detections.json keep all")
+    parser.set_defaults(draw_threshold=None)  # to know whether it is given
     # fmt: off
     parser.add_argument("--no_images", action="store_true", help="write no pictures")
-    parser.add_argument("--image_format", choices=get_args(ImageFormat), default="png", help="pictures are written as this; JPEG (quality 95) takes half of the time and a third of the size of PNG (default: %(default)s)")
+    parser.add_argument("--image_format", choices=get_args(ImageFormat), help="pictures are written as this; JPEG (quality 95) takes half of the time and a third of the size of PNG (default: png)")
     parser.add_argument("--tsv_header", action="store_true", help="TSVs get a first line with the column names and a seventh column with the label")
     parser.add_argument("--benchmark", type=positive_int, nargs="?", const=200, metavar="ITERATIONS", help="measure this many batches after a warm-up, in trtexec's terms (above), and write no results; with --input also end to end from files (default: off; 200 without a number)")
     # fmt: on
@@ -162,9 +178,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parse_run_args(parser, argv)
     check_video_usage(parser, args)
     if args.benchmark:
-        given = [option for name, option in NOT_MEASURED.items() if getattr(args, name)]
-        if given:
-            parser.error(f"--benchmark writes no detections; leave {', '.join(given)} out")
+        if unused := given(args, NOT_MEASURED):
+            parser.error(f"--benchmark writes no detections; leave {', '.join(unused)} out")
         if args.resize and not args.input:
             parser.error("--benchmark on noise has no images to --resize; give --input, or --size")
     elif not args.input or not args.output:
@@ -174,6 +189,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.output and args.output.suffix.lower() in PICTURES and not args.output.is_dir():
         parser.error(f"--output: expected a folder, {args.output} looks like a picture; did you mean {args.output.with_suffix('')}?")  # fmt: skip
     check_ray_usage(parser, args)
+    check_report_usage(parser, args)
+    if args.draw_threshold is None:
+        args.draw_threshold = DRAW_THRESHOLD
+    args.image_format = args.image_format or "png"
     return args
 
 
@@ -193,18 +212,17 @@ def check_video_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
     videos = [source for source in args.input or () if is_video(source)]
     args.video = videos[0] if videos else None
     if not videos:
-        given = [f"--{name}" for name in VIDEO_OPTIONS if getattr(args, name) is not None]
-        if given and args.input:
+        parts = given(args, {name: f"--{name}" for name in VIDEO_OPTIONS})
+        if parts and args.input:
             parser.error(
-                f"{' and '.join(given)} {'needs' if len(given) == 1 else 'need'} a video; {args.input[0]} is not one"
+                f"{' and '.join(parts)} {'needs' if len(parts) == 1 else 'need'} a video; {args.input[0]} is not one"
             )
         return
     if len(args.input) > 1:
         parser.error("--input: expected one video, or images; run it once for each")
-    given = [option for name, option in NOT_FOR_VIDEO.items() if getattr(args, name)]
-    given += ["--decode gpu"] if args.decode == "gpu" else []
-    if given:
-        parser.error(f"{', '.join(given)}: not for a video; leave it out")
+    unused = given(args, NOT_FOR_VIDEO) + (["--decode gpu"] if args.decode == "gpu" else [])
+    if unused:
+        parser.error(f"{', '.join(unused)}: not for a video; leave it out")
     if args.output:
         try:
             check_output(args.output, pictures=not args.no_images)
@@ -220,12 +238,18 @@ def check_ray_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--devices: Ray hands out the GPUs; leave it out, or limit --ray_workers")
     if args.ray_workers and not args.ray:
         parser.error("--ray_workers needs --ray")
+    if args.ray and (unused := given(args, NOT_ON_RAY)):
+        parser.error(f"--ray writes no pictures; leave {', '.join(unused)} out")
+    if args.ray and args.resume:
+        parser.error("--resume: a run with --ray goes on by itself; leave it out")
+
+
+def check_report_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 for what a page, and a run that goes on, do not go with."""
     if args.ray and args.report:
         parser.error("--report: not with --ray; leave one of them out")
     if args.embed and not args.report:
         parser.error("--embed goes with --report")
-    if args.ray and args.resume:
-        parser.error("--resume: a run with --ray goes on by itself; leave it out")
     if args.resume and isinstance(args.engine, TritonUrl):
         parser.error("--resume: needs a model that is a file, to know that it is the same")
 

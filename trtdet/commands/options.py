@@ -200,17 +200,11 @@ def add_calibration_options(group: argparse._ArgumentGroup) -> None:
     add(group, "--provider", note="a GPU calibrates faster, its scales differ in the last digits")
 
 
-#: --provider -> what calibration calls it.
-CALIBRATION_PROVIDERS: Mapping[str | None, options.Provider] = {
-    None: "auto", "auto": "auto", "cpu": "cpu", "cuda": "gpu",
-}  # fmt: skip
-
-
 def check_calibration_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Options of calibration that need another."""
     if args.calib_cache_version and not args.calib_cache:
         parser.error("--calib_cache_version goes with --calib_cache FILE")
-    if args.provider not in CALIBRATION_PROVIDERS:
+    if args.provider is not None and args.provider not in options.PROVIDERS:
         parser.error(
             f"--provider {args.provider}: calibration runs on cpu or cuda; leave it out, or choose one of these"
         )
@@ -230,7 +224,7 @@ def calibration_from(args: argparse.Namespace) -> Int8Options:
         batch_size=args.calib_batch_size,
         method=args.calib_method,
         seed=args.calib_seed,
-        provider=CALIBRATION_PROVIDERS.get(args.provider, "auto"),
+        provider=args.provider if args.provider in options.PROVIDERS else "auto",
         share=args.int8_share,
     )
 

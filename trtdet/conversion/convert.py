@@ -17,7 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from trtdet import about, files
+from trtdet import about, files, onnx_files
 from trtdet.conversion.options import Options
 from trtdet.conversion.specify import specify, warn_of_nms
 from trtdet.errors import GraphError
@@ -293,15 +293,16 @@ def select(
 
 
 def provenance(source_path: Path) -> dict[str, str]:
-    """Where a model came from: the name and the SHA-256 of its file, a SavedModel's variables
-    included.
+    """Where a model came from: the name and the SHA-256 of its file, with a SavedModel's variables
+    and an ONNX file's weights that lie in files of their own.
     """
     if source_path.is_dir():
-        parts = [source_path / "saved_model.pb", *sorted(source_path.glob("variables/*"))]
+        variables = sorted(source_path.glob("variables/*"))
+        digest = files.sha256(source_path / "saved_model.pb", *variables)
     else:
-        parts = [source_path]
+        digest = onnx_files.sha256(source_path)
     return {
         "name": Path(os.path.realpath(source_path)).name,
-        "sha256": files.sha256(*parts),
+        "sha256": digest,
         "trtdet": about.__version__,
     }

@@ -77,6 +77,7 @@ def write_folder(
         EngineError: an engine that DeepStream cannot load.
     """
     check_servable(model, "DeepStream")
+    check_pictures(model)
     if any((output / file).exists() for file in (NVINFER_FILE, SERVER_FILE)):
         raise ValueError(
             f"{output} has a DeepStream configuration already; choose another --output, or remove it"
@@ -108,7 +109,7 @@ def write_folder(
     if for_server:
         message = server_config(name, model, options)
         texts[SERVER_FILE] = "# nvinferserver of DeepStream 9.1\n" + text_format.dumps(message)
-    texts[APP_FILE] = _ini(app_groups(model, options, batch, for_nvinfer), "deepstream-app")
+    texts[APP_FILE] = _ini(app_groups(options, batch, nvinfer=for_nvinfer), "deepstream-app")
     for file, text in texts.items():
         files.write_text(output / file, text)
     return [output / file for file in texts]
@@ -177,6 +178,23 @@ def usable(model: Deployable) -> tuple[bool, bool]:
     return is_float, batches
 
 
+def check_pictures(model: Deployable) -> None:
+    """Refuse a model whose pictures neither nvinfer nor nvinferserver can place: both make them as
+    large as the network input.
+
+    Raises:
+        ValueError: it takes them at sizes of their own, or smaller than its input.
+    """
+    model.check_one_size("DeepStream")
+    preprocessing = model.spec.preprocessing
+    longest, (height, width) = preprocessing.longest, preprocessing.size_hw
+    if longest:
+        raise ValueError(
+            f"DeepStream makes pictures as large as the network input; this model takes them {longest} pixels long in an input of "
+            f"{height}x{width}; export it for {longest} pixels, or serve it with Triton"
+        )
+
+
 def pick_batch(model: Deployable, options: DeepStreamOptions) -> int:
     """nvinfer's batch-size: frames it gathers, and the size of its buffers, which must hold the
     engine's smallest batch.
@@ -204,12 +222,6 @@ def nvinfer_groups(
     preprocessing = spec.preprocessing
     height, width = preprocessing.size_hw
     letterbox = preprocessing.resize == "letterbox"
-    model.check_one_size("DeepStream")
-    if preprocessing.longest:
-        raise ValueError(
-            f"DeepStream makes pictures as large as the network input; this model takes them {preprocessing.longest} pixels long in an input of "
-            f"{height}x{width}; export it for {preprocessing.longest} pixels, or serve it with Triton"
-        )
     properties: dict[str, str | int | float] = {
         "gpu-id": options.gpu,
         "gie-unique-id": 1,
@@ -255,7 +267,6 @@ def server_config(name: str, model: Deployable, options: DeepStreamOptions) -> d
     """
     spec = model.spec
     preprocessing = spec.preprocessing
-    model.check_one_size("DeepStream")
     letterbox = preprocessing.resize == "letterbox"
     order = "TENSOR_ORDER_NHWC" if preprocessing.layout == "NHWC" else "TENSOR_ORDER_LINEAR"
     detection: dict[str, Any] = {
@@ -300,9 +311,7 @@ def server_config(name: str, model: Deployable, options: DeepStreamOptions) -> d
     }
 
 
-def app_groups(
-    model: Deployable, options: DeepStreamOptions, batch: int, nvinfer: bool
-) -> dict[str, Group]:
+def app_groups(options: DeepStreamOptions, batch: int, *, nvinfer: bool) -> dict[str, Group]:
     """A pipeline for deepstream-app: one video, the detector, a tracker, boxes drawn, written to
     a file.
     """

@@ -16,6 +16,7 @@ from trtdet.errors import EngineError, GraphError
 from trtdet.graph import tidy
 from trtdet.labels import label_of, names_of, read_labels
 from trtdet.onnx_files import image_input, read_onnx
+from trtdet.precision.graph_types import narrow_types
 from trtdet.precision.quantization import precision_of
 from trtdet.runtimes.kinds import check_model
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
@@ -44,6 +45,7 @@ class Deployable:
             it.
         engine: what its sidecar says; None for an ONNX file.
         precision: of the engine, or of the types in the ONNX file.
+        rest: of the other types in an ONNX file in 8 bits.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Deployable:
     largest: int | None
     engine: EngineInfo | None = None
     precision: str = "fp32"
+    rest: str = "fp32"
 
     def check_one_size(self, who: str) -> None:
         """Refuse a model that takes each picture at a size of its own, for a server that feeds
@@ -175,9 +178,15 @@ def describe_onnx(model: onnx.ModelProto, path: Path) -> Deployable:
         )
     tensor = image_input(model, path)
     batch = tensor.type.tensor_type.shape.dim[0].dim_value  # 0: dynamic
-    largest = batch or None
     return Deployable(
-        path, spec, tensor.name, batch or 1, batch or 1, largest, precision=precision_of(model)
+        path,
+        spec,
+        tensor.name,
+        batch or 1,
+        batch or 1,
+        batch or None,
+        precision=precision_of(model),
+        rest=min(narrow_types(model), default="fp32"),
     )
 
 

@@ -11,7 +11,7 @@ unless asked. The lines here ask for the same on all: copies, active waiting, a 
 | copies counted | default | default | --includeDataTransfers |
 | active waiting, CUDA graph | --useSpinWait --useCudaGraph | the same | default |
 | FP16, INT8 of a float32 file | --fp16, --int8 | --fp16, --int8 | removed: in the ONNX file |
-| the types in the ONNX file count | no | --stronglyTyped | default |
+| the types in the ONNX file | --fp16; --int8 --fp16 for Q/DQ | --stronglyTyped | default |
 | libraries of plugins | --staticPlugins | --staticPlugins | --staticPlugins |
 | an engine of another version | --versionCompatible | --versionCompatible | --versionCompatible |
 
@@ -156,7 +156,9 @@ def _build_arguments(
 
 def _precision_arguments(model: Deployable, version: Version, options: TrtexecOptions) -> list[str]:
     if options.precision == "typed":
-        return ["--stronglyTyped"] if (9, 1) <= version < (11,) else []
+        if version < (9, 1):
+            return _flags_for_types(model, version)
+        return ["--stronglyTyped"] if version < (11,) else []
     if options.precision == "fp32":
         return []
     if version >= (11,):
@@ -166,6 +168,30 @@ def _precision_arguments(model: Deployable, version: Version, options: TrtexecOp
         )
     # Without a calibration file, --int8 makes up its scales: a time to measure, not detections.
     return [f"--{options.precision}"] + (["--fp16"] if options.precision == "int8" else [])
+
+
+def _flags_for_types(model: Deployable, version: Version) -> list[str]:
+    """What a TensorRT without strong typing needs for the types in an ONNX file: it refuses Q/DQ
+    without --int8, and computes nothing in FP16 without --fp16.
+
+    Raises:
+        ValueError: types that it does not have.
+    """
+    if model.precision == "fp32":
+        return []
+    name = ".".join(map(str, version))
+    again = f"build_engine.py --model FILE --save_onnx {model.path} --precision"
+    if model.precision not in ("fp16", "int8"):
+        raise ValueError(
+            f"{model.path}: is in {model.precision.upper()}, which TensorRT {name} does not have; write it again in another precision ({again} fp16), "
+            "or take TensorRT 10 or later"
+        )
+    if model.precision == "int8" and model.rest != "fp32":
+        raise ValueError(
+            f"{model.path}: has Q/DQ of {model.rest.upper()} tensors, which TensorRT {name} does not read; write it again with float32 between "
+            f"them ({again} int8 --rest_precision fp32)"
+        )
+    return [f"--{model.precision}"] + (["--fp16"] if model.precision == "int8" else [])
 
 
 # ---- the installed one

@@ -28,18 +28,17 @@ import onnx
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trtdet import files
+from trtdet import files, onnx_files
 from trtdet.engine import layers
 from trtdet.engine.config import (
-    _error,
-    _load_timing_cache,
-    _set_calibrator,
-    _set_compatibility,
-    _set_limits,
-    _set_precision,
-    _set_profile,
+    load_timing_cache,
+    set_calibrator,
+    set_compatibility,
+    set_limits,
+    set_precision,
+    set_profile,
 )
-from trtdet.engine.flavor import Flavor
+from trtdet.engine.flavor import Flavor, engine_error
 from trtdet.engine.layers import LayerShares
 from trtdet.engine.options import BatchRange, BuildOptions, SizeRange
 from trtdet.engine.sidecar import EngineInfo
@@ -154,6 +153,13 @@ class Built:
     seconds: float
 
 
+def choose_model(flavor: Flavor, prepared: Prepared, options: BuildOptions) -> onnx.ModelProto:
+    """Of a prepared model, what this TensorRT is given: with the precision in the types of its
+    tensors, or in float32, where the precision is asked for with flags.
+    """
+    return prepared.float32 if weakly_typed(flavor, options) else prepared.typed
+
+
 def build(
     flavor: Flavor,
     prepared: Prepared,
@@ -174,7 +180,7 @@ def build(
     """
     check_options(flavor, options)
     weak = weakly_typed(flavor, options)
-    model = prepared.float32 if weak else prepared.typed
+    model = choose_model(flavor, prepared, options)
     if preprocessing is not None and preprocessing.size_range is None:
         model = fix_size(model, preprocessing.image_shape)
     if not flavor.has_efficient_nms and lowering.has_plugin(model):
@@ -189,12 +195,12 @@ def build(
     config: tensorrt.IBuilderConfig = builder.create_builder_config()
     parser = _parse(flavor, network, model, options)
     _check_outputs(network)
-    batch = _set_profile(flavor, builder, config, network, options, preprocessing)
-    _set_limits(flavor, builder, config, options)
-    _set_precision(flavor, builder, config, network, options, prepared, weak=weak)
-    calibrator = _set_calibrator(flavor, config, prepared.scales)  # must outlive the build
-    _set_compatibility(flavor, config, parser, options)
-    cache = _load_timing_cache(flavor, config, options)
+    batch = set_profile(flavor, builder, config, network, options, preprocessing)
+    set_limits(flavor, builder, config, options)
+    set_precision(flavor, builder, config, network, options, prepared, weak=weak)
+    calibrator = set_calibrator(flavor, config, prepared.scales)  # must outlive the build
+    set_compatibility(flavor, config, parser, options)
+    cache = load_timing_cache(flavor, config, options)
 
     start = time.monotonic()
     plan = _run_builder(flavor, builder, network, config, options)
@@ -212,7 +218,7 @@ def _create_builder(flavor: Flavor) -> tensorrt.Builder:
         try:
             builder: tensorrt.Builder = flavor.module.Builder(flavor.logger)
         except TypeError as error:  # the bindings' word for a null pointer
-            raise _error(
+            raise engine_error(
                 f"{flavor}: the builder does not start; it needs an NVIDIA GPU and its driver (without them: --flavor tensorrt_rtx)",
                 errors or [str(error)],
             ) from error
@@ -245,7 +251,7 @@ def _parse(
         found = [_parser_error(parser.get_error(i), model) for i in range(parser.num_errors)]
         shown = found[:MAX_PARSER_ERRORS] or logged
         more = f"; and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
-        raise _error(f"{flavor}: the ONNX parser refused the model", [*shown[:-1], *(s + more for s in shown[-1:])])  # fmt: skip
+        raise engine_error(f"{flavor}: the ONNX parser refused the model", [*shown[:-1], *(s + more for s in shown[-1:])])  # fmt: skip
     return parser
 
 
@@ -317,7 +323,7 @@ def _run_builder(
         raise KeyboardInterrupt
     if plan is None:
         hint = " (--strip takes a GPU with it)" if options.strip and flavor.is_rtx else ""
-        raise _error(f"{flavor}: the builder failed{hint}", errors)
+        raise engine_error(f"{flavor}: the builder failed{hint}", errors)
     for message in errors:  # it coped with them
         logger.warning("%s", message)
     return bytes(plan)
@@ -431,7 +437,7 @@ def _read_back(
             inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         )
     elif not flavor.is_rtx:
-        raise _error(f"{flavor}: the engine it has just built does not load", errors)
+        raise engine_error(f"{flavor}: the engine it has just built does not load", errors)
     else:
         shares = layers.from_plan(plan)
     if shares is None and weak:
@@ -497,7 +503,7 @@ def describe(
         layers_source=built.shares.source,
         int8=_int8_summary(quantization) if quantization else {},
         onnx_file=onnx_path.name,
-        onnx_sha256=files.sha256(onnx_path),
+        onnx_sha256=onnx_files.sha256(onnx_path),
     )
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def _set_profile(
+def set_profile(
     flavor: Flavor,
     builder: tensorrt.Builder,
     config: tensorrt.IBuilderConfig,
@@ -63,7 +63,7 @@ def _set_profile(
     return batch
 
 
-def _set_limits(
+def set_limits(
     flavor: Flavor,
     builder: tensorrt.Builder,
     config: tensorrt.IBuilderConfig,
@@ -95,7 +95,7 @@ def _set_limits(
         config.set_flag(flag.GPU_FALLBACK)  # a DLA has no NMS
 
 
-def _set_precision(
+def set_precision(
     flavor: Flavor,
     builder: tensorrt.Builder,
     config: tensorrt.IBuilderConfig,
@@ -134,9 +134,31 @@ def _set_precision(
     if prepared.scales is not None and prepared.quantization is not None:
         kept = prepared.quantization.kept
         pinned |= dict.fromkeys(kept, dtype.HALF if fp16 else dtype.FLOAT)
-    if prepared.report is not None:
-        pinned |= dict.fromkeys(prepared.report.float32_names, dtype.FLOAT)
+    pinned |= dict.fromkeys(pinned_to_float32(prepared), dtype.FLOAT)
     _pin(flavor, network, pinned)
+
+
+def pinned_to_float32(prepared: Prepared) -> tuple[str, ...]:
+    """Nodes that a weakly typed TensorRT is told to compute in float32."""
+    return () if prepared.report is None else tuple(prepared.report.float32_names)
+
+
+def trtexec_flags(options: BuildOptions, prepared: Prepared) -> list[str]:
+    """What trtexec needs beside the ONNX file where a TensorRT is weakly typed and has no
+    calibrator: what `set_precision` and `set_limits` set.
+    """
+    flags = []
+    if options.precision == "int8":
+        flags.append("--int8")
+    if options.precision in ("fp16", "int8") and "fp16" in (options.precision, options.rest):
+        flags.append("--fp16")
+    if names := pinned_to_float32(prepared):
+        layers = ",".join(f"{name}:fp32" for name in names)
+        flags.append("--precisionConstraints=obey")
+        flags += [f"--layerPrecisions={layers}", f"--layerOutputTypes={layers}"]
+    if options.dla_core is not None:
+        flags += [f"--useDLACore={options.dla_core}", "--allowGPUFallback"]
+    return flags
 
 
 def _pin(
@@ -164,7 +186,7 @@ def _pin(
             layer.set_output_type(k, dtype.FLOAT)
 
 
-def _set_calibrator(
+def set_calibrator(
     flavor: Flavor, config: tensorrt.IBuilderConfig, scales: CalibrationCache | None
 ) -> Any:
     """Give TensorRT the scales of an implicitly quantized network.
@@ -204,7 +226,7 @@ def _cache_calibrator(trt: Any, text: bytes) -> Any:
     return CacheCalibrator()
 
 
-def _set_compatibility(
+def set_compatibility(
     flavor: Flavor,
     config: tensorrt.IBuilderConfig,
     parser: tensorrt.OnnxParser,
@@ -226,7 +248,7 @@ def _set_compatibility(
         config.set_flag(flag.STRIP_PLAN)
 
 
-def _load_timing_cache(
+def load_timing_cache(
     flavor: Flavor, config: tensorrt.IBuilderConfig, options: BuildOptions
 ) -> tensorrt.ITimingCache | None:
     """Give the builder the file's timings; those of another version or GPU are dropped with a
@@ -250,8 +272,3 @@ def _load_timing_cache(
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
-
-
-def _error(what: str, messages: Sequence[str]) -> EngineError:
-    """An error with TensorRT's own messages in it."""
-    return EngineError(f"{what}: {'; '.join(messages) or 'it gave no reason'}")

@@ -11,19 +11,18 @@ from pathlib import Path
 import onnx
 
 from trtdet import files
-from trtdet.engine import build, support
-from trtdet.engine.flavor import Flavor, find_flavor
+from trtdet.engine import build, stage, support
+from trtdet.engine.flavor import find_flavor
 from trtdet.engine.options import BatchRange, BuildOptions
-from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
 from trtdet.images.files import find_images
 from trtdet.precision.body import Body
 from trtdet.precision.calibration import choose_images
-from trtdet.precision.calibration_cache import CalibrationCache
+from trtdet.precision.calibration_cache import CalibrationCache, needs_header, sidecar_path
 from trtdet.precision.floats import to_bf16, to_fp16
 from trtdet.precision.graph_types import narrow_types
 from trtdet.precision.options import DEFAULT_SHARE, QUANTIZED_PRECISIONS, Int8Options
-from trtdet.precision.prepare import QUANTIZED, kept_nodes, load_model
+from trtdet.precision.prepare import QUANTIZED, check_calibration, kept_nodes, load_model
 from trtdet.precision.quantization import (
     QuantizationOptions,
     own_type,
@@ -62,6 +61,7 @@ def plan_file(
     *,
     save_onnx: Path | None = None,
     flavor_name: str | None = None,
+    check_input: Path | None = None,
 ) -> DryRun:
     """What `stage.build_file` with the same arguments would do, `stage.prepare_file` without an
     engine.
@@ -70,15 +70,21 @@ def plan_file(
         OSError, GraphError, EngineError, ValueError: what a build would refuse, as far as it is
             known before calibration.
     """
-    outputs = [engine_path, sidecar_path(engine_path) if engine_path else None, save_onnx]
-    files.check_outputs(outputs, [onnx_path])
-    flavor, about = _flavor(flavor_name, options) if engine_path else (None, "none: the ONNX file alone is written")  # fmt: skip
+    outputs = stage.check_outputs(onnx_path, engine_path, options, int8, save_onnx)
+    about = (
+        _flavor(flavor_name, options, save_onnx)
+        if engine_path
+        else "none: the ONNX file alone is written"
+    )
     model, spec = load_model(onnx_path)
-    build.check_batch(model, options)
-    build.check_shapes(model)
-    preprocessing = build.choose_size(spec.preprocessing, options.size)
-    spec = spec.replace(preprocessing=preprocessing)
-    body = Body(model, spec)
+    if check_input:
+        find_images(check_input, option="--fp16_check_input")
+    preprocessing = spec.preprocessing
+    if engine_path:
+        build.check_batch(model, options)
+        build.check_shapes(model)
+        preprocessing = build.choose_size(spec.preprocessing, options.size)
+    body = Body(model, spec.replace(preprocessing=preprocessing))
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     batch = BatchRange(fixed, fixed, fixed) if fixed else options.batch or BatchRange(1, 1, 1)
     image = "x".join(map(str, preprocessing.image_shape))
@@ -89,31 +95,33 @@ def plan_file(
     rows = {
         "TensorRT": [about],
         "input": [f"{sizes}; {counts}{' (fixed in the ONNX file)' if fixed else ''}"],
-        "precision": _precision(body, options, int8, flavor),
+        "precision": _precision(body, options, int8),
     }
+    written = [str(path) for path in outputs]
     if options.precision in QUANTIZED_PRECISIONS and own_type(model) is None:
-        rows["calibration"] = _calibration(int8)
+        rows["calibration"] = _calibration(body, int8)
+        written += _written_caches(int8)
     rows["memory"] = _memory(body, options, batch.max)
-    rows["writes"] = [str(path) for path in (*outputs, _new_cache(options, int8)) if path]
+    rows["writes"] = written
     return DryRun(rows)
 
 
-def _flavor(name: str | None, options: BuildOptions) -> tuple[Flavor | None, str]:
-    """The TensorRT that would build, and what there is to say of it."""
+def _flavor(name: str | None, options: BuildOptions, save_onnx: Path | None) -> str:
+    """What there is to say of the TensorRT that would build."""
     try:
         flavor = find_flavor(name)
     except EngineError as error:
-        return None, f"not found, so its limits are not checked: {error}"
+        return f"not found, so its limits are not checked: {error}"
     support.check_options(flavor, options)
+    if save_onnx:
+        support.check_saved(flavor, options)
     capabilities = options.compute_capabilities or support.local_compute_capability()
     target = f"compute capability {', '.join(capabilities)}" if capabilities else "every GPU from 8.0 on" if flavor.is_rtx else "the GPU of this machine; none was found"  # fmt: skip
     typing = "weakly typed" if support.weakly_typed(flavor, options) else "strongly typed"
-    return flavor, f"{flavor}, {target}, {typing}"
+    return f"{flavor}, {target}, {typing}"
 
 
-def _precision(
-    body: Body, options: BuildOptions, int8: Int8Options, flavor: Flavor | None
-) -> list[str]:
+def _precision(body: Body, options: BuildOptions, int8: Int8Options) -> list[str]:
     """Which nodes get which precision."""
     to = options.precision
     if to in QUANTIZED_PRECISIONS:
@@ -148,7 +156,7 @@ def _quantized(body: Body, options: BuildOptions, int8: Int8Options) -> list[str
     return [f"{first} may be in 8 bits, the rest in {options.rest.upper()}", *rest, *([note] if share < 1 else [])]  # fmt: skip
 
 
-def _calibration(int8: Int8Options) -> list[str]:
+def _calibration(body: Body, int8: Int8Options) -> list[str]:
     """Images and cache."""
     lines = []
     if int8.images:
@@ -161,15 +169,30 @@ def _calibration(int8: Int8Options) -> list[str]:
         lines.append(f"scales from {int8.cache}, if it was made for this model and these images")
     else:
         files.check_writable(int8.cache)
+        files.check_writable(sidecar_path(int8.cache))
         lines.append(f"the scales are written to {int8.cache}")
-    if not int8.images and not (int8.cache and int8.cache.is_file()):
+    cached = int8.cache is not None and int8.cache.is_file()
+    if not int8.images and not cached:
         raise ValueError("calibration: expected images or an existing cache, found neither; give --calib_input DIR, or --calib_cache FILE")  # fmt: skip
+    if not cached:
+        check_calibration(body, int8)
     return lines
 
 
-def _new_cache(options: BuildOptions, int8: Int8Options) -> Path | None:
-    wanted = options.precision in QUANTIZED_PRECISIONS and int8.cache is not None
-    return int8.cache if wanted and int8.cache and not int8.cache.is_file() else None
+def _written_caches(int8: Int8Options) -> list[str]:
+    """Of the calibration cache and what lies beside it, what is written."""
+    cache = int8.cache
+    if cache is None:
+        return []
+    sidecar = sidecar_path(cache)
+    if not cache.is_file():
+        return [str(cache), str(sidecar)]
+    found = []
+    if int8.cache_version and needs_header(cache, int8.cache_version):
+        found.append(f"{cache}: its first line, for another TensorRT")
+    if int8.images and sidecar.is_file():  # without one the cache is another program's
+        found.append(f"{sidecar}: what it does not say yet, of rounding and of --int8_share")
+    return found
 
 
 # ---- memory

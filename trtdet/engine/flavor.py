@@ -313,3 +313,8 @@ def _bridged_logger(trt: ModuleType) -> Any:
             log.log(level, "%s", msg)
 
     return BridgedLogger()
+
+
+def engine_error(what: str, messages: Sequence[str]) -> EngineError:
+    """An error with TensorRT's own messages in it."""
+    return EngineError(f"{what}: {'; '.join(messages) or 'TensorRT gave no reason'}")

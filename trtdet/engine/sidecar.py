@@ -36,7 +36,8 @@ class EngineInfo:
         plugins: file names of the plugin libraries it needs.
         layers: layers per precision, and `layers_source`, where that was read.
         int8: of a build in INT8, "mac_share" and per block [convolutions in INT8, convolutions].
-        onnx_file, onnx_sha256: the file it was built from.
+        onnx_file, onnx_sha256: the file it was built from; the hash is `onnx_files.sha256`, weights
+            in files of their own included.
         engine_sha256: of the engine file; empty: not known.
         platform: operating system and processor, "linux-x86_64"; engines do not move between them.
         tool: what wrote it, "trtdet 0.1.0".

@@ -4,6 +4,7 @@ sidecar.
 """
 
 import logging
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 from trtdet import files
 from trtdet.engine import build, support
 from trtdet.engine.build import Built
+from trtdet.engine.config import trtexec_flags
 from trtdet.engine.flavor import Flavor, find_flavor
 from trtdet.engine.options import BuildOptions
 from trtdet.engine.sidecar import EngineInfo, sidecar_path, write_engine
 from trtdet.onnx_files import check_apart
+from trtdet.precision.calibration_cache import sidecar_path as cache_sidecar_path
 from trtdet.precision.options import Int8Options
-from trtdet.precision.prepare import load_model, prepare
+from trtdet.precision.prepare import Prepared, load_model, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,35 @@ class EngineBuild:
         return "\n".join(f"{name:<10}{value}" for name, value in rows.items())
 
 
+def check_outputs(
+    onnx_path: Path,
+    engine_path: Path | None,
+    options: BuildOptions,
+    int8: Int8Options,
+    save_onnx: Path | None,
+) -> list[Path]:
+    """Find out before the work whether what `build_file` writes can be written, and that it
+    replaces nothing that is read.
+
+    Args:
+        engine_path: None: `prepare_file` with these arguments.
+
+    Returns:
+        What is written whatever the model is like: all but the calibration cache.
+
+    Raises:
+        OSError, GraphError, ValueError: names the file.
+    """
+    paths = [save_onnx]
+    if engine_path:
+        paths = [engine_path, sidecar_path(engine_path), save_onnx, options.timing_cache]
+    outputs = [path for path in paths if path is not None]
+    caches = [] if int8.cache is None else [int8.cache, cache_sidecar_path(int8.cache)]
+    files.check_outputs(outputs, [onnx_path, int8.precision_file, *caches])
+    check_apart(outputs, onnx_path)
+    return outputs
+
+
 def prepare_file(
     onnx_path: Path,
     save_onnx: Path,
@@ -69,8 +101,7 @@ def prepare_file(
         OSError, GraphError: the ONNX file is missing or not what stage 1 writes.
         ValueError: a calibration cache of something else, or images that cannot be read.
     """
-    files.check_outputs([save_onnx], [onnx_path])
-    check_apart([save_onnx], onnx_path)
+    check_outputs(onnx_path, None, BuildOptions(), int8, save_onnx)
     model, spec = load_model(onnx_path)
     prepared = prepare(
         model, spec, options.precision, int8, rest=options.rest, check_input=check_input
@@ -91,7 +122,8 @@ def build_file(
     """Build an engine, with its sidecar beside it.
 
     Args:
-        save_onnx: write what TensorRT is given here too.
+        save_onnx: write the model as this TensorRT is given it here too, with the plugin of NMS and
+            any dynamic size.
         flavor_name: of `trtdet.engine.flavor.FLAVORS`; None: the first that is installed.
         check_input: images on which FP16's range is checked; None: a photograph that comes with the
             package.
@@ -102,13 +134,11 @@ def build_file(
         ValueError: a calibration cache of something else, or images that cannot be read.
     """
     start = time.monotonic()
-    outputs = [engine_path, sidecar_path(engine_path), save_onnx]
-    files.check_outputs(outputs, [onnx_path])
-    check_apart(outputs, onnx_path)
-    if options.timing_cache:
-        files.check_writable(options.timing_cache)
+    check_outputs(onnx_path, engine_path, options, int8, save_onnx)
     flavor = find_flavor(flavor_name)
     support.check_options(flavor, options)
+    if save_onnx:
+        support.check_saved(flavor, options)
     logger.info("%s", flavor)
     model, spec = load_model(onnx_path)
     build.check_batch(model, options)
@@ -125,7 +155,7 @@ def build_file(
         check_input=check_input,
     )
     if save_onnx:
-        files.write_bytes(save_onnx, prepared.typed.SerializeToString())
+        _save(save_onnx, flavor, prepared, options)
     built = build.build(flavor, prepared, options, spec.preprocessing)
     info = build.describe(
         flavor,
@@ -137,3 +167,17 @@ def build_file(
     )
     info = write_engine(engine_path, built.plan, info)
     return EngineBuild(engine_path, flavor, built, info, time.monotonic() - start)
+
+
+def _save(path: Path, flavor: Flavor, prepared: Prepared, options: BuildOptions) -> None:
+    """Write the model as TensorRT is given it. What it takes as flags is logged: the file alone
+    does not say it.
+    """
+    files.write_bytes(path, build.choose_model(flavor, prepared, options).SerializeToString())
+    flags = trtexec_flags(options, prepared) if support.weakly_typed(flavor, options) else []
+    if not flags:
+        return
+    short = [flag for flag in flags if not flag.startswith("--layer")]
+    pins = "" if short == flags else ", and --layerPrecisions and --layerOutputTypes, which -v shows: they keep nodes in float32"  # fmt: skip
+    logger.warning("%s: %s takes the precision as flags, not from the file; for trtexec: %s%s", path, flavor, " ".join(short), pins)  # fmt: skip
+    logger.debug("trtexec %s", shlex.join([f"--onnx={path}", *flags]))

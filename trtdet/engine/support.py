@@ -137,6 +137,21 @@ def takes_calibrator(flavor: Flavor, options: BuildOptions) -> bool:
     return options.precision == "int8" and implicit and weakly_typed(flavor, options)
 
 
+def check_saved(flavor: Flavor, options: BuildOptions) -> None:
+    """Refuse to save the ONNX file of a TensorRT that takes the scales of INT8 apart from it: such
+    a file alone is in FP16 at most.
+
+    Raises:
+        EngineError: this one does.
+    """
+    if takes_calibrator(flavor, options):
+        option = "--weak_typing" if options.dla_core is None else "--dla_core"
+        raise EngineError(
+            f"--save_onnx: with {option}, {flavor} takes the scales of INT8 through a calibrator, so no ONNX file makes this engine; leave out "
+            "--save_onnx, or write the file without --engine: it then has QuantizeLinear and DequantizeLinear, for builds without that option"
+        )
+
+
 def local_compute_capability() -> tuple[str, ...]:
     try:
         major, minor = cuda.device_info(0).compute_capability

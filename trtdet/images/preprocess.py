@@ -16,9 +16,9 @@ from PIL import Image
 from trtdet.geometry import ResizeTransform
 from trtdet.images.files import ImageArray
 from trtdet.images.options import DEFAULT_MAX_SIZE, Resample
-from trtdet.spec import Preprocessing, Sampling
+from trtdet.spec import PREPROCESSORS, Preprocessing, Sampling
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB: AutoML's default, (0.485, 0.456, 0.406) * 255
+IMAGENET_MEAN = PREPROCESSORS["imagenet"][0]  # RGB: what AutoML pads with
 #: Times the rows of the result: from there on bands are faster than a copy of the source.
 _MANY_ROWS = 4
 #: Two float32 bands of 256 KiB stay in the second-level cache.

@@ -27,7 +27,7 @@ import onnx
 from numpy.typing import NDArray
 
 from trtdet import sessions
-from trtdet.errors import EngineError, GraphError
+from trtdet.errors import GraphError
 from trtdet.graph.builder import POSITIONS_PREFIX
 from trtdet.precision.body import Body, watched
 from trtdet.precision.calibration_cache import CalibrationCache, Origin
@@ -41,8 +41,6 @@ from trtdet.precision.options import (
     Provider,
 )
 from trtdet.precision.scales import INT8
-
-GPU_PROVIDER = "CUDAExecutionProvider"
 
 #: Operators that pass on values as they are: input and output share one scale, so that TensorRT
 #: need not requantize.
@@ -74,23 +72,16 @@ def choose_images(
 # ---- measuring
 
 
-def providers(choice: Provider = "auto") -> list[Any]:
-    """ONNX Runtime's execution providers for a calibration; the CPU takes what the GPU cannot.
+def wanted_providers(provider: Provider) -> list[str]:
+    """ONNX Runtime's providers for a calibration, the wanted one first: CUDA or the CPU.
 
     Raises:
-        EngineError: a GPU is asked for, and this ONNX Runtime has none.
+        EngineError: this ONNX Runtime was built without it.
     """
-    cpu = sessions.CPU
-    available = sessions.available_providers()
-    if choice == "gpu" and GPU_PROVIDER not in available:
-        raise EngineError(
-            f"--provider cuda: this ONNX Runtime has {', '.join(available)}, not {GPU_PROVIDER}; pip install onnxruntime-gpu, or "
-            "leave it out"
-        )
-    if choice == "cpu" or GPU_PROVIDER not in available:
-        return [cpu]
-    # TF32, the provider's default, has three digits: too few to measure with.
-    return [(GPU_PROVIDER, {"use_tf32": "0"}), cpu]
+    named: sessions.Provider = provider
+    if provider == "auto":
+        named = "cuda" if sessions.PROVIDERS["cuda"] in sessions.available_providers() else "cpu"
+    return sessions.pick_providers(named)
 
 
 def calibrate(
@@ -99,7 +90,7 @@ def calibrate(
     method: Method = DEFAULT_METHOD,
     *,
     origin: Origin | None = None,
-    providers: Sequence[Any] = (sessions.CPU,),
+    provider: Provider = "cpu",
     threads: int | None = None,
 ) -> CalibrationCache:
     """Run the FP32 model up to its heads over all feeds, once, and choose a scale for every
@@ -111,11 +102,13 @@ def calibrate(
         method: minmax covers everything; percentile all but 0.01 %; mse minimizes the mean squared
             error, entropy the Kullback-Leibler divergence, as TensorRT's calibrator does.
         origin: what to note in the cache.
-        providers: ONNX Runtime's; with another than the CPU, scales differ in the last digits.
+        provider: what ONNX Runtime runs on; on CUDA the scales differ in the last digits.
 
     Raises:
         ValueError: an unknown method, or no feeds.
         GraphError: an activation that is not finite.
+        EngineError: `provider` is asked for by name, and this ONNX Runtime lacks it, or it does not
+            start.
     """
     if method not in METHODS:
         raise ValueError(
@@ -123,7 +116,7 @@ def calibrate(
         )
     network = body.network
     tensors = _measured_tensors(network)
-    session = _session(network, tensors, providers, threads)
+    session = _session(network, tensors, provider, threads)
     inputs = [i.name for i in network.graph.input]
     histograms = {name: TensorHistogram() for name in (*inputs, *tensors)}
     channelwise = body.quantizable_inputs
@@ -186,9 +179,18 @@ def _all_scales(network: onnx.ModelProto, measured: Mapping[str, float]) -> dict
 
 
 def _session(
-    body: onnx.ModelProto, tensors: Sequence[str], providers: Sequence[Any], threads: int | None
+    body: onnx.ModelProto, tensors: Sequence[str], provider: Provider, threads: int | None
 ) -> sessions.Session:
-    # As written: every tensor is looked at, so there is nothing to fuse.
-    return sessions.open_session(
-        watched(body, tensors), "the model", providers=providers, threads=threads, optimize=False
+    """A session on the CPU or on CUDA, where the CPU takes what CUDA cannot."""
+    wanted = wanted_providers(provider)
+    # Without TF32, CUDA's default: three digits are too few to measure with. As written: every
+    # tensor is looked at, so there is nothing to fuse.
+    session = sessions.open_session(
+        watched(body, tensors),
+        "the model",
+        providers=sessions.with_options(wanted, {"use_tf32": "0"}),
+        threads=threads,
+        optimize=False,
     )
+    sessions.check_provider(session.provider, wanted[0], provider)
+    return session

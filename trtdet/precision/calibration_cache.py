@@ -235,15 +235,24 @@ def header(version: Sequence[int]) -> str:
     return f"TRT-{version_number(version)}-{CACHE_ALGORITHM}"
 
 
+def needs_header(path: Path, version: Sequence[int]) -> bool:
+    """Whether a cache is one for another version of TensorRT.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline(1000).strip() != header(version)
+
+
 def write_header(path: Path, version: Sequence[int]) -> bool:
     """Make a cache one for another version of TensorRT: the scales, and the sidecar, stay.
 
     Returns whether it was one for another.
     """
-    text = path.read_text(encoding="utf-8")
-    first, newline, rest = text.partition("\n")
-    if first.strip() == header(version):
+    if not needs_header(path, version):
         return False
+    _, newline, rest = path.read_text(encoding="utf-8").partition("\n")
     files.write_text(path, header(version) + newline + rest)
     return True
 

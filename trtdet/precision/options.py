@@ -29,7 +29,7 @@ DEFAULT_METHOD: Method = "mse"
 #: FP8 has small numbers for small values: what reaches furthest need not be cut off to have them.
 FP8_METHOD: Method = "minmax"
 
-Provider = Literal["auto", "cpu", "gpu"]
+Provider = Literal["auto", "cpu", "cuda"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 
 DEFAULT_NUM_IMAGES = 500

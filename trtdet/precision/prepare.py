@@ -335,6 +335,24 @@ def scales_of(
         ):
             logger.info("%s is now one for %s", options.cache, calibration_cache.header(options.cache_version))  # fmt: skip
         return cache
+    check_calibration(body, options)
+    seen: list[Path] = []
+    feeds = calibration_feeds(body, paths or (), options.batch_size, seen)
+    # The images that were chosen are the manifest; those that can be read are counted.
+    cache = calibration.calibrate(body, feeds, method, origin=origin, provider=options.provider)
+    cache = dataclasses.replace(cache, origin=dataclasses.replace(origin, count=len(seen)))
+    if options.cache:
+        cache.write(options.cache, options.cache_version or built_version)
+        logger.info("wrote %s", options.cache)
+    return cache
+
+
+def check_calibration(body: Body, options: Int8Options) -> None:
+    """Find out before any image is read whether ONNX Runtime can calibrate the model.
+
+    Raises:
+        EngineError: it is not installed, lacks the provider, or does not know an operator.
+    """
     if unknown := unknown_to_onnxruntime(body.model):
         raise EngineError(
             f"--calib_input: calibration runs the model in ONNX Runtime, which does not know {unknown}; give --calib_cache with scales made "
@@ -342,16 +360,7 @@ def scales_of(
         )
     if not sessions.is_installed():
         raise EngineError(f"--calib_input runs the model in ONNX Runtime: {sessions.INSTALL}")
-    seen: list[Path] = []
-    feeds = calibration_feeds(body, paths or (), options.batch_size, seen)
-    # The images that were chosen are the manifest; those that can be read are counted.
-    providers = calibration.providers(options.provider)
-    cache = calibration.calibrate(body, feeds, method, origin=origin, providers=providers)
-    cache = dataclasses.replace(cache, origin=dataclasses.replace(origin, count=len(seen)))
-    if options.cache:
-        cache.write(options.cache, options.cache_version or built_version)
-        logger.info("wrote %s", options.cache)
-    return cache
+    calibration.wanted_providers(options.provider)
 
 
 def measure_ranges(

@@ -4,7 +4,7 @@ else by id.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from trtdet.labels import COCO_80_IDS
@@ -56,7 +56,7 @@ def match_categories(
     if labels and named:
         logger.warning(
             "none of the model's class names (%s) is in %s (%s): matched by id",
-            _some(labels), path, _some(named),
+            some(labels), path, some(named),
         )  # fmt: skip
     return tuple(category_ids)
 
@@ -78,7 +78,7 @@ def _matched_by_name(
         )  # fmt: skip
     missed = sorted(set(categories) - set(matched), key=str)
     if missed:
-        names = _some(f"{i} ({categories[i]})" for i in missed)
+        names = some(f"{i} ({categories[i]})" for i in missed)
         logger.warning("categories that the model does not know, all objects missed: %s", names)
     return matched
 
@@ -87,12 +87,12 @@ def _check(category_ids: Sequence[int], categories: Mapping[int, str], path: Pat
     unknown = categories.keys() - set(category_ids)
     if unknown and len(unknown) == len(categories):
         raise ValueError(
-            f"--annotations: expected categories of the model ({_some(category_ids)}), "
-            f"{path} has {_some(sorted(unknown, key=str))}, and no name is the same; give the annotations that the model was trained for, or convert it with "
+            f"--annotations: expected categories of the model ({some(category_ids)}), "
+            f"{path} has {some(sorted(unknown, key=str))}, and no name is the same; give the annotations that the model was trained for, or convert it with "
             "--labels"
         )
     if unknown:
-        names = _some(f"{i} ({categories[i]})" for i in sorted(unknown, key=str))
+        names = some(f"{i} ({categories[i]})" for i in sorted(unknown, key=str))
         logger.warning("categories that the model does not know, all objects missed: %s", names)
 
 
@@ -100,6 +100,7 @@ def _plain(name: str) -> str:
     return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
 
 
-def _some(values: object, limit: int = 10) -> str:
-    texts = [str(value) for value in values]  # type: ignore[attr-defined]
+def some(values: Iterable[object], limit: int = 10) -> str:
+    """The first few of many, for a message."""
+    texts = [str(value) for value in values]
     return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")

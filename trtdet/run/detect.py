@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from trtdet import files, onnx_files
 from trtdet.detections import check_shapes
+from trtdet.engine.sidecar import sidecar_path
 from trtdet.errors import EngineError
 from trtdet.images.batch import Batch
 from trtdet.images.batcher import Allocate, ImageBatcher
@@ -247,13 +250,32 @@ def run_batches(
         batch.release()
 
 
+def model_identity(
+    path: Path, graph: onnx.ModelProto | None = None, *, engine_sha256: str = ""
+) -> str:
+    """A hash of a model's file and of those beside it that belong to it: an engine's sidecar, an
+    ONNX file's weights.
+
+    Args:
+        graph: what stands in an ONNX file, of who has read it.
+        engine_sha256: of an engine file, of who has hashed it.
+    """
+    if path.suffix.lower() == ".onnx":
+        return onnx_files.sha256(path, graph)
+    digest = engine_sha256 or files.sha256(path)
+    if files.is_beside(sidecar_path(path)):
+        both = f"{digest} {files.sha256(sidecar_path(path))}"
+        digest = hashlib.sha256(both.encode()).hexdigest()
+    return digest
+
+
 def run_identity(
     model: str, options: RunOptions, classes: Sequence[int] | None = None, **more: Any
 ) -> dict[str, Any]:
     """What must not change between a run that was broken off and the one that goes on; JSON-ready.
 
     Args:
-        model: the file's SHA-256, or the URL.
+        model: `model_identity` of the file, or the URL.
         more: what only some runs have.
     """
     kept = (

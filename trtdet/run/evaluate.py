@@ -6,9 +6,9 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from trtdet.detections import to_coco_results
 from trtdet.errors import GraphError
 from trtdet.images.files import SUFFIXES, Sources, find_images, image_size, root_of, spread
 from trtdet.results import coco
-from trtdet.results.categories import match_categories
+from trtdet.results.categories import match_categories, some
 from trtdet.run.detect import (
     check_read,
     check_score_threshold,
@@ -48,6 +48,9 @@ AUTOML_CAVEAT = (
 )
 
 
+NO_ROTATED_AUTOML = "--automl_path: AutoML's metric knows no rotated boxes; leave it out"
+
+
 @dataclass(frozen=True)
 class Run:
     """Detections to evaluate, and where they come from.
@@ -57,6 +60,7 @@ class Run:
         skipped: how many of them could not be read.
         report: what metrics.json says besides the metrics.
         category_ids: all that the model can find; empty: not known.
+        images: their files, with their ids; empty: not known.
     """
 
     results: list[coco.Result]
@@ -64,6 +68,7 @@ class Run:
     skipped: int
     report: dict[str, Any]
     category_ids: Collection[int] = ()
+    images: Mapping[Path, int] = field(default_factory=dict)
 
 
 def run_model(
@@ -114,7 +119,7 @@ def run_model(
             "score_threshold": kept,
             "seconds": seconds,
         }
-    return Run(results, image_ids.values(), skipped, report, category_ids)
+    return Run(results, image_ids.values(), skipped, report, category_ids, image_ids)
 
 
 def read_detections(
@@ -122,10 +127,12 @@ def read_detections(
 ) -> Run:
     """Detections from a file, of the images in `source` or else of all that are annotated."""
     image_ids: Collection[int] = annotations.image_ids.values()
+    images: dict[Path, int] = {}
     if source is not None:
-        image_ids = annotated_images(
+        images = annotated_images(
             source, annotations, recursive=options.recursive, num_images=options.num_images
-        ).values()
+        )
+        image_ids = images.values()
     results = coco.read_results(path, annotations)
     wanted = set(image_ids)
     strangers = {result["image_id"] for result in results} - wanted
@@ -167,7 +174,7 @@ def read_detections(
             "its ids are the names: run it again with --annotations",
             path,
         )
-    return Run(kept, image_ids, 0, {"detections": path.name})
+    return Run(kept, image_ids, 0, {"detections": path.name}, images=images)
 
 
 def annotated_images(
@@ -285,12 +292,6 @@ def check_matches(run: Run, annotations: coco.Annotations, metrics: dict[str, fl
         logger.warning("AP is 0: no detection is of the categories of the objects in these images (%s)", some(sorted(objects)))  # fmt: skip
 
 
-def some(values: Any, limit: int = 10) -> str:
-    """The first few of many, for a message."""
-    texts = [str(value) for value in values]
-    return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
-
-
 def automl_metrics(
     checkout: Path, annotations: coco.Annotations, results: Sequence[coco.Result]
 ) -> dict[str, float]:
@@ -304,6 +305,8 @@ def automl_metrics(
         raise ValueError(
             "--automl_path: AutoML's metric fails where there are no detections at all"
         )
+    if any(map(coco.is_rotated, results)):
+        raise ValueError(NO_ROTATED_AUTOML)
     by_image: dict[int, list[list[float]]] = {}
     for r in results:
         row = [r["image_id"], *r["bbox"], r["score"], r["category_id"]]

@@ -3,7 +3,6 @@
 machine.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,11 @@ from pathlib import Path
 import onnx
 
 from trtdet import files
-from trtdet.engine.sidecar import sidecar_path
 from trtdet.images.files import Sources, find_images, root_of
 from trtdet.images.shared_sources import SharedSources
 from trtdet.labels import LABELS_FILE, find_classes, read_labels
 from trtdet.machine import available_cores
-from trtdet.onnx_files import external_files, read_onnx
+from trtdet.onnx_files import read_onnx
 from trtdet.processes import available
 from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
@@ -36,6 +34,7 @@ from trtdet.run.detect import (
     check_score_threshold,
     decodes_on_gpu,
     find,
+    model_identity,
     open_batcher,
     open_model,
     pick_labels,
@@ -207,22 +206,6 @@ def open_folder(
     if report is not None and report.absolute().is_relative_to(outputs.folder.absolute()):
         planned.append(report.absolute().relative_to(outputs.folder.absolute()).as_posix())
     return RunFolder(outputs.folder, planned, outputs.suffixes, made_with)
-
-
-def model_identity(path: Path, graph: onnx.ModelProto | None) -> str:
-    """A hash of a model's file and of those beside it that belong to it: an engine's sidecar, an
-    ONNX file's external data.
-
-    Args:
-        graph: what stands in an ONNX file; None for an engine.
-    """
-    parts = [path]
-    if files.is_beside(sidecar_path(path)):
-        parts.append(sidecar_path(path))
-    if graph is not None:
-        parts += sorted(path.parent / name for name in set(external_files(graph.graph)))
-    hashes = [files.sha256(part) for part in parts]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def detect_and_write(

@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from trtdet import sessions
 from trtdet.images.options import Decode, Resample
 from trtdet.precision.options import DEFAULT_SHARE
 from trtdet.runtimes.options import TritonUrl
 
 #: What ONNX Runtime runs on.
-PROVIDERS = ("auto", "tensorrt", "cuda", "cpu")
+PROVIDERS = ("auto", *sessions.PROVIDERS)
 
 #: By how much AP may fall in another precision.
 MAX_AP_DROP = 0.005

@@ -16,6 +16,7 @@ from trtdet import files
 from trtdet.engine.sidecar import read_sidecar, read_spec
 from trtdet.images.files import Sources, find_images, root_of
 from trtdet.labels import find_classes
+from trtdet.onnx_files import read_onnx
 from trtdet.results import naming
 from trtdet.results.coco import ANNOTATIONS
 from trtdet.results.found import Found
@@ -25,6 +26,7 @@ from trtdet.run import ray_cluster
 from trtdet.run.detect import (
     check_score_threshold,
     detect,
+    model_identity,
     open_batcher,
     open_model,
     pick_labels,
@@ -90,7 +92,7 @@ def run_on_ray(
     if annotations:
         files.check_input(annotations, *ANNOTATIONS)
     files.check_folder(output)
-    spec, digest = read_spec_and_hash(engine)
+    spec, model = read_spec_and_identity(engine)
     paths = find_images(source, recursive=options.recursive, num_images=options.num_images)
     root = root_of(source)
     image_ids = pick_image_ids(paths, root, annotations)
@@ -99,7 +101,7 @@ def run_on_ray(
     options = dataclasses.replace(options, score_threshold=check_score_threshold(options.score_threshold, spec))  # fmt: skip
     by_absolute = {path.absolute(): path for path in paths}
     start = time.perf_counter()
-    identity = run_identity(digest, options, class_ids)
+    identity = run_identity(model, options, class_ids)
     names = dict(zip(paths, naming.output_names(paths, root), strict=True))
     planned = naming.planned_files(names.values(), texts, (".tsv",))
     folder = RunFolder(output, [*planned, "detections.parquet"], (".tsv",), identity)
@@ -141,17 +143,20 @@ def run_on_ray(
     return len(skipped)
 
 
-def read_spec_and_hash(engine: Path) -> tuple[ModelSpec, str]:
-    """The ModelSpec of a model file and the file's SHA-256; an engine, which is held against its
+def read_spec_and_identity(engine: Path) -> tuple[ModelSpec, str]:
+    """The ModelSpec of a model file and its `model_identity`; an engine, which is held against its
     sidecar, is hashed there and not again.
 
     Raises:
         FileNotFoundError, GraphError, EngineError: nothing that says what it is.
     """
-    info = None if engine.suffix.lower() == ".onnx" else read_sidecar(engine)
+    if engine.suffix.lower() == ".onnx":
+        model = read_onnx(engine, weights=False)
+        return ModelSpec.from_onnx(model, engine), model_identity(engine, model)
+    info = read_sidecar(engine)
     if info is None:
-        return read_spec(engine), files.sha256(engine)
-    return info.spec, info.engine_sha256 or files.sha256(engine)
+        return read_spec(engine), model_identity(engine)
+    return info.spec, model_identity(engine, engine_sha256=info.engine_sha256)
 
 
 def detect_on_ray(

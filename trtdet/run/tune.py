@@ -72,14 +72,29 @@ class View:
             images = (images * np.float32(self.gain)).astype(images.dtype)
         return np.ascontiguousarray(images)
 
-    def undo(self, boxes: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.float32]:
-        """Boxes found in this view, in the image as it is."""
+    def undo(
+        self, boxes: NDArray[np.float32], spec: ModelSpec, width: int | None = None
+    ) -> NDArray[np.float32]:
+        """Boxes found in this view, in the image as it is.
+
+        Args:
+            boxes: (..., 4), or (..., 5) with the angle last.
+            width: of the network input, pixels; None: that of the spec.
+        """
         if not self.mirrored:
             return boxes
-        width = 1 if spec.boxes_normalized else spec.preprocessing.size_hw[1]
+        is_rotated = boxes.shape[-1] > 4
+        if width is None:
+            width = spec.preprocessing.size_hw[1]
+        # ODTK's rotated boxes end at their last pixel, so the first one's mirror image is the
+        # last; all others end where it does.
+        last = width - (is_rotated and spec.inclusive_corners)
+        edge = last / width if spec.boxes_normalized else last
         left, right = (1, 3) if spec.box_order == "yxyx" else (0, 2)
         found = boxes.copy()
-        found[..., left], found[..., right] = width - boxes[..., right], width - boxes[..., left]
+        found[..., left], found[..., right] = edge - boxes[..., right], edge - boxes[..., left]
+        if is_rotated:  # clockwise becomes counterclockwise
+            found[..., 4] = -boxes[..., 4]
         return found
 
 
@@ -89,9 +104,11 @@ class ViewingRuntime(OnnxRuntime):
     view = View()
 
     def _infer(self, images: Images, session: sessions.Session) -> Outputs:
-        shown = self.view.show(as_array(images), self.spec.preprocessing)
+        preprocessing = self.spec.preprocessing
+        shown = self.view.show(as_array(images), preprocessing)
         found = super()._infer(shown, session)
-        boxes = self.view.undo(found["detection_boxes"], self.spec)
+        width = preprocessing.size_of(shown.shape[1:])[1]
+        boxes = self.view.undo(found["detection_boxes"], self.spec, width)
         return {**found, "detection_boxes": boxes}
 
 

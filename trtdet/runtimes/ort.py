@@ -7,7 +7,7 @@ The file keeps its EfficientNMS_TRT node, which ONNX Runtime does not know; it i
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from operator import length_hint
@@ -33,20 +33,13 @@ from trtdet.runtimes.base import (
     check_batch,
     run_one_by_one,
 )
+from trtdet.sessions import PROVIDERS, Provider
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
 logger = logging.getLogger(__name__)
 
 
-Provider = Literal["auto", "tensorrt", "cuda", "cpu"]
 ConvSearch = Literal["heuristic", "exhaustive"]
-
-#: ONNX Runtime's names, fastest first: the order in which "auto" takes what is there.
-PROVIDERS = {
-    "tensorrt": "TensorrtExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "cpu": sessions.CPU,
-}
 
 #: Shapes of batches whose buffers are kept on the device: those of dynamic size come in any number.
 KEPT_INPUTS = 4
@@ -104,11 +97,12 @@ class OnnxRuntime(Runtime):
             self.without_value = tensor
             logger.warning("%s: the weights '%s' hold NaN, so it finds nothing, or nonsense; train or export the model again", path, tensor)  # fmt: skip
         threads = threads or available_cores()
-        wanted = pick_providers(provider, sessions.available_providers())
+        wanted = sessions.pick_providers(provider)
+        options = {"cudnn_conv_algo_search": conv_search.upper()}
         open_session = partial(
             sessions.open_session,
             name=path,
-            providers=with_options(wanted, conv_search),
+            providers=sessions.with_options(wanted, options),
             optimize=optimize,
             integer_kernels=integer_kernels,
             external_data=path.resolve().parent,
@@ -123,7 +117,7 @@ class OnnxRuntime(Runtime):
         self._batch_bytes: int | None = None  # of memory that it takes; None: not known
         self._held = 0  # bytes of memory that batches at once have taken
         self.provider = session.provider
-        _check_provider(self.provider, wanted[0], provider)
+        sessions.check_provider(self.provider, wanted[0], provider)
         if self.provider != PROVIDERS["cpu"] or threads == 1:
             self._load = None  # and the serialized model with it
         self._device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
@@ -270,46 +264,6 @@ class OnnxRuntime(Runtime):
     def close(self) -> None:
         self._bound.clear()
         self._session = self._one_thread = self._load = None
-
-
-def pick_providers(provider: Provider, available: list[str]) -> list[str]:
-    """ONNX Runtime's provider list for `provider`, the wanted one first, CPU last.
-
-    Raises:
-        EngineError: this ONNX Runtime was built without it.
-    """
-    there = [name for name in PROVIDERS.values() if name in available]
-    if provider == "auto":
-        return there
-    wanted = PROVIDERS[provider]
-    if wanted not in there:
-        raise EngineError(
-            f"--provider {provider}: this ONNX Runtime has {', '.join(there)} only; "
-            "install onnxruntime-gpu (requirements-cuda.txt), or leave --provider out"
-        )
-    return there[there.index(wanted) :]
-
-
-def with_options(providers: Sequence[str], conv_search: ConvSearch) -> list[Any]:
-    """The providers as ONNX Runtime takes them: names, or names with options."""
-    options = {PROVIDERS["cuda"]: {"cudnn_conv_algo_search": conv_search.upper()}}
-    return [(name, options[name]) if name in options else name for name in providers]
-
-
-def _check_provider(got: str, wanted: str, provider: Provider) -> None:
-    """Warn of a provider that did not start.
-
-    Raises:
-        EngineError: it was asked for by name.
-    """
-    if got == wanted:
-        return
-    message = f"{wanted} does not start here (its own message is above)"
-    if provider != "auto":
-        raise EngineError(
-            f"--provider {provider}: {message}; install its libraries or choose another"
-        )
-    logger.warning("%s; running on %s", message, got)
 
 
 def _check_interface(

@@ -257,22 +257,24 @@ class TritonRuntime(Runtime):
             message = "it is not ready"
         except _failures() as error:
             message = _Problem.of(error, self.url, limit).message
-        there = await asyncio.wait_for(self._models(), limit)
+        there = await self._models(limit)
         raise EngineError(
             f"--model: expected a model '{'/'.join(filter(None, model))}' that is ready at {self.url.scheme}://{self.url.address} "
             f"({message}), found {', '.join(there) or 'none'}; correct the name, or see the server's log"
         )
 
-    async def _models(self) -> list[str]:
-        """Names of the models that are ready; none where the server does not say."""
+    async def _models(self, limit: float) -> list[str]:
+        """Names of the models that are ready; none where the server does not say, in `limit`
+        seconds.
+        """
+        as_json = {} if self.url.is_http else {"as_json": True}
         try:
-            if self.url.is_http:
-                entries = await self._client.get_model_repository_index()
-            else:
-                entries = (await self._client.get_model_repository_index(as_json=True)).get("models", [])  # fmt: skip
+            index = self._client.get_model_repository_index(**as_json)
+            found = await asyncio.wait_for(index, limit)
         except _failures() as error:
             logger.debug("no index of models: %s", error)
             return []
+        entries = found if self.url.is_http else found.get("models", [])
         return sorted({entry["name"] for entry in entries if entry.get("state") == "READY"})
 
     def close(self) -> None:
@@ -390,10 +392,14 @@ def _aio_module(url: TritonUrl) -> Any:
 
 def _failures() -> tuple[type[Exception], ...]:
     """What tritonclient raises when a call fails."""
-    from aiohttp import ClientError
     from tritonclient.utils import InferenceServerException
 
-    return InferenceServerException, ClientError, asyncio.TimeoutError, OSError
+    known = (InferenceServerException, asyncio.TimeoutError, OSError)
+    try:
+        from aiohttp import ClientError
+    except ImportError:  # tritonclient[grpc] comes without, and raises none of it
+        return known
+    return *known, ClientError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import cuda
+from trtdet.engine.flavor import engine_error
 from trtdet.errors import EngineError
 from trtdet.runtimes.base import DeviceImages, Images
-from trtdet.runtimes.trt_load import LoadedEngine, engine_error
+from trtdet.runtimes.trt_load import LoadedEngine
 
 if TYPE_CHECKING:
     import tensorrt

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet.cuda import DeviceInfo
-from trtdet.engine.flavor import FLAVORS, Flavor, find_flavor
+from trtdet.engine.flavor import FLAVORS, Flavor, engine_error, find_flavor
 from trtdet.engine.sidecar import EngineInfo, read_sidecar, sidecar_path
 from trtdet.errors import DOCTOR, EngineError
 from trtdet.machine import parse_version
 from trtdet.runtimes.base import Outputs
-from trtdet.spec import OUTPUT_NAMES, Layout, ModelSpec, Nms, Preprocessing
+from trtdet.spec import OUTPUT_NAMES, PREPROCESSORS, Layout, ModelSpec, Nms, Preprocessing
 
 if TYPE_CHECKING:
     import tensorrt
@@ -41,7 +41,6 @@ ALIGNMENT = 256
 #: What an engine without sidecar is taken for: AutoML's EfficientDet, as NVIDIA's sample converts
 #: it.
 DEFAULT_CLASSES = 90
-IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB, 0-255
 
 
 @dataclass(frozen=True)
@@ -216,11 +215,6 @@ class LoadedEngine:
         """Free the engine, once; its contexts must be gone."""
         del self._engine
         del self._runtime
-
-
-def engine_error(what: str, messages: Sequence[str]) -> EngineError:
-    """An error with TensorRT's own messages in it."""
-    return EngineError(f"{what}: {'; '.join(messages) or 'TensorRT gave no reason'}")
 
 
 def read_engine(path: Path) -> EngineFile:
@@ -443,7 +437,7 @@ def guess_spec(path: Path, interface: Interface) -> ModelSpec:
             size_hw=size_hw,
             layout=layout,
             dtype="uint8" if dtype == "uint8" else "float32",
-            pad_rgb=IMAGENET_MEAN,
+            pad_rgb=PREPROCESSORS["imagenet"][0],
         ),
         nms=Nms(max_output_boxes=slots),
         category_ids=tuple(range(1, DEFAULT_CLASSES + 1)),
