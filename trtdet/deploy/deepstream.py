@@ -26,6 +26,7 @@ from trtdet import files
 from trtdet.deploy import text_format, triton
 from trtdet.deploy.model import Deployable, check_servable, label_lines
 from trtdet.deploy.text_format import Word
+from trtdet.deploy.triton_config import LABELS_FILE, TritonOptions
 from trtdet.onnx_files import check_external_data, external_files, read_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
@@ -95,10 +96,10 @@ def write_folder(
     if model.engine is None:
         engine, labels = write_onnx(output, name, model, options, batch)
     else:
-        triton_options = triton.TritonOptions(gpus=(options.gpu,))
+        triton_options = TritonOptions(gpus=(options.gpu,))
         (version,) = triton.write_repository(output / "triton", name, [model], None, triton_options)
         engine = (version / "model.plan").relative_to(output)
-        labels = engine.parents[1] / triton.LABELS_FILE
+        labels = engine.parents[1] / LABELS_FILE
     for target, source in PARSER_FILES.items():
         files.write_bytes(output / "parser" / target, triton.asset(source))
     texts: dict[str, str] = {}
@@ -135,7 +136,7 @@ def write_onnx(
     ]:
         with files.atomic_path(copy) as temporary, files.naming_output(copy):
             shutil.copyfile(source, temporary)
-    labels = folder / triton.LABELS_FILE
+    labels = folder / LABELS_FILE
     files.write_text(labels, "".join(f"{line}\n" for line in label_lines(model.spec)))
     mode = MODE_NAMES[NETWORK_MODES.get(model.precision, 0)]
     engine = target.with_name(f"{target.name}_b{batch}_gpu{options.gpu}_{mode}.engine")
@@ -300,7 +301,7 @@ def server_config(name: str, model: Deployable, options: DeepStreamOptions) -> d
             "normalize": {"scale_factor": 1.0, "channel_offsets": [0.0, 0.0, 0.0]},
         },
         "postprocess": {
-            "labelfile_path": f"triton/{name}/{triton.LABELS_FILE}",
+            "labelfile_path": f"triton/{name}/{LABELS_FILE}",
             "detection": detection,
         },
         "custom_lib": {"path": PARSER_LIBRARY},
