@@ -39,7 +39,7 @@ from trtdet.nms import lowering, plugin, static_rows
 from trtdet.nms.candidates import TENSORRT_TOPK
 from trtdet.nms.rotated import insert_rotated_nms
 from trtdet.nms.topk import insert_topk
-from trtdet.onnx_files import fixed_batch
+from trtdet.onnx_files import fixed_batch, naming
 from trtdet.sources.base import Source, cut_onnx, run_onnx
 from trtdet.sources.onnx_file import NEWEST_OPSET, OnnxSource
 from trtdet.spec import Fact, ModelSpec
@@ -108,7 +108,8 @@ def convert(source: Source, options: Options) -> Converted:
     Raises:
         GraphError: the source is not what a family expects, or an option contradicts it.
     """
-    reading = read_source(source, options)
+    with naming(source.path):
+        reading = read_source(source, options)
     if (reading.shorter_side or reading.own_size) and options.size_hw is None:
         options = dataclasses.replace(options, dynamic_size=True)
     if reading.one_by_one:

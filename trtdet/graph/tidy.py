@@ -151,7 +151,7 @@ def fold_constants(graph: gs.Graph) -> None:
             isinstance(t, gs.Constant) or t.is_empty() or id(t) in foldable for t in node.inputs
         )
         known = node.inputs or node.op == "Constant"  # as torch writes constants
-        if inputs_known and known and not _has_subgraph(node):
+        if inputs_known and known and not _has_subgraph(node) and not _quantizes(node):
             foldable.update(id(t) for t in node.outputs)
         else:
             frontier.update({t.name: t for t in node.inputs if id(t) in foldable})
@@ -164,6 +164,16 @@ def fold_constants(graph: gs.Graph) -> None:
         tensor.inputs.clear()
         tensor.to_constant(value)
     graph.cleanup()
+
+
+def _quantizes(node: gs.Node) -> bool:
+    """Whether a node is part of a Q/DQ pair, which says what TensorRT computes in 8 bits; a bias
+    in INT32 is not.
+    """
+    if node.op == "DequantizeLinear":
+        stored = node.inputs[0]
+        return not (isinstance(stored, gs.Constant) and stored.values.dtype == np.int32)
+    return bool(node.op == "QuantizeLinear")
 
 
 def to_channels_first(graph: gs.Graph) -> None:
