@@ -236,6 +236,18 @@ def test_outputs_with_a_batch_axis_are_not_said_to_have_none(
     assert "Declare them: --boxes_output boxes --scores_output scores" in describe_outputs(source)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_an_input_of_other_channels_is_not_said_to_need_options(
+    channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = pair()
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = channels
+    assert convert(save(model, tmp_path / "m.onnx"), *IMAGES)[0] == 1
+    said = error_of(capsys)
+    assert f"its inputs: images [1, {channels}, 32, 64]" in said
+    assert "Export the model with that input" in said and "Declare them" not in said
+
+
 def test_columns_of_y_and_x(tmp_path: Path) -> None:
     """y1,x1,y2,x2 are told from x1,y1,x2,y2 by their order."""
     options = (*IMAGES, "--rows_output", "rows_out", "--columns", "y1,x1,y2,x2,scores")
@@ -254,6 +266,17 @@ def test_columns_of_y_and_x(tmp_path: Path) -> None:
     boxes, scores = found_by(out)
     np.testing.assert_allclose(boxes[..., [1, 0, 3, 2]], wanted[0], atol=1e-4)
     np.testing.assert_allclose(scores, wanted[1], atol=1e-4)
+
+
+def test_the_table_names_the_columns_beside_the_box(tmp_path: Path) -> None:
+    model = pair()
+    model.graph.node.append(helper.make_node("Concat", ["scores_out", "boxes_out"], ["rows"], axis=2))  # fmt: skip
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("rows", 1, [1, 42, 7]))
+    options = (*IMAGES, "--rows_output", "rows", "--columns", "scores,x1,y1,x2,y2")
+    status, out = convert(save(model, tmp_path / "rows.onnx"), *options)
+    facts = {fact.name: fact.value for fact in ModelSpec.from_onnx(onnx.load(out)).evidence}
+    assert (status, facts["scores"]) == (0, "scores: probabilities")
 
 
 def test_a_wrong_reading_of_columns_is_refused(

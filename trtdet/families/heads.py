@@ -104,9 +104,8 @@ def why_not(source: Source) -> str:
     if not isinstance(source, OnnxSource) or source.spec:
         return ""
     if maybe_image(source) is None or not _explained(source):
-        return "it takes one image input alone, [N, 3, H, W] or [N, H, W, 3]; " + describe_outputs(
-            source
-        )
+        described = describe_outputs(source, declare=False)
+        return f"it takes one image input alone, [N, 3, H, W] or [N, H, W, 3]; {described}. Export the model with that input"
     return "it takes boxes and scores [N, A, ...]; " + describe_outputs(source)
 
 

@@ -200,9 +200,16 @@ def paddle_feeds(
 
 
 def describe_outputs(
-    source: OnnxSource, seen: Mapping[str, Sequence[NDArray[Any]]] | None = None
+    source: OnnxSource,
+    seen: Mapping[str, Sequence[NDArray[Any]]] | None = None,
+    *,
+    declare: bool = True,
 ) -> str:
-    """Inputs and outputs with their shapes, and the command line to start from."""
+    """Inputs and outputs with their shapes, and the command line to start from.
+
+    Args:
+        declare: False leaves out that command line, where no option helps.
+    """
     inputs = ", ".join(
         f"{i.name} {_dims(i)}" for i in source.model.graph.input if i.name in source.graph.inputs
     )
@@ -216,9 +223,8 @@ def describe_outputs(
             f"its inputs: {inputs}; its outputs: {outputs}, the maps of the feature levels, of which nothing says how boxes are decoded; export the "
             "model with its decoding, so that boxes and scores come out"
         )
-    return (
-        f"its inputs: {inputs}; its outputs: {outputs}. Declare them: {starting_line(source, seen)}"
-    )
+    described = f"its inputs: {inputs}; its outputs: {outputs}"
+    return f"{described}. Declare them: {starting_line(source, seen)}" if declare else described
 
 
 def _are_maps(source: OnnxSource) -> bool:
