@@ -236,6 +236,51 @@ def test_outputs_with_a_batch_axis_are_not_said_to_have_none(
     assert "Declare them: --boxes_output boxes --scores_output scores" in describe_outputs(source)
 
 
+def with_objectness(*, logit: bool, scores: str) -> onnx.ModelProto:
+    """Rows of boxes, an objectness that equals the probability of the first class, and scores."""
+    model = pair()
+    ends = {"one": [1], "zero": [0], "axis": [2]}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(v), k) for k, v in ends.items())
+    one = numpy_helper.from_array(np.float32(1), "unity")
+    model.graph.initializer.append(one)
+    model.graph.node.extend([
+        helper.make_node("Sub", ["unity", "scores_out"], ["rest"]),
+        helper.make_node("Div", ["scores_out", "rest"], ["odds"]),
+        helper.make_node("Log", ["odds"], ["class_logits"]),
+        helper.make_node("Slice", ["class_logits" if logit else "scores_out", "zero", "one", "axis"], ["object"]),
+        helper.make_node("Concat", ["boxes_out", "object", scores], ["rows"], axis=2),
+    ])  # fmt: skip
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("rows", 1, [1, 42, 8]))
+    return model
+
+
+@pytest.mark.parametrize("logit", [True, False])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_logits_behind_an_objectness(logit: bool, activation: str, tmp_path: Path) -> None:
+    """Activated before they are multiplied, and the objectness only where it is a logit."""
+    columns = ("--rows_output", "rows", "--columns", "x1,y1,x2,y2,objectness,scores")
+    options = (*IMAGES, *columns, "--score_activation", activation, "--background", "none")
+    model = with_objectness(logit=logit, scores="class_logits")
+    status, out = convert(save(model, tmp_path / "rows.onnx"), *options)
+    assert status == 0
+    boxes, plain = found_by(convert(save(pair(), tmp_path / "pair.onnx"), *DECLARED)[1])
+    odds = plain / (1 - plain)
+    classes = plain if activation == "sigmoid" else odds / odds.sum(axis=2, keepdims=True)
+    found = found_by(out)
+    np.testing.assert_allclose(found[0], boxes, atol=1e-4)
+    np.testing.assert_allclose(found[1], plain[..., :1] * classes, atol=1e-4)
+
+
+def test_an_objectness_without_its_sigmoid_beside_probabilities_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = with_objectness(logit=True, scores="scores_out")
+    columns = ("--rows_output", "rows", "--columns", "x1,y1,x2,y2,objectness,scores")
+    assert convert(save(model, tmp_path / "rows.onnx"), *IMAGES, *columns)[0] == 1
+    assert "expected an objectness of 0 to 1 beside probabilities in 'rows'" in error_of(capsys)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_an_input_of_other_channels_is_not_said_to_need_options(
     channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -42,7 +42,7 @@ from trtdet.nms.topk import insert_topk
 from trtdet.onnx_files import fixed_batch, naming
 from trtdet.sources.base import Source, cut_onnx, run_onnx
 from trtdet.sources.onnx_file import NEWEST_OPSET, OnnxSource
-from trtdet.spec import Fact, ModelSpec
+from trtdet.spec import OUTPUT_NAMES, Fact, ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def finish_network(
     body = gs.import_onnx(raw)
     if reading.rewrite:
         reading.rewrite(body)
-    tidy.tidy(body)
+    tidy.tidy(body, (RAW_BOXES, CLASS_LOGITS, *reading.heads, *OUTPUT_NAMES))
     for tensor, name in zip(body.outputs, reading.heads, strict=True):
         if name in (RAW_BOXES, CLASS_LOGITS) and reading.anchors is not None:
             last = 4 if name == RAW_BOXES else spec.num_classes

@@ -322,7 +322,7 @@ def _spec(
             score_threshold=known.score_threshold if not plan.selected else 0.0,
             iou_threshold=1.0 if plan.selected else known.iou_threshold or IOU_THRESHOLD,
             max_output_boxes=kept,
-            score_activation=plan.activation == "sigmoid",
+            score_activation=plan.activation == "sigmoid" and plan.objectness is None,
             class_agnostic=known.agnostic or (plan.selected and one_class_each),
             box_coding=1 if plan.box_format == "cxcywh" else 0,
         ),

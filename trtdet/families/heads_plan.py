@@ -124,6 +124,7 @@ class Plan:
             on.
         box_columns: the columns of four numbers in `boxes`; objectness, score_columns,
             label_column: in `rows`.
+        objectness_is_logit: it has no sigmoid yet.
         transposed: rows [N, M, A].
         is_padded: detections whose number follows the picture, padded to `count`.
     """
@@ -134,6 +135,7 @@ class Plan:
     rows: str = ""
     first_box: int = 0
     objectness: int | None = None
+    objectness_is_logit: bool = False
     first_score: int = 0
     num_scores: int = 0
     label_column: int | None = None

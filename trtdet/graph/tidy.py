@@ -24,6 +24,12 @@ from trtdet.spec import Preprocessing
 #: nothing is to be done).
 INPUT, NETWORK_INPUT = "input", "network_input"
 
+#: And those of what `set_input` puts between them.
+PREPROCESSING = tuple(
+    f"preprocess/{name}"
+    for name in ("cast", "transpose", "mean", "subtract_mean", "scale", "multiply_scale", "bgr", "to_bgr")
+)  # fmt: skip
+
 TO_NCHW = [0, 3, 1, 2]
 TO_NHWC = [0, 2, 3, 1]
 
@@ -37,8 +43,12 @@ ELEMENTWISE = frozenset(
 )
 
 
-def tidy(graph: gs.Graph) -> gs.Graph:
-    """Run every clean-up below, in the order in which each makes room for the next."""
+def tidy(graph: gs.Graph, reserved: Iterable[str] = ()) -> gs.Graph:
+    """Run every clean-up below, in the order in which each makes room for the next.
+
+    Args:
+        reserved: names that inner tensors do not keep, as others get them later.
+    """
     sort_nodes(graph.cleanup())
     fold_constants(graph)
     to_channels_first(graph)
@@ -48,7 +58,7 @@ def tidy(graph: gs.Graph) -> gs.Graph:
     average_pool_from_mean(graph)
     leave_out_empty_inputs(graph)
     sort_nodes(graph.cleanup())
-    rename(graph)
+    rename(graph, reserved)
     return graph
 
 
@@ -316,7 +326,7 @@ def leave_out_empty_inputs(graph: gs.Graph) -> None:
             ]
 
 
-def rename(graph: gs.Graph) -> None:
+def rename(graph: gs.Graph, reserved: Iterable[str] = ()) -> None:
     """Name nodes and tensors after the framework's operations, without converters' counters; the
     same input gives the same names.
 
@@ -325,6 +335,7 @@ def rename(graph: gs.Graph) -> None:
     """
     public = {id(t) for t in [*graph.inputs, *graph.outputs]}
     taken = {t.name for t in [*graph.inputs, *graph.outputs]}
+    taken.update(reserved, (INPUT, NETWORK_INPUT), PREPROCESSING)
 
     def unique(name: str) -> str:
         candidate, number = name, 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources that bring their own Q/DQ pairs, as quantization aware training exports them, and sources
-that keep their nodes in functions: the converted model computes what they compute.
+"""Sources that bring their own Q/DQ pairs, as quantization aware training exports them, that keep
+their nodes in functions, or that use names of the converted file: the converted model computes what
+they compute.
 """
 
 from collections.abc import Iterator
@@ -77,6 +78,16 @@ def test_pairs_stay(stored: bool, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert ", 0 missing, 0 extra, 0 of another class" in capsys.readouterr().out
 
 
+def detections_of(model: onnx.ModelProto, folder: Path) -> list[NDArray[Any]]:
+    """Of the converted model, for a photograph."""
+    source, out = folder / "source.onnx", folder / "out.onnx"
+    onnx.save(model, source)
+    assert create_onnx.main(["--source_onnx", str(source), "--onnx", str(out), "--nms", "onnx"]) == 0  # fmt: skip
+    feed = {"input": photographs(SIDES)[0][None].astype(np.float32)}
+    names = ["detection_boxes", "detection_scores", "detection_classes"]
+    return run_onnx(onnx.load(out), names, feed)
+
+
 def test_functions_are_read(tmp_path: Path) -> None:
     plain = yolo_networks.v8()
     graph = plain.graph
@@ -87,13 +98,19 @@ def test_functions_are_read(tmp_path: Path) -> None:
     opsets = [*plain.opset_import, helper.make_opsetid("mine", 1)]
     model = helper.make_model(outer, opset_imports=opsets, functions=[body], ir_version=8)
     model.metadata_props.extend(plain.metadata_props)
-    found = []
-    for name, each in (("plain", plain), ("functions", model)):
-        source, out = tmp_path / f"{name}.onnx", tmp_path / f"{name}_out.onnx"
-        onnx.save(each, source)
-        assert create_onnx.main(["--source_onnx", str(source), "--onnx", str(out), "--nms", "onnx"]) == 0  # fmt: skip
-        feed = {"input": photographs(SIDES)[0][None].astype(np.float32)}
-        names = ["detection_boxes", "detection_scores", "detection_classes"]
-        found.append(run_onnx(onnx.load(out), names, feed))
-    for want, got in zip(*found, strict=True):
+    for want, got in zip(detections_of(plain, tmp_path), detections_of(model, tmp_path), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "name", ["input", "network_input", "raw_boxes", "class_logits", "detection_scores", "num_detections", "preprocess/scale"]
+)  # fmt: skip
+def test_an_inner_tensor_may_have_any_name(name: str, tmp_path: Path) -> None:
+    model = yolo_networks.v8()
+    wanted = detections_of(model, tmp_path)
+    inner = next(node.output[0] for node in model.graph.node if node.op_type == "Conv")
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name if each == inner else each for each in names]
+    for want, got in zip(wanted, detections_of(model, tmp_path), strict=True):
         np.testing.assert_array_equal(got, want)
