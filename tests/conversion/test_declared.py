@@ -236,6 +236,63 @@ def test_outputs_with_a_batch_axis_are_not_said_to_have_none(
     assert "Declare them: --boxes_output boxes --scores_output scores" in describe_outputs(source)
 
 
+def with_objectness(*, logit: bool, scores: str) -> onnx.ModelProto:
+    """Rows of boxes, an objectness that equals the probability of the first class, and scores."""
+    model = pair()
+    ends = {"one": [1], "zero": [0], "axis": [2]}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(v), k) for k, v in ends.items())
+    one = numpy_helper.from_array(np.float32(1), "unity")
+    model.graph.initializer.append(one)
+    model.graph.node.extend([
+        helper.make_node("Sub", ["unity", "scores_out"], ["rest"]),
+        helper.make_node("Div", ["scores_out", "rest"], ["odds"]),
+        helper.make_node("Log", ["odds"], ["class_logits"]),
+        helper.make_node("Slice", ["class_logits" if logit else "scores_out", "zero", "one", "axis"], ["object"]),
+        helper.make_node("Concat", ["boxes_out", "object", scores], ["rows"], axis=2),
+    ])  # fmt: skip
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("rows", 1, [1, 42, 8]))
+    return model
+
+
+@pytest.mark.parametrize("logit", [True, False])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_logits_behind_an_objectness(logit: bool, activation: str, tmp_path: Path) -> None:
+    """Activated before they are multiplied, and the objectness only where it is a logit."""
+    columns = ("--rows_output", "rows", "--columns", "x1,y1,x2,y2,objectness,scores")
+    options = (*IMAGES, *columns, "--score_activation", activation, "--background", "none")
+    model = with_objectness(logit=logit, scores="class_logits")
+    status, out = convert(save(model, tmp_path / "rows.onnx"), *options)
+    assert status == 0
+    boxes, plain = found_by(convert(save(pair(), tmp_path / "pair.onnx"), *DECLARED)[1])
+    odds = plain / (1 - plain)
+    classes = plain if activation == "sigmoid" else odds / odds.sum(axis=2, keepdims=True)
+    found = found_by(out)
+    np.testing.assert_allclose(found[0], boxes, atol=1e-4)
+    np.testing.assert_allclose(found[1], plain[..., :1] * classes, atol=1e-4)
+
+
+def test_an_objectness_without_its_sigmoid_beside_probabilities_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = with_objectness(logit=True, scores="scores_out")
+    columns = ("--rows_output", "rows", "--columns", "x1,y1,x2,y2,objectness,scores")
+    assert convert(save(model, tmp_path / "rows.onnx"), *IMAGES, *columns)[0] == 1
+    assert "expected an objectness of 0 to 1 beside probabilities in 'rows'" in error_of(capsys)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_an_input_of_other_channels_is_not_said_to_need_options(
+    channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = pair()
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = channels
+    assert convert(save(model, tmp_path / "m.onnx"), *IMAGES)[0] == 1
+    said = error_of(capsys)
+    assert f"its inputs: images [1, {channels}, 32, 64]" in said
+    assert "Export the model with that input" in said and "Declare them" not in said
+
+
 def test_columns_of_y_and_x(tmp_path: Path) -> None:
     """y1,x1,y2,x2 are told from x1,y1,x2,y2 by their order."""
     options = (*IMAGES, "--rows_output", "rows_out", "--columns", "y1,x1,y2,x2,scores")
@@ -254,6 +311,17 @@ def test_columns_of_y_and_x(tmp_path: Path) -> None:
     boxes, scores = found_by(out)
     np.testing.assert_allclose(boxes[..., [1, 0, 3, 2]], wanted[0], atol=1e-4)
     np.testing.assert_allclose(scores, wanted[1], atol=1e-4)
+
+
+def test_the_table_names_the_columns_beside_the_box(tmp_path: Path) -> None:
+    model = pair()
+    model.graph.node.append(helper.make_node("Concat", ["scores_out", "boxes_out"], ["rows"], axis=2))  # fmt: skip
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("rows", 1, [1, 42, 7]))
+    options = (*IMAGES, "--rows_output", "rows", "--columns", "scores,x1,y1,x2,y2")
+    status, out = convert(save(model, tmp_path / "rows.onnx"), *options)
+    facts = {fact.name: fact.value for fact in ModelSpec.from_onnx(onnx.load(out)).evidence}
+    assert (status, facts["scores"]) == (0, "scores: probabilities")
 
 
 def test_a_wrong_reading_of_columns_is_refused(

@@ -214,6 +214,79 @@ def test_renamed_and_reordered_outputs(tiny, tmp_path):
     assert_detections(detect(converted, tiny[1]), tiny[1].letterbox, tiny[1])
 
 
+def with_logits_behind(model, *nodes, **weights):
+    """The model with nodes from "raw" to "logits" behind its logits."""
+    changed = renamed(model, "logits", "raw")
+    changed.graph.node.extend(nodes)
+    changed.graph.initializer.extend(
+        numpy_helper.from_array(np.array([value], np.int64), name)
+        for name, value in weights.items()
+    )
+    for output in changed.graph.output:
+        if output.name == "raw":
+            output.name = "logits"
+            output.type.tensor_type.ClearField("shape")
+    return changed
+
+
+@pytest.mark.parametrize("op", ["Identity", "Cast"])
+def test_probabilities_behind_an_operator_that_keeps_them(tiny, tmp_path, op):
+    attributes = {"to": onnx.TensorProto.FLOAT} if op == "Cast" else {}
+    model = with_logits_behind(
+        tiny[0],
+        helper.make_node("Softmax", ["raw"], ["shares"], axis=2),
+        helper.make_node(op, ["shares"], ["logits"], **attributes),
+    )
+    converted = convert(model, tmp_path)[0].model
+    assert_detections(detect(converted, tiny[1]), tiny[1].letterbox, tiny[1])
+
+
+def test_probabilities_without_the_background_are_no_logits(tiny, tmp_path):
+    """As DETR's own demonstration makes them: softmax(-1)[..., :-1]."""
+    model = with_logits_behind(
+        tiny[0],
+        helper.make_node("Softmax", ["raw"], ["shares"], axis=2),
+        helper.make_node("Slice", ["shares", "begin", "end", "axis"], ["logits"]),
+        begin=0,
+        end=-1,
+        axis=2,
+    )
+    assert not detr.matches(source_of(model, tmp_path))
+
+
+def test_a_sigmoid_in_the_file_is_no_softmax(tiny, tmp_path):
+    model = with_logits_behind(tiny[0], helper.make_node("Sigmoid", ["raw"], ["logits"]))
+    source = source_of(model, tmp_path)
+    assert not detr.matches(source) and deformable_detr.matches(source)
+    done = convert_source(source, Options(hints=Hints(resize="stretch")))
+    assert (done.spec.family, done.spec.num_classes) == ("deformable_detr", 5)
+    _, pictures = tiny
+    fed, _ = pictures.fed(done.spec)
+    found = detect(done.model, pictures)
+    mask = np.ones((1, HEIGHT, WIDTH), np.int64)
+    for one, image in zip(found, fed, strict=True):
+        mean, std = np.array(detr.IMAGENET_MEAN), np.array(detr.IMAGENET_STD)
+        pixels = ((image - mean) / std).astype(np.float32).transpose(2, 0, 1)[None]
+        (scores,) = source.run(["logits"], {"pixel_values": pixels, "pixel_mask": mask})
+        best = np.sort(scores.ravel())[::-1][: len(one.scores)]
+        np.testing.assert_allclose(one.scores, best, atol=1e-5)
+
+
+def test_one_logit_is_no_softmax(tiny, tmp_path):
+    model = with_logits_behind(
+        tiny[0],
+        helper.make_node("Slice", ["raw", "begin", "end", "axis"], ["logits"]),
+        begin=0,
+        end=1,
+        axis=2,
+    )
+    source = source_of(model, tmp_path)
+    assert deformable_detr.matches(source)
+    assert convert_source(source, Options()).spec.num_classes == 1
+    with pytest.raises(GraphError, match="found one logit; --family deformable_detr takes"):
+        convert(model, tmp_path)
+
+
 def test_a_free_size_must_be_named(tiny, tmp_path):
     free = onnx.ModelProto()
     free.CopyFrom(tiny[0])

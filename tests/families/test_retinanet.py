@@ -19,7 +19,7 @@ from trtdet.commands import create_onnx, infer
 from trtdet.detections import decode, to_coco_results
 from trtdet.errors import GraphError
 from trtdet.families import retinanet
-from trtdet.families.base import NO_HINTS
+from trtdet.families.base import NO_HINTS, Hints
 from trtdet.geometry import ResizeTransform
 from trtdet.graph.builder import Builder
 from trtdet.images.preprocess import preprocess
@@ -203,7 +203,10 @@ def test_80_classes_are_cocos(tmp_path: Path) -> None:
     with OnnxSource(tmp_path / "coco.onnx") as source:
         assert retinanet.matches(source)
         spec = retinanet.read(source, NO_HINTS).spec
+        others = tuple(f"part {i}" for i in range(80))
+        named = retinanet.read(source, Hints(labels=others)).spec
     assert spec.category_ids == COCO_80_IDS and spec.labels[79] == "toothbrush"
+    assert named.category_ids == tuple(range(1, 81))
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,23 @@ def test_coco_names_have_coco_ids(tmp_path: Path) -> None:
     assert (COCO_80_IDS[0], COCO_80_IDS[11], COCO_80_IDS[79]) == (1, 13, 90)
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [((), COCO_80_IDS), (COCO_80_LABELS, COCO_80_IDS), (tuple(f"part {i}" for i in range(80)), tuple(range(1, 81)))],
+)  # fmt: skip
+def test_80_classes_of_other_names_are_not_cocos(
+    labels: tuple[str, ...],
+    expected: tuple[int, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(networks, "CLASSES", 80)
+    model = networks.v5()
+    del model.metadata_props[:]
+    spec = yolo.read(source_of(model, tmp_path), Hints(labels=labels)).spec
+    assert (spec.category_ids, spec.labels) == (expected, labels or COCO_80_LABELS)
+
+
 def test_int8_leaves_the_mean_over_bins_alone(tmp_path: Path) -> None:
     """The pattern names the node of the converted file."""
     model = convert("raw", tmp_path)

@@ -39,10 +39,10 @@ from trtdet.nms import lowering, plugin, static_rows
 from trtdet.nms.candidates import TENSORRT_TOPK
 from trtdet.nms.rotated import insert_rotated_nms
 from trtdet.nms.topk import insert_topk
-from trtdet.onnx_files import fixed_batch
+from trtdet.onnx_files import fixed_batch, naming
 from trtdet.sources.base import Source, cut_onnx, run_onnx
 from trtdet.sources.onnx_file import NEWEST_OPSET, OnnxSource
-from trtdet.spec import Fact, ModelSpec
+from trtdet.spec import OUTPUT_NAMES, Fact, ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,8 @@ def convert(source: Source, options: Options) -> Converted:
     Raises:
         GraphError: the source is not what a family expects, or an option contradicts it.
     """
-    reading = read_source(source, options)
+    with naming(source.path):
+        reading = read_source(source, options)
     if (reading.shorter_side or reading.own_size) and options.size_hw is None:
         options = dataclasses.replace(options, dynamic_size=True)
     if reading.one_by_one:
@@ -244,7 +245,7 @@ def finish_network(
     body = gs.import_onnx(raw)
     if reading.rewrite:
         reading.rewrite(body)
-    tidy.tidy(body)
+    tidy.tidy(body, (RAW_BOXES, CLASS_LOGITS, *reading.heads, *OUTPUT_NAMES))
     for tensor, name in zip(body.outputs, reading.heads, strict=True):
         if name in (RAW_BOXES, CLASS_LOGITS) and reading.anchors is not None:
             last = 4 if name == RAW_BOXES else spec.num_classes

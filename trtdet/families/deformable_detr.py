@@ -21,8 +21,8 @@ NAME = "deformable_detr"
 
 
 def matches(source: Source) -> bool:
-    """Whether boxes are predicted about reference points, without a hybrid encoder or a
-    projector.
+    """Whether boxes are predicted about reference points, or the file shows a sigmoid of the
+    logits, without a hybrid encoder or a projector.
     """
     return detr.kind_is(source, "sigmoid")
 
@@ -35,5 +35,5 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
         family=NAME,
         convention=Convention("Conditional, DAB and Deformable DETR", detr.IMAGENET),
         kept=detr.MAX_DETECTIONS,
-        how="read: boxes are predicted about reference points",
+        how="read: boxes about reference points, or a sigmoid of the logits",
     )

@@ -27,6 +27,7 @@ from functools import partial
 
 import numpy as np
 
+from trtdet.errors import GraphError
 from trtdet.families import evidence as ev
 from trtdet.families.base import (
     CLASS_LOGITS,
@@ -119,6 +120,10 @@ def read(
     known = convention or Convention("DETR", IMAGENET)
     evidence = Evidence(str(source.path), hints.assume)
     export = read_export(source, hints, evidence, trusted=how.startswith("read: metadata"))
+    if export.num_logits < 2:
+        raise GraphError(
+            f"{source.path}: expected logits of classes and of no object in '{export.logits}', found one logit; --family deformable_detr takes a sigmoid"
+        )
     evidence.add(ev.FAMILY, NAME, how)
     evidence.add(ev.SCORES, "softmax", f"{ev.CONVENTION}{known.of}")
     evidence.add(ev.BACKGROUND, "last", f"{ev.CONVENTION}{known.of}")

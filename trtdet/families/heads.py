@@ -99,9 +99,8 @@ def why_not(source: Source) -> str:
     if not isinstance(source, OnnxSource) or source.spec:
         return ""
     if maybe_image(source) is None or not _explained(source):
-        return "it takes one image input alone, [N, 3, H, W] or [N, H, W, 3]; " + describe_outputs(
-            source
-        )
+        described = describe_outputs(source, declare=False)
+        return f"it takes one image input alone, [N, 3, H, W] or [N, H, W, 3]; {described}. Export the model with that input"
     return "it takes boxes and scores [N, A, ...]; " + describe_outputs(source)
 
 
@@ -318,7 +317,7 @@ def _spec(
             score_threshold=known.score_threshold if not plan.selected else 0.0,
             iou_threshold=1.0 if plan.selected else known.iou_threshold or IOU_THRESHOLD,
             max_output_boxes=kept,
-            score_activation=plan.activation == "sigmoid",
+            score_activation=plan.activation == "sigmoid" and plan.objectness is None,
             class_agnostic=known.agnostic or (plan.selected and one_class_each),
             box_coding=1 if plan.box_format == "cxcywh" else 0,
         ),

@@ -24,15 +24,12 @@ def assemble(
         clips: boxes are clipped to the picture; they become corners.
     """
     count = -1 if spec.preprocessing.size_range and not plan.is_padded else plan.count
+    rows = build.node("Transpose", "rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
     if plan.rows:
-        rows = build.node("Transpose", "rows", ROWS, perm=[0, 2, 1]) if plan.transposed else ROWS
         boxes = build.slice_last("boxes", rows, plan.first_box, plan.first_box + 4)
         scores = build.slice_last(
             "row_scores", rows, plan.first_score, plan.first_score + plan.num_scores
         )
-        if plan.objectness is not None:
-            objectness = build.slice_last("objectness", rows, plan.objectness, plan.objectness + 1)
-            scores = build.node("Mul", "joint_scores", objectness, scores)
     else:
         boxes = build.reshape("boxes", BOXES, [0, count, 4])
         scores = (
@@ -48,9 +45,16 @@ def assemble(
         )
     if plan.activation == "softmax":
         scores = build.node("Softmax", "probabilities", scores, axis=-1)
+    elif plan.activation == "sigmoid" and plan.objectness is not None:  # else the NMS does it
+        scores = build.node("Sigmoid", "probabilities", scores)
     if plan.background != "none":
         first = int(plan.background == "first")
         scores = build.slice_last("foreground", scores, first, first + spec.num_classes)
+    if plan.objectness is not None:
+        objectness = build.slice_last("objectness", rows, plan.objectness, plan.objectness + 1)
+        if plan.objectness_is_logit:
+            objectness = build.node("Sigmoid", "objectness_probability", objectness)
+        scores = build.node("Mul", "joint_scores", objectness, scores)
     if plan.labels or plan.label_column is not None:
         scores = _one_hot(build, spec, plan, scores)
     if known.linear or plan.activation == "clip":

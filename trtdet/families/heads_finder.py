@@ -289,7 +289,7 @@ class Finder:
             )
             self.evidence.add(
                 ev.SCORES,
-                ", ".join(columns[4:]),
+                ", ".join(c for c in columns if c not in COLUMN_NAMES[box]),
                 f"{ev.GIVEN}--columns"
                 if self.hints.declared and self.hints.declared.columns
                 else self.known.origin,

@@ -123,6 +123,7 @@ class Plan:
         boxes, scores, labels: tensors; the first two may be one, `rows`, with columns of each.
         first_box: the first of the four columns of a box in `boxes`. objectness, first_score,
             label_column: columns in `rows`. num_scores: of a box.
+        objectness_is_logit: it has no sigmoid yet.
         transposed: rows [N, M, A].
         is_padded: detections whose number follows the picture, padded to `count`.
     """
@@ -133,6 +134,7 @@ class Plan:
     rows: str = ""
     first_box: int = 0
     objectness: int | None = None
+    objectness_is_logit: bool = False
     first_score: int = 0
     num_scores: int = 0
     label_column: int | None = None
@@ -199,9 +201,16 @@ def paddle_feeds(
 
 
 def describe_outputs(
-    source: OnnxSource, seen: Mapping[str, Sequence[NDArray[Any]]] | None = None
+    source: OnnxSource,
+    seen: Mapping[str, Sequence[NDArray[Any]]] | None = None,
+    *,
+    declare: bool = True,
 ) -> str:
-    """Inputs and outputs with their shapes, and the command line to start from."""
+    """Inputs and outputs with their shapes, and the command line to start from.
+
+    Args:
+        declare: False leaves out that command line, where no option helps.
+    """
     inputs = ", ".join(
         f"{i.name} {_dims(i)}" for i in source.model.graph.input if i.name in source.graph.inputs
     )
@@ -215,9 +224,8 @@ def describe_outputs(
             f"its inputs: {inputs}; its outputs: {outputs}, the maps of the feature levels, of which nothing says how boxes are decoded; export the "
             "model with its decoding, so that boxes and scores come out"
         )
-    return (
-        f"its inputs: {inputs}; its outputs: {outputs}. Declare them: {starting_line(source, seen)}"
-    )
+    described = f"its inputs: {inputs}; its outputs: {outputs}"
+    return f"{described}. Declare them: {starting_line(source, seen)}" if declare else described
 
 
 def _are_maps(source: OnnxSource) -> bool:

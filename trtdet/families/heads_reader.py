@@ -78,7 +78,8 @@ class Reader(Finder):
                 )
         else:
             self._check_count(plan)
-        return self._classes(self._scores(self._selected(self._boxes(plan))))
+        plan = self._scores(self._selected(self._boxes(plan)))
+        return self._classes(self._objectness(plan))
 
     def _check_labels(self, plan: Plan, left: Sequence[str]) -> None:
         """Refuse boxes of one score each beside an output that has their labels."""
@@ -317,7 +318,8 @@ class Reader(Finder):
             activation, origin = "sigmoid", ""
         every = np.concatenate([v.ravel() for v in values])
         positive = every[every > 0] if self.rows is not None else every  # without our padding
-        if probabilities and len(positive) > FEW and float(np.ptp(positive)) == 0:
+        alone = plan.objectness is None
+        if alone and probabilities and len(positive) > FEW and float(np.ptp(positive)) == 0:
             raise GraphError(
                 f"{self.source.path}: all scores in '{plan.scores}' are {positive[0]:.3g} on four photographs; export a trained model"
             )
@@ -347,6 +349,21 @@ class Reader(Finder):
             )
         self.evidence.add(ev.BACKGROUND, background, origin)
         return dataclasses.replace(plan, activation=activation, background=background)
+
+    def _objectness(self, plan: Plan) -> Plan:
+        """Whether the objectness is a logit, beside scores that are logits too."""
+        if plan.objectness is None or plan.activation == "clip" or self.known.linear:
+            return plan
+        values = np.concatenate([r[:, plan.objectness] for r in self.rows_of(plan)])
+        low, high = values.min(), values.max()
+        if low >= -1e-6 and high <= 1 + 1e-6:
+            return plan
+        if plan.activation == "none":
+            raise GraphError(
+                f"{self.source.path}: expected an objectness of 0 to 1 beside probabilities in '{plan.rows}', found {low:.3g} to {high:.3g}; export "
+                "the model with its sigmoid"
+            )
+        return dataclasses.replace(plan, objectness_is_logit=True)
 
     def _classes(self, plan: Plan) -> Plan:
         if plan.labels or plan.label_column is not None:

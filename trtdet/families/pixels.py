@@ -29,6 +29,8 @@ Triple = tuple[float, float, float]
 #: Standard deviations (0-255) of a normalisation that anybody would train with; and 1, of pixels as
 #: they are.
 PLAUSIBLE_STD = (30.0, 300.0)
+#: Operators before the first convolution that belong to it, not to the preprocessing.
+OF_CONVOLUTION = ("Pad", "QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def find_pixels(
 
 def first_convolution(source: OnnxSource, image: str) -> str | None:
     """The tensor that enters the first convolution downstream of the image; of one whose padding is
-    an operator of its own (TensorFlow's "same"), what enters that.
+    an operator of its own (TensorFlow's "same"), or whose input is quantized, what enters that.
 
     None where there is none (a patch embedding by MatMul).
     """
@@ -174,7 +176,7 @@ def first_convolution(source: OnnxSource, image: str) -> str | None:
     for node in source.model.graph.node:  # in topological order
         if node.op_type == "Conv" and node.input[0] in reached:
             return padded.get(node.input[0], node.input[0])
-        if node.op_type == "Pad" and node.input[0] in reached:
+        if node.op_type in OF_CONVOLUTION and node.input[0] in reached:
             padded[node.output[0]] = padded.get(node.input[0], node.input[0])
         if node.op_type not in ("Shape", "Size") and reached.intersection(node.input):
             reached.update(node.output)

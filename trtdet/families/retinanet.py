@@ -37,7 +37,7 @@ from trtdet.families.evidence import Evidence
 from trtdet.families.pixels import Normal
 from trtdet.graph.builder import Builder
 from trtdet.graph.map_op import inferred_shapes, unknown_ops
-from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
+from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
 from trtdet.nms.boxes import decode_boxes
 from trtdet.sources.base import Source, SourceGraph
 from trtdet.sources.onnx_file import OnnxSource
@@ -129,7 +129,7 @@ def _facts(
     evidence.add(ev.CLASSES, layout.num_classes, f"read: the channels of {SCORES[0]}")
     evidence.add(
         ev.CATEGORY_IDS,
-        "COCO's 80" if layout.num_classes == 80 else f"1..{layout.num_classes}",
+        "COCO's 80" if _is_coco(layout, hints) else f"1..{layout.num_classes}",
         odtk,
     )
     evidence.add(ev.SELECTION, "NMS of rotated boxes" if layout.rotated else "NMS per class", odtk)
@@ -216,10 +216,16 @@ def _read_heads(source: Source, image_input: str, size_hw: tuple[int, int]) -> H
     return HeadLayout(maps, anchors, box_size, classes)
 
 
+def _is_coco(layout: "HeadLayout", hints: Hints) -> bool:
+    """Whether there are 80 classes, and --labels does not say that they are others."""
+    count = layout.num_classes
+    return count == len(COCO_80_IDS) and fit_labels(hints.labels, count) in ((), COCO_80_LABELS)
+
+
 def _spec(layout: HeadLayout, size_hw: tuple[int, int], hints: Hints) -> ModelSpec:
     # ODTK maps class i to the i-th category of the annotations: COCO's 80 with their gaps, or else
     # 1, 2, 3, ...
-    coco = layout.num_classes == len(COCO_80_IDS)
+    coco = _is_coco(layout, hints)
     return ModelSpec(
         family=NAME,
         preprocessing=Preprocessing(

@@ -7,12 +7,12 @@ the two inner tensors that explain its labels, boxes and scores.
 
 | kind | told by |
 |---|---|
-| softmax (DETR, YOLOS) | boxes are the sigmoid of a linear layer alone: no reference points |
+| softmax (DETR, YOLOS) | boxes are the sigmoid of a linear layer alone: no reference points; nothing that shows a sigmoid of the logits |
 | rtdetr (RT-DETR, D-FINE, DEIM) | a convolutional backbone, and either convolutions behind attention (the hybrid encoder) or boxes from distributions |
 | edge (EC, DEIMv2 on DINOv3) | a vision transformer, and boxes from distributions |
 | rfdetr (RF-DETR, LW-DETR) | a vision transformer whose first convolution cuts patches, and convolutions behind it (the projector) |
 | transformer | a vision transformer of another kind, and convolutions behind it: how its images come in is not known |
-| sigmoid (Conditional, DAB, Deformable DETR) | reference points, and none of these |
+| sigmoid (Conditional, DAB, Deformable DETR) | reference points, or what shows a sigmoid of the logits, and none of these |
 
 A vision transformer is attention upon attention, and convolutions behind; a hybrid encoder has one.
 """
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from trtdet.errors import GraphError
-from trtdet.families.base import Found, Hints
+from trtdet.families.base import NO_HINTS, Found, Hints
 from trtdet.families.box_corners import maybe_coded
 from trtdet.families.outputs import Nodes, attribute, photographs, unexplained
 from trtdet.families.pixels import declared_shapes, maybe_image
@@ -47,6 +47,8 @@ MOST_HYBRID = 3
 PRODUCTS = frozenset(["MatMul", "Einsum", "Gemm"])
 #: Operators between a Softmax and the product that it weighs.
 PASSING_ON = frozenset(["Cast", "Dropout", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Where"])  # fmt: skip
+#: Operators that leave the values of a tensor as they are.
+SAME_VALUES = frozenset(["Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 #: Nodes above the outputs that are looked at for the heads before post-processing.
 NEAR = 250
 
@@ -165,7 +167,10 @@ def maybe_outputs(source: Source, hints: Hints, *, trusted: bool = False) -> Set
         coded = maybe_coded(source, box, seen[box], lambda: _near(source, hints, [box]))
         if coded is None:
             return None
-        return SetOutputs(logits, coded, activated=_is_activated(source, logits, seen[logits]))
+        activated = _are_probabilities(seen[logits])
+        if activated and not _activation(Nodes(source.model), logits):
+            return None  # of which a part is left out, such as the background
+        return SetOutputs(logits, coded, activated=activated)
     if not pairs:
         return _before_post_processing(source, hints, seen)
     return None
@@ -199,12 +204,16 @@ def _is_unit(boxes: NDArray[Any]) -> bool:
     return bool(inside.mean() > 0.98 and np.percentile(np.abs(flat), 75) <= 1.2)
 
 
-def _is_activated(source: OnnxSource, logits: str, value: NDArray[Any]) -> bool:
-    """Whether probabilities come out: within 0 to 1, and made by a Sigmoid or a Softmax."""
-    if value.min() < 0 or value.max() > 1:
-        return False
-    node = Nodes(source.model).producer.get(logits)
-    return node is not None and node.op_type in ("Sigmoid", "Softmax")
+def _are_probabilities(value: NDArray[Any]) -> bool:
+    return bool(value.min() >= 0 and value.max() <= 1)
+
+
+def _activation(nodes: Nodes, logits: str) -> str:
+    """The operator that makes probabilities of logits; "": none does."""
+    node = nodes.producer.get(logits)
+    while node is not None and node.op_type in SAME_VALUES:
+        node = nodes.producer.get(node.input[0])
+    return node.op_type if node is not None and node.op_type in ("Sigmoid", "Softmax") else ""
 
 
 # ---- post-processing in the export
@@ -326,7 +335,7 @@ def _explains_boxes(
 def kind_of(source: OnnxSource, outputs: SetOutputs) -> Kind:
     """See the module's docstring."""
     nodes = Nodes(source.model)
-    if is_linear_sigmoid(nodes, outputs.boxes):
+    if is_linear_sigmoid(nodes, outputs.boxes) and not _takes_sigmoid(source, nodes, outputs):
         return "softmax"
     depth, is_distributed = _attention_before_convolutions(source, nodes, outputs), _sums_distributions(nodes, outputs)  # fmt: skip
     if depth > MOST_HYBRID:
@@ -334,6 +343,16 @@ def kind_of(source: OnnxSource, outputs: SetOutputs) -> Kind:
             return "edge"
         return "rfdetr" if _embeds_patches(source) else "transformer"
     return "rtdetr" if depth or is_distributed else "sigmoid"
+
+
+def _takes_sigmoid(source: OnnxSource, nodes: Nodes, outputs: SetOutputs) -> bool:
+    """Whether the file shows that there is no softmax: a Sigmoid of the logits, post-processing
+    that takes the best of all pairs, or one logit alone.
+    """
+    if outputs.activated or outputs.detections:
+        return outputs.detections is not None or _activation(nodes, outputs.logits) == "Sigmoid"
+    logits = probe(source, NO_HINTS).get(outputs.logits)
+    return logits is not None and logits.shape[-1] == 1
 
 
 def is_linear_sigmoid(nodes: Nodes, boxes: str) -> bool:

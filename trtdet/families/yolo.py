@@ -65,7 +65,7 @@ from trtdet.families.yolo_heads import (
 )
 from trtdet.families.yolo_metadata import LEFT_OUT, Metadata, read_metadata
 from trtdet.graph.map_op import unknown_ops
-from trtdet.labels import COCO_80_LABELS
+from trtdet.labels import COCO_80_LABELS, fit_labels
 from trtdet.sources.base import Source, SourceGraph
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import ModelSpec
@@ -213,7 +213,9 @@ def read(source: Source, hints: Hints = NO_HINTS) -> Reading:
         convention = Convention(kind, YOLOX_NORMAL if yolox else Convention("").normal)
     normal = decide_normalisation(evidence, pixels, hints, convention)
     preprocessing = preprocessing_of(evidence, hints, normal, size_hw, kind, is_yolox=yolox)
-    labels = metadata.names or (COCO_80_LABELS if head.num_classes == len(COCO_80_LABELS) else ())
+    given = fit_labels(hints.labels, head.num_classes)
+    known = given if len(given) == head.num_classes else COCO_80_LABELS
+    labels = metadata.names or (known if head.num_classes == len(known) else ())
     batch, said = pixels.batch, "read: the shape of the input"
     if not unknown:
         batch, said = batch_of(source, pixels, [head.tensor], size_hw)

@@ -23,6 +23,12 @@ from trtdet.spec import Preprocessing
 #: nothing is to be done).
 INPUT, NETWORK_INPUT = "input", "network_input"
 
+#: And those of what `set_input` puts between them.
+PREPROCESSING = tuple(
+    f"preprocess/{name}"
+    for name in ("cast", "transpose", "mean", "subtract_mean", "scale", "multiply_scale", "bgr", "to_bgr")
+)  # fmt: skip
+
 TO_NCHW = [0, 3, 1, 2]
 TO_NHWC = [0, 2, 3, 1]
 
@@ -40,8 +46,12 @@ ELEMENTWISE = frozenset(
 KEEPS_RANK = ELEMENTWISE | {"AveragePool", "BatchNormalization", "Concat", "InstanceNormalization", "MaxPool", "Resize", "Transpose"}  # fmt: skip
 
 
-def tidy(graph: gs.Graph) -> gs.Graph:
-    """Run every clean-up below, in the order in which each makes room for the next."""
+def tidy(graph: gs.Graph, reserved: Iterable[str] = ()) -> gs.Graph:
+    """Run every clean-up below, in the order in which each makes room for the next.
+
+    Args:
+        reserved: names that inner tensors do not keep, as others get them later.
+    """
     sort_nodes(graph.cleanup())
     fold_constants(graph)
     to_channels_first(graph)
@@ -51,7 +61,7 @@ def tidy(graph: gs.Graph) -> gs.Graph:
     average_pool_from_mean(graph)
     leave_out_empty_inputs(graph)
     sort_nodes(graph.cleanup())
-    rename(graph)
+    rename(graph, reserved)
     return graph
 
 
@@ -154,7 +164,7 @@ def fold_constants(graph: gs.Graph) -> None:
             isinstance(t, gs.Constant) or t.is_empty() or id(t) in foldable for t in node.inputs
         )
         known = node.inputs or node.op == "Constant"  # as torch writes constants
-        if inputs_known and known and not _has_subgraph(node):
+        if inputs_known and known and not _has_subgraph(node) and not _quantizes(node):
             foldable.update(id(t) for t in node.outputs)
         else:
             frontier.update({t.name: t for t in node.inputs if id(t) in foldable})
@@ -167,6 +177,16 @@ def fold_constants(graph: gs.Graph) -> None:
         tensor.inputs.clear()
         tensor.to_constant(value)
     graph.cleanup()
+
+
+def _quantizes(node: gs.Node) -> bool:
+    """Whether a node is part of a Q/DQ pair, which says what TensorRT computes in 8 bits; a bias
+    in INT32 is not.
+    """
+    if node.op == "DequantizeLinear":
+        stored = node.inputs[0]
+        return not (isinstance(stored, gs.Constant) and stored.values.dtype == np.int32)
+    return bool(node.op == "QuantizeLinear")
 
 
 def to_channels_first(graph: gs.Graph) -> None:
@@ -332,7 +352,7 @@ def leave_out_empty_inputs(graph: gs.Graph) -> None:
             ]
 
 
-def rename(graph: gs.Graph) -> None:
+def rename(graph: gs.Graph, reserved: Iterable[str] = ()) -> None:
     """Name nodes and tensors after the framework's operations, without converters' counters; the
     same input gives the same names.
 
@@ -341,6 +361,7 @@ def rename(graph: gs.Graph) -> None:
     """
     public = {id(t) for t in [*graph.inputs, *graph.outputs]}
     taken = {t.name for t in [*graph.inputs, *graph.outputs]}
+    taken.update(reserved, (INPUT, NETWORK_INPUT), PREPROCESSING)
 
     def unique(name: str) -> str:
         candidate, number = name, 1

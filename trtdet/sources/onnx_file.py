@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx.version_converter
 from numpy.typing import NDArray
 
@@ -58,7 +59,7 @@ class OnnxSource(Closing):
         self.path = path
         if model is None:
             model = read_onnx(path, option="--source_onnx", remedy=EXPORT_AGAIN)
-        self.model = model
+        self.model = inline_functions(model)
         drop_idle_nodes(self.model)
         self.spec = ModelSpec.maybe_from_onnx(self.model)
         if self.spec is None and widen(self.model):
@@ -141,6 +142,13 @@ class OnnxSource(Closing):
 
     def close(self) -> None:
         self._opened = None
+
+
+def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the nodes of its own functions in place of the calls of them."""
+    if not model.functions:
+        return model
+    return onnx.inliner.inline_local_functions(model)
 
 
 def drop_idle_nodes(model: onnx.ModelProto) -> None:
