@@ -508,6 +508,29 @@ def test_a_family_file_that_is_none(
     assert message in error_of(capsys)
 
 
+@pytest.mark.parametrize("labels", [(), ("--labels", "a,b,c")])
+def test_an_angle_behind_the_scores_is_no_class(
+    labels: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rotated boxes of YOLO without the metadata that say so, angles within 0 and 1."""
+    model = networks.v8(task="obb")
+    del model.metadata_props[:]
+    (angle,) = [node for node in model.graph.node if list(node.output) == ["rotated"]]
+    angle.op_type = "Sigmoid"
+    source = save(model, tmp_path / "m.onnx")
+    if labels:
+        (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+        labels = ("--labels", str(tmp_path / "labels.txt"))
+    status, _ = convert(source, *IMAGES, *labels)
+    assert status == 1
+    assert "--rows_output output0 --columns" in (error := error_of(capsys)), error
+    assert "|cx,cy,w,h,scores,unused" in error
+    columns = ("--rows_output", "output0", "--columns", "cx,cy,w,h,scores,unused")
+    status, out = convert(source, *IMAGES, *labels, *columns)
+    assert status == 0
+    assert ModelSpec.from_onnx(onnx.load(out)).num_classes == 3
+
+
 @pytest.mark.parametrize("form", [("--legacy_plugins",), ("--nms", "onnx"), ("--nms", "graph")])
 def test_a_form_of_nms_where_there_is_none(
     form: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -32,6 +32,9 @@ NAMES = ("circle", "square", "triangle")
         ((), (1, 2, 3), {1: "a", 3: "c"}, (1, 2, 3), ""),
         (NAMES, (1, 2, 3), {1: "a", 2: "b", 3: "c"}, (1, 2, 3), "none of the model's class names"),
         ((), tuple(range(80)), dict(zip(COCO_80_IDS, COCO_80_LABELS, strict=True)), COCO_80_IDS, "in COCO's order"),
+        ((), COCO_80_IDS, {i: f"part {i}" for i in range(1, 81)}, tuple(range(1, 81)), "the model has COCO's ids: matched in their order"),
+        (COCO_80_LABELS, COCO_80_IDS, {i: f"part {i}" for i in range(80)}, tuple(range(80)), "the model has COCO's ids: matched in their order"),
+        ((), COCO_80_IDS, {i: f"part {i}" for i in range(1, 80)}, COCO_80_IDS, "does not know, all objects missed"),
         ((), tuple(range(1, 81)), dict(zip(COCO_80_IDS, COCO_80_LABELS, strict=True)), COCO_80_IDS, "in COCO's order"),
     ],
 )  # fmt: skip

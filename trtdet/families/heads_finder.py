@@ -213,16 +213,18 @@ class Finder:
             return dataclasses.replace(plan, num_scores=1, label_column=5)
         if rest == 2 and is_whole([r[:, 4] for r in rows]):
             return self._ask_columns(plan, name, width)
-        if rest == 1 or (starts and 5 not in starts):
+        # An angle, or coefficients of a mask, for example.
+        more = starts is not None and bool(starts & {*range(6, width)})
+        if rest == 1 or (starts and 5 not in starts and not more):
             self.evidence.add(
                 ev.SCORES, f"columns 4..{width - 1}", how or "read: one column behind the box"
             )
             return dataclasses.replace(plan, num_scores=rest)
-        if starts and 5 in starts and not starts & {*range(6, width)} and rest > 2:
+        if starts and 5 in starts and not more and rest > 2:
             self.evidence.add(ev.SCORES, f"column 4 objectness, 5..{width - 1} classes", how)
             return dataclasses.replace(plan, objectness=4, first_score=5, num_scores=rest - 1)
         known = len(self.known.labels) or len(self.hints.labels) or (self.hints.num_classes or 0)
-        if known and known in (rest, rest - 1):
+        if known and (known == rest or (known == rest - 1 and not more)):
             is_plain = known == rest
             self.evidence.add(
                 ev.SCORES,
@@ -235,12 +237,14 @@ class Finder:
                 first_score=4 if is_plain else 5,
                 objectness=None if is_plain else 4,
             )
-        return self._ask_columns(plan, name, width)
+        return self._ask_columns(plan, name, width, more=more)
 
-    def _ask_columns(self, plan: Plan, name: str, width: int) -> Plan:
-        choices = "x1,y1,x2,y2,scores|cx,cy,w,h,scores|cx,cy,w,h,objectness,scores" + (
-            "|x1,y1,x2,y2,score,label" if width == 6 else ""
-        )
+    def _ask_columns(self, plan: Plan, name: str, width: int, *, more: bool = False) -> Plan:
+        choices = "x1,y1,x2,y2,scores|cx,cy,w,h,scores|cx,cy,w,h,objectness,scores"
+        if more:  # in the end
+            choices += "|cx,cy,w,h,scores,unused"
+        if width == 6:
+            choices += "|x1,y1,x2,y2,score,label"
         self.evidence.ask(
             ev.SCORES, f"--rows_output {name} --columns {choices}", "scores behind the box"
         )

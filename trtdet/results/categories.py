@@ -42,16 +42,17 @@ def match_categories(
             )  # fmt: skip
         return COCO_80_IDS
     counted = sorted(category_ids)
-    if len(ids) == len(category_ids) and ids != set(category_ids):
+    if len(ids) == len(counted) and ids != set(counted):
+        # That 80 classes are COCO's may be a convention alone.
+        by_convention = tuple(counted) == COCO_80_IDS
+        is_counted = by_convention or counted == list(range(counted[0], counted[0] + len(counted)))
         for start in (0, 1):
-            if ids == set(range(start, start + len(ids))) and counted == list(
-                range(counted[0], counted[0] + len(counted))
-            ):
+            if is_counted and ids == set(range(start, start + len(ids))):
                 logger.warning(
-                    "%s counts categories from %d, the model from %d: matched in their order",
-                    path, start, counted[0],
+                    "%s counts categories from %d, the model %s: matched in their order",
+                    path, start, "has COCO's ids" if by_convention else f"from {counted[0]}",
                 )  # fmt: skip
-                return tuple(i - counted[0] + start for i in category_ids)
+                return tuple(start + counted.index(i) for i in category_ids)
     _check(category_ids, categories, path)
     if labels and named:
         logger.warning(
