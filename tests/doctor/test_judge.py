@@ -160,7 +160,7 @@ def test_the_main_chain(without: tuple[str, ...], ready: bool) -> None:
 #: What a stage imports for an option alone, or where it is lucky to have it: no row asks for it.
 FOR_OPTIONS = {
     "infer": {"pycocotools"}, "compare": {"pycocotools"}, "deploy": {"pycocotools"},
-    "image_batcher": {"onnx", "onnxruntime", "msgspec"}, "visualize": {"onnx", "msgspec", "pycocotools"},
+    "image_batcher": {"onnx", "onnxruntime", "msgspec"}, "visualize": {"onnx", "onnxruntime", "msgspec", "pycocotools"},
 }  # fmt: skip
 
 

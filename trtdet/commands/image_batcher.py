@@ -58,9 +58,9 @@ def show(
         ValueError: not one could be read.
     """
     from trtdet.images.batcher import ImageBatcher
+    from trtdet.images.files import check_read
     from trtdet.images.preprocess import to_picture
     from trtdet.results.naming import write_picture
-    from trtdet.run.detect import check_read
 
     targets = {path: output / f"{name}.png" for path, name in names.items()}
     height, width = preprocessing.size_hw
@@ -84,7 +84,7 @@ def show(
                 )
             batch.release()
     failed = len(batches.failures)
-    check_read(batches, len(names) - failed)
+    check_read(batches.failures, len(names) - failed)
     return failed
 
 

@@ -338,3 +338,14 @@ def image_size(path: Path) -> tuple[int, int] | None:
     except Exception:  # Pillow's readers raise errors of many kinds; decoding will say which
         return None
     return (width, height) if sideways else (height, width)
+
+
+def check_read(failures: Sequence[tuple[Path, str]], count: int) -> None:
+    """Raise ValueError where not one image could be read.
+
+    Args:
+        failures: (path, message) of those that could not, which are logged already.
+        count: of those that could.
+    """
+    if not count:
+        raise ValueError(f"--input: none of {len(failures)} images could be read; {failures[0][1]}")

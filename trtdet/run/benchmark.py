@@ -18,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtdet import files
-from trtdet.images.files import Sources, check_no_image, find_images
+from trtdet.images.files import Sources, check_no_image, check_read, find_images
 from trtdet.images.options import Decode
 from trtdet.images.preprocess import choose_input
 from trtdet.machine import describe_machine
 from trtdet.results.found import ImageResult
 from trtdet.run.detect import (
-    check_read,
     detect,
     open_batcher,
     open_model,
@@ -249,7 +248,7 @@ def run_benchmark(
             with batches_of(1, "cpu") as batcher:
                 one: Iterator[ImageBatch] = iter(batcher)
                 sample = Sample(next((as_array(batch.images) for batch in one), np.empty(0)))
-                check_read(batcher, len(sample.images))
+                check_read(batcher.failures, len(sample.images))
         measured = measure(runtime, sample, iterations=iterations, warmup=WARMUP)
         lines = [f"Batch size: {batch_size}", *measured.lines()]
         report |= measured.to_dict()

@@ -322,14 +322,6 @@ def progress(
             bar.update(images(result))
 
 
-def check_read(batcher: AnyBatcher, count: int) -> None:
-    """Raise ValueError where not one image could be read. (The batcher logs each one it skips.)"""
-    if not count:
-        raise ValueError(
-            f"--input: none of {len(batcher.failures)} images could be read; {batcher.failures[0][1]}"
-        )
-
-
 def pick_labels(labels: Path | str | None, spec: ModelSpec) -> Sequence[str]:
     """Class names from the option, the model, or COCO where the model has its 90 classes."""
     if labels is not None:

@@ -17,11 +17,18 @@ import numpy as np
 
 from trtdet.detections import to_coco_results
 from trtdet.errors import GraphError
-from trtdet.images.files import SUFFIXES, Sources, find_images, image_size, root_of, spread
+from trtdet.images.files import (
+    SUFFIXES,
+    Sources,
+    check_read,
+    find_images,
+    image_size,
+    root_of,
+    spread,
+)
 from trtdet.results import coco
 from trtdet.results.categories import match_categories, some
 from trtdet.run.detect import (
-    check_read,
     check_score_threshold,
     detect,
     open_batcher,
@@ -111,7 +118,7 @@ def run_model(
                     inclusive_corners=spec.inclusive_corners,
                 )
             skipped = len(batcher.failures)
-            check_read(batcher, len(image_ids) - skipped)
+            check_read(batcher.failures, len(image_ids) - skipped)
         seconds = time.perf_counter() - start
         report = {
             "engine": engine.name,

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from trtdet import files
-from trtdet.images.files import Sources, find_images, root_of
+from trtdet.images.files import Sources, check_read, find_images, root_of
 from trtdet.images.shared_sources import SharedSources
 from trtdet.labels import LABELS_FILE, find_classes, read_labels
 from trtdet.machine import available_cores
@@ -30,7 +30,6 @@ from trtdet.results.options import DRAW_THRESHOLD, ImageFormat
 from trtdet.results.writer import pick_image_ids, result_writer
 from trtdet.run.detect import (
     MANY_CORES,
-    check_read,
     check_score_threshold,
     decodes_on_gpu,
     find,
@@ -266,7 +265,7 @@ def detect_and_write(
                 writer.write(result)
                 speed.count(len(result), batcher.batch_size)
                 count += len(result)
-        check_read(batcher, count)
+        check_read(batcher.failures, count)
     folder.finish([outputs.names[path] for path, _ in batcher.failures])
     speed.stop()
     skipped = len(batcher.failures)
