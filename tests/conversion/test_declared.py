@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import yolo_networks as networks
 from onnx import helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from PIL import Image
 from test_mutations import IMAGES, found_by, pair
 
@@ -506,6 +507,26 @@ def test_a_family_file_that_is_none(
     status, _ = convert(save(pair(), tmp_path / "m.onnx"), "--family", str(family))
     assert status == 1
     assert message in error_of(capsys)
+
+
+@pytest.mark.parametrize("step", ["optimized", "quantized"])
+def test_files_that_only_onnxruntime_reads(
+    step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, plain = tmp_path / "m.onnx", save(networks.v8(), tmp_path / "plain.onnx")
+    if step == "quantized":
+        quantize_dynamic(plain, source, weight_type=QuantType.QUInt8)
+        expected = "ConvInteger, DynamicQuantizeLinear"
+    else:
+        model = networks.v8()
+        conv = next(node for node in model.graph.node if list(node.output) == ["mean"])
+        conv.op_type, conv.domain = "FusedConv", "com.microsoft"
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        save(model, source)
+        expected = "com.microsoft::FusedConv"
+    status, _ = convert(source)
+    assert status == 0
+    assert f"TensorRT does not read {expected}, which ONNX Runtime's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("labels", [(), ("--labels", "a,b,c")])

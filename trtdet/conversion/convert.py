@@ -34,7 +34,7 @@ from trtdet.families.base import (
 from trtdet.families.evidence import BATCH
 from trtdet.graph import deformable_attention, dynamic_batch, tidy
 from trtdet.graph.builder import COMPUTE_OPS, POSITIONS_PREFIX, Builder
-from trtdet.graph.map_op import OpMapping, custom_ops, map_ops
+from trtdet.graph.map_op import OpMapping, custom_ops, map_ops, ops_of_onnxruntime
 from trtdet.nms import lowering, plugin, static_rows
 from trtdet.nms.candidates import TENSORRT_TOPK
 from trtdet.nms.rotated import insert_rotated_nms
@@ -137,6 +137,11 @@ def convert(source: Source, options: Options) -> Converted:
         )
         facts = tuple(dynamic if fact.name == BATCH else fact for fact in done.spec.evidence)
         done = dataclasses.replace(done, spec=done.spec.replace(evidence=facts))
+    if alone := ops_of_onnxruntime(done.model):
+        logger.warning(
+            "%s: TensorRT does not read %s, which ONNX Runtime's optimizer or quantizer writes: export the model without that step",
+            source.path, ", ".join(alone),
+        )  # fmt: skip
     return done
 
 

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_VERSION = "1"
 #: The domain of what ONNX Runtime has beside ONNX's own operators.
 ONNX_RUNTIME_DOMAIN = "com.microsoft"
+#: ONNX's operators for arithmetic in 8 bits that is not Q/DQ.
+INTEGER_OPS = frozenset(("ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,15 @@ def _custom_ops(nodes: Iterable[onnx.NodeProto]) -> list[str]:
             if not onnx.defs.has(node.op_type, node.domain)
         }
     )
+
+
+def ops_of_onnxruntime(model: onnx.ModelProto) -> list[str]:
+    """Operators that ONNX Runtime's optimizer and quantizer write, and that TensorRT does not read:
+    https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md.
+    """
+    integer = {node.op_type for node in _all_nodes(model.graph)} & INTEGER_OPS
+    own = (op for op in custom_ops(model) if op.startswith(ONNX_RUNTIME_DOMAIN))
+    return [*own, *sorted(integer)]
 
 
 def unknown_ops(source: Source, tensors: Sequence[str]) -> list[str]:
