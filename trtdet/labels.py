@@ -16,6 +16,11 @@ Labels = Sequence[str] | Mapping[int, str]
 #: What a run calls the class names beside its TSVs.
 LABELS_FILE = "labels.txt"
 
+#: Names of COCO's classes in darknet's coco.names -> COCO's own.
+SYNONYMS = {
+    "aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv",
+}  # fmt: skip
+
 #: So many names are listed in an error.
 SHOWN = 10
 
@@ -178,6 +183,20 @@ def fit_labels(labels: tuple[str, ...], num_classes: int) -> tuple[str, ...]:
     """COCO's 80 names in place of its 90 for a model of 80 classes; other labels as they are."""
     is_coco = labels == COCO_LABELS and num_classes == len(COCO_80_LABELS)
     return COCO_80_LABELS if is_coco else labels
+
+
+def are_coco_80(labels: Sequence[str]) -> bool:
+    """Whether class names are COCO's 80 in their order, some of them spelled in another way, as
+    darknet's coco.names does. 80 other classes share hardly any.
+    """
+    same = (plain(a) == plain(b) for a, b in zip(labels, COCO_80_LABELS, strict=False))
+    return len(labels) == len(COCO_80_LABELS) and 2 * sum(same) > len(labels)
+
+
+def plain(name: str) -> str:
+    """A class name without what differs between the files of one data set."""
+    name = " ".join(name.lower().replace("_", " ").replace("-", " ").split())
+    return SYNONYMS.get(name, name)
 
 
 def names_of(labels: Sequence[str], num_classes: int) -> Sequence[str]:

@@ -1010,7 +1010,6 @@ def test_what_is_no_model(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-o", "b", "--ray", "local", "--no_images"], "--ray writes no pictures; leave --no_images out"),
         (["-o", "b", "--ray", "local", "--image_format", "jpg", "--draw_threshold", "0"], "--ray writes no pictures; leave --draw_threshold, --image_format out"),
         (["-o", "b", "--ray", "local", "--image_format", "png"], "leave --image_format out"),
         (["--benchmark", "--image_format", "jpg"], "--benchmark writes no detections; leave --image_format out"),

@@ -21,6 +21,7 @@ from trtdet.commands import compare as compare_stage
 from trtdet.commands import create_onnx
 from trtdet.errors import GraphError
 from trtdet.families.base import NO_HINTS, Declaration, Hints
+from trtdet.families.heads_finder import _behind_box
 from trtdet.sources.base import run_onnx
 from trtdet.spec import OUTPUT_NAMES, ModelSpec
 
@@ -529,9 +530,8 @@ def test_files_that_only_onnxruntime_reads(
     assert f"TensorRT does not read {expected}, which ONNX Runtime's" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("labels", [(), ("--labels", "a,b,c")])
 def test_an_angle_behind_the_scores_is_no_class(
-    labels: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rotated boxes of YOLO without the metadata that say so, angles within 0 and 1."""
     model = networks.v8(task="obb")
@@ -539,17 +539,28 @@ def test_an_angle_behind_the_scores_is_no_class(
     (angle,) = [node for node in model.graph.node if list(node.output) == ["rotated"]]
     angle.op_type = "Sigmoid"
     source = save(model, tmp_path / "m.onnx")
-    if labels:
-        (tmp_path / "labels.txt").write_text("a\nb\nc\n")
-        labels = ("--labels", str(tmp_path / "labels.txt"))
-    status, _ = convert(source, *IMAGES, *labels)
-    assert status == 1
-    assert "--rows_output output0 --columns" in (error := error_of(capsys)), error
-    assert "|cx,cy,w,h,scores,unused" in error
-    columns = ("--rows_output", "output0", "--columns", "cx,cy,w,h,scores,unused")
-    status, out = convert(source, *IMAGES, *labels, *columns)
-    assert status == 0
-    assert ModelSpec.from_onnx(onnx.load(out)).num_classes == 3
+    assert convert(source, *IMAGES)[0] == 1
+    columns = "cx,cy,w,h,scores,unused"
+    said = f"--rows_output output0 --columns x1,y1,x2,y2,scores,unused|{columns} ("
+    assert said in error_of(capsys)
+    for options in (("--rows_output", "output0", "--columns", columns), ("--num_classes", "3")):
+        status, out = convert(source, *IMAGES, *options)
+        assert status == 0
+        assert ModelSpec.from_onnx(onnx.load(out)).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("pieces", "columns"),
+    [
+        ((4, 3, 1), "scores,unused"),
+        ((2, 2, 3, 2), "scores,unused,unused"),
+        ((4, 1, 3, 2), "objectness,scores,unused,unused"),
+    ],
+)
+def test_columns_behind_a_box_by_how_they_were_put_together(
+    pieces: tuple[int, ...], columns: str
+) -> None:
+    assert _behind_box(pieces) == columns
 
 
 @pytest.mark.parametrize("form", [("--legacy_plugins",), ("--nms", "onnx"), ("--nms", "graph")])

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import yolo_networks
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from trtdet.commands import compare, create_onnx
 from trtdet.families.outputs import photographs
@@ -86,6 +86,44 @@ def detections_of(model: onnx.ModelProto, folder: Path) -> list[NDArray[Any]]:
     feed = {"input": photographs(SIDES)[0][None].astype(np.float32)}
     names = ["detection_boxes", "detection_scores", "detection_classes"]
     return run_onnx(onnx.load(out), names, feed)
+
+
+def test_weights_in_8_bits_alone_are_float32(tmp_path: Path) -> None:
+    """They save memory; what is computed in 8 bits is chosen by build_engine.py."""
+    plain, model = yolo_networks.v8(), yolo_networks.v8()
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    for each in (plain, model):
+        weight = next(w for w in each.graph.initializer if w.name == conv.input[1])
+        value = numpy_helper.to_array(weight)
+        scale = np.float32(np.abs(value).max() / 127)
+        stored = np.round(value / scale).astype(np.int8)
+        if each is plain:
+            weight.CopyFrom(numpy_helper.from_array(stored * scale, weight.name))
+            continue
+        weight.CopyFrom(numpy_helper.from_array(stored, weight.name))
+        each.graph.initializer.append(numpy_helper.from_array(scale, "weight_scale"))
+        dequantize = helper.make_node("DequantizeLinear", [weight.name, "weight_scale"], ["weight"])
+        conv.input[1] = "weight"
+        each.graph.node.insert(0, dequantize)
+    for want, got in zip(detections_of(plain, tmp_path), detections_of(model, tmp_path), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(got, want)
+    assert not any(
+        n.op_type == "DequantizeLinear" for n in onnx.load(tmp_path / "out.onnx").graph.node
+    )
+
+
+def test_images_in_whole_numbers_are_dequantized_once(tmp_path: Path) -> None:
+    """A DequantizeLinear without its QuantizeLinear is the division by 255."""
+    plain, model = yolo_networks.v8(), yolo_networks.v8()
+    image = model.graph.input[0]
+    image.name, image.type.tensor_type.elem_type = "bytes", onnx.TensorProto.UINT8
+    scale = numpy_helper.from_array(np.float32(1 / 255), "byte_scale")
+    model.graph.initializer.append(scale)
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["bytes", "byte_scale"], ["images"]))  # fmt: skip
+    want, got = detections_of(plain, tmp_path), detections_of(model, tmp_path)
+    np.testing.assert_allclose(got[0], want[0], atol=1e-3)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-5)
+    np.testing.assert_array_equal(got[2], want[2])
 
 
 def test_functions_are_read(tmp_path: Path) -> None:

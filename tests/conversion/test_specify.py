@@ -15,6 +15,7 @@ from trtdet.spec import Fact, ModelSpec, Nms, Preprocessing
     [
         ((), tuple(range(80)), Fact("category ids", "0..79", "convention: DETR: class index")),
         (COCO_80_LABELS, COCO_80_IDS, Fact("category ids", "COCO's 80", "given: --labels, COCO's names")),
+        (("human", "bike", *COCO_80_LABELS[2:]), COCO_80_IDS, Fact("category ids", "COCO's 80", "given: --labels, COCO's names")),
         (tuple("x" + name for name in COCO_80_LABELS), tuple(range(80)), Fact("category ids", "0..79", "convention: DETR: class index")),
     ],
 )  # fmt: skip

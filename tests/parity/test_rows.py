@@ -190,3 +190,19 @@ def test_a_sort_before_a_convolution_leaves_the_rows_of_a_grid() -> None:
         }
     """)
     assert [are_sorted_inside(model, [o.name]) for o in model.graph.output] == [False, True, True]
+
+
+@pytest.mark.parametrize(("read", "sorted_inside"), [("best", False), ("order", True)])
+def test_a_sort_whose_values_alone_are_read_moves_no_row(read: str, sorted_inside: bool) -> None:
+    """Of a distribution, or for a threshold."""
+    taken = "Add(scores, best)" if read == "best" else "GatherElements<axis = 1>(scores, order)"
+    model = onnx.parser.parse_model(
+        f"""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[1, 9, 4] scores) => (float[1, 9, 4] {CLASS_LOGITS}) {{
+          k = Constant<value = int64[1] {{9}}>()
+          best, order = TopK<axis = 1>(scores, k)
+          {CLASS_LOGITS} = {taken}
+        }}"""
+    )
+    assert are_sorted_inside(model, {CLASS_LOGITS}) == sorted_inside

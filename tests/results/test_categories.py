@@ -9,6 +9,7 @@ from trtdet.labels import (
     COCO_80_IDS,
     COCO_80_LABELS,
     COCO_LABELS,
+    are_coco_80,
     fit_labels,
     parse_label_map,
     read_labels,
@@ -17,6 +18,8 @@ from trtdet.results.categories import match_categories
 
 FILE = Path("a.json")
 NAMES = ("circle", "square", "triangle")
+#: COCO's classes, as darknet's coco.names spells them.
+DARKNET_LABELS = tuple({"airplane": "aeroplane", "dining table": "diningtable", "motorcycle": "motorbike", "potted plant": "pottedplant", "couch": "sofa", "tv": "tvmonitor"}.get(name, name) for name in COCO_80_LABELS)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,7 @@ NAMES = ("circle", "square", "triangle")
         ((), tuple(range(80)), dict(zip(COCO_80_IDS, COCO_80_LABELS, strict=True)), COCO_80_IDS, "in COCO's order"),
         ((), COCO_80_IDS, {i: f"part {i}" for i in range(1, 81)}, tuple(range(1, 81)), "the model has COCO's ids: matched in their order"),
         (COCO_80_LABELS, COCO_80_IDS, {i: f"part {i}" for i in range(80)}, tuple(range(80)), "the model has COCO's ids: matched in their order"),
+        (DARKNET_LABELS, COCO_80_IDS, dict(zip(COCO_80_IDS, COCO_80_LABELS, strict=True)), COCO_80_IDS, ""),
         ((), COCO_80_IDS, {i: f"part {i}" for i in range(1, 80)}, COCO_80_IDS, "does not know, all objects missed"),
         ((), tuple(range(1, 81)), dict(zip(COCO_80_IDS, COCO_80_LABELS, strict=True)), COCO_80_IDS, "in COCO's order"),
     ],
@@ -49,6 +53,14 @@ def test_matching(
     with caplog.at_level(logging.WARNING):
         assert match_categories(labels, ids, categories, FILE) == expected
     assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
+def test_cocos_classes_by_their_names() -> None:
+    assert are_coco_80(COCO_80_LABELS) and are_coco_80(DARKNET_LABELS)
+    translated = ("Mensch", *COCO_80_LABELS[1:60], *"abcdefghijklmnopqrst")
+    assert are_coco_80(translated)
+    assert not are_coco_80(COCO_80_LABELS[::-1]) and not are_coco_80(COCO_80_LABELS[:79])
+    assert not are_coco_80(tuple(f"part {i}" for i in range(80))) and not are_coco_80(COCO_LABELS)
 
 
 def test_nothing_in_common_is_an_error() -> None:

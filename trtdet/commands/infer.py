@@ -111,7 +111,6 @@ NOT_FOR_VIDEO = {
 
 #: Options of pictures, by their names here -> on the command line: --ray writes none.
 NOT_ON_RAY = {
-    "no_images": "--no_images",
     "draw_threshold": "--draw_threshold",
     "image_format": "--image_format",
 }
@@ -122,6 +121,7 @@ NOT_MEASURED = {
     "output": "--output",
     "labels": "--labels",
     "annotations": "--annotations",
+    "no_images": "--no_images",
     **NOT_ON_RAY,
     "tsv_header": "--tsv_header",
     "score_threshold": "--score_threshold",

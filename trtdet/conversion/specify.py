@@ -20,7 +20,7 @@ from trtdet.families.evidence import (
     ids_text,
     with_options,
 )
-from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
+from trtdet.labels import COCO_80_IDS, are_coco_80, fit_labels
 from trtdet.spec import Fact, ModelSpec, parse_preprocessor
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
         raise ValueError(
             f"--labels: expected {found.num_classes} lines, one per class of the model, found {len(labels)}"
         )
-    category_ids = COCO_80_IDS if labels == COCO_80_LABELS else found.category_ids
+    category_ids = COCO_80_IDS if are_coco_80(labels) else found.category_ids
     return found.replace(
         preprocessing=preprocessing,
         evidence=evidence_of(reading, options),
@@ -143,7 +143,7 @@ def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:
     if options.max_detections is not None:
         given[KEPT] = (str(options.max_detections), "--max_detections")
     labels = fit_labels(options.labels, reading.spec.num_classes)
-    if labels == COCO_80_LABELS and reading.spec.category_ids != COCO_80_IDS:
+    if are_coco_80(labels) and reading.spec.category_ids != COCO_80_IDS:
         given[CATEGORY_IDS] = (ids_text(COCO_80_IDS), "--labels, COCO's names")
     if options.nms_mode != "model":
         former = next((f.value for f in reading.facts if f.name == SELECTION), "")
@@ -200,10 +200,10 @@ def warn_of_nms(found: ModelSpec, options: Options) -> None:
     """
     option = "--legacy_plugins" if options.nms_form == "legacy" else f"--nms {options.nms_form}"
     if found.selection != "nms" and options.nms_form in ("onnx", "graph", "legacy"):
-        how = "NMS of rotated boxes" if found.selection == "rotated_nms" else "no NMS"
-        logger.warning(
-            "%s changes nothing: this %s model has %s, made of ordinary operators", option, found.family, how
-        )  # fmt: skip
+        has = "no NMS"
+        if found.selection == "rotated_nms":
+            has = "an NMS of rotated boxes, which is of ordinary operators already"
+        logger.warning("%s changes nothing: this %s model has %s", option, found.family, has)
     elif options.nms_form == "legacy" and _is_agnostic(found, options):
         logger.warning(
             "BatchedNMS_TRT knows no class-agnostic NMS: boxes of different classes will not suppress each other; "

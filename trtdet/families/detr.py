@@ -55,7 +55,7 @@ from trtdet.families.set_outputs import (
 from trtdet.graph.builder import Builder
 from trtdet.graph.deformable_attention import Mode
 from trtdet.graph.map_op import check_runs, unknown_ops
-from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
+from trtdet.labels import COCO_80_IDS, are_coco_80
 from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import PREPROCESSORS, ModelSpec, Nms, Preprocessing, ResizeMode, Sampling
@@ -258,7 +258,7 @@ def describe(
     sampling = SAMPLINGS.get(hints.interpolation, usual)
     normal = decide_normalisation(evidence, export.entry, hints, convention)
     mean = normal.mean
-    is_coco = labels == COCO_80_LABELS and num_classes == len(COCO_80_IDS)
+    is_coco = are_coco_80(labels) and num_classes == len(COCO_80_IDS)
     ids = COCO_80_IDS if is_coco else tuple(range(num_classes))
     origin = "read: COCO's names" if is_coco else f"{ev.CONVENTION}{convention.of}: class index"
     evidence.add(ev.CATEGORY_IDS, ev.ids_text(ids), origin)

@@ -62,7 +62,7 @@ from trtdet.families.normalisation import Convention, decide_normalisation
 from trtdet.families.outputs import batch_of, look, selected_from
 from trtdet.families.pixels import find_pixels, is_paddle, maybe_image
 from trtdet.graph.static_shapes import fix_shapes, knows_sizes
-from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels
+from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, are_coco_80, fit_labels
 from trtdet.sources.base import Shape, Source
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import (
@@ -100,7 +100,7 @@ def why_not(source: Source) -> str:
         return ""
     if maybe_image(source) is None or not _explained(source):
         described = describe_outputs(source, declare=False)
-        return f"it takes one image input alone, [N, 3, H, W] or [N, H, W, 3]; {described}. Export the model with that input"
+        return f"it takes one image input alone, [N, 3, H, W] or [N, H, W, 3]; {described}; export the model with one image input"
     return "it takes boxes and scores [N, A, ...]; " + describe_outputs(source)
 
 
@@ -283,7 +283,7 @@ def _spec(
     labels = known.labels if len(known.labels) == plan.num_classes else ()
     given = fit_labels(hints.labels, plan.num_classes)
     labels = labels or (given if len(given) == plan.num_classes else ())
-    coco = labels == COCO_80_LABELS or (not labels and plan.num_classes == len(COCO_80_IDS))
+    coco = are_coco_80(labels) or (not labels and plan.num_classes == len(COCO_80_IDS))
     if coco:
         ids, origin = COCO_80_IDS, "convention: COCO's ids of its 80 classes"
     else:

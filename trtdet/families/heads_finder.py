@@ -2,6 +2,7 @@
 """Which outputs of a foreign export hold boxes and scores, and in which columns."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -224,8 +225,9 @@ class Finder:
             self.evidence.add(ev.SCORES, f"column 4 objectness, 5..{width - 1} classes", how)
             return dataclasses.replace(plan, objectness=4, first_score=5, num_scores=rest - 1)
         known = len(self.known.labels) or len(self.hints.labels) or (self.hints.num_classes or 0)
-        if known and (known == rest or (known == rest - 1 and not more)):
-            is_plain = known == rest
+        ends = starts if starts and more else {width}
+        is_plain, is_joint = 4 + known in ends, 5 + known in ends and (not more or 5 in ends)
+        if known and is_plain != is_joint:
             self.evidence.add(
                 ev.SCORES,
                 f"{known} columns" + ("" if is_plain else " behind an objectness"),
@@ -237,12 +239,17 @@ class Finder:
                 first_score=4 if is_plain else 5,
                 objectness=None if is_plain else 4,
             )
-        return self._ask_columns(plan, name, width, more=more)
+        return self._ask_columns(plan, name, width, _behind_box(pieces) if pieces and more else "")
 
-    def _ask_columns(self, plan: Plan, name: str, width: int, *, more: bool = False) -> Plan:
+    def _ask_columns(self, plan: Plan, name: str, width: int, behind: str = "") -> Plan:
+        """Ask what the columns behind the box are.
+
+        Args:
+            behind: what they may be, by how they were put together.
+        """
         choices = "x1,y1,x2,y2,scores|cx,cy,w,h,scores|cx,cy,w,h,objectness,scores"
-        if more:  # in the end
-            choices += "|cx,cy,w,h,scores,unused"
+        if behind:
+            choices = f"x1,y1,x2,y2,{behind}|cx,cy,w,h,{behind}"
         if width == 6:
             choices += "|x1,y1,x2,y2,score,label"
         self.evidence.ask(
@@ -321,3 +328,15 @@ class Finder:
         fed = {image: zeros(self.source, image, self.size_hw)}
         fed |= paddle_feeds(self.source, self.size_hw)
         return self.source.run(tensors, fed)
+
+
+def _behind_box(pieces: Sequence[int]) -> str:
+    """Columns behind a box, put together from pieces: scores, and what is behind them, such as an
+    angle or the coefficients of a mask; an objectness before them, where a piece is one column.
+    """
+    ends = list(itertools.accumulate(pieces))
+    widths = [width for width, end in zip(pieces, ends, strict=True) if end > 4]
+    names = ["scores"]
+    if widths[0] == 1 and len(widths) > 2:
+        names, widths = ["objectness", "scores"], widths[1:]
+    return ",".join([*names, *["unused"] * sum(widths[1:])])

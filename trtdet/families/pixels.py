@@ -173,11 +173,18 @@ def first_convolution(source: OnnxSource, image: str) -> str | None:
     """
     reached = {image}
     padded: dict[str, str] = {}
+    quantized: set[str] = set()
     for node in source.model.graph.node:  # in topological order
         if node.op_type == "Conv" and node.input[0] in reached:
             return padded.get(node.input[0], node.input[0])
         if node.op_type in OF_CONVOLUTION and node.input[0] in reached:
+            is_quantized = node.op_type == "QuantizeLinear" or node.input[0] in quantized
+            if node.op_type == "DequantizeLinear" and not is_quantized:
+                reached.update(node.output)  # of images in whole numbers: preprocessing
+                continue
             padded[node.output[0]] = padded.get(node.input[0], node.input[0])
+            if is_quantized:
+                quantized.add(node.output[0])
         if node.op_type not in ("Shape", "Size") and reached.intersection(node.input):
             reached.update(node.output)
     return None

@@ -10,7 +10,7 @@ from trtdet.families.evidence import Evidence
 from trtdet.families.pixels import Normal, Pixels
 from trtdet.families.yolo_heads import GREY, Head
 from trtdet.families.yolo_metadata import LEFT_OUT, Metadata
-from trtdet.labels import COCO_80_IDS, COCO_80_LABELS
+from trtdet.labels import COCO_80_IDS, are_coco_80
 from trtdet.spec import Nms, Preprocessing, Selection
 
 #: The least score that Ultralytics, YOLOv5 and YOLOX keep when they compute mAP; for pictures they
@@ -120,7 +120,7 @@ def note_facts(
     evidence.add(ev.BACKGROUND, "none", f"{ev.CONVENTION}{kind}")
     origin = "read: metadata names" if metadata.names else "read: the number of columns"
     evidence.add(ev.CLASSES, head.num_classes, origin)
-    coco = labels == COCO_80_LABELS
+    coco = are_coco_80(labels)
     evidence.add(
         ev.CATEGORY_IDS,
         "COCO's 80" if coco else f"1..{head.num_classes}",
@@ -187,7 +187,7 @@ def nms_of(head: Head, metadata: Metadata) -> Nms:
 
 def category_ids_of(labels: tuple[str, ...], num_classes: int) -> tuple[int, ...]:
     """COCO's ids for COCO's classes, else 1, 2, 3, ..."""
-    return COCO_80_IDS if labels == COCO_80_LABELS else tuple(range(1, num_classes + 1))
+    return COCO_80_IDS if are_coco_80(labels) else tuple(range(1, num_classes + 1))
 
 
 def notes_of(metadata: Metadata, head: Head, unknown: Sequence[str]) -> tuple[Note, ...]:

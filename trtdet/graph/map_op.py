@@ -146,10 +146,18 @@ def _custom_ops(nodes: Iterable[onnx.NodeProto]) -> list[str]:
 
 def ops_of_onnxruntime(model: onnx.ModelProto) -> list[str]:
     """Operators that ONNX Runtime's optimizer and quantizer write, and that TensorRT does not read:
-    https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md.
+    https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md. Its parser takes an operator
+    by its name: those of "com.microsoft" that ONNX has too (Q/DQ, Gelu) are read by TensorRT-RTX
+    1.7, FusedConv and BiasGelu are not.
     """
     integer = {node.op_type for node in _all_nodes(model.graph)} & INTEGER_OPS
-    own = (op for op in custom_ops(model) if op.startswith(ONNX_RUNTIME_DOMAIN))
+    domains = (op.rpartition("::") for op in custom_ops(model))
+    own = [
+        f"{domain}::{op}"
+        for domain, _, op in domains
+        if domain.startswith(ONNX_RUNTIME_DOMAIN)
+        and not (domain == ONNX_RUNTIME_DOMAIN and onnx.defs.has(op))
+    ]
     return [*own, *sorted(integer)]
 
 

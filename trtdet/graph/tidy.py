@@ -43,7 +43,11 @@ ELEMENTWISE = frozenset(
 
 
 #: Operators whose result has as many axes as their first computed input.
-KEEPS_RANK = ELEMENTWISE | {"AveragePool", "BatchNormalization", "Concat", "InstanceNormalization", "MaxPool", "Resize", "Transpose"}  # fmt: skip
+KEEPS_RANK = ELEMENTWISE.union(
+    ("AveragePool", "BatchNormalization", "Concat", "Conv", "ConvTranspose", "DequantizeLinear", "Dropout", "Gelu",
+     "InstanceNormalization", "MaxPool", "Mish", "PRelu", "Pad", "QuantizeLinear", "Resize", "Slice", "Softmax",
+     "Softplus", "Split", "Transpose")
+)  # fmt: skip
 
 
 def tidy(graph: gs.Graph, reserved: Iterable[str] = ()) -> gs.Graph:
@@ -159,12 +163,22 @@ def fold_constants(graph: gs.Graph) -> None:
     """
     frontier: dict[str, gs.Variable] = {}
     foldable: set[int] = set()
+    # Without them, weights in 8 bits save memory alone.
+    has_activations = any(
+        node.op == "QuantizeLinear" and isinstance(node.inputs[0], gs.Variable)
+        for node in graph.nodes
+    )
     for node in graph.nodes:
         inputs_known = all(
             isinstance(t, gs.Constant) or t.is_empty() or id(t) in foldable for t in node.inputs
         )
         known = node.inputs or node.op == "Constant"  # as torch writes constants
-        if inputs_known and known and not _has_subgraph(node) and not _quantizes(node):
+        if (
+            inputs_known
+            and known
+            and not _has_subgraph(node)
+            and not (has_activations and _quantizes(node))
+        ):
             foldable.update(id(t) for t in node.outputs)
         else:
             frontier.update({t.name: t for t in node.inputs if id(t) in foldable})

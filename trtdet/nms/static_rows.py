@@ -359,7 +359,9 @@ class Lowering:
         """
         value = self.maybe_value(name)
         if name and value is None:
-            raise self.unknown(node, f"with '{name}', which follows the picture too")
+            raise GraphError(
+                f"{node.op_type} '{node.name}': its limit '{name}' is computed from the picture: there is no form of it with fixed shapes"
+            )
         return value
 
     def _candidates(self, node: onnx.NodeProto) -> int:

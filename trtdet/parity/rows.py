@@ -24,13 +24,14 @@ def are_sorted_inside(model: onnx.ModelProto, heads: Collection[str]) -> bool:
     Heads are followed up to the convolutions: what comes out of one is a map, whose cells have
     their places whatever was sorted before it. Rows of a grid therefore have an order, and so have
     the learned queries of DETR; the queries that RT-DETR takes from a TopK, or the proposals of
-    Faster R-CNN, have none.
+    Faster R-CNN, have none. A TopK of which the values alone are read, as a threshold or of a
+    distribution, moves no row.
     """
     needed = set(heads)
     for node in reversed(model.graph.node):  # sorted, as ONNX demands
         if needed.isdisjoint(node.output) or "Conv" in node.op_type:
             continue
-        if _sorts(node):
+        if _sorts(node) and (node.op_type != "TopK" or node.output[1] in needed):
             return True
         needed.update(reads(node))
     return False

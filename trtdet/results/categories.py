@@ -4,10 +4,10 @@ else by id.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from trtdet.labels import COCO_80_IDS
+from trtdet.labels import COCO_80_IDS, plain
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ def match_categories(
     Raises:
         ValueError: no category of the file is a class of the model.
     """
-    named = {_plain(name): i for i, name in categories.items() if name != str(i)}
-    by_name = [named.get(_plain(label)) for label in labels]
+    named = {plain(name): i for i, name in categories.items() if name != str(i)}
+    by_name = [named.get(plain(label)) for label in labels]
     if any(i is not None for i in by_name):
         return _matched_by_name(labels, category_ids, by_name, categories, path)
     ids = set(categories)
@@ -52,14 +52,20 @@ def match_categories(
                     "%s counts categories from %d, the model %s: matched in their order",
                     path, start, "has COCO's ids" if by_convention else f"from {counted[0]}",
                 )  # fmt: skip
+                _warn_of_names(labels, named, path, "in their order")
                 return tuple(start + counted.index(i) for i in category_ids)
     _check(category_ids, categories, path)
+    _warn_of_names(labels, named, path, "by id")
+    return tuple(category_ids)
+
+
+def _warn_of_names(labels: Sequence[str], named: Collection[str], path: Path, how: str) -> None:
+    """Say where both have names, of which none is the same."""
     if labels and named:
         logger.warning(
-            "none of the model's class names (%s) is in %s (%s): matched by id",
-            some(labels), path, some(named),
+            "none of the model's class names (%s) is in %s (%s): matched %s",
+            some(labels), path, some(named), how,
         )  # fmt: skip
-    return tuple(category_ids)
 
 
 def _matched_by_name(
@@ -95,10 +101,6 @@ def _check(category_ids: Sequence[int], categories: Mapping[int, str], path: Pat
     if unknown:
         names = some(f"{i} ({categories[i]})" for i in sorted(unknown, key=str))
         logger.warning("categories that the model does not know, all objects missed: %s", names)
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
 
 
 def some(values: Iterable[object], limit: int = 10) -> str:

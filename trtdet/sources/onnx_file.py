@@ -59,7 +59,7 @@ class OnnxSource(Closing):
         self.path = path
         if model is None:
             model = read_onnx(path, option="--source_onnx", remedy=EXPORT_AGAIN)
-        self.model = inline_functions(model)
+        self.model = inline_functions(model, path)
         drop_idle_nodes(self.model)
         self.spec = ModelSpec.maybe_from_onnx(self.model)
         if self.spec is None and widen(self.model):
@@ -144,11 +144,21 @@ class OnnxSource(Closing):
         self._opened = None
 
 
-def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the nodes of its own functions in place of the calls of them."""
+def inline_functions(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model with the nodes of its own functions in place of the calls of them.
+
+    Raises:
+        GraphError: a function is of an opset that cannot be converted to the model's.
+    """
     if not model.functions:
         return model
-    return onnx.inliner.inline_local_functions(model)
+    inlined = onnx.inliner.inline_local_functions(model, convert_version=True)
+    if inlined.functions:
+        names = ", ".join(function.name for function in inlined.functions)
+        raise GraphError(
+            f"{path}: expected functions of the model's own opset, found others that cannot be inlined: {names}; export the model without functions"
+        )
+    return inlined
 
 
 def drop_idle_nodes(model: onnx.ModelProto) -> None:
