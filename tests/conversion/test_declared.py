@@ -292,7 +292,7 @@ def test_an_input_of_other_channels_is_not_said_to_need_options(
     assert convert(save(model, tmp_path / "m.onnx"), *IMAGES)[0] == 1
     said = error_of(capsys)
     assert f"its inputs: images [1, {channels}, 32, 64]" in said
-    assert "Export the model with that input" in said and "Declare them" not in said
+    assert "export the model with one image input" in said and "Declare them" not in said
 
 
 def test_columns_of_y_and_x(tmp_path: Path) -> None:
