@@ -14,6 +14,12 @@ from pathlib import Path, PurePosixPath
 #: as the root, whatever it is called outside.
 ROOT = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
+#: Of version 2, then 1: the controller, the files of the limit and of what is used, and the line of
+#: memory.stat with the file contents that would be dropped first.
+MEMORY = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 #: No machine has so many bytes.
 UNLIMITED = 1 << 60
 
@@ -22,8 +28,8 @@ def memory_limit() -> int | None:
     """Bytes; None where there is no limit."""
     limits = [
         limit
-        for name, file in (("", "memory.max"), ("memory", "memory.limit_in_bytes"))
-        for folder in _groups(name)
+        for controller, file, *_ in MEMORY
+        for folder in _groups(controller)
         if (limit := _maybe_number(folder / file)) is not None
     ]
     return min(limits, default=None)
@@ -33,13 +39,9 @@ def memory_left() -> int | None:
     """Bytes that can still be taken; None where there is no limit. File contents that the system
     would drop first do not count as taken.
     """
-    versions = (
-        ("", "memory.max", "memory.current", "inactive_file"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    )
     left = []
-    for name, limit_file, used_file, dropped in versions:
-        for folder in _groups(name):
+    for controller, limit_file, used_file, dropped in MEMORY:
+        for folder in _groups(controller):
             limit, used = _maybe_number(folder / limit_file), _maybe_number(folder / used_file)
             files = maybe_field(folder / "memory.stat", dropped)
             if limit is not None and used is not None and files is not None:

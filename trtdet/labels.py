@@ -193,6 +193,11 @@ def are_coco_80(labels: Sequence[str]) -> bool:
     return len(labels) == len(COCO_80_LABELS) and 2 * sum(same) > len(labels)
 
 
+def may_be_coco_80(labels: Sequence[str], num_classes: int) -> bool:
+    """Whether classes are taken for COCO's 80: there are 80, and no other names for them."""
+    return num_classes == len(COCO_80_LABELS) and (not labels or are_coco_80(labels))
+
+
 def plain(name: str) -> str:
     """A class name without what differs between the files of one data set."""
     name = " ".join(name.lower().replace("_", " ").replace("-", " ").split())

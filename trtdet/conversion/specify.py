@@ -92,10 +92,8 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
         "score_threshold": options.score_threshold,
         "iou_threshold": options.iou_threshold,
         "max_output_boxes": options.max_detections,
-        "class_agnostic": _is_agnostic(found, options),
+        "class_agnostic": _is_agnostic(found, options) and not _loses_agnostic(found, options),
     }
-    if options.nms_form == "legacy" and found.selection == "nms":
-        settings["class_agnostic"] = False  # BatchedNMS has no other mode; see `warn_of_nms`
     given = {name: value for name, value in settings.items() if value is not None}
     labels = fit_labels(options.labels, found.num_classes)
     if labels and len(labels) != found.num_classes:
@@ -105,7 +103,7 @@ def specify(reading: Reading, options: Options) -> ModelSpec:
     category_ids = COCO_80_IDS if are_coco_80(labels) else found.category_ids
     return found.replace(
         preprocessing=preprocessing,
-        evidence=evidence_of(reading, options),
+        evidence=evidence_of(reading, options, category_ids),
         nms=dataclasses.replace(found.nms, **given),
         labels=labels or found.labels,
         category_ids=category_ids,
@@ -137,14 +135,15 @@ def as_chosen(spec: ModelSpec) -> Options:
     return Options(family=family, hints=hints, labels=labels, preprocessor=hints.preprocessor)
 
 
-def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:
+def evidence_of(
+    reading: Reading, options: Options, category_ids: tuple[int, ...]
+) -> tuple[Fact, ...]:
     """The facts of a reading, with those that options replaced."""
     given: dict[str, tuple[str, str]] = {}
     if options.max_detections is not None:
         given[KEPT] = (str(options.max_detections), "--max_detections")
-    labels = fit_labels(options.labels, reading.spec.num_classes)
-    if are_coco_80(labels) and reading.spec.category_ids != COCO_80_IDS:
-        given[CATEGORY_IDS] = (ids_text(COCO_80_IDS), "--labels, COCO's names")
+    if category_ids != reading.spec.category_ids:
+        given[CATEGORY_IDS] = (ids_text(category_ids), "--labels, COCO's names")
     if options.nms_mode != "model":
         former = next((f.value for f in reading.facts if f.name == SELECTION), "")
         _, comma, more = former.partition(", ")  # that boxes are clipped
@@ -152,11 +151,7 @@ def evidence_of(reading: Reading, options: Options) -> tuple[Fact, ...]:
             f"NMS, {options.nms_mode.replace('_', ' ')}{comma}{more}",
             f"--nms_mode {options.nms_mode}",
         )
-    if (
-        options.nms_form == "legacy"
-        and _is_agnostic(reading.spec, options)
-        and reading.spec.selection == "nms"
-    ):
+    if _loses_agnostic(reading.spec, options):
         given[SELECTION] = ("NMS per class", "--legacy_plugins")
     if options.preprocessor and not any(
         f.name == NORMALISATION and f.origin.startswith(GIVEN) for f in reading.facts
@@ -204,7 +199,7 @@ def warn_of_nms(found: ModelSpec, options: Options) -> None:
         if found.selection == "rotated_nms":
             has = "an NMS of rotated boxes, which is of ordinary operators already"
         logger.warning("%s changes nothing: this %s model has %s", option, found.family, has)
-    elif options.nms_form == "legacy" and _is_agnostic(found, options):
+    elif _loses_agnostic(found, options):
         logger.warning(
             "BatchedNMS_TRT knows no class-agnostic NMS: boxes of different classes will not suppress each other; "
             "for TensorRT 8 and later leave out --legacy_plugins"
@@ -215,6 +210,12 @@ def _is_agnostic(found: ModelSpec, options: Options) -> bool:
     if options.nms_mode == "model":
         return found.nms.class_agnostic
     return options.nms_mode == "class_agnostic"
+
+
+def _loses_agnostic(found: ModelSpec, options: Options) -> bool:
+    """Whether BatchedNMS, which has no such mode, takes the place of a class-agnostic NMS."""
+    takes_legacy = options.nms_form == "legacy" and found.selection == "nms"
+    return takes_legacy and _is_agnostic(found, options)
 
 
 def size_text(size_hw: tuple[int, int]) -> str:

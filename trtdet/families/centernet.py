@@ -24,7 +24,7 @@ from trtdet.families.normalisation import decide_normalisation
 from trtdet.families.outputs import Nodes, batch_of, look
 from trtdet.families.pixels import find_pixels, maybe_image
 from trtdet.graph.builder import Builder
-from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, are_coco_80, fit_labels
+from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels, may_be_coco_80
 from trtdet.sources.base import Source
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import ModelSpec, Nms, Preprocessing
@@ -178,7 +178,7 @@ def _share_within(values: NDArray[np.float32]) -> float:
 def _spec(maps: Maps, preprocessing: Preprocessing, hints: Hints, evidence: Evidence) -> ModelSpec:
     count = maps.num_classes
     labels = fit_labels(hints.labels, count)
-    coco = are_coco_80(labels) or (not labels and count == len(COCO_80_IDS))
+    coco = may_be_coco_80(labels, count)
     evidence.add(ev.BACKGROUND, "none", f"{ev.CONVENTION}CenterNet")
     evidence.add(ev.CLASSES, count, "read: the number of heatmaps")
     evidence.add(

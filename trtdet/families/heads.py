@@ -62,7 +62,7 @@ from trtdet.families.normalisation import Convention, decide_normalisation
 from trtdet.families.outputs import batch_of, look, selected_from
 from trtdet.families.pixels import find_pixels, is_paddle, maybe_image
 from trtdet.graph.static_shapes import fix_shapes, knows_sizes
-from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, are_coco_80, fit_labels
+from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels, may_be_coco_80
 from trtdet.sources.base import Shape, Source
 from trtdet.sources.onnx_file import OnnxSource
 from trtdet.spec import (
@@ -283,7 +283,7 @@ def _spec(
     labels = known.labels if len(known.labels) == plan.num_classes else ()
     given = fit_labels(hints.labels, plan.num_classes)
     labels = labels or (given if len(given) == plan.num_classes else ())
-    coco = are_coco_80(labels) or (not labels and plan.num_classes == len(COCO_80_IDS))
+    coco = may_be_coco_80(labels, plan.num_classes)
     if coco:
         ids, origin = COCO_80_IDS, "convention: COCO's ids of its 80 classes"
     else:

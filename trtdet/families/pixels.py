@@ -30,7 +30,7 @@ Triple = tuple[float, float, float]
 #: they are.
 PLAUSIBLE_STD = (30.0, 300.0)
 #: Operators before the first convolution that belong to it, not to the preprocessing.
-OF_CONVOLUTION = ("Pad", "QuantizeLinear", "DequantizeLinear")
+OF_CONVOLUTION = ("Pad", "QuantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,12 @@ def first_convolution(source: OnnxSource, image: str) -> str | None:
     for node in source.model.graph.node:  # in topological order
         if node.op_type == "Conv" and node.input[0] in reached:
             return padded.get(node.input[0], node.input[0])
-        if node.op_type in OF_CONVOLUTION and node.input[0] in reached:
-            is_quantized = node.op_type == "QuantizeLinear" or node.input[0] in quantized
-            if node.op_type == "DequantizeLinear" and not is_quantized:
-                reached.update(node.output)  # of images in whole numbers: preprocessing
-                continue
+        # Without a QuantizeLinear before it, DequantizeLinear is preprocessing, of whole numbers.
+        in_pair = bool(node.input) and node.input[0] in quantized
+        belongs = node.op_type in OF_CONVOLUTION or (node.op_type == "DequantizeLinear" and in_pair)
+        if belongs and node.input[0] in reached:
             padded[node.output[0]] = padded.get(node.input[0], node.input[0])
-            if is_quantized:
+            if in_pair or node.op_type == "QuantizeLinear":
                 quantized.add(node.output[0])
         if node.op_type not in ("Shape", "Size") and reached.intersection(node.input):
             reached.update(node.output)

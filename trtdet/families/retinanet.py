@@ -37,7 +37,7 @@ from trtdet.families.evidence import Evidence
 from trtdet.families.pixels import Normal
 from trtdet.graph.builder import Builder
 from trtdet.graph.map_op import inferred_shapes, unknown_ops
-from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, are_coco_80, fit_labels
+from trtdet.labels import COCO_80_IDS, COCO_80_LABELS, fit_labels, may_be_coco_80
 from trtdet.nms.boxes import decode_boxes
 from trtdet.sources.base import Source, SourceGraph
 from trtdet.sources.onnx_file import OnnxSource
@@ -218,9 +218,7 @@ def _read_heads(source: Source, image_input: str, size_hw: tuple[int, int]) -> H
 
 def _is_coco(layout: "HeadLayout", hints: Hints) -> bool:
     """Whether there are 80 classes, and --labels does not say that they are others."""
-    count = layout.num_classes
-    labels = fit_labels(hints.labels, count)
-    return count == len(COCO_80_IDS) and (not labels or are_coco_80(labels))
+    return may_be_coco_80(fit_labels(hints.labels, layout.num_classes), layout.num_classes)
 
 
 def _spec(layout: HeadLayout, size_hw: tuple[int, int], hints: Hints) -> ModelSpec:

@@ -163,7 +163,7 @@ def fold_constants(graph: gs.Graph) -> None:
     """
     frontier: dict[str, gs.Variable] = {}
     foldable: set[int] = set()
-    # Without them, weights in 8 bits save memory alone.
+    # Without activations in 8 bits, weights in 8 bits save memory alone.
     has_activations = any(
         node.op == "QuantizeLinear" and isinstance(node.inputs[0], gs.Variable)
         for node in graph.nodes
